@@ -1,0 +1,164 @@
+"""The whole of MORE-R1 on a laptop: a synthetic world, a tiny model from scratch, two cores.
+
+    python -m morer1_jax.train --config=configs/demo.py --workdir=runs/demo
+
+Any key can be set on the command line: --config.seed=1 --config.grpo.steps=20
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    # Stages run in this order; one whose output is whole is not run again. `control` (SFT that goes
+    # on for as long as GRPO took) is for ablations.
+    config.stages = "synthesise,sft,baselines,rate,grpo,evaluate"
+
+    # The dataset that the stage `synthesise` writes.
+    config.world = ConfigDict(
+        dict(
+            train=4000,
+            valid=200,
+            test=1000,
+            cast=8,  # names of each entity type, one a colour
+            facts_per_photo=3,
+            fit=0.85,  # share of photos that show something of their title
+            written=0.25,  # reasoning is paid for, so a minority of the facts has it
+            hasty=0.5,  # a writer that is told the answer need not look
+            noise=8.0,
+        )
+    )
+
+    config.data = ConfigDict(
+        dict(
+            folder=None,  # what `synthesise` wrote; a path reads MORE's own files instead
+            vocabulary=1024,
+            prompt_length=232,
+            completion_length=124,
+            windows=8,
+            min_pixels=56 * 56,
+            max_pixels=112 * 112,
+            crop_margin=0.1,
+            crop_least=28,
+            workers=1,
+        )
+    )
+
+    # Qwen2.5-VL's architecture at about a million parameters.
+    config.model = ConfigDict()
+    config.model.text = ConfigDict(
+        dict(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            mrope_section=(4, 6, 6),
+            rope_theta=10_000.0,
+            initializer_range=0.02,
+            tie_word_embeddings=True,
+        )
+    )
+    config.model.vision = ConfigDict(
+        dict(
+            depth=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=2,
+            fullatt_block_indexes=(1,),
+            patch_size=14,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            window_size=56,  # a crop is one window, a photo a few
+            initializer_range=0.02,
+        )
+    )
+    config.runtime = ConfigDict(
+        dict(
+            param_dtype="float32",
+            dtype="float32",
+            remat="none",  # activations of a tiny model fit
+            scan_unroll=1,
+            decode_unroll=1,
+        )
+    )
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.score = ConfigDict(dict(chunk=128))
+
+    config.sft = ConfigDict(
+        dict(
+            steps=400,
+            batch=16,
+            micro_batches=1,
+            eval_every=50,
+            eval_facts=200,
+            save_every=50,
+            log_every=1,
+            keep_checkpoints=2,
+            optimizer=_adamw(lr=2e-3, schedule="cosine", warmup=20, weight_decay=0.01),
+        )
+    )
+    config.baselines = ConfigDict(
+        dict(
+            steps=150,
+            batch=16,
+            eval_every=50,
+            eval_facts=200,
+            optimizer=_adamw(lr=2e-3, schedule="cosine", warmup=20, weight_decay=0.01),
+        )
+    )
+    config.rate = ConfigDict(
+        dict(samples=4, batch=64, temperature=1.0, easy_from=0.5, never="hard")
+    )
+    config.grpo = ConfigDict(
+        dict(
+            steps=100,
+            prompts=16,
+            group=8,
+            updates=1,
+            micro_batches=1,
+            temperature=1.0,
+            scale_rewards="group",
+            mixing=True,
+            eval_every=25,
+            eval_facts=200,
+            save_every=25,
+            log_every=1,
+            rollouts_every=10,
+            keep_checkpoints=2,
+            mix=ConfigDict(dict(start=0.5, end=0.1, until=80, shape="linear")),
+            reward=ConfigDict(
+                dict(format=0.2, effort=0.1, accuracy=1.0, effort_from=150, effort_to=250)
+            ),
+            loss=ConfigDict(
+                dict(
+                    clip_low=0.2,
+                    clip_high=0.28,
+                    beta=0.0,
+                    normalisation="token",
+                    importance_cap=2.0,
+                    mask_truncated=False,
+                )
+            ),
+            optimizer=_adamw(lr=5e-4, schedule="constant", warmup=5, weight_decay=0.0),
+        )
+    )
+    config.evaluate = ConfigDict(dict(batch=128))
+    return config
+
+
+def _adamw(lr: float, schedule: str, warmup: int, weight_decay: float) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            lr=lr,
+            schedule=schedule,
+            warmup=warmup,
+            final=0.1,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=weight_decay,
+            clip_norm=1.0,
+        )
+    )

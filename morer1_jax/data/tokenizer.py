@@ -1,0 +1,136 @@
+"""Byte-level BPE tokenizers of the Qwen family: training a small one, and loading any.
+
+A tokenizer is a folder as `transformers` saves it; a trained one differs from a published one in
+its merges alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from morer1_jax.files import atomic_dir
+from morer1_jax.task.fact import DataError, one_line
+from morer1_jax.task.prompt import END_OF_TURN, IMAGE_PAD
+
+PAD = "<|endoftext|>"
+SPECIAL_TOKENS = (
+    PAD,
+    "<|im_start|>",
+    END_OF_TURN,
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    IMAGE_PAD,
+    "<|video_pad|>",
+)
+# How Qwen's tokenizers cut text before merging: contractions, words with the mark or space before
+# them, single digits, runs of punctuation, line ends, spaces.
+_CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the tokens the programs treat apart."""
+
+    pad: int
+    end_of_turn: int
+    image: int
+    video: int
+    vision_start: int
+    vision_end: int
+    vision_pad: int
+
+    @property
+    def never_sampled(self) -> tuple[int, ...]:
+        """Padding, image, vision and video: a sampled one would stand for what is not there."""
+        return tuple(i for name, i in vars(self).items() if name != "end_of_turn")
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
+        """Looks the ids up.
+
+        Raises:
+          DataError: the tokenizer lacks one, so is none of this family.
+        """
+        names = (
+            PAD,
+            END_OF_TURN,
+            IMAGE_PAD,
+            "<|video_pad|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|vision_pad|>",
+        )
+        vocabulary = tokenizer.get_vocab()
+        for name in names:
+            if name not in vocabulary:
+                raise DataError(
+                    f"tokenizer {tokenizer.name_or_path!r} has no {name}; expected a tokenizer of "
+                    "the Qwen2.5-VL family"
+                )
+        return cls(*(vocabulary[name] for name in names))
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocabulary: int, folder: str | Path
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE with Qwen's special tokens and saves it whole.
+
+    Args:
+      texts: what to learn merges from; special tokens in them are cut out.
+      vocabulary: number of tokens, the 256 bytes and the special ones among them.
+      folder: where to save it; must not exist.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CUTS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pieces = (part for text in texts for part in _without_special(text))
+    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END_OF_TURN)
+    with atomic_dir(Path(folder)) as partial:
+        fast.save_pretrained(partial)
+    return load_tokenizer(folder)
+
+
+def _without_special(text: str) -> list[str]:
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, "\x00")
+    return [part for part in text.split("\x00") if part]
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer folder.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no tokenizer could be loaded: {one_line(error)}") from None

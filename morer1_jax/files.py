@@ -1,0 +1,76 @@
+"""Writing files so that a reader, or a run that was killed, never meets half of one.
+
+Everything is first written beside its destination under a hidden temporary name, flushed to the
+disk, and only then renamed.  A temporary name is a function of the destination, so what a killed
+process leaves behind is overwritten by the next attempt and never accumulates.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def temporary_path(path: str | os.PathLike[str]) -> Path:
+    """The hidden sibling that `path` is written to before it is renamed."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync_path(path: str | os.PathLike[str]) -> None:
+    """Flushes a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Replaces the file `path` by `data` (text as UTF-8) at once, or leaves it as it was.
+
+    Missing parent folders are made.  Two processes must not write the same path at once.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_path(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty folder to fill, which becomes `path` when the block ends without an error.
+
+    After an error nothing is left.  Missing parent folders are made.
+
+    Raises:
+      FileExistsError: `path` is there already (an empty folder is taken over).
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already; delete it or choose another folder")
+    temporary = temporary_path(path)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                sync_path(os.path.join(folder, name))
+            sync_path(folder)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_path(path.parent)

@@ -1,0 +1,76 @@
+"""Supervised fine-tuning: next-token cross-entropy on the target, weighted by tokens.
+
+The loss is the mean over the target tokens of the whole global batch (not a mean of rows' means),
+so that neither packing nor micro-batches nor the mesh change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from morer1_jax.data.batch import SequenceBatch
+from morer1_jax.learn.accumulate import accumulate
+from morer1_jax.learn.scorer import Params, ScoreConfig, sequence_logprobs
+from morer1_jax.learn.state import TrainState, apply_gradients
+from morer1_jax.model.vlm import Qwen25VL
+
+Metrics = dict[str, Array]
+
+
+def sft_sums(
+    model: Qwen25VL, params: Params, batch: SequenceBatch, config: ScoreConfig
+) -> dict[str, Array]:
+    """Sums over the batch's target tokens: cross-entropy, entropy, count."""
+    logps, entropy = sequence_logprobs(model, params, batch, config)
+    return {
+        "loss": -jnp.sum(logps * batch.weights),
+        "entropy": jnp.sum(jax.lax.stop_gradient(entropy) * batch.weights),
+        "tokens": jnp.sum(batch.weights),
+    }
+
+
+def sft_gradients(
+    model: Qwen25VL,
+    params: Params,
+    batch: SequenceBatch,
+    config: ScoreConfig,
+    micro_batches: int = 1,
+) -> tuple[Params, Metrics]:
+    """Gradients of the mean loss, and metrics `loss`, `entropy`, `num_tokens`."""
+    total = jnp.maximum(jnp.sum(batch.weights), 1.0)
+
+    def part_gradients(part: SequenceBatch) -> tuple[Params, dict[str, Array]]:
+        def loss(params: Params) -> tuple[Array, dict[str, Array]]:
+            sums = sft_sums(model, params, part, config)
+            return sums["loss"] / total, sums
+
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, sums
+
+    grads, sums = accumulate(part_gradients, batch, micro_batches)
+    return grads, {
+        "loss": sums["loss"] / total,
+        "entropy": sums["entropy"] / total,
+        "num_tokens": sums["tokens"],
+    }
+
+
+def make_sft_step(
+    model: Qwen25VL,
+    optimizer: optax.GradientTransformation,
+    config: ScoreConfig,
+    micro_batches: int = 1,
+) -> Callable[[TrainState, SequenceBatch], tuple[TrainState, Metrics]]:
+    """One update: `step(state, batch) -> (state, metrics)`, to be jitted with shardings."""
+
+    def step(state: TrainState, batch: SequenceBatch) -> tuple[TrainState, Metrics]:
+        grads, metrics = sft_gradients(model, state.params, batch, config, micro_batches)
+        params, opt_state, norm = apply_gradients(state, grads, optimizer)
+        return TrainState(state.step + 1, params, opt_state), {**metrics, "grad_norm": norm}
+
+    return step

@@ -1,0 +1,169 @@
+"""Attention patterns: who sees whom.
+
+A decoder layer computes queries, keys and values and hands them to a pattern,
+`attend(q, k, v, cache) -> (out, cache)`; it does not know which one it got.  Axes: b batch,
+s sequence, h query heads, k key-value heads, r = h/k query heads a key-value head, d head size,
+g group (samples of one prompt), t completion.
+
+    PackedCausal          SharedPrefix (G = 2)        Cached (one token of each sample)
+      1 1 2 2 0             p p a a b b                 p p a . .    token of a
+    1 x                   p x                           p p b . .    token of b
+    1 x x                 p x x
+    2     x               a x x x                     prompt keys are held once and read once
+    2     x x             a x x x x                   for all samples of the prompt
+    0         x           b x x     x
+                          b x x     x x
+
+Softmax is in float32 everywhere.  These are the XLA forms, correct on every backend; a kernel
+for a platform belongs inside a pattern's `__call__`, behind the same signature.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+# Finite, so that a token which may see nothing (padding) gets a finite output and no NaN.
+_UNSEEN = -1e30
+
+Queries = Float[Array, "b s h d"]
+Keys = Float[Array, "b s k d"]
+
+
+class Pattern(Protocol):
+    """What a decoder layer needs of an attention pattern."""
+
+    def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any) -> tuple[Queries, Any]: ...
+
+
+@struct.dataclass
+class PackedCausal:
+    """Samples packed in a row: a token sees itself and earlier tokens of its own segment.
+
+    Segment 0 is padding; it sees only padding and nothing else sees it.
+    """
+
+    segment_ids: Int[Array, "b s"]
+
+    def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any = None) -> tuple[Queries, Any]:
+        length = self.segment_ids.shape[1]
+        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        return masked_attention(q, k, v, same & _causal(length)), cache
+
+
+@struct.dataclass
+class SharedPrefix:
+    """Rows of [prompt (s) | completion 1 (t) | … | completion g (t)], length s + g·t.
+
+    Prompt tokens are causal among themselves; a completion's tokens see the whole valid prompt
+    and their own completion causally.  Equals running each [prompt | completion] by itself,
+    in value and gradient, without scores between completions.
+    """
+
+    prompt_mask: Bool[Array, "b s"]
+    completion_mask: Bool[Array, "b g t"]
+
+    def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any = None) -> tuple[Queries, Any]:
+        s = self.prompt_mask.shape[1]
+        b, g, t = self.completion_mask.shape
+        d = q.shape[-1]
+        prompt_k, prompt_v = k[:, :s], v[:, :s]
+        own_k, own_v = (x[:, s:].reshape(b, g, t, -1, d) for x in (k, v))
+        # No mask on the prompt's own keys beyond causality would do for padding on the right,
+        # but padding may be on either side.
+        visible = self.prompt_mask[:, None, :] & _causal(s)
+        prompt_out = masked_attention(q[:, :s], prompt_k, prompt_v, visible)
+
+        queries = _group_heads(q[:, s:].reshape(b, g, t, -1, d), own_k.shape[-2])
+        to_prompt = _scores("bgtkrd,bskd->bgkrts", queries, prompt_k)
+        to_own = _scores("bgtkrd,bgukd->bgkrtu", queries, own_k)
+        causal = self.completion_mask[:, :, None, :] & _causal(t)
+        to_prompt = jnp.where(self.prompt_mask[:, None, None, None, None], to_prompt, _UNSEEN)
+        to_own = jnp.where(causal[:, :, None, None], to_own, _UNSEEN)
+        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
+        weights = weights.astype(q.dtype)
+        out = jnp.einsum("bgkrts,bskd->bgtkrd", weights[..., :s], prompt_v)
+        out += jnp.einsum("bgkrtu,bgukd->bgtkrd", weights[..., s:], own_v)
+        out = out.reshape(b, g * t, *q.shape[2:])
+        return jnp.concatenate([prompt_out, out], axis=1), cache
+
+
+@struct.dataclass
+class CompletionKV:
+    """Keys and values of the completions at every layer, and the layer whose turn it is.
+
+    It rides whole in the carry of the scan over layers, so each layer writes one token's
+    slice in place; as a scan's input and output it would be copied every token.
+    """
+
+    k: Float[Array, "l b g t k d"]
+    v: Float[Array, "l b g t k d"]
+    layer: Int[Array, ""]
+
+
+@struct.dataclass
+class Cached:
+    """One new token of each of g samples a prompt; `q`, `k`, `v` carry g in place of s.
+
+    Writes the token's keys and values at completion place `index`, then sees the valid prompt
+    and its own completion up to and including `index`.
+    """
+
+    prompt_k: Float[Array, "l b s k d"]
+    prompt_v: Float[Array, "l b s k d"]
+    prompt_mask: Bool[Array, "b s"]
+    index: Int[Array, ""]
+
+    def __call__(
+        self, q: Queries, k: Keys, v: Keys, cache: CompletionKV
+    ) -> tuple[Queries, CompletionKV]:
+        layer = cache.layer
+        at = (layer, 0, 0, self.index, 0, 0)
+        all_k = jax.lax.dynamic_update_slice(cache.k, k[None, :, :, None].astype(cache.k.dtype), at)
+        all_v = jax.lax.dynamic_update_slice(cache.v, v[None, :, :, None].astype(cache.v.dtype), at)
+        own_k, own_v, prompt_k, prompt_v = (
+            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q.dtype)
+            for x in (all_k, all_v, self.prompt_k, self.prompt_v)
+        )
+        queries = _group_heads(q, k.shape[-2])
+        to_prompt = _scores("bgkrd,bskd->bkgrs", queries, prompt_k)
+        to_own = _scores("bgkrd,bgtkd->bkgrt", queries, own_k)
+        written = jnp.arange(own_k.shape[2]) <= self.index
+        to_prompt = jnp.where(self.prompt_mask[:, None, None, None], to_prompt, _UNSEEN)
+        to_own = jnp.where(written, to_own, _UNSEEN)
+        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
+        weights = weights.astype(q.dtype)
+        s = prompt_k.shape[1]
+        out = jnp.einsum("bkgrs,bskd->bgkrd", weights[..., :s], prompt_v)
+        out += jnp.einsum("bkgrt,bgtkd->bgkrd", weights[..., s:], own_v)
+        return out.reshape(q.shape), cache.replace(k=all_k, v=all_v, layer=layer + 1)
+
+
+def masked_attention(
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b u k d"],
+    v: Float[Array, "b u k d"],
+    visible: Bool[Array, "b s u"],
+) -> Float[Array, "b s h d"]:
+    """Grouped-query attention under a dense mask; repeated keys are never materialised."""
+    scores = _scores("bskrd,bukd->bkrsu", _group_heads(q, k.shape[-2]), k)
+    scores = jnp.where(visible[:, None, None], scores, _UNSEEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bkrsu,bukd->bskrd", weights, v).reshape(q.shape)
+
+
+def _group_heads(q: Float[Array, "*s h d"], kv_heads: int) -> Float[Array, "*s k r d"]:
+    return q.reshape(*q.shape[:-2], kv_heads, -1, q.shape[-1])
+
+
+def _scores(axes: str, q: Array, k: Array) -> Array:
+    scale = q.shape[-1] ** -0.5
+    return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
+
+
+def _causal(length: int) -> Bool[Array, "s s"]:
+    return jnp.tril(jnp.ones((length, length), bool))

@@ -1,0 +1,89 @@
+"""The decoder: grouped-query attention with M-RoPE and SwiGLU, scanned over layers.
+
+One definition serves whole sequences and one-token decoding; they differ in the attention
+pattern handed in and in what the scan carries (`morer1_jax.model.attention`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from morer1_jax.model.attention import Pattern
+from morer1_jax.model.config import Runtime, TextConfig
+from morer1_jax.model.layers import (
+    Rotary,
+    SwiGLU,
+    dense,
+    rematerialised,
+    rms_norm,
+    rotate,
+    scanned,
+)
+
+KV = tuple[Float[Array, "l b s k d"], Float[Array, "l b s k d"]]
+"""Keys (rotated) and values of every layer."""
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and SwiGLU.  The carry is (x, the attention pattern's cache)."""
+
+    config: TextConfig
+    runtime: Runtime
+    keep_kv: bool
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[Float[Array, "b s d"], Any], rotary: Rotary, attend: Pattern
+    ) -> tuple[tuple[Float[Array, "b s d"], Any], tuple[Array, Array] | None]:
+        cfg, run, std = self.config, self.runtime, self.config.initializer_range
+        x, cache = carry
+        y = rms_norm(cfg.rms_norm_eps, run, name="input_norm")(x)
+        q_heads = (cfg.num_attention_heads, cfg.head_dim)
+        kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
+        q = rotate(dense(q_heads, run, std, name="q", bias=True)(y), rotary)
+        k = rotate(dense(kv_heads, run, std, name="k", bias=True)(y), rotary)
+        v = dense(kv_heads, run, std, name="v", bias=True)(y)
+        y, cache = attend(q, k, v, cache)
+        x = x + dense(cfg.hidden_size, run, std, name="o", axis=(-2, -1))(y)
+        mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size, std, run, name="mlp")
+        x = x + mlp(rms_norm(cfg.rms_norm_eps, run, name="post_attention_norm")(x))
+        return (x, cache), ((k, v) if self.keep_kv else None)
+
+
+class Decoder(nn.Module):
+    """All layers and the final norm."""
+
+    config: TextConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, "3 b s"],
+        attend: Pattern,
+        cache: Any = None,
+        keep_kv: bool = False,
+    ) -> tuple[Float[Array, "b s d"], Any, KV | None]:
+        """Hidden states after the final norm, the pattern's cache, and keys and values if kept."""
+        cfg, run = self.config, self.runtime
+        layer = DecoderLayer if cache is not None else rematerialised(DecoderLayer, run)
+        unroll = run.scan_unroll if cache is None else run.decode_unroll
+        layers = scanned(layer, cfg.num_hidden_layers, inputs=2, unroll=unroll)
+        rotary = multimodal_rotary(positions, cfg)
+        (x, cache), kv = layers(cfg, run, keep_kv, name="layers")((x, cache), rotary, attend)
+        return rms_norm(cfg.rms_norm_eps, run, name="norm")(x), cache, kv
+
+
+def multimodal_rotary(positions: Int[Array, "3 b s"], config: TextConfig) -> Rotary:
+    """M-RoPE (arXiv 2409.12191, 2.1): each rotary frequency follows time, height or width."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequencies = 1 / config.rope_theta**exponents
+    axis = np.repeat(np.arange(3), config.mrope_section)
+    angles = jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)

@@ -1,0 +1,94 @@
+"""What the vision tower and the decoder share: projections, norm, SwiGLU, rotary, layer scans."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from morer1_jax.model.config import Runtime
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def dense(
+    features: int | tuple[int, ...],
+    runtime: Runtime,
+    std: float,
+    *,
+    name: str,
+    axis: int | tuple[int, ...] = -1,
+    bias: bool = False,
+) -> nn.DenseGeneral:
+    """A linear map in `runtime.dtype`; its kernel is [*contracted axes, *features]."""
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        use_bias=bias,
+        dtype=runtime.dtype,
+        param_dtype=runtime.param_dtype,
+        kernel_init=nn.initializers.normal(std),
+        name=name,
+    )
+
+
+def rms_norm(epsilon: float, runtime: Runtime, *, name: str) -> nn.RMSNorm:
+    """Root-mean-square norm: statistics and scale in float32, result in `runtime.dtype`."""
+    return nn.RMSNorm(epsilon, dtype=runtime.dtype, param_dtype=runtime.param_dtype, name=name)
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    hidden: int
+    features: int
+    std: float
+    runtime: Runtime
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
+        run, std = self.runtime, self.std
+        gate = dense(self.features, run, std, name="gate", bias=self.bias)(x)
+        up = dense(self.features, run, std, name="up", bias=self.bias)(x)
+        return dense(self.hidden, run, std, name="down", bias=self.bias)(nn.silu(gate) * up)
+
+
+Rotary = tuple[Float[Array, "*s r"], Float[Array, "*s r"]]
+"""Cosines and sines of the angles of the first half of a head, r = d/2."""
+
+
+def rotate(x: Float[Array, "*s h d"], rotary: Rotary) -> Float[Array, "*s h d"]:
+    """Turns each pair (x_i, x_{i+d/2}) by its angle (RoFormer, arXiv 2104.09864), in float32."""
+    cos, sin = (angle[..., None, :] for angle in rotary)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def rematerialised(layer: type[nn.Module], runtime: Runtime) -> type[nn.Module]:
+    """`layer` under the runtime's rematerialisation policy."""
+    if runtime.remat == "none":
+        return layer
+    # Inside a scan the loop itself keeps XLA from merging the two computations.
+    return nn.remat(layer, policy=_REMAT_POLICIES[runtime.remat], prevent_cse=False)
+
+
+def scanned(layer: type[nn.Module], length: int, inputs: int, unroll: int = 1) -> type[nn.Module]:
+    """`layer` repeated `length` times with its parameters stacked on a leading axis.
+
+    The layer maps (carry, *inputs) to (carry, output); every repeat gets the same `inputs`,
+    and the outputs are stacked.
+    """
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * inputs,
+        length=length,
+        unroll=min(unroll, length),
+    )

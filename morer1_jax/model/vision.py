@@ -1,0 +1,154 @@
+"""The vision tower: patches in window slots to image tokens (Qwen2.5-VL, arXiv 2502.13923, 2.1.1).
+
+Most blocks attend within windows, a dense batch of [windows, slots]; a few attend over whole
+images.  Which patch sits in which slot is the host's business (`morer1_jax.data.layout`).
+Axes: b rows, w windows of a row, p slots of a window, n = w·p, d tower width.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from morer1_jax.model.attention import masked_attention
+from morer1_jax.model.config import Runtime, VisionConfig
+from morer1_jax.model.layers import (
+    Rotary,
+    SwiGLU,
+    dense,
+    rematerialised,
+    rms_norm,
+    rotate,
+    scanned,
+)
+
+# Fixed by the architecture: no config of the family carries it.
+_NORM_EPSILON = 1e-6
+
+
+@struct.dataclass
+class VisionInputs:
+    """The images of `b` rows in window slots, as `data.layout` places them.
+
+    Attributes:
+        patches: flattened patches, c = channels · frames · patch_size² in the processor's order.
+        positions: row and column of each patch in its image.
+        image_ids: image of each slot, counted within the row; -1 is padding.
+    """
+
+    patches: Float[Array, "b w p c"]
+    positions: Int[Array, "b w p 2"]
+    image_ids: Int[Array, "b w p"]
+
+
+class VisionAttention(nn.Module):
+    """Attention among the slots of the same image: within each window, or over the whole row."""
+
+    config: VisionConfig
+    runtime: Runtime
+    full: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b w p d"], rotary: Rotary, image_ids: Int[Array, "b w p"]
+    ) -> Float[Array, "b w p d"]:
+        cfg, run = self.config, self.runtime
+        qkv = dense(
+            (3, cfg.num_heads, cfg.head_dim), run, cfg.initializer_range, name="qkv", bias=True
+        )(x)
+        q, k, v = jnp.moveaxis(qkv, -3, 0)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        b, w, p = image_ids.shape
+        rows, length = (b, w * p) if self.full else (b * w, p)
+        ids = image_ids.reshape(rows, length)
+        heads = (rows, length, cfg.num_heads, cfg.head_dim)
+        out = masked_attention(
+            *(a.reshape(heads) for a in (q, k, v)), ids[:, :, None] == ids[:, None, :]
+        )
+        out = out.reshape(b, w, p, cfg.num_heads, cfg.head_dim)
+        return dense(
+            cfg.hidden_size, run, cfg.initializer_range, name="proj", axis=(-2, -1), bias=True
+        )(out)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and SwiGLU, in the shape `layers.scanned` repeats."""
+
+    config: VisionConfig
+    runtime: Runtime
+    full: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b w p d"], rotary: Rotary, image_ids: Int[Array, "b w p"]
+    ) -> tuple[Float[Array, "b w p d"], None]:
+        cfg, run = self.config, self.runtime
+        attend = VisionAttention(cfg, run, self.full, name="attn")
+        x = x + attend(rms_norm(_NORM_EPSILON, run, name="norm1")(x), rotary, image_ids)
+        mlp = SwiGLU(
+            cfg.hidden_size, cfg.intermediate_size, cfg.initializer_range, run, True, name="mlp"
+        )
+        return x + mlp(rms_norm(_NORM_EPSILON, run, name="norm2")(x)), None
+
+
+class VisionGroup(nn.Module):
+    """The repeating group: windowed blocks, then one full block."""
+
+    config: VisionConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b w p d"], rotary: Rotary, image_ids: Int[Array, "b w p"]
+    ) -> tuple[Float[Array, "b w p d"], None]:
+        block = rematerialised(VisionBlock, self.runtime)
+        windowed = self.config.period - 1
+        if windowed:
+            repeat = scanned(block, windowed, inputs=2)
+            x, _ = repeat(self.config, self.runtime, False, name="windowed")(x, rotary, image_ids)
+        return block(self.config, self.runtime, True, name="full")(x, rotary, image_ids)
+
+
+class VisionTower(nn.Module):
+    """Patch embedding, blocks, and the merger of merge² neighbouring patches into one token.
+
+    Where full blocks recur with a period the parameters are stacked by group (and, inside, by
+    windowed block); otherwise each block has its own entry, `block_<i>`.
+    """
+
+    config: VisionConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, inputs: VisionInputs) -> Float[Array, "b m d"]:
+        """Image tokens in slot order, m = w·p / merge²; tokens of padding slots are finite."""
+        cfg, run = self.config, self.runtime
+        std = cfg.initializer_range
+        x = dense(cfg.hidden_size, run, std, name="patch_embed")(inputs.patches)
+        rotary = axial_rotary(inputs.positions, cfg)
+        if cfg.period:
+            groups = scanned(VisionGroup, cfg.depth // cfg.period, inputs=2)
+            x, _ = groups(cfg, run, name="groups")(x, rotary, inputs.image_ids)
+        else:
+            block = rematerialised(VisionBlock, run)
+            for i in range(cfg.depth):
+                full = i in cfg.fullatt_block_indexes
+                x, _ = block(cfg, run, full, name=f"block_{i}")(x, rotary, inputs.image_ids)
+        x = rms_norm(_NORM_EPSILON, run, name="merger_norm")(x)
+        merged = cfg.hidden_size * cfg.spatial_merge_size**2
+        x = x.reshape(x.shape[0], -1, merged)
+        x = nn.gelu(dense(merged, run, std, name="merger_in", bias=True)(x), approximate=False)
+        return dense(cfg.out_hidden_size, run, std, name="merger_out", bias=True)(x)
+
+
+def axial_rotary(positions: Int[Array, "b w p 2"], config: VisionConfig) -> Rotary:
+    """Angles whose first half follows the patch's row and second half its column."""
+    half = config.head_dim // 2
+    exponents = np.arange(0, half, 2, dtype=np.float32) / half
+    frequencies = 1 / config.rope_theta**exponents
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = angles.reshape(*positions.shape[:-1], half)
+    return jnp.cos(angles), jnp.sin(angles)

@@ -1,0 +1,215 @@
+"""Qwen2.5-VL as a few verbs, used alike by training, scoring, sampling and prediction.
+
+    encode_images → embed → forward → logprobs            training, scoring
+    encode_images → embed → forward(keep_kv) → init_cache → (logits, embed, decode)*   sampling
+
+Every verb is a method for `model.apply({"params": params}, ..., method=...)`; there is no
+hidden state.  Axes: b batch, s sequence, g samples of one prompt, m image tokens, d model,
+v vocabulary, l layers, k key-value heads, t completion.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from morer1_jax.model.attention import Cached, CompletionKV, PackedCausal, Pattern
+from morer1_jax.model.config import ModelConfig, Runtime
+from morer1_jax.model.language import KV, Decoder
+from morer1_jax.model.vision import VisionInputs, VisionTower
+
+# Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN,
+# so a masked-out position whose target is not allowed leaves loss and gradient finite.
+DISALLOWED = -1e30
+
+
+@struct.dataclass
+class KVCache:
+    """State of one-token decoding: the prompt once, a completion for each of its g samples.
+
+    `index` is the completion place the next `decode` writes, the same for every sample.
+    """
+
+    prompt_k: Float[Array, "l b s k d"]
+    prompt_v: Float[Array, "l b s k d"]
+    prompt_mask: Bool[Array, "b s"]
+    completion_k: Float[Array, "l b g t k d"]
+    completion_v: Float[Array, "l b g t k d"]
+    index: Int[Array, ""]
+
+
+def init_cache(
+    prompt_kv: KV, prompt_mask: Bool[Array, "b s"], *, group: int, length: int, bucket: int = 64
+) -> KVCache:
+    """An empty cache for `group` samples a prompt of at most `length` tokens each.
+
+    Args:
+        prompt_kv: what `forward(..., keep_kv=True)` returned for the prompts.
+        prompt_mask: the prompts' valid tokens.
+        bucket: the completion part is allocated in multiples of this.
+    """
+    prompt_k, prompt_v = prompt_kv
+    layers, batch, _, kv_heads, head_dim = prompt_k.shape
+    places = -(-length // bucket) * bucket
+    empty = jnp.zeros((layers, batch, group, places, kv_heads, head_dim), prompt_k.dtype)
+    return KVCache(
+        prompt_k=prompt_k,
+        prompt_v=prompt_v,
+        prompt_mask=prompt_mask,
+        completion_k=empty,
+        completion_v=empty,
+        index=jnp.zeros((), jnp.int32),
+    )
+
+
+class Qwen25VL(nn.Module):
+    """The whole model.  See the module's text for how its verbs go together."""
+
+    config: ModelConfig
+    runtime: Runtime = Runtime()
+
+    def setup(self) -> None:
+        text = self.config.text
+        table = (text.vocab_size, text.hidden_size)
+        init = nn.initializers.normal(text.initializer_range)
+        self.embedding = self.param("embedding", init, table, self.runtime.param_dtype)
+        if not self.config.tie_word_embeddings:
+            self.head = self.param("head", init, table, self.runtime.param_dtype)
+        self.vision = VisionTower(self.config.vision, self.runtime)
+        self.language = Decoder(text, self.runtime)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b s"],
+        positions: Int[Array, "3 b s"],
+        attend: Pattern,
+        images: VisionInputs | None = None,
+        vision_index: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Whole forward pass to hidden states; without images the two last are None."""
+        vision_tokens = None if images is None else self.encode_images(images)
+        return self.forward(self.embed(tokens, vision_tokens, vision_index), positions, attend)
+
+    def encode_images(self, images: VisionInputs) -> Float[Array, "b m d"]:
+        """Image tokens of each row in slot order, m = windows · slots / merge²."""
+        return self.vision(images)
+
+    def embed(
+        self,
+        tokens: Int[Array, "b s"],
+        vision_tokens: Float[Array, "b m d"] | None = None,
+        vision_index: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Token embeddings, with the image token `vision_index` names where it is not -1."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.runtime.dtype)
+        if vision_tokens is None:
+            return x
+        place = jnp.maximum(vision_index, 0)[..., None]
+        seen = jnp.take_along_axis(vision_tokens, place, axis=1).astype(x.dtype)
+        return jnp.where(vision_index[..., None] >= 0, seen, x)
+
+    def forward(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, "3 b s"],
+        attend: Pattern,
+        keep_kv: bool = False,
+    ) -> Any:
+        """Hidden states [b s d] after the final norm; with `keep_kv` also every layer's KV."""
+        hidden, _, kv = self.language(x, positions, attend, keep_kv=keep_kv)
+        return (hidden, kv) if keep_kv else hidden
+
+    def decode(
+        self, x: Float[Array, "b g d"], positions: Int[Array, "b g"], cache: KVCache
+    ) -> tuple[Float[Array, "b g d"], KVCache]:
+        """One more token of each sample: its hidden state, and the cache one place further.
+
+        Args:
+            positions: of the tokens; text, so the same on all three axes.
+        """
+        attend = Cached(cache.prompt_k, cache.prompt_v, cache.prompt_mask, cache.index)
+        own = CompletionKV(cache.completion_k, cache.completion_v, jnp.zeros((), jnp.int32))
+        axes = jnp.broadcast_to(positions, (3, *positions.shape))
+        hidden, own, _ = self.language(x, axes, attend, cache=own)
+        cache = cache.replace(completion_k=own.k, completion_v=own.v, index=cache.index + 1)
+        return hidden, cache
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Float32 logits; for a token or a few a row, never for whole long sequences."""
+        return _logits(hidden, self._head())
+
+    def logprobs(
+        self,
+        hidden: Float[Array, "b s d"],
+        targets: Int[Array, "b s"],
+        *,
+        allowed: Bool[Array, " v"] | None = None,
+        temperature: float | Float[Array, ""] = 1.0,
+        chunk: int = 128,
+    ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
+        """Float32 log-probability of each target and entropy of its distribution, in nats.
+
+        Worked out `chunk` places at a time, forward and backward, so that logits of the whole
+        sequence never exist.  Logits are divided by `temperature`, then ids that are not
+        `allowed` are left out of the distribution; the log-probability of such a target is
+        about -1e30, finite so that a mask can take it out.
+        """
+        b, s, d = hidden.shape
+        chunk = min(chunk, s)
+        chunks = -(-s // chunk)
+        pad = chunks * chunk - s
+        hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(b, chunks, chunk, d)
+        targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(b, chunks, chunk)
+        one = functools.partial(
+            _chunk_logprobs, head=self._head(), allowed=allowed, temperature=temperature
+        )
+        pairs = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
+        results = jax.lax.map(jax.checkpoint(lambda pair: one(*pair)), pairs)
+        logprob, entropy = (jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :s] for x in results)
+        return logprob, entropy
+
+    def _head(self) -> Float[Array, "v d"]:
+        return self.embedding if self.config.tie_word_embeddings else self.head
+
+
+def init_params(model: Qwen25VL, key: PRNGKeyArray) -> dict[str, Any]:
+    """Parameters from scratch: matrices normal with the config's `initializer_range` as
+    standard deviation, zero biases, unit norm scales."""
+    vision = model.config.vision
+    slots = (1, 1, vision.window_patches)
+    images = VisionInputs(
+        patches=jnp.zeros((*slots, vision.patch_dim)),
+        positions=jnp.zeros((*slots, 2), jnp.int32),
+        image_ids=jnp.zeros(slots, jnp.int32),
+    )
+    token = jnp.zeros((1, 1), jnp.int32)
+    positions = jnp.zeros((3, 1, 1), jnp.int32)
+    return model.init(key, token, positions, PackedCausal(token), images, token)["params"]
+
+
+def _logits(hidden: Float[Array, "*b d"], head: Float[Array, "v d"]) -> Float[Array, "*b v"]:
+    return jnp.einsum(
+        "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _chunk_logprobs(
+    hidden: Float[Array, "b s d"],
+    targets: Int[Array, "b s"],
+    *,
+    head: Float[Array, "v d"],
+    allowed: Bool[Array, " v"] | None,
+    temperature: float | Float[Array, ""],
+) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
+    logits = _logits(hidden, head) / temperature
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, DISALLOWED)
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    logprob = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+    return logprob, -jnp.sum(jnp.exp(logps) * logps, axis=-1)

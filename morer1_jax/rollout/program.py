@@ -1,0 +1,83 @@
+"""Sample, reward and advantage as one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from morer1_jax.data.batch import PromptBatch
+from morer1_jax.learn.scorer import Params
+from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.rollout.reward import PARTS, RewardConfig, advantages, reward_parts, total_reward
+from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sample_keys
+
+Metrics = dict[str, Array]
+
+
+@struct.dataclass
+class Scored:
+    """A rollout with what each completion earned.
+
+    Attributes:
+      parts: the unweighted reward parts by name.
+      reward: their weighted sum.
+      advantages: reward relative to its group.
+    """
+
+    rollout: Rollout
+    parts: dict[str, Float[Array, "b g"]]
+    reward: Float[Array, "b g"]
+    advantages: Float[Array, "b g"]
+
+
+def make_rollout(
+    model: Qwen25VL, config: SampleConfig, reward: RewardConfig, scale_rewards: str, seed: int
+) -> Callable[..., tuple[Scored, Metrics]]:
+    """`rollout(params, prompts, reader, allowed, step) -> (scored, metrics)`, to be jitted.
+
+    Args:
+      scale_rewards: what advantages are divided by; see `reward.advantages`.
+      seed: of the sampling noise, together with `step`.
+
+    The metrics carry TRL's names: `reward`, `reward_std`, `frac_reward_zero_std`,
+    `rewards/{part}/{mean,std}`, `completions/{mean,min,max}_length`, `completions/clipped_ratio`.
+    """
+
+    def rollout(
+        params: Params,
+        prompts: PromptBatch,
+        reader: Reader,
+        allowed: Bool[Array, " v"],
+        step: Int[Array, ""],
+    ) -> tuple[Scored, Metrics]:
+        keys = sample_keys(seed, step, prompts.fact, config.group)
+        drawn = sample(model, params, prompts, reader, allowed, keys, config)
+        parts = reward_parts(drawn, prompts.gold, reward)
+        total = total_reward(parts, reward)
+        advantage, equal = advantages(total, scale_rewards)
+        scored = Scored(rollout=drawn, parts=parts, reward=total, advantages=advantage)
+        return scored, rollout_metrics(scored, equal)
+
+    return rollout
+
+
+def rollout_metrics(scored: Scored, equal: Bool[Array, " b"]) -> Metrics:
+    """Means over the batch; `reward_std` is the mean of the groups' standard deviations."""
+    lengths = jnp.sum(scored.rollout.mask, axis=-1)
+    metrics = {
+        "reward": jnp.mean(scored.reward),
+        "reward_std": jnp.mean(jnp.std(scored.reward, axis=1)),
+        "frac_reward_zero_std": jnp.mean(equal.astype(jnp.float32)),
+        "completions/mean_length": jnp.mean(lengths.astype(jnp.float32)),
+        "completions/min_length": jnp.min(lengths),
+        "completions/max_length": jnp.max(lengths),
+        "completions/clipped_ratio": jnp.mean((~scored.rollout.ended).astype(jnp.float32)),
+        "completions/unreadable_ratio": jnp.mean((scored.rollout.answer < 0).astype(jnp.float32)),
+    }
+    for name in PARTS:
+        metrics[f"rewards/{name}/mean"] = jnp.mean(scored.parts[name])
+        metrics[f"rewards/{name}/std"] = jnp.std(scored.parts[name])
+    return metrics

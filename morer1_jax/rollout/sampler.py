@@ -1,0 +1,224 @@
+"""The compiled group sampler: G answers to each prompt, read by the automaton as they grow.
+
+One program encodes the images, prefills each prompt once, and decodes the group's samples token by
+token until all have ended. Noise is keyed by (seed, step, fact, sample, position), so a sample
+depends on no other row and not on the mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from morer1_jax.data.batch import PromptBatch
+from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.data.tokens import AnswerTables
+from morer1_jax.learn.scorer import Params, embed_prompts, last_valid
+from morer1_jax.model.attention import PackedCausal
+from morer1_jax.model.vlm import DISALLOWED, KVCache, Qwen25VL, init_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How completions are drawn.
+
+    Attributes:
+      group: samples a prompt.
+      length: most tokens of a completion, end-of-turn among them.
+      temperature: logits are divided by it; 0 takes the likeliest token (greedy).
+      end_of_turn: the id that ends a completion.
+    """
+
+    group: int
+    length: int
+    temperature: float
+    end_of_turn: int
+
+
+@struct.dataclass
+class Reader:
+    """The answer's automata on the device; see `data.tokens.AnswerTables`."""
+
+    token_class: Int[Array, " v"]
+    steps_next: Int[Array, "class steps"]
+    answer_next: Int[Array, "class answer"]
+    effort_added: Int[Array, "class steps"]
+    steps_accept: Bool[Array, " steps"]
+    answer_label: Int[Array, " answer"]
+
+    @classmethod
+    def of(cls, tables: AnswerTables) -> Reader:
+        """Takes what the loop needs from the host's tables."""
+        return cls(
+            **{f.name: jnp.asarray(getattr(tables, f.name)) for f in dataclasses.fields(cls)}
+        )
+
+
+@struct.dataclass
+class Rollout:
+    """Completions of a batch of prompts, and what the automaton read off them.
+
+    Attributes:
+      tokens: int32 ids; meaningless where `mask` is False.
+      mask: True up to and including end-of-turn.
+      logprobs: float32, the log-probability each token was drawn with.
+      ended: False if the completion was cut off at the length limit.
+      format, answer, effort: the three outcomes of `task.answer`; `answer` is a label's id or -1.
+    """
+
+    tokens: Int[Array, "b g t"]
+    mask: Bool[Array, "b g t"]
+    logprobs: Float[Array, "b g t"]
+    ended: Bool[Array, "b g"]
+    format: Bool[Array, "b g"]
+    answer: Int[Array, "b g"]
+    effort: Int[Array, "b g"]
+
+
+@struct.dataclass
+class LoopState:
+    """The decode loop's state before token `index` is drawn."""
+
+    index: Int[Array, ""]
+    hidden: Float[Array, "b g d"]
+    cache: KVCache
+    tokens: Int[Array, "b g t"]
+    mask: Bool[Array, "b g t"]
+    logprobs: Float[Array, "b g t"]
+    ended: Bool[Array, "b g"]
+    steps: Int[Array, "b g"]
+    answer: Int[Array, "b g"]
+    effort: Int[Array, "b g"]
+
+
+def allowed_ids(special: SpecialIds, tokenizer_size: int, rows: int) -> Bool[np.ndarray, " v"]:
+    """Ids that may be sampled: no padding, image, vision or video token, no row without a token.
+
+    Args:
+      tokenizer_size: number of ids the tokenizer has.
+      rows: rows of the embedding, at least as many.
+    """
+    allowed = np.arange(rows) < tokenizer_size
+    allowed[list(special.never_sampled)] = False
+    return allowed
+
+
+def sample_keys(
+    seed: int, step: Int[Array, ""], fact: Int[Array, " b"], group: int
+) -> PRNGKeyArray:
+    """A key for each (fact, sample) of a step, [b, g]."""
+    base = jax.random.fold_in(jax.random.key(seed), step)
+
+    def one(fact: Array, sample: Array) -> PRNGKeyArray:
+        return jax.random.fold_in(jax.random.fold_in(base, fact), sample)
+
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(fact, jnp.arange(group))
+
+
+def sample(
+    model: Qwen25VL,
+    params: Params,
+    prompts: PromptBatch,
+    reader: Reader,
+    allowed: Bool[Array, " v"],
+    keys: PRNGKeyArray,
+    config: SampleConfig,
+) -> Rollout:
+    """Draws `config.group` completions of each prompt.
+
+    Args:
+      keys: [b, g], of `sample_keys`; not read when greedy.
+    """
+    b, g, t = prompts.tokens.shape[0], config.group, config.length
+
+    def prefill(module: Qwen25VL) -> tuple[Array, KVCache]:
+        x = embed_prompts(module, prompts)
+        positions = jnp.moveaxis(prompts.positions, 1, 0)
+        attend = PackedCausal(prompts.mask.astype(jnp.int32))
+        hidden, kv = module.forward(x, positions, attend, keep_kv=True)
+        return last_valid(hidden, prompts.mask), init_cache(kv, prompts.mask, group=g, length=t)
+
+    def decode(module: Qwen25VL, tokens: Array, index: Array, cache: KVCache):
+        x = module.embed(tokens)
+        positions = jnp.broadcast_to((prompts.next_position + index)[:, None], (b, g))
+        hidden, cache = module.decode(x, positions, cache)
+        return hidden, cache
+
+    variables = {"params": params}
+
+    def going(state: LoopState) -> Bool[Array, ""]:
+        return (state.index < t) & ~jnp.all(state.ended)
+
+    def step(state: LoopState) -> LoopState:
+        logits = model.apply(variables, state.hidden, method=Qwen25VL.logits)
+        token, logprob = _draw(logits, allowed, keys, state.index, config.temperature)
+        token = jnp.where(state.ended, 0, token)
+        alive = ~state.ended
+        kind = reader.token_class[token]
+        added = reader.effort_added[kind, state.steps].astype(jnp.int32)
+        hidden, cache = model.apply(variables, token, state.index, state.cache, method=decode)
+        at = (0, 0, state.index)
+        return LoopState(
+            index=state.index + 1,
+            hidden=hidden,
+            cache=cache,
+            tokens=jax.lax.dynamic_update_slice(state.tokens, token[..., None], at),
+            mask=jax.lax.dynamic_update_slice(state.mask, alive[..., None], at),
+            logprobs=jax.lax.dynamic_update_slice(
+                state.logprobs, jnp.where(alive, logprob, 0.0)[..., None], at
+            ),
+            ended=state.ended | (token == config.end_of_turn),
+            steps=jnp.where(alive, reader.steps_next[kind, state.steps], state.steps),
+            answer=jnp.where(alive, reader.answer_next[kind, state.answer], state.answer),
+            effort=state.effort + jnp.where(alive, added, 0),
+        )
+
+    last, cache = model.apply(variables, method=prefill)
+    start = LoopState(
+        index=jnp.zeros((), jnp.int32),
+        hidden=jnp.broadcast_to(last[:, None], (b, g, last.shape[-1])),
+        cache=cache,
+        tokens=jnp.zeros((b, g, t), jnp.int32),
+        mask=jnp.zeros((b, g, t), bool),
+        logprobs=jnp.zeros((b, g, t), jnp.float32),
+        ended=jnp.zeros((b, g), bool),
+        steps=jnp.zeros((b, g), reader.steps_next.dtype),
+        answer=jnp.zeros((b, g), reader.answer_next.dtype),
+        effort=jnp.zeros((b, g), jnp.int32),
+    )
+    end = jax.lax.while_loop(going, step, start)
+    answer = reader.answer_label[end.answer].astype(jnp.int32)
+    return Rollout(
+        tokens=end.tokens,
+        mask=end.mask,
+        logprobs=end.logprobs,
+        ended=end.ended,
+        format=reader.steps_accept[end.steps] & (answer >= 0),
+        answer=answer,
+        effort=end.effort,
+    )
+
+
+def _draw(
+    logits: Float[Array, "b g v"],
+    allowed: Bool[Array, " v"],
+    keys: PRNGKeyArray,
+    index: Int[Array, ""],
+    temperature: float,
+) -> tuple[Int[Array, "b g"], Float[Array, "b g"]]:
+    """A token of each sample and its log-probability, normalised as the scorer does."""
+    if temperature == 0.0:
+        logits = jnp.where(allowed, logits, DISALLOWED)
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        logits = jnp.where(allowed, logits / temperature, DISALLOWED)
+        at = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(keys)
+        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(at)
+        token = jnp.argmax(logits + noise, axis=-1)
+    logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return token.astype(jnp.int32), logprob - jax.nn.logsumexp(logits, axis=-1)

@@ -1,0 +1,49 @@
+"""The stage `baselines`: what can be scored without looking, or without reading.
+
+Two blind models (photo hidden, title hidden) of the same architecture learn, from scratch, to give
+the label of every training fact directly; a third baseline counts. A model that answers from one
+modality alone cannot beat them by much.
+"""
+
+from __future__ import annotations
+
+from morer1_jax.run.answers import Asker
+from morer1_jax.run.evaluate import evaluate, evaluate_majority
+from morer1_jax.run.job import Job
+from morer1_jax.run.loop import LoopConfig
+from morer1_jax.run.sft import train_sft
+from morer1_jax.task.prompt import direct_answer
+
+BLIND = {"photo_hidden": {"show_photo": False}, "title_hidden": {"show_title": False}}
+
+
+def run_baselines(job: Job) -> None:
+    """Trains and scores the blind models, and scores the majority label."""
+    config = job.settings.baselines
+    targets = {fact.id: direct_answer(fact.label) for fact in job.facts["train"]}
+    longest = max(len(job.encoder.target_tokens(text)) for text in set(targets.values()))
+    for stream, (name, blind) in enumerate(BLIND.items(), start=1):
+        encoder = job.new_encoder(completion=longest, **blind)
+        checkpoints = train_sft(
+            job,
+            f"baselines/{name}",
+            encoder=encoder,
+            targets=targets,
+            params=job.init_params(stream),
+            optimizer=config.optimizer,
+            loop=LoopConfig(
+                steps=config.steps,
+                eval_every=config.eval_every,
+                save_every=config.eval_every,
+                log_every=1,
+                keep_checkpoints=1,
+            ),
+            batch=config.batch,
+            micro_batches=1,
+            eval_facts=config.eval_facts,
+            stream=stream,
+        )
+        params, _ = checkpoints.restore_best(job.like_params())
+        asker = Asker(job, encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+        evaluate(job, name, params, asker)
+    evaluate_majority(job)

@@ -1,0 +1,304 @@
+"""Checkpoints that are whole and verified, or absent.
+
+Orbax writes and reads the arrays; it does not notice that a byte on the disk has changed.  So the
+digest of every file is kept in a manifest, which is written last, into a hidden folder that is only
+then renamed: a folder with a manifest is whole, one without was never finished.
+
+    <folder>/step_00000100/arrays/…       orbax's files
+    <folder>/step_00000100/manifest.json  step, extra, shape and dtype of each leaf, digests
+    <folder>/best/step_00000080/…         the best by a metric, in the same form
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from morer1_jax.files import atomic_dir, atomic_write, sync_path, temporary_path
+from morer1_jax.run.mesh import path_name
+from morer1_jax.task.fact import DataError
+
+PyTree = Any
+
+ARRAYS = "arrays"
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_DIGEST_THREADS = 8
+
+
+class CheckpointError(DataError):
+    """A checkpoint that is damaged, missing or of another structure; the message is one line."""
+
+
+class Checkpointer:
+    """Saves and restores training states in one folder of a file system all processes share.
+
+    In a run of several processes every method is called by all of them at the same point.  `save`
+    returns when the checkpoint is whole on the disk.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
+        """Opens the folder; it is made by the first save.
+
+        Args:
+          keep: how many of the newest checkpoints stay; older ones go after a newer is whole.
+
+        Raises:
+          ValueError: `keep` is below 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep: {keep} found, at least 1 expected")
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
+
+    def save(self, step: int, state: PyTree, extra: Mapping[str, Any] | None = None) -> None:
+        """Saves the state as of `step`.
+
+        Args:
+          state: a tree of `jax.Array`.
+          extra: what the host must remember: JSON values by name, floats finite.
+
+        Raises:
+          CheckpointError: a checkpoint of this or a later step is there.
+        """
+        latest = self.latest()
+        if latest is not None and step <= latest:
+            raise CheckpointError(
+                f"{self.folder}: step {step} to be saved, but step {latest} is there; "
+                "go on from that one or delete it"
+            )
+        self._write(self._path(step), step, state, dict(extra or {}))
+        if _is_first():
+            whole = [found for found in _steps(self.folder) if _manifest(self._path(found))]
+            for found in _steps(self.folder):
+                if found < step and found not in whole[: self.keep]:
+                    _remove(self._path(found))
+
+    def save_best(self, step: int, params: PyTree, metric: float) -> bool:
+        """Keeps `params` if `metric` is the highest so far; the earlier of equals stays.
+
+        Returns:
+          Whether they were kept.  A NaN never is.
+        """
+        best = self.best()
+        if math.isnan(metric) or (best is not None and metric <= best[1]):
+            return False
+        best_folder = self.folder / "best"
+        self._write(_step_path(best_folder, step), step, params, {"metric": float(metric)})
+        if _is_first():
+            for found in _steps(best_folder):
+                if found != step:
+                    _remove(_step_path(best_folder, found))
+        return True
+
+    def latest(self) -> int | None:
+        """The newest step with a whole checkpoint; others are passed over with a warning."""
+        return _newest(self.folder)
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and metric of the best parameters kept, or None."""
+        folder = self.folder / "best"
+        best = None
+        for step in _steps(folder):
+            manifest = _manifest(_step_path(folder, step))
+            # A run killed before it removed the best but one leaves both.
+            if manifest and (best is None or manifest["extra"]["metric"] > best[1]):
+                best = (step, manifest["extra"]["metric"])
+        return best
+
+    def restore(self, step: int | None, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """Verifies a checkpoint's digests, then reads it.
+
+        Args:
+          step: which one; the latest if None.
+          like: the tree to restore, of `jax.ShapeDtypeStruct`, each with the sharding wanted (which
+            need not be the one saved under); without a sharding, onto the first local device.
+
+        Returns:
+          The state and the `extra` it was saved with.
+
+        Raises:
+          CheckpointError: none is there, a file differs from its digest, or a leaf of `like` is not
+            in the checkpoint with this shape and dtype, or the other way round.
+        """
+        step = self.latest() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.folder}: no whole checkpoint found; train first")
+        return self._read(self._path(step), like)
+
+    def restore_best(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """As `restore`, for what `save_best` kept; `extra` holds `metric`."""
+        best = self.best()
+        if best is None:
+            raise CheckpointError(f"{self.folder / 'best'}: no whole checkpoint found; train first")
+        return self._read(_step_path(self.folder / "best", best[0]), like)
+
+    def _path(self, step: int) -> Path:
+        return _step_path(self.folder, step)
+
+    def _write(self, path: Path, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+        leaves = _leaves(state)
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, jax.Array):
+                raise TypeError(f"{name}: {type(leaf).__name__} found, a jax.Array expected")
+        body = {
+            "format": _FORMAT,
+            "step": step,
+            "extra": extra,
+            "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
+        }
+        # As it will be read back, and refused before anything is written if it cannot be.
+        body = json.loads(json.dumps(body, allow_nan=False))
+        first = _is_first()
+        if first:
+            for unfinished in path.parent.glob(".step_*.tmp"):
+                shutil.rmtree(unfinished)
+            if path.exists():  # Not whole: of a whole one the callers know.
+                _remove(path)
+        with atomic_dir(path) if first else contextlib.nullcontext(temporary_path(path)) as folder:
+            self._orbax.save(folder / ARRAYS, args=ocp.args.PyTreeSave(leaves))
+            if first:
+                names = sorted(
+                    os.path.relpath(os.path.join(parent, name), folder)
+                    for parent, _, files in os.walk(folder)
+                    for name in files
+                )
+                body["files"] = dict(zip(names, _digests(folder, names), strict=True))
+                manifest = {"sha256": _json_digest(body), "body": body}
+                atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {path}")
+
+    def _read(self, path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        manifest = _manifest(path)
+        if manifest is None:
+            raise CheckpointError(f"{path}: no whole checkpoint; choose another step")
+        wanted = _leaves(like)
+        saved = manifest["leaves"]
+        for name in sorted(wanted.keys() | saved.keys()):
+            here = _describe(wanted[name]) if name in wanted else "no such leaf"
+            there = saved.get(name, "no such leaf")
+            if here != there:
+                raise CheckpointError(
+                    f"{path}: {name}: {there} in the checkpoint, {here} expected; "
+                    "the checkpoint belongs to another model or optimizer"
+                )
+        _verify(path, manifest["files"])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        targets = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
+            for name, leaf in wanted.items()
+        }
+        arrays = self._orbax.restore(
+            path / ARRAYS,
+            args=ocp.args.PyTreeRestore(
+                item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
+            ),
+        )
+        tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+        return tree, manifest["extra"]
+
+
+def _is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _step_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps that have a folder, whole or not, newest first."""
+    names = os.listdir(folder) if folder.exists() else []
+    return sorted((int(m[1]) for n in names if (m := re.fullmatch(r"step_(\d+)", n))), reverse=True)
+
+
+def _newest(folder: Path) -> int | None:
+    newest = -1
+    if _is_first():
+        for step in _steps(folder):
+            if _manifest(_step_path(folder, step)):
+                newest = step
+                break
+            logging.warning("%s is not a whole checkpoint; passed over", _step_path(folder, step))
+    if jax.process_count() > 1:
+        newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    return None if newest < 0 else newest
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a whole checkpoint; None if it is missing or damaged itself."""
+    try:
+        found = json.loads((path / MANIFEST).read_bytes())
+        body = found["body"]
+        whole = found["sha256"] == _json_digest(body)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if whole and body["format"] != _FORMAT:
+        raise CheckpointError(
+            f"{path}: format {body['format']} found, {_FORMAT} expected; "
+            "read it with the version that wrote it"
+        )
+    return body if whole else None
+
+
+def _json_digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path, names: list[str]) -> list[str]:
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
+        return list(pool.map(digest, names))
+
+
+def _verify(path: Path, expected: Mapping[str, str]) -> None:
+    """Compares every file with its digest; the processes share the work and the verdict."""
+    names = sorted(expected)
+    mine = names[jax.process_index() :: jax.process_count()]
+    missing = [name for name in mine if not (path / name).is_file()]
+    found = [] if missing else _digests(path, mine)
+    bad = missing or [n for n, d in zip(mine, found, strict=True) if d != expected[n]]
+    first_bad = names.index(bad[0]) if bad else len(names)
+    if jax.process_count() > 1:
+        first_bad = int(multihost_utils.process_allgather(np.int32(first_bad)).min())
+    if first_bad < len(names):
+        raise CheckpointError(
+            f"{path / names[first_bad]}: missing or not what was saved (its SHA-256 differs); "
+            f"delete {path} to go on from the checkpoint before it"
+        )
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint; its name goes first, so that a half of one is never seen."""
+    grave = temporary_path(path)
+    if grave.exists():
+        shutil.rmtree(grave)
+    os.rename(path, grave)
+    sync_path(path.parent)
+    shutil.rmtree(grave)

@@ -1,0 +1,194 @@
+"""The stage `grpo`: rollouts on a mix of easy and hard facts, and updates on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from morer1_jax.data.batch import PromptBatch
+from morer1_jax.data.curriculum import Mixer, Pool
+from morer1_jax.learn.grpo import GroupBatch, make_grpo_update, token_weights
+from morer1_jax.learn.scorer import group_logprobs
+from morer1_jax.learn.state import TrainState
+from morer1_jax.rollout.program import Scored, make_rollout
+from morer1_jax.rollout.sampler import SampleConfig
+from morer1_jax.run.answers import Asker, validator
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.job import Job
+from morer1_jax.run.log import RecordLog
+from morer1_jax.run.loop import Hooks, train
+from morer1_jax.run.mesh import fetch
+from morer1_jax.run.rate import FILE, read_ratings
+from morer1_jax.run.sft import loop_config
+
+
+class Programs:
+    """The compiled programs of a GRPO step: rollout, score, update.
+
+    Args:
+      shardings: of the train state.
+      transform: the optimizer.
+    """
+
+    def __init__(self, job: Job, shardings: Any, transform: Any) -> None:
+        grpo = job.settings.grpo
+        sampling = SampleConfig(
+            group=grpo.group,
+            length=job.encoder.buckets.completion,
+            temperature=grpo.temperature,
+            end_of_turn=job.special.end_of_turn,
+        )
+        whole = job.replicated
+        self.rollout = jax.jit(
+            make_rollout(job.model, sampling, grpo.reward, grpo.scale_rewards, job.settings.seed),
+            in_shardings=(job.param_shardings, job.rows, whole, whole, whole),
+            out_shardings=(job.rows, whole),
+        )
+        self.score = jax.jit(
+            lambda params, prompts, tokens, mask, allowed: group_logprobs(
+                job.model, params, prompts, tokens, mask, allowed, job.score
+            )[0],
+            in_shardings=(job.param_shardings, job.rows, job.rows, job.rows, whole),
+            out_shardings=job.rows,
+        )
+        self.update = jax.jit(
+            make_grpo_update(job.model, transform, grpo.loss, job.score, grpo.micro_batches),
+            in_shardings=(shardings, job.rows, whole),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        )
+        self.weights = jax.jit(
+            lambda mask, ended: token_weights(mask, ended, grpo.loss), out_shardings=job.rows
+        )
+
+
+def grpo_step(
+    job: Job, programs: Programs, reference: Any
+) -> Callable[[TrainState, PromptBatch, int], tuple[TrainState, dict[str, Any], Scored]]:
+    """One rollout and its updates: `step(state, prompts, number) -> (state, metrics, scored)`.
+
+    Args:
+      reference: parameters the KL is taken to; not read where beta is 0.
+    """
+    grpo = job.settings.grpo
+
+    def step(state: TrainState, prompts: PromptBatch, number: int):
+        prompts = job.put(prompts)
+        scored, metrics = programs.rollout(
+            state.params, prompts, job.reader, job.allowed, jnp.int32(number)
+        )
+        drawn = scored.rollout
+        asked = (prompts, drawn.tokens, drawn.mask, job.allowed)
+        batch = GroupBatch(
+            prompts=prompts,
+            tokens=drawn.tokens,
+            mask=drawn.mask,
+            weights=programs.weights(drawn.mask, drawn.ended),
+            advantages=scored.advantages,
+            sampler=drawn.logprobs,
+            reference=programs.score(reference, *asked) if grpo.loss.beta else None,
+        )
+        # The first update needs no old log-probabilities: they are its own. Later ones take those
+        # of the parameters the rollout began with, so they are scored before the first.
+        old = programs.score(state.params, *asked) if grpo.updates > 1 else None
+        for update in range(grpo.updates):
+            state, learned = programs.update(
+                state, batch.replace(old=old if update else None), job.allowed
+            )
+            metrics |= learned
+        return state.replace(step=state.step + 1), metrics, scored
+
+    return step
+
+
+def run_grpo(job: Job, params: Any) -> Checkpointer:
+    """Trains from `params`, which are also the reference, on the pools of the stage `rate`.
+
+    Metrics are those of `rollout_metrics` and `grpo_gradients`, with `curriculum/easy_share` and
+    `curriculum/hard_share`; every `rollouts_every` steps `rollouts.jsonl` gets the completions.
+    """
+    grpo = job.settings.grpo
+    facts = job.facts["train"]
+    pools = _pools(job)
+    draw = _schedule(job, pools)
+    easy = set(pools["easy"])
+    transform = grpo.optimizer.build(grpo.steps * grpo.updates)
+    # The update gives its state away, and the reference must outlive it.
+    state, shardings = job.new_state(params, transform)
+    step = grpo_step(job, Programs(job, shardings, transform), params)
+    records = RecordLog(job.workdir / "rollouts.jsonl", "grpo")
+
+    def make_batch(number: int) -> PromptBatch:
+        mine = job.host_rows(draw(number))
+        return job.encoder.prompts([facts[i] for i in mine], mine)
+
+    def train_step(state: TrainState, prompts: PromptBatch, number: int):
+        state, metrics, scored = step(state, prompts, number)
+        share = float(np.mean([i in easy for i in draw(number)]))
+        metrics |= {"curriculum/easy_share": share, "curriculum/hard_share": 1.0 - share}
+        if (number + 1) % grpo.rollouts_every == 0:
+            records.write(number + 1, list(_records(job, draw(number), fetch(scored))))
+        return state, metrics
+
+    asker = Asker(job, job.encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+    hooks = Hooks(
+        batch=make_batch,
+        step=train_step,
+        validate=validator(asker, job, job.facts["valid"][: grpo.eval_facts]),
+        resume=records.resume_at,
+        shown=("reward", "rewards/accuracy/mean"),
+    )
+    return train(
+        "grpo",
+        job.workdir,
+        state,
+        shardings,
+        hooks,
+        loop_config(grpo),
+        workers=job.settings.data.workers,
+    )
+
+
+def _pools(job: Job) -> dict[str, list[int]]:
+    """Indices of the training facts of each pool."""
+    pools: dict[str, list[int]] = {"easy": [], "hard": [], "dropped": []}
+    for rating in read_ratings(job.workdir / "rate" / FILE):
+        pools[rating.pool].append(job.index[rating.fact])
+    return pools
+
+
+def _schedule(job: Job, pools: dict[str, list[int]]) -> Callable[[int], np.ndarray]:
+    """The facts of each step."""
+    grpo, seed = job.settings.grpo, job.settings.seed
+    if grpo.mixing:
+        return Mixer(pools["easy"], pools["hard"], grpo.mix, grpo.prompts, grpo.steps, seed).batch
+    everything = Pool("training", sorted(pools["easy"] + pools["hard"]), (seed, 2))
+    return lambda step: everything.take(step * grpo.prompts, grpo.prompts)
+
+
+def _records(job: Job, indices: np.ndarray, scored: Scored) -> Iterator[dict[str, Any]]:
+    """What `rollouts.jsonl` keeps of a rollout: every completion with what it earned."""
+    labels, drawn = job.ontology.labels, scored.rollout
+    for row, index in enumerate(indices):
+        fact = job.facts["train"][index]
+        for sample in range(drawn.tokens.shape[1]):
+            answer = int(drawn.answer[row, sample])
+            yield {
+                "fact": fact.id,
+                "sample": sample,
+                "gold": fact.label,
+                "answer": labels[answer] if answer >= 0 else None,
+                "completion": job.tokenizer.decode(
+                    drawn.tokens[row, sample][drawn.mask[row, sample]]
+                ),
+                "reward": float(scored.reward[row, sample]),
+                "advantage": float(scored.advantages[row, sample]),
+                **{
+                    f"rewards/{name}": float(part[row, sample])
+                    for name, part in scored.parts.items()
+                },
+            }

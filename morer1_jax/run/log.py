@@ -1,0 +1,218 @@
+"""What a run writes down as it goes: JSON lines, TensorBoard events, progress bars.
+
+A resumed run computes again the steps since its last checkpoint.  `resume_at` takes back what was
+written about them, so that every (stage, step, kind) is in a file exactly once, also after a crash.
+For that a step's lines must be written before the checkpoint of that step is saved.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from morer1_jax.files import atomic_write, sync_path
+from morer1_jax.task.fact import DataError
+
+# Seconds between two redrawings of a bar that goes to a file.
+_FILE_INTERVAL = 30.0
+
+
+class RecordLog:
+    """One stage's share of a file of JSON objects, one a line; stages may share the file.
+
+    Only the first process of a run writes; on the others every method does nothing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], stage: str, writer: bool | None = None):
+        """Opens the file, if it is there, and drops a torn last line.
+
+        Args:
+          writer: whether this process writes; by default, whether it is the first.
+
+        Raises:
+          DataError: a line of the file before the last that is not such a record.
+        """
+        self.path = Path(path)
+        self.stage = stage
+        self.writer = jax.process_index() == 0 if writer is None else writer
+        self._last: dict[str, int] = {}
+        if self.writer:
+            self._keep_until(math.inf)
+
+    def resume_at(self, step: int | None) -> None:
+        """Drops this stage's records of steps after `step`; all of them if None.
+
+        Args:
+          step: the step of the checkpoint that the run goes on from.
+        """
+        if self.writer:
+            self._keep_until(-math.inf if step is None else step)
+
+    def write(self, step: int, records: Sequence[Mapping[str, Any]], kind: str = "train") -> None:
+        """Appends the records of one step, all at once.
+
+        A NaN or an infinity, which JSON does not have, is written as null and its key listed under
+        `not_finite`.
+
+        Args:
+          kind: what kind of records; steps increase within each kind.
+
+        Raises:
+          ValueError: the step was written already.
+        """
+        if not self.writer:
+            return
+        if step <= self._last.get(kind, -1):
+            raise ValueError(
+                f"{self.path}: {self.stage} {kind} step {step} after step {self._last[kind]}; "
+                "call resume_at before going on from an earlier step"
+            )
+        text = "".join(self._line(step, kind, record) + "\n" for record in records)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.write(text.encode())
+        self._last[kind] = step
+
+    def sync(self) -> None:
+        """Flushes to the disk what was written: call it before a checkpoint is saved."""
+        if self.writer and self.path.exists():
+            sync_path(self.path)
+
+    def _line(self, step: int, kind: str, record: Mapping[str, Any]) -> str:
+        head = {"stage": self.stage, "step": step, "kind": kind}
+        if taken := record.keys() & {*head, "not_finite"}:
+            raise ValueError(f"{self.path}: a record may not have its own {', '.join(taken)}")
+        bad: list[str] = []
+        body = _finite(record, "", bad)
+        return json.dumps(
+            head | body | ({"not_finite": bad} if bad else {}), ensure_ascii=False, allow_nan=False
+        )
+
+    def _keep_until(self, step: float) -> None:
+        """Drops records of this stage after `step` and a torn last line; notes the last steps."""
+        self._last = {}
+        if not self.path.exists():
+            return
+        before = self.path.read_bytes()
+        kept = []
+        for number, line in enumerate(before.split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                stage, at, kind = record["stage"], record["step"], record["kind"]
+            except (ValueError, KeyError, TypeError):
+                raise DataError(
+                    f"{self.path}:{number}: a JSON object with stage, step and kind expected; "
+                    "delete the line or use a new --workdir"
+                ) from None
+            if stage == self.stage:
+                if at > step:
+                    continue
+                self._last[kind] = max(at, self._last.get(kind, -1))
+            kept.append(line + b"\n")
+        after = b"".join(kept)
+        if after != before:
+            atomic_write(self.path, after)
+
+
+class MetricLog:
+    """Scalars by step: `metrics.jsonl` for every stage, and `tensorboard/<stage>/`."""
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], stage: str, writer: bool | None = None
+    ) -> None:
+        self._log = RecordLog(Path(workdir) / "metrics.jsonl", stage, writer)
+        self._folder = Path(workdir) / "tensorboard" / stage
+        self._events: SummaryWriter | None = None
+        self._purge_step: int | None = None
+
+    def resume_at(self, step: int | None) -> None:
+        """Takes back this stage's metrics of steps after `step`; all of them if None."""
+        self._log.resume_at(step)
+        self.close()
+        # Readers of event files ignore what earlier files say from this step on.
+        self._purge_step = 0 if step is None else step + 1
+
+    def write(self, step: int, metrics: Mapping[str, Any], kind: str = "train") -> None:
+        """Writes one step's scalars (anything that `float` takes); see `RecordLog.write`."""
+        values = {
+            name: value if isinstance(value, bool | int | str) else float(value)
+            for name, value in metrics.items()
+        }
+        self._log.write(step, [values], kind)
+        if not self._log.writer:
+            return
+        if self._events is None:
+            # Of its own accord it names files by the second, and overwrites within the same one.
+            suffix = f".{time.time_ns()}"
+            self._events = SummaryWriter(
+                str(self._folder), purge_step=self._purge_step, filename_suffix=suffix
+            )
+        for name, value in values.items():
+            if not isinstance(value, str):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Flushes to the disk what was written: call it before a checkpoint is saved."""
+        self._log.sync()
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Ends the file of events; a later `write` begins another."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def progress(
+    iterable: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "step",
+) -> tqdm:
+    """A progress bar on stderr with counts, time left and rate; one of the first process only.
+
+    On a terminal it is redrawn in place; in a file it is a line now and then.  Without `iterable`,
+    call `update(n)` and `close()`, or use it as a context manager.
+
+    Args:
+      initial: steps done before, when a run is resumed.
+    """
+    terminal = sys.stderr.isatty()
+    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+    return tqdm(
+        iterable,
+        desc=desc,
+        total=total,
+        initial=initial,
+        unit=unit,
+        disable=jax.process_index() != 0,
+        dynamic_ncols=terminal,
+        bar_format=None if terminal else line,
+        mininterval=0.2 if terminal else _FILE_INTERVAL,
+        maxinterval=10.0 if terminal else _FILE_INTERVAL,
+    )
+
+
+def _finite(value: Any, key: str, bad: list[str]) -> Any:
+    """`value` with None for what JSON cannot hold, whose dotted keys are added to `bad`."""
+    if isinstance(value, Mapping):
+        return {
+            name: _finite(v, f"{key}.{name}" if key else name, bad) for name, v in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_finite(v, f"{key}.{index}", bad) for index, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        bad.append(key)
+        return None
+    return value

@@ -1,0 +1,117 @@
+"""The train loop: batches in, steps, logs, validation, checkpoints; the same for SFT and GRPO."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from morer1_jax.data.loader import load_ahead
+from morer1_jax.learn.state import TrainState
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.job import like
+from morer1_jax.run.log import MetricLog, progress
+
+Metrics = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long to train, and how often to do what; all counted in steps."""
+
+    steps: int
+    eval_every: int
+    save_every: int
+    log_every: int
+    keep_checkpoints: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What one kind of training does.
+
+    Attributes:
+      batch: the arrays of a step, host side; a pure function of the step.
+      step: `(state, batch, step) -> (state, metrics)`, metrics possibly still being computed.
+      validate: `params -> metrics`; its `micro_f1` decides which checkpoint is the best.
+      resume: told the step training is taken up at, before anything is written.
+      shown: metrics to show beside the progress bar.
+    """
+
+    batch: Callable[[int], Any]
+    step: Callable[[TrainState, Any, int], tuple[TrainState, Metrics]]
+    validate: Callable[[Any], Metrics]
+    resume: Callable[[int | None], None] = lambda step: None
+    shown: tuple[str, ...] = ("loss",)
+
+
+def train(
+    name: str,
+    workdir: Path,
+    state: TrainState,
+    shardings: Any,
+    hooks: Hooks,
+    config: LoopConfig,
+    *,
+    workers: int = 1,
+) -> Checkpointer:
+    """Trains to `config.steps`, from the newest whole checkpoint if there is one.
+
+    Checkpoints are in `workdir/name/checkpoints`, the best parameters by validation beside them;
+    metrics go to `workdir/metrics.jsonl`. A run that is killed and started again ends with the same
+    parameters, and with every step in the log once.
+
+    Args:
+      state: where training starts; not read if there is a checkpoint.
+      shardings: the state's.
+
+    Returns:
+      The checkpointer, which knows the best parameters.
+    """
+    checkpoints = Checkpointer(workdir / name / "checkpoints", keep=config.keep_checkpoints)
+    log = MetricLog(workdir, name)
+    start = checkpoints.latest()
+    log.resume_at(start)
+    hooks.resume(start)
+    if start is not None:
+        state, _ = checkpoints.restore(start, like(state, shardings))
+    start = start or 0
+    batches = load_ahead(hooks.batch, start, config.steps, workers=workers)
+    bar = progress(desc=name, total=config.steps, initial=start)
+    pending: tuple[int, Metrics] | None = None
+
+    def write_pending() -> None:
+        """Logs the step before: by now it is computed, so that reading it does not wait."""
+        nonlocal pending
+        if pending is not None:
+            log.write(*pending)
+            shown = {k: f"{float(pending[1][k]):.3g}" for k in hooks.shown}
+            bar.set_postfix(shown, refresh=False)
+        pending = None
+
+    before = time.perf_counter()
+    for step in range(start + 1, config.steps + 1):
+        state, metrics = hooks.step(state, next(batches), step - 1)
+        write_pending()
+        now = time.perf_counter()
+        if step % config.log_every == 0 or step == config.steps:
+            pending = (step, {**metrics, "step_time": now - before})
+        before = now
+        last = step == config.steps
+        if step % config.eval_every == 0 or last:
+            write_pending()
+            scores = hooks.validate(state.params)
+            log.write(step, {f"validation/{k}": v for k, v in scores.items()}, kind="valid")
+            checkpoints.save_best(step, state.params, float(scores["micro_f1"]))
+            bar.write(f"{name} step {step}: validation micro F1 {scores['micro_f1']:.1f}")
+            before = time.perf_counter()
+        if step % config.save_every == 0 or last:
+            write_pending()
+            log.sync()
+            checkpoints.save(step, state)
+        bar.update()
+    bar.close()
+    log.close()
+    return checkpoints

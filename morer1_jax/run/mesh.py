@@ -1,0 +1,190 @@
+"""The device mesh, and which axis of it each array is split over.
+
+Parameters are split by the end of their path.  A rule speaks of an array's trailing axes only, so
+that the same rule serves one layer and layers stacked along leading axes by `nn.scan`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from morer1_jax.run.config import ConfigError
+
+PyTree = Any
+
+# The axes that the rows of a batch are split over; parameters are split over `fsdp` and `tensor`.
+BATCH_AXES = ("data", "fsdp")
+
+# (pattern of the path's end, split of the trailing axes); the first that matches decides.  Matrices
+# that widen are split by output and those that narrow back by input, heads whole: the tensor axis
+# then needs one sum per pair of matrices and nothing in between.
+RULES: tuple[tuple[str, P], ...] = (
+    ("embedding|head", P("tensor", "fsdp")),  # [v, d]
+    ("(q|k|v)/kernel", P("fsdp", "tensor", None)),  # [d, h, head]
+    ("(q|k|v)/bias", P("tensor", None)),  # [h, head]
+    ("qkv/kernel", P("fsdp", None, "tensor", None)),  # [d, 3, h, head]
+    ("qkv/bias", P(None, "tensor", None)),  # [3, h, head]
+    ("(o|proj)/kernel", P("tensor", None, "fsdp")),  # [h, head, d]
+    ("(gate|up|merger_in)/kernel", P("fsdp", "tensor")),  # [d, f]
+    ("(gate|up|merger_in)/bias", P("tensor")),  # [f]
+    ("(down|merger_out)/kernel", P("tensor", "fsdp")),  # [f, d]
+    ("patch_embed/kernel", P(None, "fsdp")),  # [patch, d]
+)
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all `devices` (by default every device of every process).
+
+    Args:
+      axes: name to size, outermost first; at most one size may be -1, "whatever is left".
+
+    Raises:
+      ConfigError: a size that is neither positive nor -1, two of -1, or sizes that do not fit the
+        number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    sizes = dict(axes)
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ConfigError(f"mesh.{name}: {size} found, a positive size or -1 expected")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"mesh: {' and '.join(free)} are both -1; give all but one a size")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    shown = " × ".join(f"{name} {size}" for name, size in sizes.items() if size != -1)
+    if free:
+        if count % fixed:
+            raise ConfigError(
+                f"mesh.{free[0]}: {count} devices are not divisible by {shown} = {fixed}"
+            )
+        sizes[free[0]] = count // fixed
+    elif fixed != count:
+        raise ConfigError(
+            f"mesh: {shown} = {fixed} devices, but there are {count}; give one axis the size -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def path_name(path: jax.tree_util.KeyPath) -> str:
+    """A leaf's path as 'a/b/c', whatever mix of dicts, dataclasses and tuples leads to it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
+    """How the parameter at `path` is split: by the first rule that matches, where it divides.
+
+    An axis of the array that its mesh axis does not divide is not split, nor is one whose mesh
+    axis the mesh lacks.  A parameter that no rule matches is replicated.
+
+    Raises:
+      ValueError: the parameter has fewer axes than its rule names.
+    """
+    rules = (spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})$", path))
+    trailing = tuple(next(rules, P()))
+    if len(trailing) > len(shape):
+        raise ValueError(f"{path}: {len(shape)} axes found, {len(trailing)} expected by its rule")
+    aligned = (None,) * (len(shape) - len(trailing)) + trailing
+    names = [
+        name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+        for name, size in zip(aligned, shape, strict=True)
+    ]
+    return P(*names)
+
+
+def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
+    """The sharding of every parameter.
+
+    Args:
+      params: a tree of arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The same tree, of `NamedSharding`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(mesh, path_name(path), leaf.shape)),
+        params,
+    )
+
+
+def state_shardings(mesh: Mesh, state: PyTree, params: PyTree) -> PyTree:
+    """The sharding of every leaf of a training state.
+
+    A leaf follows the parameter whose path its own path ends in, if the shapes are equal, as those
+    of an optimizer's moments are; where several do, the longest path.  Every other leaf (counters,
+    factored moments) is replicated.
+
+    Args:
+      state: any tree of arrays or `jax.ShapeDtypeStruct`; dataclasses and optax states included.
+      params: the tree of the parameters alone.
+
+    Returns:
+      The same tree as `state`, of `NamedSharding`.
+    """
+    shapes = {
+        path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+    def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+        parts = path_name(path).split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        owner = next((end for end in ends if end in shapes), None)
+        if owner is None or shapes[owner] != leaf.shape:
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, partition_spec(mesh, owner, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows, the leading axis of every array of a batch, split over the axes `BATCH_AXES`."""
+    return NamedSharding(mesh, P(tuple(name for name in BATCH_AXES if name in mesh.shape)))
+
+
+def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Puts a batch on the mesh.
+
+    Args:
+      batch: a tree of NumPy arrays, the rows of the global batch that belong to this process.
+
+    Returns:
+      The same tree of global arrays, rows split by `batch_sharding`.
+
+    Raises:
+      ConfigError: an array without rows, or whose rows do not divide over the mesh.
+    """
+    sharding = batch_sharding(mesh)
+    total = int(np.prod([mesh.shape[name] for name in BATCH_AXES if name in mesh.shape]))
+    # Devices that differ only in `tensor` hold the same rows.
+    indices = sharding.addressable_devices_indices_map((total,)).values()
+    here = len({rows.indices(total) for (rows,) in indices})
+
+    def put(path: jax.tree_util.KeyPath, array: np.ndarray) -> jax.Array:
+        rows = array.shape[0] if array.ndim else 0
+        if not rows or rows % here:
+            raise ConfigError(
+                f"batch {path_name(path)}: {rows} rows found, a multiple of {here} expected "
+                "(the part of mesh.data × mesh.fsdp on this process); "
+                "change the batch size or the mesh"
+            )
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Arrays of the whole mesh as NumPy arrays, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,310 @@
+"""A run's config as typed dataclasses: the one place that says which keys there are.
+
+A config file gives an ml-collections `ConfigDict`; each of its branches is the dataclass of the
+code that reads it, so a key nobody reads cannot exist and a key that is read cannot be missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from morer1_jax.data.curriculum import MixConfig
+from morer1_jax.learn.grpo import GRPOConfig
+from morer1_jax.learn.state import OptimizerConfig
+from morer1_jax.model.config import Runtime
+from morer1_jax.rollout.reward import RewardConfig
+from morer1_jax.run.config import ConfigError, Rule, check_config
+from morer1_jax.task.synthetic import WorldConfig
+
+STAGES = ("synthesise", "sft", "baselines", "rate", "grpo", "control", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where the facts are, and the fixed shapes they are brought into.
+
+    Attributes:
+      folder: a dataset in MORE's released form; None: the synthetic one in the workdir.
+      vocabulary: size of the tokenizer that is trained on the training split's texts.
+      prompt_length, completion_length: tokens, vision and end-of-turn tokens among them.
+      windows: attention windows of the vision tower a row's images may fill.
+      min_pixels, max_pixels, crop_margin, crop_least: see `data.images.ImageConfig`.
+      workers: threads that prepare batches.
+    """
+
+    folder: str | None
+    vocabulary: int
+    prompt_length: int
+    completion_length: int
+    windows: int
+    min_pixels: int
+    max_pixels: int
+    crop_margin: float
+    crop_least: int
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionSettings:
+    """The vision tower to train from scratch; names as in Hugging Face's config."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    fullatt_block_indexes: tuple[int, ...]
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    window_size: int
+    initializer_range: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+    """The decoder to train from scratch; names as in Hugging Face's config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    mrope_section: tuple[int, int, int]
+    rope_theta: float
+    initializer_range: float
+    tie_word_embeddings: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The model's two halves."""
+
+    text: TextSettings
+    vision: VisionSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Sizes of the device mesh's axes; one may be -1, whatever is left."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSettings:
+    """Places of a sequence whose logits exist at once."""
+
+    chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTSettings:
+    """Supervised fine-tuning.
+
+    Attributes:
+      batch: samples a step.
+      micro_batches: parts of a batch whose activations exist at once.
+      eval_every: steps between greedy validations; the best checkpoint by micro F1 is kept.
+      eval_facts: facts of the validation split that are asked.
+    """
+
+    steps: int
+    batch: int
+    micro_batches: int
+    eval_every: int
+    eval_facts: int
+    save_every: int
+    log_every: int
+    keep_checkpoints: int
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineSettings:
+    """Blind baselines: the same model trained to give the label without photo, or without title.
+
+    Attributes:
+      steps, batch: of training on the labels of all training facts.
+      eval_every: steps between validations; the best by micro F1 is scored.
+    """
+
+    steps: int
+    batch: int
+    eval_every: int
+    eval_facts: int
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RateSettings:
+    """Rating difficulty by sampling the SFT model.
+
+    Attributes:
+      samples: k, answers drawn to each training fact.
+      batch: facts at once.
+      temperature: of sampling.
+      easy_from: pass rate from which a fact is easy.
+      never: what becomes of facts never solved: "hard" keeps them, "drop" leaves them out.
+    """
+
+    samples: int
+    batch: int
+    temperature: float
+    easy_from: float
+    never: Literal["hard", "drop"]
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.easy_from <= 1.0:
+            raise ValueError(f"easy_from: {self.easy_from} found, above 0 and at most 1 expected")
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOSettings:
+    """GRPO with Progressive Sample-Mixing.
+
+    Attributes:
+      steps: rollouts.
+      prompts: facts a rollout.
+      group: samples a fact.
+      updates: optimizer updates on each rollout.
+      micro_batches: parts of a rollout whose activations exist at once.
+      temperature: of sampling and scoring.
+      scale_rewards: what advantages are divided by; see `rollout.reward.advantages`.
+      mixing: False draws from all facts alike, rated easy or hard (an ablation).
+      rollouts_every: steps between records in `rollouts.jsonl`.
+    """
+
+    steps: int
+    prompts: int
+    group: int
+    updates: int
+    micro_batches: int
+    temperature: float
+    scale_rewards: Literal["group", "batch", "none"]
+    mixing: bool
+    eval_every: int
+    eval_facts: int
+    save_every: int
+    log_every: int
+    rollouts_every: int
+    keep_checkpoints: int
+    mix: MixConfig
+    reward: RewardConfig
+    loss: GRPOConfig
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    """Greedy scoring on the test split, `batch` facts at once."""
+
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The whole config.
+
+    Attributes:
+      seed: of everything random.
+      stages: comma-separated, of `STAGES`, run in that order; one whose output is whole is passed.
+    """
+
+    seed: int
+    stages: str
+    data: DataSettings
+    world: WorldConfig
+    model: ModelSettings
+    runtime: Runtime
+    mesh: MeshSettings
+    score: ScoreSettings
+    sft: SFTSettings
+    baselines: BaselineSettings
+    rate: RateSettings
+    grpo: GRPOSettings
+    evaluate: EvaluateSettings
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.stages.split(",") if name not in STAGES]
+        if unknown:
+            raise ValueError(
+                f"stages: {', '.join(map(repr, unknown))} found, names of {', '.join(STAGES)} "
+                "expected, separated by commas"
+            )
+        if self.runtime.dtype == "float16":
+            raise ValueError("runtime.dtype: 'float16' overflows in training; use 'bfloat16'")
+        for prefix, stage in (("sft", self.sft), ("grpo", self.grpo)):
+            rows = stage.batch if prefix == "sft" else stage.prompts
+            if rows % stage.micro_batches:
+                raise ValueError(
+                    f"{prefix}.micro_batches: {stage.micro_batches} found, a divisor of the "
+                    f"{rows} rows of a batch expected"
+                )
+
+
+# Whole numbers that may be 0; every other one is at least 1.
+_MAY_BE_ZERO = ("seed", "warmup", "effort_from")
+
+
+def settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
+    """Checks a config against the dataclasses and builds them.
+
+    Raises:
+      ConfigError: an unknown or missing key, a value of another type or out of its range; the
+        message names the dotted key.
+    """
+    check_config(config, dict(_rules(Settings, "")))
+    return _build(Settings, config, "")
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _rules(kind: type, prefix: str) -> typing.Iterator[tuple[str, Rule]]:
+    for name, hint in _fields(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _rules(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _rule(name, hint)
+
+
+def _rule(name: str, hint: Any) -> Rule:
+    optional = False
+    if isinstance(hint, types.UnionType):
+        optional = type(None) in hint.__args__
+        (hint,) = (arg for arg in hint.__args__ if arg is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return Rule(str, choices=typing.get_args(hint), optional=optional)
+    if typing.get_origin(hint) is tuple:
+        return Rule(tuple, optional=optional)
+    low = None
+    if hint is int and name not in ("data", "fsdp", "tensor"):
+        low = 0 if name in _MAY_BE_ZERO else 1
+    elif hint is float:
+        low = 0
+    return Rule(hint, low=low, optional=optional)
+
+
+def _build(kind: type, node: Any, prefix: str) -> Any:
+    values = {}
+    for name, hint in _fields(kind).items():
+        value = node[name]
+        if dataclasses.is_dataclass(hint):
+            value = _build(hint, value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ConfigError(f"config{'.' + prefix.rstrip('.') if prefix else ''}: {error}") from None

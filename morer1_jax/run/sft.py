@@ -1,0 +1,98 @@
+"""The SFT stage, which also trains the blind baselines and the control that goes on with SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from morer1_jax.data.batch import Encoder, SequenceBatch
+from morer1_jax.data.curriculum import Pool
+from morer1_jax.learn.sft import make_sft_step
+from morer1_jax.learn.state import OptimizerConfig
+from morer1_jax.run.answers import Asker, validator
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.job import Job
+from morer1_jax.run.loop import Hooks, LoopConfig, train
+
+
+def train_sft(
+    job: Job,
+    name: str,
+    *,
+    encoder: Encoder,
+    targets: Mapping[str, str],
+    params: Any,
+    optimizer: OptimizerConfig,
+    loop: LoopConfig,
+    batch: int,
+    micro_batches: int,
+    eval_facts: int,
+    stream: int,
+) -> Checkpointer:
+    """Trains on targets, validating by greedy answers.
+
+    Args:
+      name: of the stage's folder and of its metrics.
+      targets: what the assistant says, by training fact's id.
+      params: where to start.
+      stream: tells this training's shuffles from another's of the same run.
+
+    Returns:
+      The checkpointer, which knows the best parameters by validation micro F1.
+    """
+    facts = [fact for fact in job.facts["train"] if fact.id in targets]
+    pool = Pool("training", np.arange(len(facts)), (job.settings.seed, 10, stream))
+    transform = optimizer.build(loop.steps)
+    state, shardings = job.new_state(params, transform)
+    step = jax.jit(
+        make_sft_step(job.model, transform, job.score, micro_batches),
+        in_shardings=(shardings, job.rows),
+        out_shardings=(shardings, job.replicated),
+        donate_argnums=0,
+    )
+
+    def make_batch(number: int) -> SequenceBatch:
+        mine = job.host_rows(pool.take(number * batch, batch))
+        return encoder.sequences([[encoder.sample(facts[i], targets[facts[i].id])] for i in mine])
+
+    asker = Asker(job, encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+    hooks = Hooks(
+        batch=make_batch,
+        step=lambda state, arrays, _: step(state, job.put(arrays)),
+        validate=validator(asker, job, job.facts["valid"][:eval_facts]),
+    )
+    return train(
+        name, job.workdir, state, shardings, hooks, loop, workers=job.settings.data.workers
+    )
+
+
+def run_sft(job: Job) -> None:
+    """The stage `sft`: written reasoning, from scratch."""
+    sft = job.settings.sft
+    train_sft(
+        job,
+        "sft",
+        encoder=job.encoder,
+        targets=job.reasoning,
+        params=job.init_params(0),
+        optimizer=sft.optimizer,
+        loop=loop_config(sft),
+        batch=sft.batch,
+        micro_batches=sft.micro_batches,
+        eval_facts=sft.eval_facts,
+        stream=0,
+    )
+
+
+def loop_config(stage: Any, steps: int | None = None) -> LoopConfig:
+    """The loop's part of a stage's settings."""
+    return LoopConfig(
+        steps=stage.steps if steps is None else steps,
+        eval_every=stage.eval_every,
+        save_every=stage.save_every,
+        log_every=stage.log_every,
+        keep_checkpoints=stage.keep_checkpoints,
+    )

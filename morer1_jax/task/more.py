@@ -1,0 +1,295 @@
+"""The MORE dataset's released files, read as data and checked field by field.
+
+    folder/
+      rel2id.json                 one JSON object, label to id
+      txt/{train,valid,test}.txt  one Python dict literal a line, one line a fact
+      img_org/{train,valid,test}/ the photos
+      reasoning.jsonl             ours: written reasoning for some of the facts
+
+What is tolerated, because the released data was made by detectors and taggers: an `h.name` that
+is not letter for letter the title's words under `h.pos`, and a box that leaves the photo by up to
+`BOX_SLOP` of its side, which is clipped to the photo.  All else is an error of one line.
+"""
+
+import ast
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from morer1_jax.task.fact import DataError, Fact, one_line
+from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
+
+SPLITS = ("train", "valid", "test")
+BOX_SLOP = 1e-3
+# A box whose computed edge passes the photo's by no more than this is kept as written, so that
+# rounding in `centre ± size / 2` does not change boxes that touch the edge.
+_ROUNDING = 1e-6
+
+
+def split_path(folder: Path, split: str) -> Path:
+    """The text file of a split."""
+    return Path(folder) / "txt" / f"{split}.txt"
+
+
+def photo_path(folder: Path, fact: Fact) -> Path:
+    """The photo of a fact."""
+    return Path(folder) / "img_org" / fact.photo
+
+
+def read_ontology(folder: Path) -> Ontology:
+    """Reads `rel2id.json`.  Raises DataError naming the file and key."""
+    return read_ontology_file(Path(folder) / "rel2id.json")
+
+
+def write_ontology(folder: Path, ontology: Ontology) -> None:
+    """Writes `rel2id.json`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_ontology_file(Path(folder) / "rel2id.json", ontology.labels)
+
+
+def read_split(folder: Path, split: str, ontology: Ontology) -> list[Fact]:
+    """Reads one split.  The photos must exist; `check_photos` decodes them.
+
+    Raises:
+        DataError: naming file and line, if any line is not a whole and valid fact.
+    """
+    path = split_path(folder, split)
+    lines = _read_lines(path)
+    try:
+        photos = set(os.listdir(Path(folder) / "img_org" / split))
+    except OSError as e:
+        raise DataError(f"{one_line(e)}; expected the folder of the photos of {path}") from e
+    facts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # '\d' in a title is data, not a mistake.
+        for number, line in enumerate(lines, start=1):
+            try:
+                facts.append(_parse_fact(f"{split}:{number}", line, ontology, photos))
+            except DataError as e:
+                raise DataError(f"{path}:{number}: {e}") from e
+    return facts
+
+
+def write_split(folder: Path, split: str, facts: Sequence[Fact]) -> None:
+    """Writes the text file of one split so that `read_split` gives the same facts.
+
+    Raises:
+        ValueError: a fact's id is not its split and line.
+    """
+    lines = []
+    for number, fact in enumerate(facts, start=1):
+        if fact.id != f"{split}:{number}":
+            raise ValueError(f"fact {fact.id}: at line {number} of {split}, expected its id there")
+        lines.append(
+            repr(
+                {
+                    "token": list(fact.tokens),
+                    "h": {"name": fact.entity_name, "pos": list(fact.entity_span)},
+                    "t": {"name": fact.object_name, "box": fact.box},
+                    "img_id": fact.image,
+                    "relation": fact.label,
+                }
+            )
+        )
+    _write_lines(split_path(folder, split), lines)
+
+
+def check_photos(facts: Iterable[Fact], folder: Path) -> dict[str, tuple[int, int]]:
+    """Decodes each distinct photo once and shows a progress bar.
+
+    Returns:
+        `Fact.photo` to (width, height) in pixels, as stored in the file.
+
+    Raises:
+        DataError: naming the photo and the first fact that uses it, if it cannot be decoded whole.
+    """
+    first = {}
+    for fact in facts:
+        first.setdefault(fact.photo, fact)
+
+    def size(fact: Fact) -> tuple[int, int]:
+        path = photo_path(folder, fact)
+        try:
+            with Image.open(path) as photo:
+                photo.load()
+                return photo.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            raise DataError(
+                f"{path} (fact {fact.id}): {one_line(e)}; expected a whole photo, copy it anew"
+            ) from e
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sizes = tqdm(pool.map(size, first.values()), "photos", len(first), unit="photo")
+        try:
+            return dict(zip(first, sizes, strict=True))
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def read_reasoning(path: Path, facts: Iterable[Fact]) -> dict[str, str]:
+    """Reads written reasoning, one JSON object `{"fact": id, "text": text}` a line.
+
+    Returns:
+        Fact id to text, in file order.
+
+    Raises:
+        DataError: naming file and line, if a line is malformed, its fact is unknown or was there
+            before, or its text is empty.
+    """
+    known = {fact.id for fact in facts}
+    texts: dict[str, str] = {}
+    for number, line in enumerate(_read_lines(path), start=1):
+        try:
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{one_line(e)}; expected one JSON object a line") from e
+            fact_id, text = _fields(value, "the line", {"fact": str, "text": str})
+            if fact_id not in known:
+                raise DataError(f"fact {fact_id!r}: unknown, expected the id of a fact read")
+            if fact_id in texts:
+                raise DataError(f"fact {fact_id!r}: occurs twice, expected one text a fact")
+            if not text.strip():
+                raise DataError(f"fact {fact_id!r}: text is empty, expected written reasoning")
+            if not _is_text(text):
+                raise DataError(f"fact {fact_id!r}: text holds a lone surrogate, expected Unicode")
+        except DataError as e:
+            raise DataError(f"{path}:{number}: {e}") from e
+        texts[fact_id] = text
+    return texts
+
+
+def write_reasoning(path: Path, texts: Mapping[str, str]) -> None:
+    """Writes fact id to text so that `read_reasoning` gives the same."""
+    _write_lines(Path(path), [json.dumps({"fact": k, "text": v}) for k, v in texts.items()])
+
+
+def _parse_fact(fact_id: str, line: str, ontology: Ontology, photos: set[str]) -> Fact:
+    """Checks one line's dict literal.  Messages lack file and line; the caller adds them."""
+    keys = {"token": list, "h": dict, "t": dict, "img_id": str, "relation": str}
+    tokens, head, tail, image, label = _fields(_literal(line), "the line", keys)
+    entity_name, span = _fields(head, "h", {"name": str, "pos": (list, tuple)})
+    object_name, box = _fields(tail, "t", {"name": str, "box": (list, tuple)})
+    if not tokens or not all(type(t) is str and t for t in tokens):
+        raise DataError("token: expected a list of one or more words, none empty")
+    if not _is_text("".join((*tokens, entity_name, object_name))):
+        raise DataError("token or name: holds a lone surrogate, expected Unicode text")
+    for key, name in (("h.name", entity_name), ("t.name", object_name)):
+        if not name.strip():
+            raise DataError(f"{key}: empty, expected a name")
+    if len(span) != 2 or not all(type(i) is int for i in span):
+        raise DataError(f"h.pos: {span!r}, expected two integers, start and end")
+    if not 0 <= span[0] < span[1] <= len(tokens):
+        raise DataError(
+            f"h.pos: {span!r}, expected 0 <= start < end <= {len(tokens)}, the title's words"
+        )
+    if label not in ontology.ids:
+        raise DataError(
+            f"relation: unknown label {label!r}, expected one of the {len(ontology.labels)} of "
+            "rel2id.json"
+        )
+    if image not in photos:
+        raise DataError(f"img_id: no photo {image!r} in the split's folder under img_org")
+    return Fact(
+        id=fact_id,
+        tokens=tuple(tokens),
+        entity_name=entity_name,
+        entity_span=(span[0], span[1]),
+        object_name=object_name,
+        box=_check_box(box),
+        image=image,
+        label=label,
+    )
+
+
+def _literal(line: str) -> Any:
+    try:
+        node = ast.parse(line.strip(), mode="eval").body
+        value = ast.literal_eval(node)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
+        problem = e.msg if isinstance(e, SyntaxError) else "not a literal"
+        raise DataError(f"malformed ({problem}), expected one Python dict literal a line") from e
+    if isinstance(node, ast.Dict):
+        for part in (node, *(v for v in node.values if isinstance(v, ast.Dict))):
+            keys = [k.value for k in part.keys if isinstance(k, ast.Constant)]
+            if len(set(keys)) < len(keys):
+                raise DataError("a key occurs twice in one dict, expected each once")
+    return value
+
+
+def _fields(value: Any, where: str, types: Mapping[str, type | tuple[type, ...]]) -> list[Any]:
+    """The values of a dict with exactly the given keys, each of its type, in the given order."""
+    if type(value) is not dict:
+        raise DataError(f"{where}: {type(value).__name__}, expected a dict of {', '.join(types)}")
+    for key in types:
+        if key not in value:
+            raise DataError(f"{where}: no key {key!r}, expected {', '.join(types)}")
+    for key in value:
+        if key not in types:
+            raise DataError(f"{where}: unexpected key {key!r}, expected {', '.join(types)}")
+    for key, expected in types.items():
+        if not isinstance(value[key], expected):
+            names = expected if isinstance(expected, tuple) else (expected,)
+            raise DataError(
+                f"{where}: {key} is of type {type(value[key]).__name__}, "
+                f"expected {' or '.join(t.__name__ for t in names)}"
+            )
+    return [value[key] for key in types]
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_box(box: Sequence[Any]) -> tuple[float, float, float, float]:
+    if len(box) != 4 or not all(type(x) in (int, float) for x in box):
+        raise DataError(f"t.box: {box!r}, expected four numbers: x centre, y centre, width, height")
+    x, y, w, h = box
+    if not (w > 0 and h > 0):
+        raise DataError(f"t.box: {box!r} is empty, expected a width and height above 0")
+    if not all(-1 <= v <= 2 for v in box):  # Before sums, where a huge integer would overflow.
+        raise DataError(f"t.box: {box!r} leaves the photo, expected fractions within 0 to 1")
+    edges = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    if not all(-BOX_SLOP <= e <= 1 + BOX_SLOP for e in edges):
+        raise DataError(f"t.box: {box!r} leaves the photo, expected fractions within 0 to 1")
+    if not all(-_ROUNDING <= e <= 1 + _ROUNDING for e in edges):
+        x0, y0, x1, y1 = (min(max(e, 0.0), 1.0) for e in edges)
+        if x0 >= x1 or y0 >= y1:
+            raise DataError(f"t.box: {box!r} lies outside the photo, expected it within 0 to 1")
+        x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
+    return float(x), float(y), float(w), float(h)
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file, split at newlines only: a title may hold U+2028 and the like."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except OSError as e:
+        raise DataError(f"{one_line(e)}; expected a text file") from e
+    except UnicodeDecodeError as e:
+        number = e.object.count(b"\n", 0, e.start) + 1
+        raise DataError(f"{path}:{number}: not UTF-8, expected UTF-8 text") from e
+    lines = text.rstrip().split("\n")
+    if lines == [""]:
+        raise DataError(f"{path}:1: empty, expected one fact a line")
+    return lines
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes the whole file or nothing: readers never see a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+    os.replace(part, path)

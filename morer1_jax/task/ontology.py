@@ -1,0 +1,128 @@
+"""The label list: relations between an object's type and an entity's type, and `none`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from morer1_jax.task.fact import DataError, one_line
+
+NONE = "none"
+ENTITY_TYPES = ("per", "org", "loc", "misc")
+
+
+def label_types(label: str) -> tuple[str, str]:
+    """Object type and entity type of a relation: `/per/org/member_of` gives `("per", "org")`."""
+    _, object_type, entity_type, _ = label.split("/", 3)
+    return object_type, entity_type
+
+
+@dataclass(frozen=True)
+class Ontology:
+    """A checked label list, in id order.
+
+    Attributes:
+        labels: the labels; a label's id is its place.  `none` is among them, anywhere.
+
+    Raises:
+        DataError: a label is malformed or double, or `none` is absent.
+    """
+
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for label in self.labels:
+            if problem := _label_problem(label):
+                raise DataError(f"label {label!r}: {problem}")
+        if len(set(self.labels)) != len(self.labels):
+            double = next(x for x in self.labels if self.labels.count(x) > 1)
+            raise DataError(f"label {double!r}: listed twice, expected each label once")
+        if NONE not in self.labels:
+            raise DataError(f"label {NONE!r}: absent, expected exactly once")
+        if len(self.labels) < 2:
+            raise DataError(f"only the label {NONE!r}, expected at least one relation beside it")
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        """Label to id."""
+        return {label: i for i, label in enumerate(self.labels)}
+
+    @property
+    def none_id(self) -> int:
+        """The id of `none`."""
+        return self.ids[NONE]
+
+    @cached_property
+    def types(self) -> tuple[str, ...]:
+        """`per`, `org`, `loc`, `misc`, then any further type in order of its first label."""
+        found = (t for label in self.labels if label != NONE for t in label_types(label))
+        return tuple(dict.fromkeys((*ENTITY_TYPES, *found)))
+
+    def allowed(self, object_type: str, entity_type: str) -> tuple[str, ...]:
+        """Labels that fit an ordered pair of types, in id order, with `none` always last.
+
+        Raises:
+            ValueError: a type is none of `types`.
+        """
+        for t in (object_type, entity_type):
+            if t not in self.types:
+                raise ValueError(f"type {t!r}: unknown, expected one of {', '.join(self.types)}")
+        pair = (object_type, entity_type)
+        return (*(x for x in self.labels if x != NONE and label_types(x) == pair), NONE)
+
+
+def read_ontology_file(path: Path) -> Ontology:
+    """Reads a `rel2id.json`: one JSON object, label to id, ids 0, 1, 2, … without gap.
+
+    Raises:
+        DataError: the file is absent, not such an object, or a label or id is malformed.
+    """
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{path}: {one_line(e)}; expected a JSON object, label to id") from e
+    if not isinstance(pairs, _Pairs):
+        raise DataError(f"{path}: {type(pairs).__name__}, expected a JSON object, label to id")
+    owner: dict[int, str] = {}
+    seen = set()
+    for label, i in pairs:
+        if label in seen:
+            raise DataError(f"{path}: key {label!r} occurs twice, expected each label once")
+        seen.add(label)
+        if problem := _label_problem(label):
+            raise DataError(f"{path}: key {label!r}: {problem}")
+        if type(i) is not int:
+            raise DataError(f"{path}: key {label!r}: id is not an integer, expected 0, 1, 2, …")
+        if i in owner:
+            raise DataError(f"{path}: key {label!r}: id {i} is already that of {owner[i]!r}")
+        if not 0 <= i < len(pairs):
+            last = len(pairs) - 1
+            raise DataError(f"{path}: key {label!r}: id {i}, expected 0 to {last} without a gap")
+        owner[i] = label
+    try:
+        return Ontology(tuple(owner[i] for i in range(len(owner))))
+    except DataError as e:
+        raise DataError(f"{path}: {e}") from e
+
+
+def write_ontology_file(path: Path, labels: Sequence[str]) -> None:
+    """Writes a `rel2id.json` that `read_ontology_file` reads back."""
+    ids = {label: i for i, label in enumerate(labels)}
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(ids, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    part.replace(path)  # Whole or not at all.
+
+
+class _Pairs(list):
+    """The items of a JSON object in file order, doubles kept."""
+
+
+def _label_problem(label: str) -> str | None:
+    if not label:
+        return "empty, expected a label"
+    if any(c.isspace() or c in "<>" or not c.isprintable() for c in label):
+        return "holds white space, '<', '>' or a control character, which the answer tag cannot"
+    if label != NONE and (len(parts := label.split("/", 3)) < 4 or parts[0] or not all(parts[1:])):
+        return f"expected {NONE!r} or '/object type/entity type/relation'"
+    return None

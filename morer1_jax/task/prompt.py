@@ -1,0 +1,76 @@
+"""The student's question: two images, title, entity, labels, types and the form of the answer.
+
+The same words serve SFT, sampling, rating, evaluation and prediction. The conversation follows the
+Qwen2.5-VL chat format, in which each image stands as one `<|image_pad|>` between vision marks until
+its number of vision tokens is known.
+"""
+
+from __future__ import annotations
+
+import re
+
+from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.ontology import Ontology
+
+IMAGE_PAD = "<|image_pad|>"
+END_OF_TURN = "<|im_end|>"
+_IMAGE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
+_SPECIAL = re.compile(r"<\|[a-z_]+\|>")
+
+_CONVERSATION = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n{images}{question}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+_QUESTION = """\
+{pictures}How is the object related to the entity of the title?
+Title: {title}
+Entity: {entity}
+Labels:
+{labels}
+Types: {types}
+Think in six steps, 'Step 1:' to 'Step 6:', a line each, then give one label:
+<think>
+Step 1: ...
+</think>
+<answer>label</answer>"""
+_PICTURES = "The first picture is a news photo, the second an object cut out of it.\n"
+
+
+def student_prompt(
+    fact: Fact, ontology: Ontology, *, show_photo: bool = True, show_title: bool = True
+) -> str:
+    """The conversation up to where the assistant speaks.
+
+    Args:
+      fact: the question; its label is not read.
+      ontology: the labels and types that may be answered.
+      show_photo: False leaves photo and crop out (a blind baseline).
+      show_title: False leaves the title's words out; the entity stays (a blind baseline).
+
+    Returns:
+      Text with one `<|image_pad|>` for the photo and one for the crop, in this order, or none.
+
+    Raises:
+      DataError: the title or the entity holds a special token, which the tokenizer would take for
+        a turn or an image of its own.
+    """
+    for name, text in (("title", fact.title), ("entity", fact.entity_text)):
+        if found := _SPECIAL.search(text):
+            raise DataError(
+                f"{fact.id}: the {name} holds {found.group()!r}, which is a special token of the "
+                "model; remove it from the text"
+            )
+    question = _QUESTION.format(
+        pictures=_PICTURES if show_photo else "",
+        title=fact.title if show_title else "hidden",
+        entity=fact.entity_text,
+        labels="\n".join(ontology.labels),
+        types=", ".join(ontology.types),
+    )
+    return _CONVERSATION.format(images=_IMAGE * 2 if show_photo else "", question=question)
+
+
+def direct_answer(label: str) -> str:
+    """A target without reasoning."""
+    return f"<answer>{label}</answer>"

@@ -1,0 +1,274 @@
+"""Writes a dataset of the embedded world in exactly the form MORE is released in.
+
+Every photo-title pair has several objects and several entities, among them distractors; some
+photos do not fit their title; about half of the facts are `none`. Reasoning is written for a share
+of the training facts only. The world's rules are in `world.py`, its photos in `drawing.py`, its
+reasoning in `prose.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from morer1_jax.files import atomic_dir
+from morer1_jax.task import more
+from morer1_jax.task.drawing import draw_photo
+from morer1_jax.task.fact import Fact
+from morer1_jax.task.ontology import Ontology
+from morer1_jax.task.prose import write_reasoning
+from morer1_jax.task.world import (
+    COLOURS,
+    KINDS,
+    LABELS,
+    NAMES,
+    SELF_LABELS,
+    VERBS,
+    Clause,
+    Named,
+    Thing,
+    relation,
+)
+
+_OPENINGS = ((), (), ("Breaking", ":"), ("Live", ":"), ("Report", ":"), ("This", "week", ","))
+_CLOSINGS = ((), (), (",", "officials", "say"), (",", "sources", "say"), ("again",))
+_RECOGNISABLE = tuple(kind.name for kind in KINDS.values() if kind.stands_for)
+_LINKS = (("while",), (";",), ("as",))
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+    """What a synthetic dataset is made of.
+
+    Attributes:
+      train, valid, test: number of facts of each split.
+      cast: how many names each entity type has, 2 to 8.
+      facts_per_photo: most facts asked about one photo-title pair.
+      fit: share of photos that show something their title is about.
+      written: share of the training facts that reasoning is written for.
+      hasty: share of the written reasoning that skips the evidence.
+      noise: pixel noise, standard deviation in grey levels of 255.
+    """
+
+    train: int = 4000
+    valid: int = 200
+    test: int = 1000
+    cast: int = 8
+    facts_per_photo: int = 3
+    fit: float = 0.85
+    written: float = 0.25
+    hasty: float = 0.5
+    noise: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.cast <= len(COLOURS):
+            raise ValueError(f"cast must be 2 to {len(COLOURS)} names a type, found {self.cast}")
+        for name in ("train", "valid", "test", "facts_per_photo"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("fit", "written", "hasty"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be a share, 0 to 1, found {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A photo-title pair before it is drawn: objects left to right, and the title's clauses."""
+
+    things: tuple[Thing, ...]
+    clauses: tuple[Clause, ...]
+    opening: tuple[str, ...]
+    link: tuple[str, ...]
+    closing: tuple[str, ...]
+
+    @property
+    def entities(self) -> tuple[Named, ...]:
+        """The named things of the title, in order of the clauses."""
+        return tuple(one for clause in self.clauses for one in (clause.a, clause.b))
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The title's words."""
+        words = list(self.opening)
+        for number, clause in enumerate(self.clauses):
+            words += [*(self.link if number else ()), *clause.text.split()]
+        return (*words, *self.closing)
+
+    def span(self, entity: Named) -> tuple[int, int]:
+        """Where the entity stands in `tokens`: first word, and the word after its last."""
+        name, tokens = tuple(entity.name.split()), self.tokens
+        start = next(i for i in range(len(tokens)) if tokens[i : i + len(name)] == name)
+        return start, start + len(name)
+
+
+def _pick(rng: np.random.Generator, options):
+    return options[rng.integers(len(options))]
+
+
+def _draw_clauses(rng: np.random.Generator, cast: int) -> tuple[Clause, ...]:
+    clauses: list[Clause] = []
+    used: set[Named] = set()
+    wanted = 1 + int(rng.random() < 0.6)
+    while len(clauses) < wanted:
+        verb = _pick(rng, VERBS)
+        a, b = (Named(kind, int(rng.integers(cast))) for kind in verb.types)
+        if a == b or {a, b} & used:
+            continue
+        used |= {a, b}
+        clauses.append(Clause(verb, a, b, int(rng.integers(len(verb.phrases)))))
+    return tuple(clauses)
+
+
+def _fitting_thing(rng: np.random.Generator, clauses: tuple[Clause, ...]) -> Thing:
+    """An object that stands for something in the title, mostly of the kind the clause needs."""
+    clause = _pick(rng, clauses)
+    named = clause.a if rng.random() < 0.65 else clause.b
+    kinds = [kind.name for kind in KINDS.values() if kind.stands_for == named.type]
+    if clause.verb.kind in kinds and rng.random() < 0.75:
+        return Thing(clause.verb.kind, named.index)
+    return Thing(_pick(rng, kinds), named.index)
+
+
+def _other_thing(rng: np.random.Generator, clauses: tuple[Clause, ...], cast: int) -> Thing:
+    mentioned = {one for clause in clauses for one in (clause.a, clause.b)}
+    while True:
+        kind = "blur" if rng.random() < 0.08 else _pick(rng, _RECOGNISABLE)
+        thing = Thing(kind, int(rng.integers(cast)))
+        if thing.named not in mentioned:
+            return thing
+
+
+def draw_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
+    """One photo-title pair."""
+    clauses = _draw_clauses(rng, config.cast)
+    things: list[Thing] = []
+    if rng.random() < config.fit:
+        things += [_fitting_thing(rng, clauses) for _ in range(1 + int(rng.random() < 0.5))]
+    wanted = int(rng.integers(2, 5))
+    things += [_other_thing(rng, clauses, config.cast) for _ in range(wanted - len(things))]
+    things = [things[i] for i in rng.permutation(len(things))]
+    return Scene(
+        tuple(things), clauses, _pick(rng, _OPENINGS), _pick(rng, _LINKS), _pick(rng, _CLOSINGS)
+    )
+
+
+def _questions(
+    scene: Scene, rng: np.random.Generator, most: int, surplus: int
+) -> Iterator[tuple[int, Named, str]]:
+    """Asks about up to `most` pairs of object and entity, holding `none` at about half.
+
+    Args:
+      surplus: facts so far whose label is not `none`, less those whose label is.
+    """
+    pairs = [
+        (place, entity, relation(thing, entity, scene.clauses)[0])
+        for place, thing in enumerate(scene.things)
+        for entity in scene.entities
+    ]
+    # Pairs of an object and the very thing it stands for are easy to ask for and easy to answer
+    # without the title: keep them the smaller part.
+    priority = [rng.random() + (0.5 if pair[2] in SELF_LABELS.values() else 0.0) for pair in pairs]
+    pairs = [pair for _, pair in sorted(zip(priority, pairs, strict=True), key=lambda x: x[0])]
+    for _ in range(min(most, len(pairs))):
+        want_none = surplus > 0
+        chosen = next((p for p in pairs if (p[2] == "none") == want_none), None)
+        if chosen is None:
+            if not want_none:
+                return
+            chosen = pairs[0]
+        pairs.remove(chosen)
+        surplus += -1 if chosen[2] == "none" else 1
+        yield chosen
+
+
+def _write_split(
+    folder: Path, split: str, count: int, config: WorldConfig, seed: int, ontology: Ontology
+) -> dict[str, str]:
+    """Draws and writes one split; returns reasoning by fact id (for every fact)."""
+    rng = np.random.default_rng([seed, ("train", "valid", "test").index(split)])
+    photos = folder / "img_org" / split
+    photos.mkdir(parents=True)
+    facts: list[Fact] = []
+    reasoning: dict[str, str] = {}
+    surplus, number = 0, 0
+    bar = tqdm(total=count, desc=f"synthesise {split}", unit="fact", mininterval=1.0)
+    while len(facts) < count:
+        scene = draw_scene(rng, config)
+        questions = list(_questions(scene, rng, config.facts_per_photo, surplus))
+        if not questions:
+            continue
+        number += 1
+        image = f"{split}_{number:05d}.jpg"
+        photo, boxes = draw_photo(
+            [(thing.kind, COLOURS[thing.index]) for thing in scene.things], rng, noise=config.noise
+        )
+        photo.save(photos / image, quality=int(rng.integers(70, 96)))
+        for place, entity, label in questions[: count - len(facts)]:
+            left, top, right, bottom = boxes[place]
+            fact = Fact(
+                id=f"{split}:{len(facts) + 1}",
+                tokens=scene.tokens,
+                entity_name=entity.name,
+                entity_span=scene.span(entity),
+                object_name=f"[OBJ{place}]",
+                box=(
+                    round((left + right) / 2 / photo.width, 6),
+                    round((top + bottom) / 2 / photo.height, 6),
+                    round((right - left) / photo.width, 6),
+                    round((bottom - top) / photo.height, 6),
+                ),
+                image=image,
+                label=label,
+            )
+            facts.append(fact)
+            surplus += -1 if label == "none" else 1
+            reasoning[fact.id] = write_reasoning(
+                scene.things[place],
+                entity,
+                scene.clauses,
+                ontology,
+                hasty=bool(rng.random() < config.hasty),
+            )
+            bar.update()
+    bar.close()
+    more.write_split(folder, split, facts)
+    return reasoning
+
+
+def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
+    """Writes a whole dataset: `txt/`, `img_org/`, `rel2id.json` and `reasoning.jsonl`.
+
+    The same config and seed give the same files. The folder appears whole or not at all.
+
+    Args:
+      folder: where to; must not exist.
+      config: what the world is like.
+      seed: of every choice.
+
+    Raises:
+      FileExistsError: the folder is there already.
+    """
+    with atomic_dir(Path(folder)) as partial:
+        ontology = Ontology(LABELS)
+        more.write_ontology(partial, ontology)
+        for split in ("train", "valid", "test"):
+            reasoning = _write_split(partial, split, getattr(config, split), config, seed, ontology)
+            if split == "train":
+                rng = np.random.default_rng([seed, 3])
+                count = round(config.written * len(reasoning))
+                chosen = rng.permutation(list(reasoning))[:count]
+                more.write_reasoning(
+                    partial / "reasoning.jsonl", {str(i): reasoning[i] for i in sorted(chosen)}
+                )
+
+
+def describe_cast(cast: int) -> str:
+    """The cast as text, a line a type: which colour stands for which name."""
+    return "\n".join(
+        f"{kind}: " + ", ".join(f"{c} {n}" for c, n in zip(COLOURS[:cast], names, strict=False))
+        for kind, names in NAMES.items()
+    )

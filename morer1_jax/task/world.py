@@ -1,0 +1,220 @@
+"""The embedded world's rules: who looks like what, what a title says, which label follows.
+
+A world is a small cast of named things, each known by its look, and a table of clauses a title can
+be made of. Whether an object and an entity are related, and how, follows from three things that
+no single modality shows: what the object is (its look, photo), whom that look belongs to
+(knowledge of the cast), and what the title says of the two (text). It is the chain of the
+benchmark's own example: a player in green, a title about Heat and Celtics, the entity 'Heat';
+green is the Celtics', they play against the Heat, so `/per/org/opposed_to`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "teal", "pink")
+
+# The cast: the i-th name of a type is known by the i-th colour.
+NAMES: dict[str, tuple[str, ...]] = {
+    "org": ("Falcons", "Comets", "Rovers", "Lions", "Giants", "Pirates", "Wolves", "Rangers"),
+    "per": ("Adler", "Brandt", "Castro", "Dumas", "Evans", "Fischer", "Garcia", "Hansen"),
+    "loc": ("Arden", "Belmont", "Corvo", "Dorset", "Elmira", "Fairfax", "Granada", "Halden"),
+    "misc": (
+        "Aurora Prize",
+        "Beacon Cup",
+        "Crystal Ball",
+        "Delta Games",
+        "Echo Medal",
+        "Forum Week",
+        "Gala Night",
+        "Harvest Fair",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of object a photo can show.
+
+    Attributes:
+      name: what the drawing routine is called.
+      type: the entity type of the object.
+      stands_for: the type of the named thing its colour points to (a player in red points to an
+        organisation), or None for an object nobody could recognise.
+      words: how reasoning describes it; `{c}` is the colour.
+      whose: how reasoning says whom it points to; `{c}` is the colour, `{n}` the name.
+    """
+
+    name: str
+    type: str
+    stands_for: str | None
+    words: str
+    whose: str
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("player", "per", "org", "a player in a {c} shirt", "{c} shirts are worn by {n}"),
+        Kind("person", "per", "per", "a person in a {c} hat", "the {c} hat belongs to {n}"),
+        Kind("badge", "org", "org", "a {c} badge", "the {c} badge is that of {n}"),
+        Kind("tower", "loc", "loc", "a {c} tower", "the {c} tower stands in {n}"),
+        Kind("cup", "misc", "misc", "a {c} cup", "the {c} cup is the sign of {n}"),
+        Kind("blur", "misc", None, "a blurry shape", ""),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A clause of a title: two named things and what is said of them.
+
+    Attributes:
+      types: entity types of the first and the second named thing.
+      phrases: wordings; `{a}` and `{b}` are the two names.
+      label: the relation of an object that stands for the first thing to the second.
+      kind: the kind of object the label needs.
+      symmetric: whether the same holds with the two exchanged.
+    """
+
+    types: tuple[str, str]
+    phrases: tuple[str, ...]
+    label: str
+    kind: str
+    symmetric: bool = False
+
+
+VERBS = (
+    Verb(
+        ("org", "org"),
+        ("{a} face {b}", "{a} and {b} are tied", "{a} hold off {b}"),
+        "/per/org/opposed_to",
+        "player",
+        True,
+    ),
+    Verb(
+        ("per", "org"), ("{a} takes over {b}", "{a} now heads {b}"), "/per/org/leader_of", "person"
+    ),
+    Verb(
+        ("per", "per"),
+        ("{a} beats {b}", "{a} and {b} clash"),
+        "/per/per/opponent",
+        "person",
+        True,
+    ),
+    Verb(
+        ("per", "per"),
+        ("{a} marries {b}", "{a} and {b} wed"),
+        "/per/per/partner",
+        "person",
+        True,
+    ),
+    Verb(
+        ("per", "loc"),
+        ("{a} , born in {b}", "{a} , a native of {b}"),
+        "/per/loc/place_of_birth",
+        "person",
+    ),
+    Verb(
+        ("per", "loc"),
+        ("{a} moves to {b}", "{a} at home in {b}"),
+        "/per/loc/place_of_residence",
+        "person",
+    ),
+    Verb(("per", "misc"), ("{a} wins {b}", "{b} goes to {a}"), "/per/misc/awarded", "person"),
+    Verb(("org", "org"), ("{a} buy {b}", "{b} sold to {a}"), "/org/org/subsidiary", "badge"),
+    Verb(("org", "loc"), ("{a} settle in {b}", "{b} welcomes {a}"), "/org/loc/locate_at", "badge"),
+    Verb(
+        ("loc", "loc"),
+        ("{a} counts on {b} district", "{b} , part of {a}"),
+        "/loc/loc/contain",
+        "tower",
+    ),
+    Verb(("misc", "loc"), ("{a} opens in {b}", "{b} hosts {a}"), "/misc/loc/held_on", "cup"),
+    Verb(("misc", "misc"), ("{a} joins {b}", "{b} takes in {a}"), "/misc/misc/part_of", "cup"),
+)
+
+# An object that stands for the asked entity itself.
+SELF_LABELS = {
+    "player": "/per/org/member_of",
+    "person": "/per/per/self",
+    "badge": "/org/org/self",
+    "tower": "/loc/loc/self",
+    "cup": "/misc/misc/self",
+}
+
+LABELS = ("none", *dict.fromkeys([*(verb.label for verb in VERBS), *SELF_LABELS.values()]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """One of the cast: an entity type and an index into its names (and so its colour)."""
+
+    type: str
+    index: int
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.type][self.index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """An object in a photo: its kind and, unless it is a blur, its colour's index."""
+
+    kind: str
+    index: int
+
+    @property
+    def type(self) -> str:
+        return KINDS[self.kind].type
+
+    @property
+    def named(self) -> Named | None:
+        """Whom the look points to."""
+        stands_for = KINDS[self.kind].stands_for
+        return None if stands_for is None else Named(stands_for, self.index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clause:
+    """`verb` said of `a` and `b`, in the verb's wording number `phrase`."""
+
+    verb: Verb
+    a: Named
+    b: Named
+    phrase: int
+
+    @property
+    def text(self) -> str:
+        return self.verb.phrases[self.phrase].format(a=self.a.name, b=self.b.name)
+
+    def links(self, first: Named, second: Named) -> bool:
+        """Whether the clause says its verb of the two, in this direction."""
+        forward = (first, second) == (self.a, self.b)
+        return forward or (self.verb.symmetric and (first, second) == (self.b, self.a))
+
+
+def relation(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> tuple[str, Clause | None]:
+    """The label between an object and an entity of the title, and the clause it follows from.
+
+    Args:
+      thing: the object.
+      entity: the asked entity.
+      clauses: what the title says.
+
+    Returns:
+      `(label, clause)`; the clause is None for a label that needs none (the object stands for the
+      asked entity itself) and for `none`.
+    """
+    named = thing.named
+    mentioned = {one for clause in clauses for one in (clause.a, clause.b)}
+    if named is None or named not in mentioned:
+        return "none", None
+    if named == entity:
+        return SELF_LABELS[thing.kind], None
+    for clause in clauses:
+        if clause.verb.kind == thing.kind and clause.links(named, entity):
+            return clause.verb.label, clause
+    return "none", None

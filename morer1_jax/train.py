@@ -1,0 +1,118 @@
+"""The main job: synthesise, SFT, baselines, rate, GRPO, evaluate.
+
+    python -m morer1_jax.train --config=configs/demo.py --workdir=runs/demo
+
+`--config.stages=sft` runs one stage alone; a stage whose output is whole is not run again, and one
+that was killed goes on from its last checkpoint. Any other key is set the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from morer1_jax.run.answers import Asker
+from morer1_jax.run.baselines import run_baselines
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.config import identity, load, run_main
+from morer1_jax.run.control import run_control
+from morer1_jax.run.evaluate import evaluate, read_scores
+from morer1_jax.run.grpo import run_grpo
+from morer1_jax.run.job import Job
+from morer1_jax.run.rate import run_rate
+from morer1_jax.run.report import write_report
+from morer1_jax.run.settings import settings
+from morer1_jax.run.sft import run_sft
+from morer1_jax.run.stages import Stage
+from morer1_jax.task import metrics
+from morer1_jax.task.synthetic import synthesise
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes everything.")
+
+# What each stage's output depends on: with these keys equal it may serve another run.
+_DATA = ("seed", "world", "data")
+_SFT = (*_DATA, "model", "runtime", "score", "sft")
+_DEPENDS = {
+    "synthesise": _DATA,
+    "sft": _SFT,
+    "baselines": (*_DATA, "model", "runtime", "score", "baselines"),
+    "rate": (*_SFT, "rate"),
+    "grpo": (*_SFT, "rate", "grpo"),
+    "control": (*_SFT, "rate", "grpo"),
+    "evaluate": (*_SFT, "rate", "grpo", "baselines", "evaluate"),
+}
+
+
+def best_params(job: Job, stage: str) -> Any:
+    """The best parameters of a stage, by validation."""
+    return Checkpointer(job.workdir / stage / "checkpoints").restore_best(job.like_params())[0]
+
+
+def run_synthesise(job: Job) -> None:
+    """Writes the synthetic dataset, unless the config points to one; trains the tokenizer."""
+    if job.settings.data.folder is None and not job.data.exists():
+        synthesise(job.data, job.settings.world, job.settings.seed)
+    print(f"tokenizer: {len(job.tokenizer)} tokens")
+
+
+def run_evaluate(job: Job) -> None:
+    """Scores whatever models the workdir has, prints the table, writes the report page."""
+    asker = Asker(job, job.encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+    for stage in ("sft", "control", "grpo"):
+        if (job.workdir / stage / "DONE.json").exists():
+            evaluate(job, stage, best_params(job, stage), asker)
+    scores = read_scores(job.workdir)
+    print(metrics.format_table(scores))
+    print(f"report: {write_report(job.workdir, job.data)}")
+
+
+def train(config: Any, workdir: Path) -> None:
+    """Runs the config's stages in a workdir.
+
+    Raises:
+      ConfigError, DataError: what the user can put right, in one line.
+    """
+    job = Job(settings(config), workdir)
+    load(config, workdir, write=jax.process_index() == 0)
+    runners: dict[str, Callable[[], Any]] = {
+        "synthesise": lambda: run_synthesise(job),
+        "sft": lambda: run_sft(job),
+        "baselines": lambda: run_baselines(job),
+        "rate": lambda: run_rate(job, best_params(job, "sft")),
+        "grpo": lambda: run_grpo(job, best_params(job, "sft")),
+        "control": lambda: run_control(job, best_params(job, "sft")),
+        "evaluate": lambda: run_evaluate(job),
+    }
+    checked = False
+    for name in job.settings.stages.split(","):
+        stage = Stage(workdir, name, identity(config, _DEPENDS[name]))
+        if name != "evaluate" and stage.done():
+            print(f"stage {name}: done before")
+            continue
+        if name != "synthesise" and not checked:
+            job.check()
+            checked = True
+        print(f"stage {name}", flush=True)
+        before = time.perf_counter()
+        runners[name]()
+        seconds = time.perf_counter() - before
+        stage.finish({"seconds": round(seconds, 1)})
+        print(f"stage {name}: {seconds:.0f} s", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """The command line's entry."""
+    del argv
+    train(_CONFIG.value, Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    run_main(main)

@@ -1,0 +1,173 @@
+import beartype
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import vision_utils
+
+from morer1_jax.data.layout import (
+    LayoutError,
+    count_image_tokens,
+    count_windows,
+    mrope_positions,
+    place_patches,
+    vision_index,
+    vision_layout,
+)
+
+IMAGE, VIDEO = 7, 8
+SIZES = {"patch_size": 4, "merge_size": 2, "window_size": 16}
+
+
+def grids_of(merge):
+    side = st.integers(1, 7).map(lambda n: n * merge)
+    return st.lists(st.tuples(st.just(1), side, side), max_size=4)
+
+
+@st.composite
+def layouts(draw):
+    """Sizes with windows of 1 to 3 merge units a side, and grids that fit them."""
+    merge, patch = draw(st.integers(1, 3)), draw(st.integers(1, 14))
+    window = draw(st.integers(1, 3)) * merge * patch
+    return draw(grids_of(merge)), {"patch_size": patch, "merge_size": merge, "window_size": window}
+
+
+@settings(deadline=None, max_examples=60)
+@given(layouts(), st.integers(0, 3))
+def test_layout_is_the_reference_window_order(drawn, extra):
+    grids, sizes = drawn
+    windows = count_windows(grids, **sizes)
+    layout = vision_layout(grids, **sizes, pad_to_windows=windows + extra)
+    unit = sizes["merge_size"] ** 2
+    assert layout.source.shape == (
+        windows + extra,
+        (sizes["window_size"] // sizes["patch_size"]) ** 2,
+    )
+    filled = layout.source >= 0
+    np.testing.assert_array_equal(filled, layout.image_ids >= 0)
+    assert not filled[windows:].any()
+    if not grids:
+        assert layout.token_slots.shape == (0,)
+        return
+    grid = torch.tensor(grids)
+    order, bounds = vision_utils.get_vision_window_index(
+        grid, sizes["merge_size"], sizes["window_size"], sizes["patch_size"]
+    )
+    patches = (order[:, None] * unit + torch.arange(unit)).flatten().numpy()
+    np.testing.assert_array_equal(layout.source[filled], patches)
+    np.testing.assert_array_equal(filled.sum(1)[:windows], np.diff(bounds.numpy()))
+    positions = vision_utils.get_vision_position_ids(grid, sizes["merge_size"]).numpy()
+    np.testing.assert_array_equal(layout.positions[filled], positions[layout.source[filled]])
+    image = np.repeat(np.arange(len(grids)), [rows * columns for _, rows, columns in grids])
+    np.testing.assert_array_equal(layout.image_ids[filled], image[layout.source[filled]])
+
+
+@settings(deadline=None, max_examples=30)
+@given(layouts())
+def test_token_slots_hold_the_merge_units_in_order(drawn):
+    grids, sizes = drawn
+    layout = vision_layout(grids, **sizes)
+    units = layout.source.reshape(-1, sizes["merge_size"] ** 2)[layout.token_slots]
+    np.testing.assert_array_equal(units.ravel(), np.arange(units.size))
+    tokens = sum(count_image_tokens(g, merge_size=sizes["merge_size"]) for g in grids)
+    assert len(layout.token_slots) == tokens
+
+
+def test_place_patches_and_vision_index():
+    grids = [(1, 6, 4), (1, 2, 2)]
+    layout = vision_layout(grids, **SIZES, pad_to_windows=5)
+    patches = np.arange(1, 29, dtype=np.float32)[:, None]
+    placed = place_patches(layout, patches)
+    np.testing.assert_array_equal(placed[..., 0], layout.source + 1)
+    tokens = np.array([1, *[IMAGE] * 6, 2, IMAGE, 3])
+    index = vision_index(tokens, layout, image_token_id=IMAGE)
+    np.testing.assert_array_equal(index >= 0, tokens == IMAGE)
+    # Merged slot n holds the merge unit whose first patch is 4·n-th in the processor's order.
+    np.testing.assert_array_equal(
+        layout.source.reshape(-1, 4)[index[index >= 0], 0], np.arange(7) * 4
+    )
+
+
+def test_positions_of_an_image_between_texts():
+    tokens = np.array([1, 2, *[IMAGE] * 6, 3, 4])
+    options = {"merge_size": 2, "image_token_id": IMAGE, "video_token_id": VIDEO}
+    positions = mrope_positions(tokens, [(1, 4, 6)], **options)
+    np.testing.assert_array_equal(
+        positions,
+        [
+            [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+            [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+            [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+        ],
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(grids_of(2), min_size=1, max_size=4), st.integers(0, 5))
+def test_packed_positions_restart_for_each_sample(samples, pad):
+    options = {"merge_size": 2, "image_token_id": IMAGE, "video_token_id": VIDEO}
+    rows, alone = [], []
+    for grids in samples:
+        parts = [[1, 2]]
+        for grid in grids:
+            parts += [[IMAGE] * count_image_tokens(grid, merge_size=2), [3]]
+        rows.append(np.concatenate(parts).astype(np.int64))
+        alone.append(mrope_positions(rows[-1], grids, **options))
+    tokens = np.concatenate([*rows, np.full(pad, 9)])
+    segments = np.repeat([*range(1, len(rows) + 1), 0], [*map(len, rows), pad])
+    every = [grid for grids in samples for grid in grids]
+    packed = mrope_positions(tokens, every, **options, segment_ids=segments)
+    np.testing.assert_array_equal(packed, np.concatenate([*alone, np.zeros((3, pad))], axis=1))
+
+
+def test_images_on_both_sides_of_a_boundary_between_samples():
+    tokens = np.array([1, IMAGE, IMAGE, 2])
+    options = {"merge_size": 1, "image_token_id": IMAGE, "video_token_id": VIDEO}
+    segments = np.array([1, 1, 2, 2])
+    positions = mrope_positions(tokens, [(1, 1, 1)] * 2, **options, segment_ids=segments)
+    np.testing.assert_array_equal(positions, [[0, 1, 0, 1]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grids", "message"),
+    [
+        ([IMAGE] * 4, [(2, 4, 4)], r"\(2, 4, 4\) is a video"),
+        ([1, VIDEO], [], "videos are not supported"),
+        ([IMAGE] * 4, [(1, 4, 5)], "multiples of 2"),
+        ([IMAGE] * 3, [(1, 4, 4)], "found 3 image tokens at 0, the image .* needs 4"),
+        ([IMAGE] * 4, [], "image tokens at 0, after the last of 0"),
+        ([IMAGE] * 4, [(1, 4, 4)] * 2, "1 of 2 images have no image tokens"),
+    ],
+)
+def test_positions_refuse(tokens, grids, message):
+    with pytest.raises(LayoutError, match=message):
+        mrope_positions(
+            np.array(tokens), grids, merge_size=2, image_token_id=IMAGE, video_token_id=VIDEO
+        )
+
+
+def test_layout_refuses():
+    with pytest.raises(LayoutError, match="fill 4 windows, more than the bucket of 3"):
+        vision_layout([(1, 6, 6)], **SIZES, pad_to_windows=3)
+    with pytest.raises(LayoutError, match="is a video"):
+        vision_layout([(3, 6, 6)], **SIZES)
+    layout = vision_layout([(1, 4, 4)], **SIZES)
+    with pytest.raises(LayoutError, match=r"found 15 patches, .* expect 16"):
+        place_patches(layout, np.zeros((15, 3), np.float32))
+    with pytest.raises(LayoutError, match=r"found 3 image tokens .* need 4"):
+        vision_index(np.array([IMAGE] * 3), layout, image_token_id=IMAGE)
+
+
+def test_annotations_hold():
+    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+    layout = checked(vision_layout)([(1, 6, 4)], **SIZES)
+    tokens = np.array([IMAGE] * 6)
+    patches = np.zeros((24, 3), np.float32)
+    assert checked(place_patches)(layout, patches).dtype == np.float32
+    assert checked(vision_index)(tokens, layout, image_token_id=IMAGE).dtype == np.int32
+    positions = checked(mrope_positions)(
+        tokens, [(1, 6, 4)], merge_size=2, image_token_id=IMAGE, video_token_id=VIDEO
+    )
+    assert positions.dtype == np.int32

@@ -1,0 +1,142 @@
+"""Every pattern equals plain attention under the dense mask it stands for."""
+
+import beartype
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from morer1_jax.model.attention import Cached, CompletionKV, PackedCausal, SharedPrefix
+
+HEADS, KV_HEADS, SIZE = 6, 3, 4
+
+
+def plain(q, k, v, visible):
+    """Attention one query head at a time, keys repeated, hidden places dropped exactly."""
+    repeat = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
+    scores = jnp.einsum("bshd,buhd->bhsu", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhsu,buhd->bshd", weights, v)
+
+
+def draw(rows, length, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(rows, length, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+@jax.jit
+def pattern_value(qkv, pattern, weights):
+    out, cache = pattern(*qkv, None)
+    assert cache is None
+    return jnp.sum(out * weights), out
+
+
+@jax.jit
+def plain_value(qkv, visible, weights):
+    out = plain(*qkv, visible)
+    return jnp.sum(out * weights), out
+
+
+def assert_same_values_and_gradients(pattern, qkv, visible, counted):
+    """Of the outputs at the places that count, and of a random linear function of them."""
+    weights = np.random.default_rng(9).standard_normal(qkv[0].shape) * counted[..., None, None]
+    ours, out = jax.grad(pattern_value, has_aux=True)(qkv, pattern, weights)
+    # Places that do not count may see all: NaN there would spoil the gradients elsewhere.
+    theirs, expected = jax.grad(plain_value, has_aux=True)(
+        qkv, visible | ~counted[..., None], weights
+    )
+    np.testing.assert_allclose(out[counted], expected[counted], atol=2e-6)
+    for got, wanted in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_packed_causal():
+    segments = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0] * 8])
+    visible = (segments[:, :, None] == segments[:, None]) & np.tri(8, dtype=bool)
+    pattern = PackedCausal(jnp.asarray(segments))
+    assert_same_values_and_gradients(pattern, draw(3, 8), visible, segments > 0)
+    # Padding is finite and sees padding only.
+    assert_same_values_and_gradients(pattern, draw(3, 8), visible, segments == 0)
+
+
+PROMPTS = {
+    "whole": np.array([[1, 1, 1, 1, 1]] * 2),
+    "padded on the right": np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]),
+    "padded on the left": np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_shared_prefix(prompt):
+    """Completions of unequal length, one of them empty, against the dense (s+gt)² mask."""
+    prompt = PROMPTS[prompt].astype(bool)
+    lengths = np.array([[4, 2, 0], [1, 4, 3]])
+    completion = np.arange(4) < lengths[..., None]
+    valid = np.concatenate([prompt, completion.reshape(2, -1)], axis=1)
+    owner = np.repeat([0, 1, 2, 3], [5, 4, 4, 4])
+    mine = (owner[:, None] == owner) | (owner == 0)
+    visible = mine & np.tri(17, dtype=bool) & valid[:, None]
+    pattern = SharedPrefix(jnp.asarray(prompt), jnp.asarray(completion))
+    assert_same_values_and_gradients(pattern, draw(2, 17), visible, valid)
+    assert np.isfinite(pattern_value(draw(2, 17), pattern, 1.0)[1]).all()
+
+
+def test_shared_prefix_without_any_valid_token_is_finite():
+    pattern = SharedPrefix(jnp.zeros((1, 3), bool), jnp.zeros((1, 2, 2), bool))
+    gradients, _ = jax.grad(pattern_value, has_aux=True)(draw(1, 7), pattern, 1.0)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_cached_equals_shared_prefix_token_by_token():
+    """At each of two layers, whose keys must not mix."""
+    layers, b, g, s, t = 2, 2, 3, 4, 5
+    prompt = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    shared = SharedPrefix(jnp.asarray(prompt), jnp.ones((b, g, t), bool))
+    rows = [draw(b, s + g * t, seed) for seed in range(layers)]
+    expected = [shared(*row, None)[0][:, s:].reshape(b, g, t, HEADS, SIZE) for row in rows]
+    prompt_k, prompt_v = (jnp.stack([row[i][:, :s] for row in rows]) for i in (1, 2))
+    # Longer than needed, and full of what must not be seen.
+    stale = jnp.full((layers, b, g, t + 2, KV_HEADS, SIZE), 7.0)
+    cache = CompletionKV(stale, stale, jnp.zeros((), jnp.int32))
+    step = jax.jit(lambda attend, *inputs: attend(*inputs))
+    for index in range(t):
+        attend = Cached(prompt_k, prompt_v, jnp.asarray(prompt), jnp.asarray(index))
+        cache = cache.replace(layer=jnp.zeros((), jnp.int32))
+        for layer, row in enumerate(rows):
+            q, k, v = (a[:, s:].reshape(b, g, t, -1, SIZE)[:, :, index] for a in row)
+            out, cache = step(attend, q, k, v, cache)
+            np.testing.assert_allclose(out, expected[layer][:, :, index], atol=2e-6)
+        assert int(cache.layer) == layers
+    np.testing.assert_array_equal(cache.k[..., t:, :, :], 7.0)
+
+
+def test_half_precision_keeps_softmax_in_float32():
+    q, k, v = (x.astype(jnp.bfloat16) for x in draw(1, 300))
+    out, _ = PackedCausal(jnp.ones((1, 300), jnp.int32))(q * 0, k, jnp.ones_like(v), None)
+    # 300 equal weights; a bfloat16 sum of them would be far from 1.
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), 1, atol=4e-3)
+
+
+def test_annotations_hold():
+    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+    q, k, v = draw(2, 7)
+    keys = jnp.zeros((1, 2, 3, KV_HEADS, SIZE))
+    own = jnp.zeros((1, 2, 7, 4, KV_HEADS, SIZE))
+    calls = (
+        (PackedCausal(jnp.ones((2, 7), jnp.int32)), None),
+        (SharedPrefix(jnp.ones((2, 3), bool), jnp.ones((2, 2, 2), bool)), None),
+        (
+            Cached(keys, keys, jnp.ones((2, 3), bool), jnp.asarray(1)),
+            CompletionKV(own, own, jnp.asarray(0)),
+        ),
+    )
+    for pattern, cache in calls:
+        call = checked(type(pattern).__call__)
+        out, _ = jax.eval_shape(call, pattern, q, k, v, cache)
+        assert out.shape == q.shape
+        with pytest.raises(jaxtyping.TypeCheckError):
+            jax.eval_shape(call, pattern, q, k[:1], v, cache)

@@ -1,0 +1,101 @@
+import dataclasses
+
+import beartype
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from morer1_jax.model.attention import Cached, CompletionKV, PackedCausal
+from morer1_jax.model.config import Runtime
+from morer1_jax.model.language import Decoder, multimodal_rotary
+
+
+def test_each_frequency_follows_its_axis(small_case):
+    positions = jnp.array([[[2]], [[30]], [[400]]])
+    cos, sin = multimodal_rotary(positions, small_case.config.text)
+    # Sections (1, 1, 2) of the four frequencies 10000^(-i/4).
+    angles = np.array([2, 30 / 10, 400 / 100, 400 / 1000])
+    np.testing.assert_allclose(cos[0, 0], np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(sin[0, 0], np.sin(angles), atol=1e-5)
+
+
+def inputs(config, length=9):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, length, config.hidden_size)), jnp.float32)
+    positions = jnp.asarray(rng.integers(0, 20, (3, 2, length)), jnp.int32)
+    return x, positions, PackedCausal(jnp.ones((2, length), jnp.int32))
+
+
+def value_and_gradient(case, runtime):
+    """Of a fixed linear function of the hidden states, in all parameters of the decoder."""
+    x, positions, attend = inputs(case.config.text)
+    decoder = Decoder(case.config.text, runtime)
+    weights = np.random.default_rng(1).standard_normal(x.shape)
+
+    def value(params):
+        return jnp.sum(decoder.apply({"params": params}, x, positions, attend)[0] * weights)
+
+    step = jax.value_and_grad(value)
+    params = case.params["language"]
+    return str(jax.make_jaxpr(step)(params)), jax.jit(step)(params)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "rematerialises", "scans"),
+    [
+        (Runtime(scan_unroll=2), False, True),
+        (Runtime(scan_unroll=99), False, True),
+        (Runtime(remat="full"), True, True),
+        (Runtime(remat="dots", scan_unroll=99), True, True),
+    ],
+)
+def test_unrolling_and_rematerialisation_change_nothing(small_case, runtime, rematerialises, scans):
+    jaxpr, (value, gradient) = value_and_gradient(small_case, runtime)
+    _, (expected, expected_gradient) = value_and_gradient(small_case, Runtime())
+    assert ("remat" in jaxpr or "checkpoint" in jaxpr) == rematerialises
+    unroll = min(runtime.scan_unroll, small_case.config.text.num_hidden_layers)
+    assert f"unroll={unroll}" in jaxpr
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, wanted in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("unroll", [1, 99])
+def test_decoding_carries_the_whole_cache(small_case, unroll):
+    """No output of the scan over layers is stacked, and every layer writes its own slice."""
+    text = dataclasses.replace(small_case.config.text)
+    layers, kv = text.num_hidden_layers, (text.num_key_value_heads, text.head_dim)
+    keys = jnp.zeros((layers, 2, 3, *kv))
+    own = jnp.zeros((layers, 2, 9, 4, *kv))
+    x, positions, _ = inputs(text)
+    decoder = Decoder(text, Runtime(decode_unroll=unroll))
+
+    def step(own):
+        attend = Cached(keys, keys, jnp.ones((2, 3), bool), jnp.asarray(2))
+        cache = CompletionKV(own, own, jnp.zeros((), jnp.int32))
+        params = {"params": small_case.params["language"]}
+        return decoder.apply(params, x, positions, attend, cache=cache)[1]
+
+    scans = [eqn for eqn in jax.make_jaxpr(step)(own).eqns if eqn.primitive.name == "scan"]
+    assert [len(scan.outvars) for scan in scans] == [scans[0].params["num_carry"]]
+    cache = step(own)
+    assert int(cache.layer) == layers
+    written = np.abs(cache.k).sum((1, 2, 4, 5)) > 0
+    np.testing.assert_array_equal(written, np.arange(4)[None] == np.full((layers, 1), 2))
+
+
+def test_annotations_hold(small_case):
+    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+    text = small_case.config.text
+    x, positions, attend = inputs(text)
+    params = {"params": small_case.params["language"]}
+    call = checked(Decoder.__call__)
+    decoder = Decoder(text, Runtime())
+    hidden, _, (k, v) = decoder.apply(params, x, positions, attend, None, True, method=call)
+    assert hidden.shape == x.shape
+    assert k.shape == v.shape == (text.num_hidden_layers, 2, 9, 1, text.head_dim)
+    checked(multimodal_rotary)(positions, text)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        decoder.apply(params, x, positions[:2], attend, method=call)

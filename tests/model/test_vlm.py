@@ -1,0 +1,304 @@
+"""The verbs agree with each other: one forward pass, whatever it is used for."""
+
+import dataclasses
+import functools
+
+import beartype
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from morer1_jax.model.attention import PackedCausal, SharedPrefix
+from morer1_jax.model.config import Runtime
+from morer1_jax.model.vlm import Qwen25VL, init_cache, init_params
+
+
+def verb(case, name, *args, params=None, **kwargs):
+    return case.model.apply({"params": params or case.params}, *args, method=name, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(model, params, arguments):
+    return model.apply({"params": params}, *arguments)
+
+
+def hidden_states(case, rows, **changes):
+    arguments = dataclasses.replace(rows, **changes).arguments()
+    return np.asarray(_hidden(case.model, case.params, arguments))
+
+
+def test_amount_and_side_of_padding_change_nothing(small_case, rows_of):
+    """Not even on the left, where a row's samples then start later."""
+    place = [[3, 0], [1, 2]]
+    short, long = (
+        rows_of(small_case.config, small_case.samples, place, extra=extra) for extra in (0, 9)
+    )
+    expected = hidden_states(small_case, short)[short.segment_ids > 0]
+    right = hidden_states(small_case, long)
+    np.testing.assert_allclose(right[long.segment_ids > 0], expected, atol=2e-5)
+    shifted = {
+        name: np.roll(getattr(long, name), 9, axis=-1)
+        for name in ("tokens", "positions", "segment_ids", "vision_index")
+    }
+    left = hidden_states(small_case, long, **shifted)
+    np.testing.assert_allclose(left[shifted["segment_ids"] > 0], expected, atol=2e-5)
+
+
+def test_exchanged_images_change_the_result(small_case, rows_of):
+    """Also of two images with one grid, where nothing but the pixels tells them apart."""
+    sample = small_case.samples[1]
+    patches = np.concatenate([sample.patches, -sample.patches])
+    twice = dataclasses.replace(
+        sample,
+        tokens=np.concatenate([sample.tokens, sample.tokens]),
+        grids=sample.grids * 2,
+        patches=patches,
+    )
+    exchanged = dataclasses.replace(twice, patches=np.roll(patches, len(patches) // 2, axis=0))
+    one, other = (
+        hidden_states(small_case, rows_of(small_case.config, [s], [[0]]))
+        for s in (twice, exchanged)
+    )
+    text = np.flatnonzero(twice.tokens != small_case.config.image_token_id)
+    after = text[text > len(sample.tokens)]
+    assert np.abs(one - other)[0, after].max(-1).min() > 0.01
+    # Text before the first image cannot tell.
+    np.testing.assert_allclose(one[0, :5], other[0, :5], atol=1e-6)
+
+
+@pytest.fixture
+def group(small_case, rows_of):
+    """Two prompts with images, padded, and three completions each, one of them empty."""
+    prompts = rows_of(small_case.config, small_case.samples, [[1], [2]])
+    lengths = np.array([[4, 2, 0], [1, 4, 3]])
+    tokens = np.random.default_rng(3).integers(0, 91, (2, 3, 4))
+    valid = prompts.segment_ids == 1
+    following = np.where(valid, prompts.positions.max(0), -1).max(1) + 1
+    return prompts, valid, tokens, np.arange(4) < lengths[..., None], following
+
+
+def together(case, params, group):
+    """Hidden states [b g t d] of the completions beside their shared prompt."""
+    prompts, valid, tokens, mask, following = group
+    b, g, t = tokens.shape
+    images = verb(case, "encode_images", prompts.images, params=params)
+    index = np.pad(prompts.vision_index, ((0, 0), (0, g * t)), constant_values=-1)
+    row = np.concatenate([prompts.tokens, tokens.reshape(b, -1)], axis=1)
+    x = verb(case, "embed", row, images, index, params=params)
+    own = following[:, None] + np.tile(np.arange(t), g)
+    positions = np.concatenate([prompts.positions, np.broadcast_to(own, (3, b, g * t))], axis=2)
+    attend = SharedPrefix(jnp.asarray(valid), jnp.asarray(mask))
+    hidden = verb(case, "forward", x, positions, attend, params=params)
+    return hidden[:, -g * t :].reshape(b, g, t, -1)
+
+
+def separately(case, params, group):
+    """The same from g rows of [prompt | completion] each, the prompt run g times."""
+    prompts, valid, tokens, mask, following = group
+    b, g, t = tokens.shape
+    images = verb(case, "encode_images", prompts.images, params=params)
+    index = np.pad(prompts.vision_index, ((0, 0), (0, t)), constant_values=-1)
+    out = []
+    own = np.broadcast_to(following[:, None] + np.arange(t), (3, b, t))
+    positions = np.concatenate([prompts.positions, own], axis=2)
+    for i in range(g):
+        x = verb(
+            case, "embed", np.concatenate([prompts.tokens, tokens[:, i]], 1), images, index,
+            params=params,
+        )  # fmt: skip
+        segments = np.concatenate([valid, mask[:, i]], axis=1).astype(np.int32)
+        hidden = verb(case, "forward", x, positions, PackedCausal(segments), params=params)
+        out.append(hidden[:, -t:])
+    return jnp.stack(out, axis=1)
+
+
+def test_shared_prefix_equals_each_sequence_by_itself(small_case, group):
+    """In value, and in the gradient of every parameter, the vision tower's too."""
+    mask = group[3]
+    weights = np.random.default_rng(4).standard_normal((*mask.shape, 24)) * mask[..., None]
+    results = []
+    for way in (together, separately):
+
+        def value(params, way=way):
+            hidden = way(small_case, params, group)
+            return jnp.sum(hidden * weights), hidden
+
+        results.append(jax.jit(jax.value_and_grad(value, has_aux=True))(small_case.params))
+    ((_, hidden), gradient), ((_, expected), expected_gradient) = results
+    np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
+    for got, wanted in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5 * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("unroll", [1, 99])
+def test_decode_equals_forward(small_case, group, unroll):
+    prompts, valid, tokens, mask, following = group
+    case = dataclasses.replace(
+        small_case, model=Qwen25VL(small_case.config, Runtime(decode_unroll=unroll))
+    )
+
+    @jax.jit
+    def decode_all(params):
+        images = verb(case, "encode_images", prompts.images, params=params)
+        x = verb(case, "embed", prompts.tokens, images, prompts.vision_index, params=params)
+        attend = PackedCausal(jnp.asarray(valid.astype(np.int32)))
+        _, kv = verb(case, "forward", x, prompts.positions, attend, keep_kv=True, params=params)
+        cache = init_cache(kv, jnp.asarray(valid), group=3, length=4, bucket=6)
+
+        def step(cache, t):
+            x = verb(case, "embed", jnp.asarray(tokens)[:, :, t], params=params)
+            positions = jnp.broadcast_to(following[:, None] + t, tokens.shape[:2])
+            hidden, cache = verb(case, "decode", x, positions, cache, params=params)
+            return cache, hidden
+
+        cache, hidden = jax.lax.scan(step, cache, jnp.arange(4))
+        return cache, jnp.moveaxis(hidden, 0, 2)
+
+    cache, hidden = decode_all(case.params)
+    expected = jax.jit(lambda params: together(case, params, group))(case.params)
+    np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
+    assert int(cache.index) == 4
+    assert cache.completion_k.shape[3] == 6
+
+
+def test_cache_is_allocated_in_buckets():
+    kv = (jnp.ones((2, 1, 3, 1, 4)),) * 2
+    for length, places in ((1, 8), (8, 8), (9, 16)):
+        cache = init_cache(kv, jnp.ones((1, 3), bool), group=5, length=length, bucket=8)
+        assert cache.completion_k.shape == cache.completion_v.shape == (2, 1, 5, places, 1, 4)
+        assert int(cache.index) == 0
+
+
+def plain_logprobs(head, hidden, targets, allowed, temperature):
+    logits = hidden @ head.T / temperature
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    logps = jax.nn.log_softmax(logits)
+    logprob = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+    terms = jnp.where(jnp.isfinite(logps), jnp.exp(logps) * logps, 0)
+    return logprob, -terms.sum(-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 99])
+def test_chunked_logprobs(case, chunk):
+    """Equal plain ones in value, entropy and gradients of both the hidden states and the head."""
+    rng = np.random.default_rng(0)
+    tied = case.config.tie_word_embeddings
+    head = case.params["embedding" if tied else "head"]
+    hidden = jnp.asarray(rng.standard_normal((2, 12, head.shape[1])), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 91, (2, 12)), jnp.int32)
+    allowed = (jnp.arange(len(head)) < 91) if chunk != 5 else None
+    weights = rng.standard_normal((2, 2, 12))
+
+    def total(results):
+        return sum(jnp.sum(w * r) for w, r in zip(weights, results, strict=True)), results
+
+    def ours(head, hidden):
+        params = case.params | {"embedding" if tied else "head": head}
+        options = dict(allowed=allowed, temperature=0.7, chunk=chunk)  # noqa: C408
+        return total(verb(case, "logprobs", hidden, targets, params=params, **options))
+
+    def theirs(head, hidden):
+        return total(plain_logprobs(head, hidden, targets, allowed, 0.7))
+
+    got, wanted = (
+        jax.jit(jax.value_and_grad(way, argnums=(0, 1), has_aux=True))(head, hidden)
+        for way in (ours, theirs)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(np.abs(b).max())))
+
+
+def test_whole_logits_never_exist(small_case):
+    """Neither forward nor backward, neither flat nor stacked by chunk."""
+    hidden, targets = jnp.ones((2, 12, 24)), jnp.zeros((2, 12), jnp.int32)
+
+    def text(chunk):
+        def loss(params):
+            return verb(small_case, "logprobs", hidden, targets, params=params, chunk=chunk)[
+                0
+            ].sum()
+
+        return jax.jit(jax.grad(loss)).lower(small_case.params).as_text()
+
+    whole = ("2x12x101x", "3x2x4x101x", "1x2x12x101x")
+    assert not any(shape in text(4) for shape in whole)
+    assert any(shape in text(12) for shape in whole)
+
+
+def test_target_that_is_not_allowed_is_finite(small_case):
+    """So that a masked-out position with a padding target leaves value and gradient whole."""
+    hidden = jnp.ones((1, 3, 24))
+    targets = jnp.array([[1, 95, 2]])
+    mask = jnp.array([[1, 0, 1]])
+
+    def loss(hidden):
+        allowed = jnp.arange(101) < 91
+        logprob, _ = verb(small_case, "logprobs", hidden, targets, allowed=allowed)
+        return jnp.sum(logprob * mask), logprob
+
+    gradient, logprob = jax.grad(loss, has_aux=True)(hidden)
+    assert logprob[0, 1] < -1e29
+    assert np.isfinite(gradient).all()
+    assert not gradient[0, 1].any()
+
+
+def test_bfloat16(small_case, rows_of):
+    runtime = Runtime(param_dtype="bfloat16", dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small_case.params)
+    half = dataclasses.replace(
+        small_case, model=Qwen25VL(small_case.config, runtime), params=params
+    )
+    rows = rows_of(small_case.config, small_case.samples, [[3, 0], [1, 2]])
+    hidden = _hidden(half.model, params, rows.arguments())
+    assert hidden.dtype == jnp.bfloat16
+    valid = rows.segment_ids > 0
+    exact = hidden_states(small_case, rows)[valid]
+    error = np.linalg.norm(np.asarray(hidden, np.float32)[valid] - exact) / np.linalg.norm(exact)
+    assert error < 0.1
+    logprob, entropy = verb(half, "logprobs", hidden, rows.tokens)
+    assert logprob.dtype == entropy.dtype == verb(half, "logits", hidden).dtype == jnp.float32
+
+
+def test_initialisation(small_case):
+    model = Qwen25VL(small_case.config, Runtime(param_dtype="bfloat16"))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    drawn = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        assert leaf.dtype == jnp.bfloat16
+        if path[-1].key in ("bias", "scale"):
+            np.testing.assert_array_equal(leaf, float(path[-1].key == "scale"))
+        else:
+            drawn.append(np.asarray(leaf, np.float32).ravel())
+            assert 0.7 < drawn[-1].std() / 0.02 < 1.3
+    kernel = params["language"]["layers"]["q"]["kernel"]
+    assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_annotations_hold(small_case, rows_of):
+    def checked(name, *args, **kwargs):
+        method = jaxtyping.jaxtyped(typechecker=beartype.beartype)(getattr(Qwen25VL, name))
+        call = functools.partial(small_case.model.apply, method=method, **kwargs)
+        return jax.eval_shape(lambda params, *a: call({"params": params}, *a), *args)
+
+    params = small_case.params
+    rows = rows_of(small_case.config, small_case.samples, [[3, 0], [1, 2]])
+    rows = dataclasses.replace(rows, images=jax.tree.map(jnp.asarray, rows.images))
+    tokens, positions, index = map(jnp.asarray, (rows.tokens, rows.positions, rows.vision_index))
+    attend = PackedCausal(jnp.asarray(rows.segment_ids))
+    b, s = tokens.shape
+    hidden = checked("__call__", params, tokens, positions, attend, rows.images, index)
+    assert hidden.shape == (b, s, 24)
+    images = checked("encode_images", params, rows.images)
+    x = checked("embed", params, tokens, images, index)
+    assert checked("logits", params, hidden).shape == (b, s, 101)
+    logprob, entropy = checked("logprobs", params, hidden, tokens, chunk=7)
+    assert logprob.shape == entropy.shape == (b, s)
+    _, kv = checked("forward", params, x, positions, attend, keep_kv=True)
+    cache = jax.eval_shape(lambda kv: init_cache(kv, jnp.ones((b, s), bool), group=3, length=5), kv)
+    hidden, _ = checked("decode", params, x[:, :3], positions[0, :, :3], cache)
+    assert hidden.shape == (b, 3, 24)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        checked("embed", params, tokens, images, index[:, 1:])

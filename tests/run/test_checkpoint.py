@@ -1,0 +1,288 @@
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from morer1_jax.run.checkpoint import Checkpointer, CheckpointError
+from morer1_jax.run.mesh import make_mesh, state_shardings
+from morer1_jax.task.fact import DataError
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    rng: jax.Array
+
+
+def make_state(seed=0, width=8):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "embedding": jax.random.normal(keys[0], (16, width)),
+        "layers": {
+            "mlp": {"down": {"kernel": jax.random.normal(keys[1], (2, 16, width), jnp.bfloat16)}},
+            "q": {"bias": jnp.zeros((2, 4, 2))},
+        },
+    }
+    opt_state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(params)
+    rng = jax.random.key_data(keys[2])
+    return State(jnp.asarray(seed, jnp.int32), params, opt_state, rng)
+
+
+def like(state, mesh=None):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes, shapes.params),
+    )
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "ckpt")
+    assert checkpointer.latest() is None
+    state = make_state(3)
+    extra = {"step": 3, "seed": 7, "loss": 0.1, "pool": [1, 2]}
+    checkpointer.save(3, state, extra)
+    again = Checkpointer(tmp_path / "ckpt")
+    assert again.latest() == 3
+    restored, remembered = again.restore(None, like(state))
+    assert_equal(restored, state)
+    assert remembered == extra
+
+
+def test_restoring_onto_another_mesh_gives_equal_values(tmp_path):
+    state = make_state(1)
+    one = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    placed = jax.device_put(state, state_shardings(one, state, state.params))
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, placed)
+    two = make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
+    small = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+    for mesh in (one, two, small):
+        target = like(state, mesh)
+        restored, _ = checkpointer.restore(1, target)
+        assert_equal(restored, state)
+        for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
+            assert leaf.sharding == wanted.sharding
+    assert placed.params["embedding"].sharding.spec == P("tensor", "fsdp")
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2, 5, 9):
+        checkpointer.save(step, {"x": jnp.full(3, step)})
+    assert sorted(os.listdir(tmp_path)) == ["step_00000005", "step_00000009"]
+    restored, _ = checkpointer.restore(5, like({"x": jnp.full(3, 0)}))
+    assert restored["x"].tolist() == [5, 5, 5]
+
+
+def test_old_ones_go_only_after_the_new_one_is_whole(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(1, {"x": jnp.ones(3)})
+
+    def full_disk(source, target):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "rename", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        checkpointer.save(2, {"x": jnp.ones(3)})
+    monkeypatch.undo()
+    assert checkpointer.latest() == 1
+    assert os.listdir(tmp_path) == ["step_00000001"]
+
+
+def test_a_step_is_never_overwritten(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(4, {"x": jnp.ones(3)})
+    for step in (3, 4):
+        with pytest.raises(CheckpointError, match=f"step {step} to be saved, but step 4 is there"):
+            checkpointer.save(step, {"x": jnp.ones(3)})
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    state = make_state(0)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, state)
+    generator = random.Random(0)
+    arrays = files(tmp_path / "step_00000001" / "arrays")
+    assert len(arrays) > 5
+    for path in arrays:
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        if damaged:
+            damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        else:
+            damaged = b"x"
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError) as error:
+            checkpointer.restore(1, like(state))
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+        path.write_bytes(whole)
+    assert_equal(checkpointer.restore(1, like(state))[0], state)
+    arrays[3].unlink()
+    with pytest.raises(CheckpointError, match="missing or not what was saved"):
+        checkpointer.restore(1, like(state))
+
+
+@pytest.mark.parametrize("damage", ["absent", "empty", "torn", "flipped"])
+def test_a_folder_without_a_valid_manifest_is_passed_over(tmp_path, caplog, damage):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, {"x": jnp.full(3, 1)}, {"seed": 1})
+    checkpointer.save(2, {"x": jnp.full(3, 2)}, {"seed": 2})
+    path = tmp_path / "step_00000002" / "manifest.json"
+    text = path.read_bytes()
+    if damage == "absent":
+        path.unlink()
+    else:
+        flipped = text.replace(b'"seed": 2', b'"seed": 3')
+        path.write_bytes({"empty": b"", "torn": text[:-9], "flipped": flipped}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert checkpointer.latest() == 1
+    assert "step_00000002 is not a whole checkpoint" in caplog.text
+    with pytest.raises(CheckpointError, match="step_00000002: no whole checkpoint"):
+        checkpointer.restore(2, like({"x": jnp.full(3, 0)}))
+    checkpointer.save(2, {"x": jnp.full(3, 4)})
+    assert checkpointer.restore(None, like({"x": jnp.full(3, 0)}))[0]["x"].tolist() == [4, 4, 4]
+
+
+def test_nothing_to_restore_is_an_error(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    for restore in (lambda: checkpointer.restore(None, {}), lambda: checkpointer.restore_best({})):
+        with pytest.raises(DataError, match="no whole checkpoint found; train first"):
+            restore()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 4}, "params/embedding: float32[16, 8] in the checkpoint, float32[16, 4]"),
+        ({"dtype": jnp.bfloat16}, "params/embedding: float32[16, 8] in the checkpoint, bfloat16"),
+        ({"less": "embedding"}, "params/embedding: float32[16, 8] in the checkpoint, no such leaf"),
+        ({"more": "head"}, "params/head: no such leaf in the checkpoint, float32[16, 8] expected"),
+    ],
+)
+def test_another_structure_is_named_by_its_leaf(tmp_path, change, message):
+    params = make_state().params
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, {"params": params})
+    wanted = like(params)
+    shape, dtype = (16, change.get("width", 8)), change.get("dtype", jnp.float32)
+    wanted["embedding"] = jax.ShapeDtypeStruct(shape, dtype)
+    if "less" in change:
+        del wanted[change["less"]]
+    if "more" in change:
+        wanted[change["more"]] = jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    with pytest.raises(CheckpointError) as error:
+        checkpointer.restore(1, {"params": wanted})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "ckpt")
+    with pytest.raises(TypeError, match="params/x: int found, a jax"):
+        checkpointer.save(1, {"params": {"x": 3}})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpointer.save(1, {"x": jnp.ones(2)}, {"loss": float("nan")})
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    assert checkpointer.best() is None
+    metrics = [(1, 0.5, True), (2, 0.7, True), (3, 0.7, False), (4, 0.1, False)]
+    for step, metric, better in [*metrics, (5, float("nan"), False)]:
+        checkpointer.save(step, {"x": jnp.full(2, step)})
+        assert checkpointer.save_best(step, {"x": jnp.full(2, step)}, metric) == better
+    assert checkpointer.latest() == 5
+    again = Checkpointer(tmp_path)
+    assert again.best() == (2, 0.7)
+    params, extra = again.restore_best(like({"x": jnp.full(2, 0)}))
+    assert params["x"].tolist() == [2, 2]
+    assert extra == {"metric": 0.7}
+    assert os.listdir(tmp_path / "best") == ["step_00000002"]
+
+
+# Prints a step once its save has returned; the state is a function of the step alone.
+SAVER = """
+import sys
+import jax, jax.numpy as jnp
+from morer1_jax.run.checkpoint import Checkpointer
+
+checkpointer = Checkpointer(sys.argv[1], keep=int(sys.argv[2]))
+step = checkpointer.latest() or 0
+while True:
+    step += 1
+    state = {"a": jnp.full((64, 1024), step, jnp.float32), "b": {"c": jnp.arange(7) * step}}
+    checkpointer.save(step, state, {"step": step, "third": step / 3})
+    print(step, flush=True)
+"""
+
+
+def kill_while_saving(folder, keep, generator):
+    """One process that is killed at a random moment; returns the last step it knew as saved."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVER, str(folder), str(keep)], stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(generator.randrange(2, 6)):
+        assert process.stdout.readline()
+    time.sleep(generator.uniform(0, 0.1))
+    process.send_signal(signal.SIGKILL)
+    steps = process.stdout.read().split()
+    process.wait()
+    process.stdout.close()
+    return int(steps[-1]) if steps else 0
+
+
+def check_kills(folder, times):
+    generator = random.Random(times)
+    for repeat in range(times):
+        keep = 1 + repeat % 2
+        known = kill_while_saving(folder, keep, generator)
+        checkpointer = Checkpointer(folder)
+        step = checkpointer.latest()
+        assert step is not None
+        assert step >= known
+        zeros = {"a": jnp.zeros((64, 1024)), "b": {"c": jnp.arange(7)}}
+        state, extra = checkpointer.restore(None, like(zeros))
+        assert extra == {"step": step, "third": step / 3}
+        assert_equal(
+            state, {"a": jnp.full((64, 1024), float(step)), "b": {"c": jnp.arange(7) * step}}
+        )
+        assert len([name for name in os.listdir(folder) if not name.startswith(".")]) <= keep + 1
+
+
+def test_a_run_killed_while_saving_loses_nothing_before(tmp_path):
+    check_kills(tmp_path, 3)
+
+
+@pytest.mark.soak
+def test_a_run_killed_while_saving_loses_nothing_before_often(tmp_path):
+    check_kills(tmp_path, 50)

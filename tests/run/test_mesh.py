@@ -1,0 +1,167 @@
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from morer1_jax.model.names import empty_params, tensor_specs
+from morer1_jax.run.config import ConfigError
+from morer1_jax.run.mesh import (
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    partition_spec,
+    path_name,
+    put_batch,
+    state_shardings,
+)
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def mesh_2x2x2():
+    return make_mesh({"data": 2, "fsdp": -1, "tensor": 2})
+
+
+def model_params():
+    """The parameter tree of a small model of the real architecture, as shapes."""
+    text = TextConfig(64, 16, 32, 3, 4, 2, (1, 1, 0))
+    vision = VisionConfig(4, 16, 32, 2, 16, (1, 3), patch_size=4, window_size=16)
+    config = ModelConfig(text, vision, 60, 61, 62, 63)
+    tree = empty_params(tensor_specs(config), "float32")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def specs_by_path(shardings):
+    return {
+        path_name(path): leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
+    }
+
+
+def test_make_mesh_fills_in_the_free_axis():
+    mesh = mesh_2x2x2()
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    one = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[3:4])
+    assert list(one.devices.flat) == jax.devices()[3:4]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": -1, "fsdp": 3}, "mesh.data: 8 devices are not divisible by fsdp 3 = 3"),
+        ({"data": 2, "fsdp": 2}, "data 2 × fsdp 2 = 4 devices, but there are 8"),
+        ({"data": -1, "fsdp": -1}, "data and fsdp are both -1"),
+        ({"data": -1, "tensor": 0}, "mesh.tensor: 0 found"),
+    ],
+)
+def test_make_mesh_names_what_does_not_fit(axes, message):
+    with pytest.raises(ConfigError) as error:
+        make_mesh(axes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_rules_cover_every_matrix_of_the_model():
+    params = model_params()
+    specs = specs_by_path(param_shardings(mesh_2x2x2(), params))
+    assert specs["embedding"] == P("tensor", "fsdp")
+    assert specs["head"] == P("tensor", "fsdp")
+    assert specs["language/layers/q/kernel"] == P(None, "fsdp", "tensor", None)
+    assert specs["language/layers/k/bias"] == P(None, "tensor", None)
+    assert specs["language/layers/o/kernel"] == P(None, "tensor", None, "fsdp")
+    assert specs["language/layers/mlp/up/kernel"] == P(None, "fsdp", "tensor")
+    assert specs["language/layers/mlp/down/kernel"] == P(None, "tensor", "fsdp")
+    windowed = "vision/groups/windowed"  # Two leading axes: group and place in it.
+    assert specs[f"{windowed}/attn/qkv/kernel"] == P(None, None, "fsdp", None, "tensor", None)
+    assert specs[f"{windowed}/attn/proj/kernel"] == P(None, None, "tensor", None, "fsdp")
+    assert specs[f"{windowed}/mlp/gate/bias"] == P(None, None, "tensor")
+    assert specs["vision/merger_in/kernel"] == P("fsdp", "tensor")
+    for path, spec in specs.items():
+        matrix = path.split("/")[-1] in ("kernel", "embedding", "head")
+        assert ("fsdp" in spec) == matrix, path
+        if "norm" in path:
+            assert not any(spec), path
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("language/layers/q/kernel", (3, 6, 5, 8), P(None, "fsdp", None, None)),
+        ("language/layers/q/kernel", (3, 5, 4, 8), P(None, None, "tensor", None)),
+        ("language/layers/mlp/down/kernel", (3, 5, 5), P(None, None, None)),
+        ("head_norm", (4,), P(None)),
+        ("step", (), P()),
+    ],
+)
+def test_an_axis_that_does_not_divide_is_replicated(path, shape, expected):
+    assert partition_spec(mesh_2x2x2(), path, shape) == expected
+
+
+def test_an_axis_the_mesh_lacks_is_not_used():
+    assert partition_spec(make_mesh({"data": 8}), "embedding", (8, 8)) == P(None, None)
+
+
+def test_a_parameter_with_too_few_axes_is_an_error():
+    with pytest.raises(ValueError, match="layers/q/kernel: 2 axes found, 3 expected"):
+        partition_spec(mesh_2x2x2(), "layers/q/kernel", (4, 4))
+
+
+def test_optimizer_state_follows_the_parameters():
+    mesh = mesh_2x2x2()
+    params = model_params()
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1.0, 0.0, 3))
+    )
+    state = State(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+    )
+    shardings = state_shardings(mesh, state, params)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    expected = param_shardings(mesh, params)
+    assert shardings.params == expected
+    adam = shardings.opt_state[1][0]
+    assert adam.mu == expected
+    assert adam.nu == expected
+    assert adam.count.spec == P()
+    assert shardings.step.spec == P()
+
+
+def test_factored_moments_of_another_shape_are_replicated():
+    mesh = mesh_2x2x2()
+    params = {"embedding": jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    state = jax.eval_shape(optax.adafactor(1e-3).init, params)
+    assert any("v_row" in path for path in specs_by_path(state_shardings(mesh, state, params)))
+    for path, spec in specs_by_path(state_shardings(mesh, state, params)).items():
+        assert spec == P(), path
+
+
+def test_put_batch_splits_rows_over_data_and_fsdp():
+    mesh = mesh_2x2x2()
+    batch = {"tokens": np.arange(24).reshape(8, 3), "mask": np.ones(4, bool)}
+    arrays = put_batch(batch, mesh)
+    np.testing.assert_array_equal(arrays["tokens"], batch["tokens"])
+    assert arrays["tokens"].sharding == batch_sharding(mesh)
+    assert {s.data.shape for s in arrays["tokens"].addressable_shards} == {(2, 3)}
+    for shard in arrays["tokens"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, batch["tokens"][shard.index])
+
+
+@pytest.mark.parametrize("array", [np.zeros((6, 2)), np.float32(1)])
+def test_put_batch_names_the_array_that_does_not_divide(array):
+    with pytest.raises(
+        ConfigError, match=r"batch images/patches: [06] rows found, a multiple of 4"
+    ):
+        put_batch({"images": {"patches": array}}, mesh_2x2x2())

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+
+from morer1_jax.task.fact import DataError
+from morer1_jax.task.ontology import Ontology, label_types, read_ontology_file, write_ontology_file
+
+LABELS = (
+    "/per/org/opposed_to",
+    "none",
+    "/per/loc/place_of_birth",
+    "/per/org/leader_of",
+    "/misc/misc/self",
+    "/car/per/driven_by",
+)
+
+
+def test_reads_labels_in_id_order_whatever_the_order_of_the_file(tmp_path):
+    path = tmp_path / "rel2id.json"
+    ids = {label: i for i, label in enumerate(LABELS)}
+    path.write_text(json.dumps(dict(reversed(ids.items()))))
+    ontology = read_ontology_file(path)
+    assert ontology.labels == LABELS
+    assert ontology.ids == ids
+    assert ontology.none_id == 1
+
+
+def test_writes_what_it_reads(tmp_path):
+    path = tmp_path / "rel2id.json"
+    write_ontology_file(path, (*LABELS, "/loc/loc/größer_als"))
+    assert read_ontology_file(path).labels == (*LABELS, "/loc/loc/größer_als")
+    assert [p.name for p in tmp_path.iterdir()] == ["rel2id.json"]
+
+
+def test_types_are_the_four_then_new_ones():
+    assert Ontology(LABELS).types == ("per", "org", "loc", "misc", "car")
+    assert label_types("/per/loc/place_of_birth") == ("per", "loc")
+
+
+def test_allowed_labels_of_an_ordered_pair_end_in_none():
+    ontology = Ontology(LABELS)
+    assert ontology.allowed("per", "org") == ("/per/org/opposed_to", "/per/org/leader_of", "none")
+    assert ontology.allowed("org", "per") == ("none",)
+    assert ontology.allowed("car", "per") == ("/car/per/driven_by", "none")
+    with pytest.raises(ValueError, match="'person': unknown, expected one of per, org, loc, misc"):
+        ontology.allowed("person", "org")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected a JSON object"),
+        ('["none"]', "list, expected a JSON object"),
+        ('{"none": 0, "none": 1}', "key 'none' occurs twice"),
+        ('{"none": 0, "/a/b/c": 0}', "key '/a/b/c': id 0 is already that of 'none'"),
+        ('{"none": 0, "/a/b/c": 2}', "key '/a/b/c': id 2, expected 0 to 1 without a gap"),
+        ('{"none": -1, "/a/b/c": 0}', "key 'none': id -1, expected 0 to 1"),
+        ('{"none": "0"}', "key 'none': id is not an integer"),
+        ('{"none": true}', "key 'none': id is not an integer"),
+        ('{"none": {"a": 1}}', "key 'none': id is not an integer"),
+        ('{"none": 0, "": 1}', "key '': empty"),
+        ('{"none": 0, "/a/b/c d": 1}', "key '/a/b/c d': holds white space"),
+        ('{"none": 0, "/a/b/c<": 1}', "key '/a/b/c<': holds white space"),
+        ('{"none": 0, "/a/b/c>": 1}', "key '/a/b/c>': holds white space"),
+        ('{"none": 0, "/a/b/\\ud800": 1}', "control character"),
+        ('{"none": 0, "opposed_to": 1}', "key 'opposed_to': expected 'none' or '/object type/"),
+        ('{"none": 0, "/per/opposed_to": 1}', "key '/per/opposed_to': expected 'none' or"),
+        ('{"none": 0, "/per//opposed_to": 1}', "key '/per//opposed_to': expected 'none' or"),
+        ('{"none": 0, "x/per/org/a": 1}', "key 'x/per/org/a': expected 'none' or"),
+        ('{"/a/b/c": 0}', "label 'none': absent, expected exactly once"),
+        ('{"none": 0}', "at least one relation"),
+        ("{}", "label 'none': absent"),
+        ("[" * 100_000, "expected a JSON object"),
+        ("\xff", "expected a JSON object"),
+    ],
+)
+def test_bad_files_are_named_with_their_key_in_one_line(tmp_path, text, message):
+    path = tmp_path / "rel2id.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(DataError) as error:
+        read_ontology_file(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_absent_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"rel2id\.json.*No such file"):
+        read_ontology_file(tmp_path / "rel2id.json")
+
+
+def test_labels_given_directly_are_checked_too():
+    with pytest.raises(DataError, match="'none': listed twice"):
+        Ontology(("none", "/a/b/c", "none"))

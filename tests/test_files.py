@@ -1,0 +1,65 @@
+import os
+
+import pytest
+
+from morer1_jax.files import atomic_dir, atomic_write
+
+
+def test_atomic_write_makes_parents_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    atomic_write(path, "één\n")
+    assert path.read_bytes() == "één\n".encode()
+    atomic_write(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert os.listdir(path.parent) == ["b.txt"]
+
+
+def test_atomic_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "b.txt"
+    atomic_write(path, "old")
+
+    def full_disk(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["b.txt"]
+
+
+def test_atomic_dir_appears_only_when_whole(tmp_path):
+    path = tmp_path / "world" / "data"
+    with atomic_dir(path) as folder:
+        (folder / "txt").mkdir()
+        (folder / "txt" / "train.txt").write_text("x")
+        assert not path.exists()
+    assert (path / "txt" / "train.txt").read_text() == "x"
+    assert os.listdir(path.parent) == ["data"]
+
+
+def test_atomic_dir_leaves_nothing_after_an_error(tmp_path):
+    def fill():
+        with atomic_dir(tmp_path / "data") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fill()
+    assert os.listdir(tmp_path) == []
+
+
+def test_atomic_dir_starts_afresh_after_a_killed_attempt(tmp_path):
+    (tmp_path / ".data.tmp").mkdir()
+    (tmp_path / ".data.tmp" / "old").write_text("x")
+    with atomic_dir(tmp_path / "data") as folder:
+        (folder / "new").write_text("y")
+    assert os.listdir(tmp_path / "data") == ["new"]
+
+
+def test_atomic_dir_refuses_a_folder_with_content(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("x")
+    with pytest.raises(FileExistsError, match="data exists already"), atomic_dir(tmp_path / "data"):
+        pass
+    assert os.listdir(tmp_path / "data") == ["mine"]
