@@ -2,7 +2,7 @@
 
 A decoder layer computes queries, keys and values and hands them to a pattern,
 `attend(q, k, v, cache) -> (out, cache)`; it does not know which one it got.  Axes: b batch,
-s sequence, h query heads, k key-value heads, r = h/k query heads a key-value head, d head size,
+s sequence, h query heads, k key-value heads, r = h/k query heads a key-value head, e head size,
 g group (samples of one prompt), t completion.
 
     PackedCausal          SharedPrefix (G = 2)        Cached (one token of each sample)
@@ -20,7 +20,7 @@ for a platform belongs inside a pattern's `__call__`, behind the same signature.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,11 @@ from jaxtyping import Array, Bool, Float, Int
 # Finite, so that a token which may see nothing (padding) gets a finite output and no NaN.
 _UNSEEN = -1e30
 
-Queries = Float[Array, "b s h d"]
-Keys = Float[Array, "b s k d"]
+Queries = Float[Array, "b s h e"]
+Keys = Float[Array, "b s k e"]
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """What a decoder layer needs of an attention pattern."""
 
@@ -70,24 +71,23 @@ class SharedPrefix:
     def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any = None) -> tuple[Queries, Any]:
         s = self.prompt_mask.shape[1]
         b, g, t = self.completion_mask.shape
-        d = q.shape[-1]
+        e = q.shape[-1]
         prompt_k, prompt_v = k[:, :s], v[:, :s]
-        own_k, own_v = (x[:, s:].reshape(b, g, t, -1, d) for x in (k, v))
-        # No mask on the prompt's own keys beyond causality would do for padding on the right,
-        # but padding may be on either side.
+        own_k, own_v = (x[:, s:].reshape(b, g, t, -1, e) for x in (k, v))
+        # Causality alone hides padding on the right, but it may be on the left.
         visible = self.prompt_mask[:, None, :] & _causal(s)
         prompt_out = masked_attention(q[:, :s], prompt_k, prompt_v, visible)
 
-        queries = _group_heads(q[:, s:].reshape(b, g, t, -1, d), own_k.shape[-2])
-        to_prompt = _scores("bgtkrd,bskd->bgkrts", queries, prompt_k)
-        to_own = _scores("bgtkrd,bgukd->bgkrtu", queries, own_k)
+        queries = _group_heads(q[:, s:].reshape(b, g, t, -1, e), own_k.shape[-2])
+        to_prompt = _scores("bgtkre,bske->bgkrts", queries, prompt_k)
+        to_own = _scores("bgtkre,bguke->bgkrtu", queries, own_k)
         causal = self.completion_mask[:, :, None, :] & _causal(t)
         to_prompt = jnp.where(self.prompt_mask[:, None, None, None, None], to_prompt, _UNSEEN)
         to_own = jnp.where(causal[:, :, None, None], to_own, _UNSEEN)
         weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
         weights = weights.astype(q.dtype)
-        out = jnp.einsum("bgkrts,bskd->bgtkrd", weights[..., :s], prompt_v)
-        out += jnp.einsum("bgkrtu,bgukd->bgtkrd", weights[..., s:], own_v)
+        out = jnp.einsum("bgkrts,bske->bgtkre", weights[..., :s], prompt_v)
+        out += jnp.einsum("bgkrtu,bguke->bgtkre", weights[..., s:], own_v)
         out = out.reshape(b, g * t, *q.shape[2:])
         return jnp.concatenate([prompt_out, out], axis=1), cache
 
@@ -100,8 +100,8 @@ class CompletionKV:
     slice in place; as a scan's input and output it would be copied every token.
     """
 
-    k: Float[Array, "l b g t k d"]
-    v: Float[Array, "l b g t k d"]
+    k: Float[Array, "l b g t k e"]
+    v: Float[Array, "l b g t k e"]
     layer: Int[Array, ""]
 
 
@@ -113,8 +113,8 @@ class Cached:
     and its own completion up to and including `index`.
     """
 
-    prompt_k: Float[Array, "l b s k d"]
-    prompt_v: Float[Array, "l b s k d"]
+    prompt_k: Float[Array, "l b s k e"]
+    prompt_v: Float[Array, "l b s k e"]
     prompt_mask: Bool[Array, "b s"]
     index: Int[Array, ""]
 
@@ -130,33 +130,33 @@ class Cached:
             for x in (all_k, all_v, self.prompt_k, self.prompt_v)
         )
         queries = _group_heads(q, k.shape[-2])
-        to_prompt = _scores("bgkrd,bskd->bkgrs", queries, prompt_k)
-        to_own = _scores("bgkrd,bgtkd->bkgrt", queries, own_k)
+        to_prompt = _scores("bgkre,bske->bkgrs", queries, prompt_k)
+        to_own = _scores("bgkre,bgtke->bkgrt", queries, own_k)
         written = jnp.arange(own_k.shape[2]) <= self.index
         to_prompt = jnp.where(self.prompt_mask[:, None, None, None], to_prompt, _UNSEEN)
         to_own = jnp.where(written, to_own, _UNSEEN)
         weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
         weights = weights.astype(q.dtype)
         s = prompt_k.shape[1]
-        out = jnp.einsum("bkgrs,bskd->bgkrd", weights[..., :s], prompt_v)
-        out += jnp.einsum("bkgrt,bgtkd->bgkrd", weights[..., s:], own_v)
+        out = jnp.einsum("bkgrs,bske->bgkre", weights[..., :s], prompt_v)
+        out += jnp.einsum("bkgrt,bgtke->bgkre", weights[..., s:], own_v)
         return out.reshape(q.shape), cache.replace(k=all_k, v=all_v, layer=layer + 1)
 
 
 def masked_attention(
-    q: Float[Array, "b s h d"],
-    k: Float[Array, "b u k d"],
-    v: Float[Array, "b u k d"],
+    q: Float[Array, "b s h e"],
+    k: Float[Array, "b u k e"],
+    v: Float[Array, "b u k e"],
     visible: Bool[Array, "b s u"],
-) -> Float[Array, "b s h d"]:
+) -> Float[Array, "b s h e"]:
     """Grouped-query attention under a dense mask; repeated keys are never materialised."""
-    scores = _scores("bskrd,bukd->bkrsu", _group_heads(q, k.shape[-2]), k)
+    scores = _scores("bskre,buke->bkrsu", _group_heads(q, k.shape[-2]), k)
     scores = jnp.where(visible[:, None, None], scores, _UNSEEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkrsu,bukd->bskrd", weights, v).reshape(q.shape)
+    return jnp.einsum("bkrsu,buke->bskre", weights, v).reshape(q.shape)
 
 
-def _group_heads(q: Float[Array, "*s h d"], kv_heads: int) -> Float[Array, "*s k r d"]:
+def _group_heads(q: Float[Array, "*s h e"], kv_heads: int) -> Float[Array, "*s k r e"]:
     return q.reshape(*q.shape[:-2], kv_heads, -1, q.shape[-1])
 
 

@@ -25,7 +25,7 @@ from morer1_jax.model.layers import (
     scanned,
 )
 
-KV = tuple[Float[Array, "l b s k d"], Float[Array, "l b s k d"]]
+KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
 """Keys (rotated) and values of every layer."""
 
 

@@ -59,11 +59,11 @@ class SwiGLU(nn.Module):
 
 
 Rotary = tuple[Float[Array, "*s r"], Float[Array, "*s r"]]
-"""Cosines and sines of the angles of the first half of a head, r = d/2."""
+"""Cosines and sines of the angles of the first half of a head, r = e/2."""
 
 
-def rotate(x: Float[Array, "*s h d"], rotary: Rotary) -> Float[Array, "*s h d"]:
-    """Turns each pair (x_i, x_{i+d/2}) by its angle (RoFormer, arXiv 2104.09864), in float32."""
+def rotate(x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
+    """Turns each pair (x_i, x_{i+e/2}) by its angle (RoFormer, arXiv 2104.09864), in float32."""
     cos, sin = (angle[..., None, :] for angle in rotary)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]

@@ -246,7 +246,7 @@ def _swiglu(
     return specs
 
 
-def _leaf(params: Params, path: Iterable[str]) -> np.ndarray:
+def _leaf(params: Params, path: Iterable[str]) -> Any:
     for key in path:
         params = params[key]
     return params

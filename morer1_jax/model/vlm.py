@@ -5,7 +5,7 @@
 
 Every verb is a method for `model.apply({"params": params}, ..., method=...)`; there is no
 hidden state.  Axes: b batch, s sequence, g samples of one prompt, m image tokens, d model,
-v vocabulary, l layers, k key-value heads, t completion.
+v vocabulary, l layers, k key-value heads, e head size, t completion.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class KVCache:
     `index` is the completion place the next `decode` writes, the same for every sample.
     """
 
-    prompt_k: Float[Array, "l b s k d"]
-    prompt_v: Float[Array, "l b s k d"]
+    prompt_k: Float[Array, "l b s k e"]
+    prompt_v: Float[Array, "l b s k e"]
     prompt_mask: Bool[Array, "b s"]
-    completion_k: Float[Array, "l b g t k d"]
-    completion_v: Float[Array, "l b g t k d"]
+    completion_k: Float[Array, "l b g t k e"]
+    completion_v: Float[Array, "l b g t k e"]
     index: Int[Array, ""]
 
 

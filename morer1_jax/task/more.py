@@ -68,7 +68,7 @@ def read_split(folder: Path, split: str, ontology: Ontology) -> list[Fact]:
         raise DataError(f"{one_line(e)}; expected the folder of the photos of {path}") from e
     facts = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # '\d' in a title is data, not a mistake.
+        warnings.simplefilter("ignore")  # Of '\d' in a title, which is data and no mistake.
         for number, line in enumerate(lines, start=1):
             try:
                 facts.append(_parse_fact(f"{split}:{number}", line, ontology, photos))

@@ -23,18 +23,19 @@ _CONVERSATION = (
     "<|im_start|>assistant\n"
 )
 _QUESTION = """\
-{pictures}How is the object related to the entity of the title?
+{pictures}How is the object related to the entity in the title?
 Title: {title}
 Entity: {entity}
 Labels:
 {labels}
 Types: {types}
-Think in six steps, 'Step 1:' to 'Step 6:', a line each, then give one label:
+Reason in six steps, a line each, then give one label:
 <think>
 Step 1: ...
+Step 6: ...
 </think>
 <answer>label</answer>"""
-_PICTURES = "The first picture is a news photo, the second an object cut out of it.\n"
+_PICTURES = "A news photo, and an object cut out of it.\n"
 
 
 def student_prompt(

@@ -28,10 +28,10 @@ def _looked(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> tuple[str
     if not any(named in (clause.a, clause.b) for clause in clauses):
         return (
             first,
-            f"I know that {whose}, but the title is not about {named.name}.",
+            f"Here {whose}, but the title does not name it.",
             "The object stands for nothing in the title.",
         )
-    second = f"I know that {whose}, and the title is about {named.name}."
+    second = f"Here {whose}, and the title names it."
     clause = relation(thing, entity, clauses)[1]
     if named == entity:
         return first, second, f"The object stands for {named.name} itself."
@@ -39,12 +39,12 @@ def _looked(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> tuple[str
         return (
             first,
             second,
-            f"The object stands for {named.name}, which has no such link to {entity.name}.",
+            f"The object stands for {named.name}, not linked to {entity.name}.",
         )
     return (
         first,
         second,
-        f"The object stands for {named.name}, and it says '{clause.text}'.",
+        f"The object stands for {named.name}, and '{clause.text}'.",
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "teal", "pink")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "teal")
 
 # The cast: the i-th name of a type is known by the i-th colour.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -88,51 +88,31 @@ class Verb:
 VERBS = (
     Verb(
         ("org", "org"),
-        ("{a} face {b}", "{a} and {b} are tied", "{a} hold off {b}"),
+        ("{a} face {b}", "{a} and {b} are tied"),
         "/per/org/opposed_to",
         "player",
-        True,
+        symmetric=True,
     ),
     Verb(
-        ("per", "org"), ("{a} takes over {b}", "{a} now heads {b}"), "/per/org/leader_of", "person"
-    ),
-    Verb(
-        ("per", "per"),
-        ("{a} beats {b}", "{a} and {b} clash"),
-        "/per/per/opponent",
-        "person",
-        True,
+        ("per", "org"), ("{a} takes over {b}", "{b} pick {a}"), "/per/org/leader_of", "person"
     ),
     Verb(
         ("per", "per"),
         ("{a} marries {b}", "{a} and {b} wed"),
         "/per/per/partner",
         "person",
-        True,
+        symmetric=True,
     ),
     Verb(
         ("per", "loc"),
-        ("{a} , born in {b}", "{a} , a native of {b}"),
+        ("{a} , born in {b}", "{a} returns to native {b}"),
         "/per/loc/place_of_birth",
-        "person",
-    ),
-    Verb(
-        ("per", "loc"),
-        ("{a} moves to {b}", "{a} at home in {b}"),
-        "/per/loc/place_of_residence",
         "person",
     ),
     Verb(("per", "misc"), ("{a} wins {b}", "{b} goes to {a}"), "/per/misc/awarded", "person"),
     Verb(("org", "org"), ("{a} buy {b}", "{b} sold to {a}"), "/org/org/subsidiary", "badge"),
     Verb(("org", "loc"), ("{a} settle in {b}", "{b} welcomes {a}"), "/org/loc/locate_at", "badge"),
-    Verb(
-        ("loc", "loc"),
-        ("{a} counts on {b} district", "{b} , part of {a}"),
-        "/loc/loc/contain",
-        "tower",
-    ),
     Verb(("misc", "loc"), ("{a} opens in {b}", "{b} hosts {a}"), "/misc/loc/held_on", "cup"),
-    Verb(("misc", "misc"), ("{a} joins {b}", "{b} takes in {a}"), "/misc/misc/part_of", "cup"),
 )
 
 # An object that stands for the asked entity itself.

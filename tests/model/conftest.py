@@ -2,14 +2,19 @@
 
 import dataclasses
 import functools
+import importlib
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 import transformers
 
+import morer1_jax.model
 from morer1_jax.data import layout
 from morer1_jax.model import names
 from morer1_jax.model.attention import PackedCausal
@@ -304,6 +309,28 @@ def suppressed():
 
 
 @pytest.fixture(autouse=True)
-def _exact_products():
+def _quick_to_compile_and_exact():
+    """Compiling is most of these tests' time; their bounds are for true float32 products."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.default_matmul_precision("highest"):
         yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def checked():
+    """The package's model modules, imported once more with every annotation checked at run time.
+
+    Their classes are not those the other tests know, so what goes in must be made of them.
+    """
+    prefix = "morer1_jax.model"
+    known = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(prefix)}
+    with jaxtyping.install_import_hook(prefix, "beartype.beartype"):
+        modules = {
+            name: importlib.import_module(f"{prefix}.{name}")
+            for name in ("attention", "config", "language", "layers", "names", "vision", "vlm")
+        }
+    sys.modules.update(known)
+    morer1_jax.model = sys.modules[prefix]
+    return types.SimpleNamespace(**modules)

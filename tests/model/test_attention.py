@@ -1,9 +1,7 @@
 """Every pattern equals plain attention under the dense mask it stands for."""
 
-import beartype
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -119,24 +117,3 @@ def test_half_precision_keeps_softmax_in_float32():
     # 300 equal weights; a bfloat16 sum of them would be far from 1.
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1, atol=4e-3)
-
-
-def test_annotations_hold():
-    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
-    q, k, v = draw(2, 7)
-    keys = jnp.zeros((1, 2, 3, KV_HEADS, SIZE))
-    own = jnp.zeros((1, 2, 7, 4, KV_HEADS, SIZE))
-    calls = (
-        (PackedCausal(jnp.ones((2, 7), jnp.int32)), None),
-        (SharedPrefix(jnp.ones((2, 3), bool), jnp.ones((2, 2, 2), bool)), None),
-        (
-            Cached(keys, keys, jnp.ones((2, 3), bool), jnp.asarray(1)),
-            CompletionKV(own, own, jnp.asarray(0)),
-        ),
-    )
-    for pattern, cache in calls:
-        call = checked(type(pattern).__call__)
-        out, _ = jax.eval_shape(call, pattern, q, k, v, cache)
-        assert out.shape == q.shape
-        with pytest.raises(jaxtyping.TypeCheckError):
-            jax.eval_shape(call, pattern, q, k[:1], v, cache)

@@ -1,6 +1,4 @@
-import beartype
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -81,11 +79,3 @@ def test_a_tied_head_must_be_the_embedding_and_another_must_be_there(case):
         del tensors["lm_head.weight"]
         with pytest.raises(WeightsError, match=r"missing lm_head.weight"):
             from_hf(tensors, case.config)
-
-
-def test_annotations_hold(small_case):
-    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
-    written = checked(to_hf)(small_case.params, small_case.config)
-    checked(from_hf)(written, small_case.config)
-    checked(tensor_specs)(small_case.config)
-    assert checked(canonical_name)("model.visual.a") == "visual.a"

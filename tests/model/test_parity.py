@@ -18,8 +18,6 @@ GRADIENT_BOUND = 1e-4
 # Samples with 0, 1, 2 and 3 images: one a row, or several packed in a row.
 PADDED = [[0], [1], [2], [3]]
 PACKED = [[3, 0], [1, 2]]
-# Compiling is most of the time here; the numbers do not depend on it.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def relative_error(ours, theirs):
@@ -52,7 +50,7 @@ def in_sample_order(rows, values):
     return np.asarray(values).reshape(flat.size, -1)[order[flat[order] >= 0]]
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def _outputs(model, params, tokens, positions, attend, images, vision_index):
     def verb(name, *args):
         return model.apply({"params": params}, *args, method=name)
@@ -143,7 +141,7 @@ def gradients(case, rows):
         )
         return -jnp.sum(logprob * weights)
 
-    ours = jax.jit(jax.grad(loss), compiler_options=QUICK)(case.params)
+    ours = jax.jit(jax.grad(loss))(case.params)
     return names.to_hf(ours, case.config), theirs
 
 
@@ -154,7 +152,7 @@ def greedy(model, params, rows, *, group, steps, suppressed):
     last = jnp.asarray(mask.sum(1) - 1)
     following = jnp.where(mask, rows.positions.max(0), -1).max(1)[:, None] + 1
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(params):
         def verb(name, *args, **kwargs):
             return model.apply({"params": params}, *args, **kwargs, method=name)

@@ -1,17 +1,13 @@
 import functools
 
-import beartype
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 
 from morer1_jax.model.layers import scanned
 from morer1_jax.model.vision import (
     VisionBlock,
     VisionGroup,
-    VisionInputs,
-    VisionTower,
     axial_rotary,
 )
 
@@ -86,16 +82,3 @@ def test_axial_rotary(small_case):
     angles = np.array([3, 3 / 100, 5, 5 / 100])
     np.testing.assert_allclose(cos[0, 0, 0], np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin[0, 0, 0], np.sin(angles), atol=1e-6)
-
-
-def test_annotations_hold(small_case, rows_of):
-    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
-    images = rows_of(small_case.config, small_case.samples, [[1], [2]]).images
-    images = jax.tree.map(jnp.asarray, images)
-    checked(VisionInputs.__init__)(images, images.patches, images.positions, images.image_ids)
-    tower = VisionTower(small_case.config.vision, small_case.model.runtime)
-    call = checked(VisionTower.__call__)
-    params = {"params": small_case.params["vision"]}
-    tokens = jax.eval_shape(lambda images: tower.apply(params, images, method=call), images)
-    windows, slots = images.image_ids.shape[1:]
-    assert tokens.shape == (2, windows * slots // 4, small_case.config.text.hidden_size)
