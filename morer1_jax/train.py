@@ -1,6 +1,6 @@
 """The main job: synthesise, SFT, baselines, rate, GRPO, evaluate.
 
-    python -m morer1_jax.train --config=configs/demo.py --workdir=runs/demo
+    python -m morer1_jax.train --config=configs/demo.py
 
 `--config.stages=sft` runs one stage alone; a stage whose output is whole is not run again, and one
 that was killed goes on from its last checkpoint. Any other key is set the same way.
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
-from morer1_jax.run.answers import Asker
+from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.config import identity, load, run_main
@@ -34,7 +34,9 @@ from morer1_jax.task import metrics
 from morer1_jax.task.synthetic import synthesise
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes everything.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run writes everything; by default runs/ and the config's name."
+)
 
 # What each stage's output depends on: with these keys equal it may serve another run.
 _DATA = ("seed", "world", "data")
@@ -64,7 +66,7 @@ def run_synthesise(job: Job) -> None:
 
 def run_evaluate(job: Job) -> None:
     """Scores whatever models the workdir has, prints the table, writes the report page."""
-    asker = Asker(job, job.encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+    asker = greedy_asker(job, job.encoder)
     for stage in ("sft", "control", "grpo"):
         if (job.workdir / stage / "DONE.json").exists():
             evaluate(job, stage, best_params(job, stage), asker)
@@ -110,9 +112,11 @@ def train(config: Any, workdir: Path) -> None:
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
-    train(_CONFIG.value, Path(_WORKDIR.value))
+    logging.set_verbosity(logging.WARNING)  # orbax reports every file it touches
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     run_main(main)

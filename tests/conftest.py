@@ -1,5 +1,53 @@
 """Eight virtual CPU devices for every test; the flag must be set before jax is first imported."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The module `tiny.py` beside this file: a tiny model, its prompts, its compiled programs."""
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def quick_to_compile():
+    """Compiles without most optimisations: of small programs, compiling is most of the time."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """The folder of a small synthetic dataset; tests must not change it."""
+    from morer1_jax.task.synthetic import WorldConfig, synthesise
+
+    folder = tmp_path_factory.mktemp("small_world") / "data"
+    synthesise(folder, WorldConfig(train=48, valid=16, test=16, written=0.5), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(small_world, tmp_path_factory):
+    """A tokenizer of 512 tokens trained on `small_world`."""
+    from morer1_jax.data.tokenizer import train_tokenizer
+    from morer1_jax.task import more
+    from morer1_jax.task.prompt import student_prompt
+
+    ontology = more.read_ontology(small_world)
+    facts = more.read_split(small_world, "train", ontology)
+    texts = [student_prompt(fact, ontology) for fact in facts]
+    texts += more.read_reasoning(small_world / "reasoning.jsonl", facts).values()
+    return train_tokenizer(texts, 512, tmp_path_factory.mktemp("small_tokenizer") / "tokenizer")

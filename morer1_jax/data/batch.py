@@ -187,12 +187,15 @@ class Encoder:
             prompt = self.prompt_tokens(fact, grids)
             target = self.target_tokens(targets[fact.id]) if fact.id in targets else ()
             self._check_lengths(fact.id, len(prompt), len(target))
-            windows = layout.count_windows(grids, **self._sizes)
-            if windows > self.buckets.windows:
-                raise DataError(
-                    f"{fact.id}: its images fill {windows} attention windows, the bucket has "
-                    f"{self.buckets.windows}; raise data.windows or lower data.max_pixels"
-                )
+            self._check_windows(fact.id, grids)
+
+    def _check_windows(self, name: str, grids: Sequence[layout.Grid]) -> None:
+        windows = layout.count_windows(grids, **self._sizes)
+        if windows > self.buckets.windows:
+            raise DataError(
+                f"{name}: its images fill {windows} attention windows, the bucket has "
+                f"{self.buckets.windows}; raise data.windows or lower data.max_pixels"
+            )
 
     def _check_lengths(self, name: str, prompt: int, target: int) -> None:
         for what, length, bucket in (
@@ -212,6 +215,9 @@ class Encoder:
         Args:
           facts: what to ask.
           indices: each fact's place in its split, the key of its sampling noise.
+
+        Raises:
+          DataError: a fact exceeds its bucket; the message names it and the key.
         """
         s = self.buckets.prompt
         rows = []
@@ -234,14 +240,23 @@ class Encoder:
         return _stack(rows)
 
     def sequences(self, rows: Sequence[Sequence[Sample]]) -> SequenceBatch:
-        """Prompt and target of samples; each row holds one or more of them."""
+        """Prompt and target of samples; each row holds one or more of them.
+
+        Raises:
+          DataError: a sample or a row exceeds its bucket; the message names the facts and the key.
+        """
         s = self.buckets.prompt + self.buckets.completion
         batch = []
         for samples in rows:
+            for x in samples:
+                self._check_lengths(x.name, len(x.prompt), len(x.target))
             tokens = np.concatenate([np.r_[x.prompt, x.target] for x in samples])
             if len(tokens) > s:
                 names = ", ".join(x.name for x in samples)
-                raise DataError(f"{names}: {len(tokens)} tokens in a row of {s}")
+                raise DataError(
+                    f"{names}: packed they have {len(tokens)} tokens, a row has {s}; raise "
+                    "data.prompt_length or data.completion_length, or pack fewer"
+                )
             targets = np.concatenate(
                 [np.r_[x.prompt, x.target, self.special.pad][1:] for x in samples]
             )
@@ -279,11 +294,8 @@ class Encoder:
 
     def _layout(self, samples: Sequence[Sample]) -> layout.VisionLayout:
         grids = [grid for sample in samples for grid in sample.images.grids]
-        try:
-            return layout.vision_layout(grids, **self._sizes, pad_to_windows=self.buckets.windows)
-        except layout.LayoutError as error:
-            names = ", ".join(sample.name for sample in samples)
-            raise DataError(f"{names}: {error}") from None
+        self._check_windows(", ".join(sample.name for sample in samples), grids)
+        return layout.vision_layout(grids, **self._sizes, pad_to_windows=self.buckets.windows)
 
     def _vision_index(
         self, samples: Sequence[Sample], tokens: np.ndarray, length: int

@@ -96,9 +96,10 @@ class ImageReader:
         try:
             with Image.open(path) as photo:
                 return photo.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(
-                f"{path}: photo of {fact.id} cannot be read: {one_line(error)}"
+                f"{path}: photo of {fact.id} cannot be read: {one_line(error)}; expected a whole "
+                "photo, copy it anew"
             ) from None
 
     def pair(self, fact: Fact) -> tuple[Image.Image, Image.Image]:
@@ -113,16 +114,24 @@ class ImageReader:
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
-            path = more.photo_path(self.folder, fact)
-            raise DataError(f"{path}: photo of {fact.id}: {one_line(error)}") from None
+            raise self._refused(fact, error) from None
         grids = tuple(tuple(int(n) for n in grid) for grid in out["image_grid_thw"])
         return Patches(np.asarray(out["pixel_values"], np.float32), grids)
 
     def grids(self, fact: Fact, size: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
         """The grids `patches` would give for a photo of (width, height) `size`, without pixels."""
         left, top, right, bottom = crop_box(fact.box, size, self.config)
-        return tuple(
-            self._grid(width, height) for width, height in (size, (right - left, bottom - top))
+        try:
+            return tuple(
+                self._grid(width, height) for width, height in (size, (right - left, bottom - top))
+            )
+        except ValueError as error:
+            raise self._refused(fact, error) from None
+
+    def _refused(self, fact: Fact, error: ValueError) -> DataError:
+        path = more.photo_path(self.folder, fact)
+        return DataError(
+            f"{path}: photo of {fact.id}: {one_line(error)}; leave the photo's facts out"
         )
 
     def _grid(self, width: int, height: int) -> tuple[int, int, int]:

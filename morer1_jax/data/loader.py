@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain.python as grain
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """An error on its way to the consumer: grain would add lines of its own to its message."""
+
+    error: Exception
 
 
 class _Steps(grain.RandomAccessDataSource):
@@ -16,7 +24,10 @@ class _Steps(grain.RandomAccessDataSource):
         return self._stop - self._start
 
     def __getitem__(self, place: int) -> Any:
-        return self._make(self._start + place)
+        try:
+            return self._make(self._start + place)
+        except Exception as error:
+            return _Failed(error)
 
 
 def load_ahead(
@@ -37,4 +48,7 @@ def load_ahead(
     dataset = grain.MapDataset.source(_Steps(make, start, stop)).to_iter_dataset(
         grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(ahead, workers))
     )
-    yield from dataset
+    for batch in dataset:
+        if isinstance(batch, _Failed):
+            raise batch.error
+        yield batch

@@ -39,11 +39,12 @@ def accumulate(
     if micro_batches == 1:
         return gradients(batch)
     rows = jax.tree.leaves(batch)[0].shape[0]
-    if rows % micro_batches:
+    if micro_batches < 1 or rows % micro_batches:
         raise ValueError(f"micro_batches: {micro_batches} does not divide the batch of {rows} rows")
     # Rows i, i + m, i + 2m, … form part i: each device keeps the rows it holds.
     parts = jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch
+        lambda x: jnp.swapaxes(x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]), 0, 1),
+        batch,
     )
     shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

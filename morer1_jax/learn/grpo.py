@@ -63,6 +63,10 @@ class GRPOConfig:
                 f"grpo.normalisation: {self.normalisation!r} found, 'sequence', 'token' or "
                 "'constant' expected"
             )
+        if self.importance_cap is not None and self.importance_cap <= 0:
+            raise ValueError(
+                f"importance_cap: {self.importance_cap} found, above 0 expected, or None"
+            )
 
 
 @struct.dataclass
@@ -71,7 +75,8 @@ class GroupBatch:
 
     Attributes:
       weights: float32, each token's share of the loss; 0 where it does not count.
-      sampler: log-probabilities the tokens were drawn with.
+      sampler: log-probabilities the tokens were drawn with. Of these and those below only the
+        numbers at places that `mask` shows are read.
       old: log-probabilities under the parameters before the first update on this rollout; None in
         that first update.
       reference: log-probabilities under the reference; None where beta is 0.
@@ -141,11 +146,15 @@ def grpo_gradients(
             new, entropy = group_logprobs(
                 model, params, part.prompts, part.tokens, part.mask, allowed, score
             )
-            # Places beyond a completion's end hold no token: keep their numbers out of every sum.
-            new = jnp.where(part.mask, new, 0.0)
-            old = jax.lax.stop_gradient(new) if part.old is None else part.old
-            losses, seen = token_losses(new, old, part.reference, part.advantages, config)
-            drift = jnp.where(part.mask, jax.lax.stop_gradient(old) - part.sampler, 0.0)
+            # Places beyond a completion's end hold no token: their numbers, which can be so large
+            # that a ratio of them is infinite, are kept out of everything.
+            new, old, reference, sampler = (
+                None if x is None else jnp.where(part.mask, x, 0.0)
+                for x in (new, part.old, part.reference, part.sampler)
+            )
+            old = jax.lax.stop_gradient(new) if old is None else old
+            losses, seen = token_losses(new, old, reference, part.advantages, config)
+            drift = old - sampler
             if config.importance_cap is not None:
                 losses = losses * jnp.minimum(jnp.exp(drift), config.importance_cap)
             counted = (part.weights > 0).astype(jnp.float32)

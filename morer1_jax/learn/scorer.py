@@ -31,6 +31,13 @@ class ScoreConfig:
     temperature: float = 1.0
     chunk: int = 128
 
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.chunk < 1:
+            raise ValueError(
+                f"temperature {self.temperature} and chunk {self.chunk}: above 0 and at least 1 "
+                "expected"
+            )
+
 
 def vision_inputs(vision: VisionBatch) -> VisionInputs | None:
     """The batch's images as the tower takes them; None for a batch without any."""
@@ -76,7 +83,7 @@ def group_logprobs(
     Prefix Grouper's, arXiv 2506.05433).
 
     Args:
-      completions: sampled ids; what `mask` hides may hold anything.
+      completions: sampled ids; any id may stand where `mask` is False.
       mask: True for the tokens of a completion, end-of-turn among them.
       allowed: ids that can be sampled; the rest are left out of the distribution.
 

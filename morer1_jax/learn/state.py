@@ -64,7 +64,7 @@ class OptimizerConfig:
         if self.schedule == "constant":
             rest = optax.constant_schedule(self.lr)
         else:
-            length = max(updates - self.warmup, 1)
+            length = max(updates - 1 - self.warmup, 1)
             rest = optax.cosine_decay_schedule(self.lr, length, alpha=self.final)
         ramp = optax.linear_schedule(self.lr / (self.warmup + 1), self.lr, max(self.warmup, 1))
         return optax.join_schedules([ramp, rest], [self.warmup])

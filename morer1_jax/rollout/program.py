@@ -11,7 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 from morer1_jax.data.batch import PromptBatch
 from morer1_jax.learn.scorer import Params
 from morer1_jax.model.vlm import Qwen25VL
-from morer1_jax.rollout.reward import PARTS, RewardConfig, advantages, reward_parts, total_reward
+from morer1_jax.rollout.reward import (
+    PARTS,
+    RewardConfig,
+    advantages,
+    deviation,
+    reward_parts,
+    total_reward,
+)
 from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sample_keys
 
 Metrics = dict[str, Array]
@@ -69,7 +76,7 @@ def rollout_metrics(scored: Scored, equal: Bool[Array, " b"]) -> Metrics:
     lengths = jnp.sum(scored.rollout.mask, axis=-1)
     metrics = {
         "reward": jnp.mean(scored.reward),
-        "reward_std": jnp.mean(jnp.std(scored.reward, axis=1)),
+        "reward_std": jnp.mean(deviation(scored.reward, axis=1)),
         "frac_reward_zero_std": jnp.mean(equal.astype(jnp.float32)),
         "completions/mean_length": jnp.mean(lengths.astype(jnp.float32)),
         "completions/min_length": jnp.min(lengths),
@@ -79,5 +86,5 @@ def rollout_metrics(scored: Scored, equal: Bool[Array, " b"]) -> Metrics:
     }
     for name in PARTS:
         metrics[f"rewards/{name}/mean"] = jnp.mean(scored.parts[name])
-        metrics[f"rewards/{name}/std"] = jnp.std(scored.parts[name])
+        metrics[f"rewards/{name}/std"] = deviation(scored.parts[name])
     return metrics

@@ -78,14 +78,15 @@ def advantages(
     # A mean of equal numbers can differ from them in the last bit.
     centred = jnp.where(equal[:, None], 0.0, reward - jnp.mean(reward, axis=1, keepdims=True))
     if scale == "group":
-        centred = centred / (jnp.std(reward, axis=1, keepdims=True, ddof=_ddof(reward)) + eps)
+        centred = centred / (deviation(reward, axis=1)[:, None] + eps)
     elif scale == "batch":
-        centred = centred / (jnp.std(reward) + eps)
+        centred = centred / (deviation(reward) + eps)
     elif scale != "none":
         raise ValueError(f"scale_rewards: {scale!r} found, 'group', 'batch' or 'none' expected")
     return centred, equal
 
 
-def _ddof(reward: Array) -> int:
-    """The sample deviation, as TRL takes it, where there is more than one sample."""
-    return 1 if reward.shape[1] > 1 else 0
+def deviation(values: Float[Array, "b g"], axis: int | None = None) -> Array:
+    """The sample standard deviation, as TRL takes it; 0 of a single number."""
+    count = values.size if axis is None else values.shape[axis]
+    return jnp.std(values, axis=axis, ddof=min(1, count - 1))

@@ -39,6 +39,13 @@ class SampleConfig:
     temperature: float
     end_of_turn: int
 
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.length < 1 or self.temperature < 0:
+            raise ValueError(
+                f"group {self.group}, length {self.length} and temperature {self.temperature}: at "
+                "least 1, 1 and 0 expected"
+            )
+
 
 @struct.dataclass
 class Reader:

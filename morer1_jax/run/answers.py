@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,10 @@ from morer1_jax.run.log import progress
 from morer1_jax.run.mesh import fetch
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
+
+# The step of the noise of what is asked here: no training step's, so that GRPO does not begin with
+# the very samples by which its facts were rated.
+_NOISE_STEP = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +90,13 @@ class Asker:
             mine = job.host_rows(chunk)
             return self._encoder.prompts(mine, [job.index[fact.id] for fact in mine])
 
+        noise_step = jnp.int32(_NOISE_STEP)
         count = -(-len(facts) // size)
         with progress(desc=desc, total=len(facts), unit="fact") as bar:
             batches = load_ahead(make, 0, count, workers=job.settings.data.workers)
             for number, prompts in enumerate(batches):
                 scored = fetch(
-                    self._rollout(params, job.put(prompts), job.reader, job.allowed, jnp.int32(0))
+                    self._rollout(params, job.put(prompts), job.reader, job.allowed, noise_step)
                 )
                 chunk = facts[number * size : (number + 1) * size]
                 for row, fact in enumerate(chunk):
@@ -114,6 +120,12 @@ class Asker:
                 )
             )
         return out
+
+
+@functools.cache
+def greedy_asker(job: Job, encoder: Encoder) -> Asker:
+    """Asks for the likeliest answer; compiled once for all stages of a job."""
+    return Asker(job, encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
 
 
 def validator(asker: Asker, job: Job, facts: Sequence[Fact]) -> Callable[[Any], dict[str, float]]:

@@ -7,7 +7,7 @@ modality alone cannot beat them by much.
 
 from __future__ import annotations
 
-from morer1_jax.run.answers import Asker
+from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.evaluate import evaluate, evaluate_majority
 from morer1_jax.run.job import Job
 from morer1_jax.run.loop import LoopConfig
@@ -44,6 +44,6 @@ def run_baselines(job: Job) -> None:
             stream=stream,
         )
         params, _ = checkpoints.restore_best(job.like_params())
-        asker = Asker(job, encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+        asker = greedy_asker(job, encoder)
         evaluate(job, name, params, asker)
     evaluate_majority(job)

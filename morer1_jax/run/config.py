@@ -26,6 +26,7 @@ OPERATIONAL = (
     "hosts",
     "workers",
     "profile",
+    "stages",
     "*.workers",
     "*.save_every",
     "*.log_every",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from morer1_jax.run.sft import loop_config, train_sft
 def run_control(job: Job, params: Any) -> Checkpointer:
     """Goes on with SFT at its last learning rate, constant; validated and kept like SFT."""
     sft = job.settings.sft
-    steps = max(round(_seconds(job.workdir, "grpo") / _step_seconds(job.workdir)), 1)
+    # Medians leave out the steps that compiled, of which a resumed run has several.
+    grpo_seconds = job.settings.grpo.steps * statistics.median(_step_times(job.workdir, "grpo"))
+    steps = max(round(grpo_seconds / statistics.median(_step_times(job.workdir, "sft"))), 1)
     rate = float(sft.optimizer.learning_rate(sft.steps)(sft.steps))
     return train_sft(
         job,
@@ -37,20 +40,11 @@ def run_control(job: Job, params: Any) -> Checkpointer:
 
 
 def _step_times(workdir: Path, stage: str) -> list[float]:
+    """Seconds of the stage's logged steps."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = [json.loads(line) for line in lines]
-    # The first step compiles.
-    times = [r["step_time"] for r in records if r["stage"] == stage and r["kind"] == "train"][1:]
+    times = [r["step_time"] for r in records if r["stage"] == stage and r["kind"] == "train"]
     if not times:
         raise ConfigError(f"{path}: no step times of stage {stage}; run it before the control")
     return times
-
-
-def _seconds(workdir: Path, stage: str) -> float:
-    return sum(_step_times(workdir, stage))
-
-
-def _step_seconds(workdir: Path) -> float:
-    times = sorted(_step_times(workdir, "sft"))
-    return times[len(times) // 2]

@@ -16,14 +16,15 @@ from morer1_jax.learn.scorer import group_logprobs
 from morer1_jax.learn.state import TrainState
 from morer1_jax.rollout.program import Scored, make_rollout
 from morer1_jax.rollout.sampler import SampleConfig
-from morer1_jax.run.answers import Asker, validator
+from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import RecordLog
 from morer1_jax.run.loop import Hooks, train
 from morer1_jax.run.mesh import fetch
-from morer1_jax.run.rate import FILE, read_ratings
+from morer1_jax.run.rate import FILE, POOLS, read_ratings
 from morer1_jax.run.sft import loop_config
+from morer1_jax.task.fact import DataError
 
 
 class Programs:
@@ -132,9 +133,10 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
         metrics |= {"curriculum/easy_share": share, "curriculum/hard_share": 1.0 - share}
         if (number + 1) % grpo.rollouts_every == 0:
             records.write(number + 1, list(_records(job, draw(number), fetch(scored))))
+            records.sync()
         return state, metrics
 
-    asker = Asker(job, job.encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+    asker = greedy_asker(job, job.encoder)
     hooks = Hooks(
         batch=make_batch,
         step=train_step,
@@ -155,8 +157,15 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
 
 def _pools(job: Job) -> dict[str, list[int]]:
     """Indices of the training facts of each pool."""
-    pools: dict[str, list[int]] = {"easy": [], "hard": [], "dropped": []}
-    for rating in read_ratings(job.workdir / "rate" / FILE):
+    pools: dict[str, list[int]] = {name: [] for name in POOLS}
+    path = job.workdir / "rate" / FILE
+    known = {fact.id for fact in job.facts["train"]}
+    for number, rating in enumerate(read_ratings(path), start=1):
+        if rating.fact not in known:
+            raise DataError(
+                f"{path}:{number}: fact {rating.fact!r} found, a fact of the training split "
+                "expected; run the stage `rate` again"
+            )
         pools[rating.pool].append(job.index[rating.fact])
     return pools
 

@@ -20,7 +20,7 @@ from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenize
 from morer1_jax.data.tokens import build_tables, token_bytes
 from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
-from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.sampler import Reader, allowed_ids
 from morer1_jax.run import mesh as meshes
@@ -118,25 +118,22 @@ class Job:
 
     @functools.cached_property
     def model(self) -> Qwen25VL:
-        text = dataclasses.asdict(self.settings.model.text)
-        tied = text.pop("tie_word_embeddings")
+        sizes = self.settings.model
         rows = -(-len(self.tokenizer) // _ROWS) * _ROWS
         config = ModelConfig(
-            text=TextConfig(vocab_size=rows, **text),
-            vision=VisionConfig(
-                out_hidden_size=self.settings.model.text.hidden_size,
-                **dataclasses.asdict(self.settings.model.vision),
-            ),
+            text=sizes.text.config(rows),
+            vision=sizes.vision.config(sizes.text.hidden_size),
             image_token_id=self.special.image,
             video_token_id=self.special.video,
             vision_start_token_id=self.special.vision_start,
             vision_end_token_id=self.special.vision_end,
-            tie_word_embeddings=tied,
+            tie_word_embeddings=sizes.text.tie_word_embeddings,
         )
         return Qwen25VL(config, self.settings.runtime)
 
     @functools.cached_property
     def score(self) -> ScoreConfig:
+        """How GRPO scores: at the temperature it samples with."""
         return ScoreConfig(
             temperature=self.settings.grpo.temperature, chunk=self.settings.score.chunk
         )
@@ -179,10 +176,15 @@ class Job:
         return init_sharded(self.model, key, self.param_shardings)
 
     def new_state(self, params: Any, optimizer: Any) -> tuple[TrainState, Any]:
-        """A state at step 0 around `params`, on the mesh, and its shardings."""
+        """A state at step 0 around a copy of `params`, on the mesh, and its shardings.
+
+        A copy, because a train step gives its state's buffers away and `params` may be needed on.
+        """
         abstract = jax.eval_shape(lambda p: new_state(p, optimizer), params)
         shardings = meshes.state_shardings(self.mesh, abstract, abstract.params)
-        make = jax.jit(lambda p: new_state(p, optimizer), out_shardings=shardings)
+        make = jax.jit(
+            lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
+        )
         return make(params), shardings
 
     def like_params(self) -> Any:

@@ -22,6 +22,7 @@ from morer1_jax.run.settings import RateSettings
 from morer1_jax.task.fact import DataError
 
 FILE = "ratings.jsonl"
+POOLS = ("easy", "hard", "dropped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +65,23 @@ def read_ratings(path: Path) -> list[Rating]:
       DataError: the file is missing, or a line is not a rating.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError:
         raise DataError(f"{path}: no ratings; run the stage `rate` first") from None
     ratings = []
     for number, line in enumerate(lines, start=1):
         try:
-            ratings.append(Rating(**json.loads(line)))
+            rating = Rating(**json.loads(line))
+            known = rating.pool in POOLS and 0.0 <= rating.pass_rate <= 1.0
         except (ValueError, TypeError):
+            known = False
+        if not known:
+            found = line[:80].decode(errors="replace")
             raise DataError(
-                f"{path}:{number}: {line[:80]!r} found, a rating "
+                f"{path}:{number}: {found!r} found, a rating "
                 '{"fact": …, "pass_rate": …, "pool": …} expected'
-            ) from None
+            )
+        ratings.append(rating)
     return ratings
 
 
@@ -88,5 +94,5 @@ def histogram(ratings: Sequence[Rating], width: int = 40) -> str:
         for rate in sorted(counts)
     ]
     pools = Counter(rating.pool for rating in ratings)
-    shown = ", ".join(f"{pools[name]} {name}" for name in ("easy", "hard", "dropped"))
+    shown = ", ".join(f"{pools[name]} {name}" for name in POOLS)
     return "\n".join([f"pass rates of {len(ratings)} facts ({shown}):", *rows])

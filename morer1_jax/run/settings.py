@@ -15,9 +15,10 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from morer1_jax.data.curriculum import MixConfig
+from morer1_jax.data.tokenizer import SPECIAL_TOKENS
 from morer1_jax.learn.grpo import GRPOConfig
 from morer1_jax.learn.state import OptimizerConfig
-from morer1_jax.model.config import Runtime
+from morer1_jax.model.config import Runtime, TextConfig, VisionConfig
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.run.config import ConfigError, Rule, check_config
 from morer1_jax.task.synthetic import WorldConfig
@@ -49,6 +50,19 @@ class DataSettings:
     crop_least: int
     workers: int
 
+    def __post_init__(self) -> None:
+        least = 256 + len(SPECIAL_TOKENS)
+        if self.vocabulary < least:
+            raise ValueError(
+                f"vocabulary: {self.vocabulary} found, at least {least} expected (the bytes and "
+                "the special tokens)"
+            )
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"min_pixels: {self.min_pixels} found, at most max_pixels = {self.max_pixels} "
+                "expected"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionSettings:
@@ -65,6 +79,14 @@ class VisionSettings:
     window_size: int
     initializer_range: float
 
+    def __post_init__(self) -> None:
+        # Sizes that do not fit each other are found before there is data.
+        self.config(out_hidden_size=1)
+
+    def config(self, out_hidden_size: int) -> VisionConfig:
+        """The tower with features as wide as the decoder."""
+        return VisionConfig(out_hidden_size=out_hidden_size, **dataclasses.asdict(self))
+
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings:
@@ -79,6 +101,15 @@ class TextSettings:
     rope_theta: float
     initializer_range: float
     tie_word_embeddings: bool
+
+    def __post_init__(self) -> None:
+        self.config(vocab_size=1)
+
+    def config(self, vocab_size: int) -> TextConfig:
+        """The decoder over a vocabulary."""
+        sizes = dataclasses.asdict(self)
+        del sizes["tie_word_embeddings"]
+        return TextConfig(vocab_size=vocab_size, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +156,9 @@ class SFTSettings:
     log_every: int
     keep_checkpoints: int
     optimizer: OptimizerConfig
+
+    def __post_init__(self) -> None:
+        _check_micro_batches(self.micro_batches, self.batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +235,13 @@ class GRPOSettings:
     loss: GRPOConfig
     optimizer: OptimizerConfig
 
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise ValueError(f"group: {self.group} found, at least 2 expected: a group is compared")
+        if self.temperature == 0.0:
+            raise ValueError("temperature: 0 found, above 0 expected: a group must differ")
+        _check_micro_batches(self.micro_batches, self.prompts)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
@@ -241,13 +282,14 @@ class Settings:
             )
         if self.runtime.dtype == "float16":
             raise ValueError("runtime.dtype: 'float16' overflows in training; use 'bfloat16'")
-        for prefix, stage in (("sft", self.sft), ("grpo", self.grpo)):
-            rows = stage.batch if prefix == "sft" else stage.prompts
-            if rows % stage.micro_batches:
-                raise ValueError(
-                    f"{prefix}.micro_batches: {stage.micro_batches} found, a divisor of the "
-                    f"{rows} rows of a batch expected"
-                )
+
+
+def _check_micro_batches(micro_batches: int, rows: int) -> None:
+    if rows % micro_batches:
+        raise ValueError(
+            f"micro_batches: {micro_batches} found, a divisor of the {rows} rows of a batch "
+            "expected"
+        )
 
 
 # Whole numbers that may be 0; every other one is at least 1.
@@ -301,10 +343,20 @@ def _build(kind: type, node: Any, prefix: str) -> Any:
         value = node[name]
         if dataclasses.is_dataclass(hint):
             value = _build(hint, value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            value = tuple(value)
+        elif typing.get_origin(hint) is tuple:
+            value = _whole_numbers(f"{prefix}{name}", value)
         values[name] = value
     try:
         return kind(**values)
     except ValueError as error:
-        raise ConfigError(f"config{'.' + prefix.rstrip('.') if prefix else ''}: {error}") from None
+        # The classes know their fields' names but not where in the config they are.
+        field, _, rest = str(error).partition(": ")
+        if (key := field.rpartition(".")[2]) in values:
+            raise ConfigError(f"config.{prefix}{key}: {rest}") from None
+        raise ConfigError(f"{f'config.{prefix}'.rstrip('.')}: {error}") from None
+
+
+def _whole_numbers(key: str, value: list[Any] | tuple[Any, ...]) -> tuple[int, ...]:
+    if not all(type(item) is int for item in value):
+        raise ConfigError(f"config.{key}: {list(value)} found, a list of whole numbers expected")
+    return tuple(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from morer1_jax.data.batch import Encoder, SequenceBatch
 from morer1_jax.data.curriculum import Pool
 from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.learn.state import OptimizerConfig
-from morer1_jax.run.answers import Asker, validator
+from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.run.loop import Hooks, LoopConfig, train
@@ -47,8 +48,10 @@ def train_sft(
     pool = Pool("training", np.arange(len(facts)), (job.settings.seed, 10, stream))
     transform = optimizer.build(loop.steps)
     state, shardings = job.new_state(params, transform)
+    # Plain cross-entropy: the temperature is that of GRPO's sampling.
+    score = dataclasses.replace(job.score, temperature=1.0)
     step = jax.jit(
-        make_sft_step(job.model, transform, job.score, micro_batches),
+        make_sft_step(job.model, transform, score, micro_batches),
         in_shardings=(shardings, job.rows),
         out_shardings=(shardings, job.replicated),
         donate_argnums=0,
@@ -58,7 +61,7 @@ def train_sft(
         mine = job.host_rows(pool.take(number * batch, batch))
         return encoder.sequences([[encoder.sample(facts[i], targets[facts[i].id])] for i in mine])
 
-    asker = Asker(job, encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+    asker = greedy_asker(job, encoder)
     hooks = Hooks(
         batch=make_batch,
         step=lambda state, arrays, _: step(state, job.put(arrays)),

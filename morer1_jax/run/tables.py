@@ -172,5 +172,5 @@ def _per_label(scores: Scores) -> Html:
         ),
     ]
     if left_out := len(support) - len(shown):
-        parts.append(remark(f"{left_out} labels without test facts are left out."))
+        parts.append(remark(f"Left out, without test facts: {left_out} of {len(support)} labels."))
     return join(parts)

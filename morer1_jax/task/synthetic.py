@@ -66,13 +66,13 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if not 2 <= self.cast <= len(COLOURS):
-            raise ValueError(f"cast must be 2 to {len(COLOURS)} names a type, found {self.cast}")
+            raise ValueError(f"cast: {self.cast} found, 2 to {len(COLOURS)} names a type expected")
         for name in ("train", "valid", "test", "facts_per_photo"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+                raise ValueError(f"{name}: {getattr(self, name)} found, at least 1 expected")
         for name in ("fit", "written", "hasty"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be a share, 0 to 1, found {getattr(self, name)}")
+                raise ValueError(f"{name}: {getattr(self, name)} found, a share expected, 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)

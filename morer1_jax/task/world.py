@@ -93,9 +93,7 @@ VERBS = (
         "player",
         symmetric=True,
     ),
-    Verb(
-        ("per", "org"), ("{a} takes over {b}", "{b} pick {a}"), "/per/org/leader_of", "person"
-    ),
+    Verb(("per", "org"), ("{a} takes over {b}", "{b} pick {a}"), "/per/org/leader_of", "person"),
     Verb(
         ("per", "per"),
         ("{a} marries {b}", "{a} and {b} wed"),

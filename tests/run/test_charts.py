@@ -136,10 +136,12 @@ def test_areas_stack_to_the_whole():
 def test_a_histogram_has_a_bar_for_each_count():
     bars = [("0", {"hard": 30}), ("0.5", {"hard": 10, "easy": 5}), ("1", {"easy": 0})]
     svg = histogram(bars, ["easy", "hard"], x_label="pass rate")
-    found = re.findall(r'class="area c(\d)" x="([\d.]+)".*? height="([\d.]+)"', svg)
+    found = re.findall(r'class="area c(\d)".*? y="([\d.]+)".*? height="([\d.]+)"', svg)
     assert [colour for colour, _, _ in found] == ["2", "1", "2"]
-    heights = [float(height) for _, _, height in found]
-    assert heights[0] == pytest.approx(3 * heights[2], abs=0.2)
+    (top, hard), (easy_top, easy), (above, few) = ((float(y), float(h)) for _, y, h in found)
+    assert hard == pytest.approx(3 * few, abs=0.2)
+    assert easy_top + easy == pytest.approx(top + hard, abs=0.2)  # On the same floor.
+    assert above + few == pytest.approx(easy_top, abs=0.2)  # One on the other.
     assert "pass rate 0\n30 hard" in svg
 
 

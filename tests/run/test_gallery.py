@@ -56,6 +56,8 @@ def test_a_choice_depends_on_the_seed_alone():
     pairs = pairs_of(200, 200)
     assert choose(pairs, 10, 1) == choose(list(pairs), 10, 1)
     assert choose(pairs, 10, 1) != choose(pairs, 10, 2)
+    one_label = pairs_of(200, 200, labels=1)
+    assert choose(one_label, 10, 1) != choose(one_label, 10, 2)
 
 
 def test_answers_are_read_with_their_facts(tmp_path):

@@ -218,7 +218,8 @@ def _classes(attributes):
 def test_a_whole_workdir_shows_every_section(html):
     page = Page(html)
     assert set(page.texts) == {"", *SECTIONS}
-    assert not page.all("p", "remark")[1:]  # One: the GRPO metrics that are zero throughout.
+    remarks = re.findall(r'class="remark">(.*?)<', html)
+    assert all(re.match(r"Zero throughout|Left out, without test facts", text) for text in remarks)
     for text in ("4 layers, width 128 / 384", "sft (3 min 12 s), baselines, rate (48 s)"):
         assert text in page.texts[""]
     scores = page.texts["scores"]
@@ -267,8 +268,28 @@ def test_photos_are_small_jpegs_with_the_box_on_them(workdir, html):
         assert any(all(map(math.isclose, centre, box)) for box in boxes)
 
 
-def test_right_and_wrong_are_said_and_filtered(html):
+def test_large_photos_are_made_small(tmp_path):
+    workdir = make_fake(tmp_path / "run", test=2)
+    for path in (workdir / "data" / "img_org" / "test").iterdir():
+        Image.open(path).resize((1500, 1000)).save(path)
+    html = write_report(workdir, workdir / "data").read_text("utf-8")
+    sizes = {(int(a["width"]), int(a["height"])) for a in Page(html).all("img")}
+    assert (360, 240) in sizes
+    assert len(sizes) > 1
+    assert all(max(size) == 200 for size in sizes - {(360, 240)})
+
+
+def test_right_and_wrong_are_said_and_filtered(workdir, html):
     page = Page(html)
+    facts = more.read_split(workdir / "data", "test", more.read_ontology(workdir / "data"))
+    gold = {fact.id: fact.label for fact in facts}
+    lines = (workdir / "eval" / "grpo.answers.jsonl").read_text("utf-8").splitlines()
+    said = {answer["fact"]: answer["label"] for answer in map(json.loads, lines)}
+    cards = re.findall(r'<article class="card (\w+)"><header><b>(. \w+).*?<span>(.*?)<', html)
+    assert len(cards) == 8
+    for class_, verdict, fact in cards:
+        right = said[fact] == gold[fact]
+        assert (class_, verdict) == (("right", "✓ Right") if right else ("wrong", "✗ Wrong"))
     assert len(page.all("article", "right")) == len(page.all("article", "wrong")) == 4
     text = page.texts["gallery"]
     assert text.count("✓ Right") == 4 + 1

@@ -1,0 +1,57 @@
+"""The demo, shrunk until a stage takes seconds: the same keys, sizes that show nothing but faults.
+
+python -m morer1_jax.train --config=tests/configs/tiny.py --workdir=/tmp/tiny
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_DEMO = Path(__file__).parents[2] / "configs" / "demo.py"
+
+
+def get_config() -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("demo", _DEMO)
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    config = demo.get_config()
+    config.world.update(train=40, valid=6, test=8, written=0.5)
+    # Room for any wording of the world's: what is tested is not whether the demo's texts are short.
+    config.data.update(vocabulary=1024, prompt_length=256, completion_length=176, windows=8)
+    config.model.text.update(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mrope_section=(2, 3, 3),
+    )
+    config.model.vision.update(
+        depth=2, hidden_size=16, intermediate_size=24, num_heads=2, fullatt_block_indexes=(1,)
+    )
+    config.sft.update(
+        steps=30, batch=4, micro_batches=1, eval_every=7, eval_facts=4, save_every=2, log_every=1
+    )
+    config.baselines.update(steps=2, batch=4, eval_every=2, eval_facts=4)
+    config.rate.update(samples=2, batch=8, easy_from=0.5, never="hard")
+    # A model of a dozen steps solves nothing, so no fact is easy.
+    config.grpo.mix.update(start=0.0, end=0.0)
+    # Two updates a rollout and a KL use the old and the reference log-probabilities too.
+    config.grpo.update(
+        steps=8,
+        prompts=2,
+        group=2,
+        updates=2,
+        micro_batches=1,
+        eval_every=5,
+        eval_facts=4,
+        save_every=2,
+        log_every=1,
+        rollouts_every=1,
+    )
+    config.grpo.loss.beta = 0.01
+    # An untrained model earns nothing but for effort, so effort begins with the first byte.
+    config.grpo.reward.update(effort_from=0, effort_to=100)
+    config.evaluate.batch = 4
+    return config

@@ -1,0 +1,107 @@
+"""The optimizer's schedule, clip and decay, and the train state around it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+from morer1_jax.learn.state import (
+    OptimizerConfig,
+    abstract_params,
+    apply_gradients,
+    init_sharded,
+    new_state,
+)
+from morer1_jax.run import mesh as meshes
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_constant_rate(warmup):
+    rates = [OptimizerConfig(lr=0.1, warmup=warmup).learning_rate(12)(i) for i in range(12)]
+    rising = [0.1 * (i + 1) / (warmup + 1) for i in range(warmup)]
+    np.testing.assert_allclose(rates, rising + [0.1] * (12 - warmup), rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_cosine_rate(warmup):
+    config = OptimizerConfig(lr=0.1, schedule="cosine", warmup=warmup, final=0.2)
+    rates = [config.learning_rate(21)(i) for i in range(21)]
+    after = np.arange(21 - warmup) / (20 - warmup)
+    expected = 0.1 * (0.2 + 0.8 * (1 + np.cos(np.pi * after)) / 2)
+    np.testing.assert_allclose(rates[warmup:], expected, rtol=1e-5)
+    # From the peak, first reached when the warm-up is over, to the last update.
+    assert np.argmax(rates) == warmup
+    np.testing.assert_allclose(rates[-1], 0.02, rtol=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 4])
+def test_a_run_no_longer_than_its_warmup(updates):
+    config = OptimizerConfig(lr=0.1, schedule="cosine", warmup=4)
+    rates = [config.learning_rate(updates)(i) for i in range(updates + 2)]
+    assert np.isfinite(rates).all()
+    assert (np.diff(rates[:updates]) > 0).all()
+
+
+def test_decay_is_of_matrices_alone(tiny):
+    """With no gradient the update is the decay: what it leaves alone is not decayed."""
+    params = tiny.params()
+    optimizer = OptimizerConfig(lr=0.5, weight_decay=0.1).build(10)
+    state = new_state(params, optimizer)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    after, _, norm = apply_gradients(state, zero, optimizer)
+    assert norm == 0
+    kept, decayed = set(), set()
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(after), strict=True
+    ):
+        last = path[-1].key
+        if np.array_equal(old, new):
+            kept.add(last)
+        else:
+            np.testing.assert_allclose(new, old * (1 - 0.5 * 0.1), rtol=1e-5)
+            decayed.add(last)
+    assert kept == {"bias", "scale"}
+    assert decayed == {"kernel", "embedding", "head"}
+
+
+def test_gradients_are_clipped_and_their_norm_is_that_before(tiny):
+    params = {"kernel": jnp.zeros(4)}
+    grads = {"kernel": jnp.array([3.0, 0.0, -4.0, 0.0])}
+    clip = OptimizerConfig(lr=1.0, clip_norm=0.5)
+    optimizer = optax.chain(optax.clip_by_global_norm(clip.clip_norm), optax.sgd(1.0))
+    after, _, norm = apply_gradients(new_state(params, optimizer), grads, optimizer)
+    np.testing.assert_allclose(after["kernel"], [-0.3, 0, 0.4, 0], rtol=1e-6)
+    assert norm == 5
+    # Adam's first moment, of the built optimizer, is of the clipped gradient.
+    built = clip.build(3)
+    _, opt_state, norm = apply_gradients(new_state(params, built), grads, built)
+    moment = optax.tree_utils.tree_get(opt_state, "mu")["kernel"]
+    np.testing.assert_allclose(moment, (1 - clip.b1) * np.array([0.3, 0, -0.4, 0]), rtol=1e-5)
+    assert norm == 5
+
+
+def test_new_state_is_at_step_0(tiny):
+    state = new_state(tiny.params(), OptimizerConfig(lr=1.0).build(1))
+    assert state.step == 0
+    assert state.step.dtype == jnp.int32
+
+
+def test_parameters_are_made_where_they_live(tiny):
+    mesh = tiny.mesh(data=1, fsdp=2, tensor=4)
+    shapes = abstract_params(tiny.model())
+    shardings = meshes.param_shardings(mesh, shapes)
+    params = init_sharded(tiny.model(), jax.random.key(0), shardings)
+    one = tiny.mesh(data=1, fsdp=1, tensor=1)
+    alone = init_sharded(tiny.model(), jax.random.key(0), meshes.param_shardings(one, shapes))
+    jax.tree.map(lambda x, s: None if x.sharding == s else pytest.fail(str(s)), params, shardings)
+    assert isinstance(params["embedding"].sharding, NamedSharding)
+    assert params["embedding"].addressable_shards[0].data.shape == (8, 16)
+    jax.tree.map(np.testing.assert_array_equal, params, alone)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"clip_norm": 0.0}])
+def test_nonsense_is_refused(wrong):
+    with pytest.raises(ValueError, match="must be above 0"):
+        OptimizerConfig(**{"lr": 1.0} | wrong)

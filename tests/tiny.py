@@ -1,0 +1,294 @@
+"""A model of a few thousand parameters and eight prompts, shared by tests of learn and rollout.
+
+Every id of its vocabulary is a whole piece of the answer's grammar, so that a completion of twelve
+tokens is well formed. Programs are compiled once a session.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from morer1_jax.data.batch import Buckets, Encoder, Sample
+from morer1_jax.data.images import ImageConfig, Patches
+from morer1_jax.data.tokens import build_tables
+from morer1_jax.learn.scorer import ScoreConfig, group_logprobs
+from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
+from morer1_jax.model.vlm import Qwen25VL, init_params
+from morer1_jax.rollout.sampler import Reader, SampleConfig, allowed_ids, sample
+from morer1_jax.run import mesh as meshes
+from morer1_jax.task.answer import Special
+from morer1_jax.task.ontology import Ontology
+
+LABELS = ("none", "/per/org/member_of", "/org/loc/locate_at")
+_BYTES = (
+    b"!",
+    b"<think>\n",
+    *(b"Step %d: a%s\n" % (k, b" dog" * k) for k in range(1, 7)),
+    b"</think>\n",
+    b"<answer>",
+    *(label.encode() for label in LABELS),
+    b"</answer>",
+)
+_TEXT = (b" and more", b"\n", b"Step 2:", b"\xff", b"Step 9: no\n")
+END = len(_BYTES)  # end-of-turn
+_MARK = END + 1 + len(_TEXT)  # the first special id after it
+_NAMES = {
+    "<|im_end|>": END,
+    "<|im_start|>": _MARK,
+    "<|endoftext|>": _MARK + 1,
+    "<|vision_start|>": _MARK + 2,
+    "<|vision_end|>": _MARK + 3,
+    "<|vision_pad|>": _MARK + 4,
+    "<|image_pad|>": _MARK + 5,
+    "<|video_pad|>": _MARK + 6,
+}
+OPEN, IMAGE = _NAMES["<|im_start|>"], _NAMES["<|image_pad|>"]
+SIZE = _MARK + 7  # ids of the tokenizer
+ROWS = 32  # rows of the embedding
+# Padding, image, vision and video tokens, and rows without a token.
+BANNED = (*range(_MARK + 1, SIZE), *range(SIZE, ROWS))
+PIECES = (
+    *_BYTES,
+    Special.END,
+    *_TEXT,
+    *[Special.OTHER] * (ROWS - _MARK),
+)
+TABLES = build_tables(PIECES, LABELS)
+PROMPTS, GROUP, LENGTH = 8, 4, 16
+# Rows and columns, in patches, of each prompt's images.
+GRIDS = (
+    (),
+    ((4, 6),),
+    ((2, 2), (6, 4)),
+    ((8, 4),),
+    ((2, 4), (4, 4)),
+    ((6, 6),),
+    ((2, 2),),
+    ((4, 4), (2, 2), (2, 8)),
+)
+_IMAGES = ImageConfig(
+    min_pixels=16,
+    max_pixels=4096,
+    crop_margin=0.0,
+    crop_least=4,
+    patch_size=2,
+    merge_size=2,
+    temporal_patch_size=2,
+)
+CONFIG = ModelConfig(
+    text=TextConfig(
+        vocab_size=ROWS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mrope_section=(2, 1, 1),
+        rope_theta=1e4,
+    ),
+    vision=VisionConfig(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        out_hidden_size=32,
+        fullatt_block_indexes=(1,),
+        patch_size=2,
+        window_size=8,
+    ),
+    image_token_id=IMAGE,
+    video_token_id=_NAMES["<|video_pad|>"],
+    vision_start_token_id=_NAMES["<|vision_start|>"],
+    vision_end_token_id=_NAMES["<|vision_end|>"],
+)
+
+
+class TinyEncoder(Encoder):
+    """The package's encoder over facts that are their own samples and need no dataset."""
+
+    def __init__(self, prompt=32, completion=LENGTH, windows=5):
+        tokenizer = types.SimpleNamespace(get_vocab=lambda: _NAMES, name_or_path="tiny")
+        buckets = Buckets(prompt=prompt, completion=completion, windows=windows)
+        super().__init__(".", tokenizer, Ontology(LABELS), _IMAGES, 8, buckets)
+
+    def sample(self, fact, target=None):
+        return fact.sample
+
+
+SPECIAL = TinyEncoder().special
+ALLOWED = allowed_ids(SPECIAL, SIZE, ROWS)
+
+
+@functools.cache
+def samples():
+    """A sample for each of `GRIDS`: prompts of unequal lengths, targets of 1 to 15 tokens."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number, sizes in enumerate(GRIDS):
+        words = functools.partial(rng.integers, 0, END)
+        parts = [words(size=2 + number % 3)]
+        for rows, columns in sizes:
+            marks = [SPECIAL.vision_start], [IMAGE] * (rows * columns // 4), [SPECIAL.vision_end]
+            parts += [*marks, words(size=number % 2)]
+        tokens = np.concatenate([*parts, [OPEN]]).astype(np.int32)
+        target = np.append(words(size=2 * number), END).astype(np.int32)
+        grids = tuple((1, *size) for size in sizes)
+        count = sum(rows * columns for rows, columns in sizes)
+        patches = rng.standard_normal((count, CONFIG.vision.patch_dim)).astype(np.float32)
+        made.append(Sample(f"fact {number}", tokens, target, Patches(patches, grids)))
+    return made
+
+
+@functools.cache
+def prompts():
+    """All prompts, a row each."""
+    facts = [
+        types.SimpleNamespace(sample=made, label=LABELS[number % len(LABELS)])
+        for number, made in enumerate(samples())
+    ]
+    return TinyEncoder().prompts(facts, [100 + number for number in range(len(facts))])
+
+
+def sequences(rows=None, **buckets):
+    """Samples by number, packed as `rows` says; by default a row each."""
+    rows = [[number] for number in range(PROMPTS)] if rows is None else rows
+    return TinyEncoder(**buckets).sequences([[samples()[i] for i in row] for row in rows])
+
+
+def with_photo(batch, row, seed=5):
+    """A batch in which one row's photos are others of the same sizes."""
+    patches = batch.vision.patches.copy()
+    noise = np.random.default_rng(seed).standard_normal(patches[row].shape)
+    patches[row] = np.where(batch.vision.image_ids[row][..., None] >= 0, noise, 0)
+    return batch._replace(vision=batch.vision._replace(patches=patches))
+
+
+def model(dtype="float32"):
+    return Qwen25VL(CONFIG, Runtime(param_dtype=dtype, dtype=dtype))
+
+
+@functools.cache
+def params(seed=0):
+    """Random parameters that hide nothing: no zero bias, no unit norm, matrices that matter."""
+    shapes = jax.eval_shape(lambda key: init_params(model(), key), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value = rng.standard_normal(leaf.shape)
+        if name.endswith("scale"):
+            value = 1 + 0.3 * value
+        elif name != "embedding":
+            value *= 0.27
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def chain_params(strength, end=0.0):
+    """Parameters under which the logits depend on the last token alone and favour a good answer.
+
+    Args:
+      strength: logit of the well-formed answer's next token (shared by the labels); others have 0.
+      end: logit of end-of-turn everywhere else.
+    """
+    logits = np.zeros((ROWS, ROWS), np.float32)
+    logits[:, END] = end
+    logits[OPEN, 1] = strength
+    for token in range(1, 9):
+        logits[token, token + 1] = strength
+    for label in range(10, 13):
+        logits[9, label] = strength - 1
+        logits[label, 13] = strength
+    logits[13, END] = strength + end
+    drawn = jax.tree.map(lambda x: x, params())
+    # The residual stream keeps the token's own one-hot embedding to the end.
+    layers = drawn["language"]["layers"]
+    layers["o"] = jax.tree.map(jnp.zeros_like, layers["o"])
+    layers["mlp"]["down"] = jax.tree.map(jnp.zeros_like, layers["mlp"]["down"])
+    drawn["language"]["norm"] = jax.tree.map(jnp.ones_like, drawn["language"]["norm"])
+    return drawn | {
+        "embedding": jnp.eye(ROWS, CONFIG.text.hidden_size),
+        "head": jnp.asarray(logits.T) / np.sqrt(CONFIG.text.hidden_size),
+    }
+
+
+@functools.cache
+def completions():
+    """Random completions: tokens, mask and whether they ended, lengths from 1 to `LENGTH`."""
+    rng = np.random.default_rng(1)
+    tokens = rng.choice(np.flatnonzero(ALLOWED), (PROMPTS, GROUP, LENGTH)).astype(np.int32)
+    lengths = rng.integers(1, LENGTH + 1, (PROMPTS, GROUP))
+    lengths[0] = (1, 2, LENGTH, LENGTH)
+    mask = np.arange(LENGTH) < lengths[..., None]
+    ended = lengths < LENGTH
+    return tokens, mask, ended
+
+
+READER = Reader.of(TABLES)
+
+
+def sample_config(group=GROUP, temperature=1.0):
+    return SampleConfig(group=group, length=LENGTH, temperature=temperature, end_of_turn=END)
+
+
+@functools.cache
+def sampler(group=GROUP, temperature=1.0, dtype="float32"):
+    """Compiled `(params, prompts, keys, allowed) -> Rollout`."""
+    config = sample_config(group, temperature)
+    return jax.jit(
+        lambda params, prompts, keys, allowed: sample(
+            model(dtype), params, prompts, READER, allowed, keys, config
+        )
+    )
+
+
+@functools.cache
+def scorer(temperature=1.0, dtype="float32"):
+    """Compiled `(params, prompts, tokens, mask, allowed) -> (logprobs, entropy)`."""
+    config = ScoreConfig(temperature=temperature, chunk=24)
+    return jax.jit(
+        lambda params, prompts, tokens, mask, allowed: group_logprobs(
+            model(dtype), params, prompts, tokens, mask, allowed, config
+        )
+    )
+
+
+@functools.cache
+def pullback():
+    """Compiled gradient of the scorer at temperature 1, by a cotangent of the log-probabilities.
+
+    `(params, prompts, tokens, mask, allowed, cotangent) -> gradients`
+    """
+
+    def run(params, prompts, tokens, mask, allowed, cotangent):
+        _, pull = jax.vjp(
+            lambda params: group_logprobs(
+                model(), params, prompts, tokens, mask, allowed, ScoreConfig(chunk=24)
+            )[0],
+            params,
+        )
+        return pull(cotangent)[0]
+
+    return jax.jit(run)
+
+
+def mesh(**axes):
+    """A mesh over as many of the virtual devices as the axes ask for."""
+    return meshes.make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
+
+
+def assert_near(ours, theirs, bound):
+    """Every leaf lies within `bound` of its counterpart, relative to that one's largest value."""
+
+    def check(path, a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(b).all()
+        worst = np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+        name = jax.tree_util.keystr(path)
+        assert worst <= bound, f"{name}: {worst:.2e} of the largest value, {bound:.0e} allowed"
+
+    jax.tree_util.tree_map_with_path(check, ours, theirs)
