@@ -6,6 +6,7 @@ Any key can be set on the command line: --config.seed=1 --config.grpo.steps=20
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -32,7 +33,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         dict(
-            folder=None,  # what `synthesise` wrote; a path reads MORE's own files instead
+            folder=placeholder(str),  # none: what `synthesise` wrote; a path: MORE's own files
             vocabulary=1024,
             prompt_length=208,
             completion_length=124,

@@ -18,17 +18,6 @@ def tiny():
     return module
 
 
-@pytest.fixture
-def quick_to_compile():
-    """Compiles without most optimisations: of small programs, compiling is most of the time."""
-    import jax
-
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
     """The folder of a small synthetic dataset; tests must not change it."""

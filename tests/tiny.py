@@ -22,6 +22,12 @@ from morer1_jax.run import mesh as meshes
 from morer1_jax.task.answer import Special
 from morer1_jax.task.ontology import Ontology
 
+# Of programs this small compiling is most of the time: compile fast, run slow.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+)
+
 LABELS = ("none", "/per/org/member_of", "/org/loc/locate_at")
 _BYTES = (
     b"!",
@@ -239,7 +245,7 @@ def sample_config(group=GROUP, temperature=1.0):
 def sampler(group=GROUP, temperature=1.0, dtype="float32"):
     """Compiled `(params, prompts, keys, allowed) -> Rollout`."""
     config = sample_config(group, temperature)
-    return jax.jit(
+    return jit(
         lambda params, prompts, keys, allowed: sample(
             model(dtype), params, prompts, READER, allowed, keys, config
         )
@@ -250,7 +256,7 @@ def sampler(group=GROUP, temperature=1.0, dtype="float32"):
 def scorer(temperature=1.0, dtype="float32"):
     """Compiled `(params, prompts, tokens, mask, allowed) -> (logprobs, entropy)`."""
     config = ScoreConfig(temperature=temperature, chunk=24)
-    return jax.jit(
+    return jit(
         lambda params, prompts, tokens, mask, allowed: group_logprobs(
             model(dtype), params, prompts, tokens, mask, allowed, config
         )
@@ -273,12 +279,22 @@ def pullback():
         )
         return pull(cotangent)[0]
 
-    return jax.jit(run)
+    return jit(run)
 
 
 def mesh(**axes):
     """A mesh over as many of the virtual devices as the axes ask for."""
     return meshes.make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
+
+
+def norm(tree):
+    """Global norm, in NumPy."""
+    return np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
+
+
+def distance(ours, theirs):
+    """Global norm of the difference of two trees, in NumPy."""
+    return norm(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), ours, theirs))
 
 
 def assert_near(ours, theirs, bound):

@@ -111,4 +111,4 @@ def apply_gradients(
 ) -> tuple[Params, optax.OptState, Float[Array, ""]]:
     """New parameters, new optimizer state, and the gradients' global norm before the clip."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return optax.apply_updates(state.params, updates), opt_state, optax.global_norm(grads)
+    return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(grads)

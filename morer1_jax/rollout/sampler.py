@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from morer1_jax.data.batch import PromptBatch
 from morer1_jax.data.tokenizer import SpecialIds
@@ -117,11 +117,11 @@ def allowed_ids(special: SpecialIds, tokenizer_size: int, rows: int) -> Bool[np.
 
 def sample_keys(
     seed: int, step: Int[Array, ""], fact: Int[Array, " b"], group: int
-) -> PRNGKeyArray:
+) -> Key[Array, "b g"]:
     """A key for each (fact, sample) of a step, [b, g]."""
     base = jax.random.fold_in(jax.random.key(seed), step)
 
-    def one(fact: Array, sample: Array) -> PRNGKeyArray:
+    def one(fact: Array, sample: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(base, fact), sample)
 
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(fact, jnp.arange(group))
@@ -133,13 +133,13 @@ def sample(
     prompts: PromptBatch,
     reader: Reader,
     allowed: Bool[Array, " v"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, "b g"],
     config: SampleConfig,
 ) -> Rollout:
     """Draws `config.group` completions of each prompt.
 
     Args:
-      keys: [b, g], of `sample_keys`; not read when greedy.
+      keys: of `sample_keys`; not read when greedy.
     """
     b, g, t = prompts.tokens.shape[0], config.group, config.length
 
@@ -214,7 +214,7 @@ def sample(
 def _draw(
     logits: Float[Array, "b g v"],
     allowed: Bool[Array, " v"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, "b g"],
     index: Int[Array, ""],
     temperature: float,
 ) -> tuple[Int[Array, "b g"], Float[Array, "b g"]]:

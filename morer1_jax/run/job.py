@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -204,11 +205,26 @@ class Job:
         return rows[jax.process_index() * part : (jax.process_index() + 1) * part]
 
     def check(self) -> None:
-        """Finds bad data before a step is spent on it.
+        """Finds bad data, and batches that the mesh cannot split, before a step is spent on them.
 
         Raises:
+          ConfigError: a batch whose rows do not divide over the mesh.
           DataError: a photo that cannot be read, or a fact that does not fit its bucket.
         """
+        config = self.settings
+        parts = math.prod(self.mesh.shape[name] for name in meshes.BATCH_AXES)
+        for key, rows in (
+            ("sft.batch", config.sft.batch),
+            ("baselines.batch", config.baselines.batch),
+            ("rate.batch", config.rate.batch),
+            ("grpo.prompts", config.grpo.prompts),
+            ("evaluate.batch", config.evaluate.batch),
+        ):
+            if rows % parts:
+                raise ConfigError(
+                    f"config.{key}: {rows} found, a multiple of mesh.data × mesh.fsdp = {parts} "
+                    "expected"
+                )
         for facts in self.facts.values():
             self.encoder.check(facts, self.sizes, self.reasoning)
 

@@ -11,47 +11,39 @@ from collections.abc import Sequence
 
 from morer1_jax.task.answer import format_answer
 from morer1_jax.task.ontology import Ontology
-from morer1_jax.task.world import COLOURS, KINDS, Clause, Named, Thing, relation
+from morer1_jax.task.world import COLOURS, KINDS, Clause, Named, Thing, relation, span
 
 
-def _looked(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> tuple[str, str, str]:
+def _looked(
+    thing: Thing, entity: Named, clauses: Sequence[Clause], title: Sequence[str]
+) -> tuple[str, str]:
+    """What the object is, and whom it stands for in the title."""
     kind, named = KINDS[thing.kind], thing.named
     if named is None:
         return (
             f"The crop shows {kind.words}, nobody could say of what.",
-            "It does not tell whether the photo fits the title.",
             "The object stands for nothing in the title.",
         )
-    words = kind.words.format(c=COLOURS[thing.index])
-    whose = kind.whose.format(c=COLOURS[thing.index], n=named.name)
-    first = f"The crop shows {words}."
-    if not any(named in (clause.a, clause.b) for clause in clauses):
-        return (
-            first,
-            f"Here {whose}, but the title does not name it.",
-            "The object stands for nothing in the title.",
-        )
-    second = f"Here {whose}, and the title names it."
-    clause = relation(thing, entity, clauses)[1]
-    if named == entity:
-        return first, second, f"The object stands for {named.name} itself."
-    if clause is None:
-        return (
-            first,
-            second,
-            f"The object stands for {named.name}, not linked to {entity.name}.",
-        )
-    return (
-        first,
-        second,
-        f"The object stands for {named.name}, and '{clause.text}'.",
-    )
+    colour = COLOURS[thing.index]
+    words = kind.words.format(c=f"an {colour}" if colour[0] in "aeiou" else f"a {colour}")
+    if any(named in (clause.a, clause.b) for clause in clauses):
+        # Quoted with the word that follows, as it stands in the title.
+        name = " ".join(title[span(title, named)[0] : span(title, named)[1] + 1])
+        if named == entity:
+            link = "the entity itself"
+        elif relation(thing, entity, clauses)[0] == "none":
+            link = f"not linked to {entity.name}"
+        else:
+            link = f"linked to {entity.name}"
+    else:
+        name, link = named.name, "not in the title"
+    whose = kind.whose.format(c=colour, n=f"'{name}'")
+    return f"The crop shows {words}.", f"Here {whose}, {link}."
 
 
-def _hasty(entity: Named) -> tuple[str, str, str]:
+def _hasty(entity: Named) -> tuple[str, str]:
     return (
         "The crop shows one part of the photo.",
-        "The photo may well fit the title.",
         f"The object may have to do with {entity.name}.",
     )
 
@@ -60,6 +52,7 @@ def write_reasoning(
     thing: Thing,
     entity: Named,
     clauses: Sequence[Clause],
+    title: Sequence[str],
     ontology: Ontology,
     *,
     hasty: bool,
@@ -70,20 +63,21 @@ def write_reasoning(
       thing: the object the question is about.
       entity: the asked entity.
       clauses: what the title says.
+      title: its words.
       ontology: the labels of the world's `rel2id.json`.
-      hasty: leave out the evidence (steps 1 to 3 say nothing that was seen).
+      hasty: leave out the evidence (steps 1 and 3 say nothing that was seen).
 
     Returns:
       `<think>…</think>` and `<answer>label</answer>`, ending in the gold label.
     """
     label = relation(thing, entity, clauses)[0]
-    one, two, three = _hasty(entity) if hasty else _looked(thing, entity, clauses)
+    seen, link = _hasty(entity) if hasty else _looked(thing, entity, clauses, title)
     left = ontology.allowed(thing.type, entity.type)
     names = ", ".join(f"'{name.rpartition('/')[2]}'" for name in left)
     steps = (
-        one,
-        two,
-        three,
+        seen,
+        f"The title says '{' '.join(title)}'.",
+        link,
         f"The object is {thing.type} and {entity.name} is {entity.type}.",
         f"From {thing.type} to {entity.type} there remain {names}.",
         f"The label must be {label}.",

@@ -42,7 +42,7 @@ class Kind:
       type: the entity type of the object.
       stands_for: the type of the named thing its colour points to (a player in red points to an
         organisation), or None for an object nobody could recognise.
-      words: how reasoning describes it; `{c}` is the colour.
+      words: how reasoning describes it; `{c}` is the colour with its article.
       whose: how reasoning says whom it points to; `{c}` is the colour, `{n}` the name.
     """
 
@@ -56,11 +56,11 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("player", "per", "org", "a player in a {c} shirt", "{c} shirts are worn by {n}"),
-        Kind("person", "per", "per", "a person in a {c} hat", "the {c} hat belongs to {n}"),
-        Kind("badge", "org", "org", "a {c} badge", "the {c} badge is that of {n}"),
-        Kind("tower", "loc", "loc", "a {c} tower", "the {c} tower stands in {n}"),
-        Kind("cup", "misc", "misc", "a {c} cup", "the {c} cup is the sign of {n}"),
+        Kind("player", "per", "org", "a player in {c} shirt", "{c} shirts are worn by {n}"),
+        Kind("person", "per", "per", "a person in {c} hat", "the {c} hat belongs to {n}"),
+        Kind("badge", "org", "org", "{c} badge", "the {c} badge is that of {n}"),
+        Kind("tower", "loc", "loc", "{c} tower", "the {c} tower stands in {n}"),
+        Kind("cup", "misc", "misc", "{c} cup", "the {c} cup is the sign of {n}"),
         Kind("blur", "misc", None, "a blurry shape", ""),
     )
 }
@@ -196,3 +196,10 @@ def relation(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> tuple[st
         if clause.verb.kind == thing.kind and clause.links(named, entity):
             return clause.verb.label, clause
     return "none", None
+
+
+def span(title: Sequence[str], named: Named) -> tuple[int, int]:
+    """Where a name stands in a title: its first word, and the word after its last."""
+    name, title = tuple(named.name.split()), tuple(title)
+    start = next(i for i in range(len(title)) if title[i : i + len(name)] == name)
+    return start, start + len(name)

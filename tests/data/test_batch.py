@@ -250,7 +250,7 @@ def test_the_check_counts_what_batching_counts(make, facts, sizes, reasoning):
     tight.check(facts, sizes, reasoning)
     assert tight.prompts([fact], [0]).mask.all()
     small = make(dataclasses.replace(BUCKETS, prompt=longest - 1))
-    with pytest.raises(DataError, match="data.prompt_length"):
+    with pytest.raises(DataError, match=r"data\.prompt_length"):
         small.check(facts, sizes, reasoning)
-    with pytest.raises(DataError, match="data.prompt_length"):
+    with pytest.raises(DataError, match=r"data\.prompt_length"):
         small.prompts([fact], [0])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morer1_jax.data.curriculum import Mixer, MixConfig, Pool
+from morer1_jax.data.curriculum import MixConfig, Mixer, Pool
 from morer1_jax.task.fact import DataError
 
 shares = st.floats(0, 1)

@@ -25,7 +25,9 @@ def test_a_part_takes_rows_from_all_over_the_batch():
     """With rows split over devices in order, every device has work in every part."""
     mine = []
     accumulate(
-        lambda part: jax.debug.callback(mine.append, part["x"][:, 0]) or sums(part), BATCH, 2
+        lambda part: jax.debug.callback(mine.append, part["x"][:, 0], ordered=True) or sums(part),
+        BATCH,
+        2,
     )
     jax.effects_barrier()
     np.testing.assert_array_equal(mine, [[0, 6, 12, 18], [3, 9, 15, 21]])

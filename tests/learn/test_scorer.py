@@ -8,8 +8,6 @@ import pytest
 from morer1_jax.data.batch import Sample
 from morer1_jax.learn.scorer import ScoreConfig, last_valid, sequence_logprobs
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 def test_a_group_scores_as_its_completions_do_alone(tiny):
     """Value and gradient: prompt and images once a group, or once with each completion."""
@@ -27,7 +25,7 @@ def test_a_group_scores_as_its_completions_do_alone(tiny):
     alone_cotangent = np.zeros(counted.shape, np.float32)
     alone_cotangent[counted] = cotangent[mask]
 
-    @jax.jit
+    @tiny.jit
     def run(params):
         values, pull = jax.vjp(
             lambda params: sequence_logprobs(tiny.model(), params, batch, ScoreConfig(chunk=24)),

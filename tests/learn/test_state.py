@@ -14,6 +14,7 @@ from morer1_jax.learn.state import (
     init_sharded,
     new_state,
 )
+from morer1_jax.model.vlm import init_params
 from morer1_jax.run import mesh as meshes
 
 
@@ -48,9 +49,13 @@ def test_decay_is_of_matrices_alone(tiny):
     """With no gradient the update is the decay: what it leaves alone is not decayed."""
     params = tiny.params()
     optimizer = OptimizerConfig(lr=0.5, weight_decay=0.1).build(10)
-    state = new_state(params, optimizer)
-    zero = jax.tree.map(jnp.zeros_like, params)
-    after, _, norm = apply_gradients(state, zero, optimizer)
+
+    @tiny.jit
+    def step(params):
+        zero = jax.tree.map(jnp.zeros_like, params)
+        return apply_gradients(new_state(params, optimizer), zero, optimizer)
+
+    after, _, norm = step(params)
     assert norm == 0
     kept, decayed = set(), set()
     for (path, old), new in zip(
@@ -88,17 +93,17 @@ def test_new_state_is_at_step_0(tiny):
     assert state.step.dtype == jnp.int32
 
 
-def test_parameters_are_made_where_they_live(tiny):
+def test_parameters_are_made_where_they_live(tiny, monkeypatch):
+    monkeypatch.setattr(jax, "jit", tiny.jit)
     mesh = tiny.mesh(data=1, fsdp=2, tensor=4)
     shapes = abstract_params(tiny.model())
     shardings = meshes.param_shardings(mesh, shapes)
     params = init_sharded(tiny.model(), jax.random.key(0), shardings)
-    one = tiny.mesh(data=1, fsdp=1, tensor=1)
-    alone = init_sharded(tiny.model(), jax.random.key(0), meshes.param_shardings(one, shapes))
+    alone = tiny.jit(lambda key: init_params(tiny.model(), key))(jax.random.key(0))
     jax.tree.map(lambda x, s: None if x.sharding == s else pytest.fail(str(s)), params, shardings)
     assert isinstance(params["embedding"].sharding, NamedSharding)
     assert params["embedding"].addressable_shards[0].data.shape == (8, 16)
-    jax.tree.map(np.testing.assert_array_equal, params, alone)
+    tiny.assert_near(params, alone, 1e-6)
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"clip_norm": 0.0}])

@@ -14,8 +14,6 @@ from morer1_jax.rollout.reward import RewardConfig, advantages
 from morer1_jax.rollout.sampler import sample_keys
 from morer1_jax.run import mesh as meshes
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 REWARD = RewardConfig(format=0.25, effort=0.5, accuracy=1.0, effort_from=10, effort_to=60)
 SEED = 3
 
@@ -28,7 +26,7 @@ def compiled(tiny):
     def compile_for(mesh):
         rows, whole = meshes.batch_sharding(mesh), NamedSharding(mesh, P())
         by_name = meshes.param_shardings(mesh, tiny.params())
-        rollout = jax.jit(
+        rollout = tiny.jit(
             program,
             in_shardings=(by_name, rows, whole, whole, whole),
             out_shardings=(rows, whole),

@@ -12,8 +12,6 @@ from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.sampler import SampleConfig, allowed_ids, sample, sample_keys
 from morer1_jax.task.answer import Outcome, read
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.fixture
 def draw(tiny):
@@ -140,7 +138,7 @@ def test_greedy_takes_the_likeliest(tiny, draw):
     index = np.pad(prompts.vision_index, ((0, 0), (0, t)), constant_values=-1)
     attend = PackedCausal(jnp.asarray(place < t, jnp.int32))
 
-    @jax.jit
+    @tiny.jit
     def logits(params):
         images = VisionInputs(*prompts.vision)
         return tiny.model().apply(
@@ -208,7 +206,7 @@ def counted(tiny):
     keys = sample_keys(0, jnp.int32(0), prompts.fact, 2)
     config = tiny.sample_config(group=2)
     model = Counting(tiny.CONFIG)
-    program = jax.jit(
+    program = tiny.jit(
         lambda params: sample(model, params, prompts, tiny.READER, tiny.ALLOWED, keys, config)
     )
 
@@ -247,10 +245,14 @@ def test_place_and_neighbours_do_not_matter(tiny, draw):
     assert_same_draw(draw(params, prompts=take_rows(prompts, mixed)), take_rows(before, mixed))
 
 
-def test_noise_depends_on_seed_step_fact_and_sample(tiny, draw):
-    params, prompts = tiny.params(), tiny.prompts()
+def test_noise_depends_on_seed_step_fact_sample_and_position(tiny, draw):
+    # All ids are as likely here, so that equal noise is equal tokens.
+    params, prompts = tiny.chain_params(0.0, end=-1e9), tiny.prompts()
     before = draw(params)
     assert_same_draw(draw(params), before)
+    rows = before.tokens.reshape(-1, tiny.LENGTH)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    assert len(np.unique(rows.T, axis=0)) == tiny.LENGTH
     others = [
         draw(params, step=1),
         draw(params, seed=1),

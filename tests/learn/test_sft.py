@@ -1,0 +1,137 @@
+"""SFT's loss and gradients: what they are the mean of, and what must not change them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from morer1_jax.learn.scorer import ScoreConfig
+from morer1_jax.learn.sft import make_sft_step, sft_gradients
+from morer1_jax.learn.state import new_state
+from morer1_jax.model.attention import PackedCausal
+from morer1_jax.model.vision import VisionInputs
+from morer1_jax.run import mesh as meshes
+
+SCORE = ScoreConfig(temperature=0.5, chunk=20)  # the temperature is of sampling alone
+
+
+@pytest.fixture(scope="module")
+def learn(tiny):
+    """`learn(micro_batches)`: compiled `(params, batch) -> (gradients, metrics)`."""
+    programs = {}
+
+    def learn(micro_batches=1):
+        if micro_batches not in programs:
+            programs[micro_batches] = tiny.jit(
+                lambda params, batch: sft_gradients(
+                    tiny.model(), params, batch, SCORE, micro_batches
+                )
+            )
+        return programs[micro_batches]
+
+    return learn
+
+
+def test_loss_is_the_mean_over_target_tokens(tiny, learn):
+    """Against a loss written down here over whole logits, value and gradient."""
+    params, batch = tiny.params(), tiny.sequences()
+    counts = batch.weights.sum(1)
+    np.testing.assert_array_equal(counts, 1 + 2 * np.arange(tiny.PROMPTS))
+
+    def loss(params):
+        attend = PackedCausal(jnp.asarray(batch.segment_ids))
+        positions = np.moveaxis(batch.positions, 1, 0)
+        images = VisionInputs(*batch.vision)
+        logits = tiny.model().apply(
+            {"params": params},
+            method=lambda m: m.logits(
+                m(batch.tokens, positions, attend, images, batch.vision_index)
+            ),
+        )
+        logprobs = jax.nn.log_softmax(logits)
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        each = -jnp.take_along_axis(logprobs, batch.targets[..., None], axis=-1)[..., 0]
+        counted = jnp.where(batch.weights > 0, each, 0.0)
+        total = jnp.sum(counted) / int(counts.sum())
+        rows = jnp.mean(jnp.sum(counted, axis=1) / counts)
+        return total, (rows, jnp.sum(entropy * batch.weights) / int(counts.sum()))
+
+    (expected, (of_rows, entropy)), wanted = tiny.jit(jax.value_and_grad(loss, has_aux=True))(
+        params
+    )
+    gradients, metrics = learn()(params, batch)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-5)
+    assert metrics["num_tokens"] == counts.sum()
+    assert abs(of_rows - expected) > 1e-3
+    tiny.assert_near(gradients, wanted, 1e-5)
+
+
+def test_micro_batches_do_not_matter(tiny, learn):
+    params, batch = tiny.params(), tiny.sequences()
+    tiny.assert_near(learn(8)(params, batch), learn(1)(params, batch), 1e-5)
+
+
+def test_packing_does_not_matter(tiny, learn):
+    params = tiny.params()
+    packed = tiny.sequences([[5, 0], [7], [2, 6, 1], [4, 3]], prompt=48, completion=32, windows=10)
+    assert packed.segment_ids.max() == 3
+    tiny.assert_near(learn()(params, packed), learn()(params, tiny.sequences()), 1e-5)
+
+
+def test_a_photo_matters(tiny, learn):
+    params, batch = tiny.params(), tiny.sequences()
+    before, metrics = learn()(params, batch)
+    after, changed = learn()(params, tiny.with_photo(batch, 5))
+    assert abs(changed["loss"] - metrics["loss"]) > 1e-3
+    for name in ("vision", "language"):
+        assert tiny.distance(after[name], before[name]) > 1e-2
+    # The photo of a row whose loss does not count does not.
+    weights = batch.weights * (np.arange(tiny.PROMPTS) != 5)[:, None]
+    batch = batch._replace(weights=weights)
+    without = learn()(params, batch)
+    tiny.assert_near(learn()(params, tiny.with_photo(batch, 5)), without, 1e-6)
+
+
+def test_a_batch_without_targets_is_zero(tiny, learn):
+    batch = tiny.sequences()
+    batch = batch._replace(weights=np.zeros_like(batch.weights))
+    for micro_batches in (1, 8):
+        gradients, metrics = learn(micro_batches)(tiny.params(), batch)
+        assert all(value == 0 for value in metrics.values())
+        assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize(
+    ("axes", "micro_batches"),
+    [({"data": 1, "fsdp": 2, "tensor": 4}, 2), ({"data": 2, "fsdp": 4, "tensor": 1}, 1)],
+    ids=str,
+)
+def test_a_step_on_eight_devices(tiny, learn, axes, micro_batches):
+    """As a run compiles it; the optimizer keeps the gradients it is given, and takes one whole."""
+    mesh = tiny.mesh(**axes)
+    params, batch = tiny.params(), tiny.sequences()
+    keep = optax.trace(decay=0.0)
+    state = new_state(params, keep)
+    shardings = meshes.state_shardings(mesh, state, params)
+    whole = NamedSharding(mesh, P())
+    step = tiny.jit(
+        make_sft_step(tiny.model(), keep, SCORE, micro_batches),
+        in_shardings=(shardings, meshes.batch_sharding(mesh)),
+        out_shardings=(shardings, whole),
+    )
+    after, metrics = step(jax.device_put(state, shardings), meshes.put_batch(batch, mesh))
+    gradients, expected = learn()(params, batch)
+    tiny.assert_near(after.opt_state.trace, gradients, 1e-5)
+    norm = metrics.pop("grad_norm")
+    np.testing.assert_allclose(norm, tiny.norm(gradients), rtol=1e-5)
+    tiny.assert_near(metrics, expected, 1e-5)
+    tiny.assert_near(after.params, jax.tree.map(np.add, params, gradients), 1e-5)
+    assert after.step == 1
+    assert (
+        after.params["head"].addressable_shards[0].data.size
+        == 32 * 32 // axes["fsdp"] // axes["tensor"]
+    )

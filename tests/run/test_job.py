@@ -1,0 +1,125 @@
+"""What the stages share: rows of a host, copies of parameters, and checks beforehand."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from morer1_jax.run.config import ConfigError
+from morer1_jax.run.job import Job
+from morer1_jax.run.settings import settings
+from morer1_jax.task.fact import DataError
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+
+
+@pytest.fixture
+def config(small_world):
+    spec = importlib.util.spec_from_file_location("tiny_config", TINY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.data.folder = str(small_world)
+    config.mesh.update(data=2, fsdp=1, tensor=4)
+    return config
+
+
+@pytest.fixture
+def job(config, tmp_path):
+    return Job(settings(config), tmp_path)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_out_the_rows_of_a_batch(job, monkeypatch, hosts):
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    rows = np.arange(8) * 10
+    shares = []
+    for host in range(hosts):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        shares.append(job.host_rows(rows))
+    assert {len(share) for share in shares} == {8 // hosts}
+    assert np.concatenate(shares).tolist() == rows.tolist()
+
+
+def test_rows_that_do_not_divide_among_the_hosts_are_an_error(job, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ConfigError, match="8 rows does not divide among 3 hosts"):
+        job.host_rows(range(8))
+
+
+def test_data_is_in_the_workdir_unless_the_config_says_where(config, tmp_path, small_world):
+    assert Job(settings(config), tmp_path).data == small_world
+    config.data.folder = None
+    assert Job(settings(config), tmp_path).data == tmp_path / "data"
+
+
+def test_facts_are_numbered_within_their_split(job):
+    for split in ("train", "valid", "test"):
+        assert [job.index[fact.id] for fact in job.facts[split]] == list(
+            range(len(job.facts[split]))
+        )
+
+
+def test_the_tokenizer_is_trained_once_and_found_again(job, config, tmp_path):
+    first = job.tokenizer
+    files = {p.name: p.read_bytes() for p in (tmp_path / "tokenizer").iterdir()}
+    config.data.vocabulary = 300  # Would give another one, were it trained again.
+    again = Job(settings(config), tmp_path).tokenizer
+    assert again.get_vocab() == first.get_vocab()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "tokenizer").iterdir()} == files
+
+
+def test_embedding_rows_cover_the_tokenizer_and_divide_over_a_mesh(job):
+    rows = job.model.config.text.vocab_size
+    assert rows % 64 == 0
+    assert 0 <= rows - len(job.tokenizer) < 64
+    assert np.flatnonzero(np.asarray(job.allowed)).max() < len(job.tokenizer)
+    banned = [job.special.pad, job.special.image, job.special.video, job.special.vision_start]
+    assert not np.asarray(job.allowed)[banned].any()
+
+
+def test_a_new_state_outlives_the_parameters_it_was_made_from_and_they_it(job):
+    params = {"q": {"kernel": jnp.ones((4, 2, 2)), "bias": jnp.ones((2, 2))}}
+    params = jax.device_put(params, job.replicated)
+    state, shardings = job.new_state(params, job.settings.sft.optimizer.build(3))
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    before = jax.tree.map(np.asarray, params)
+    # As the train step does with the state it is given.
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_sft_scores_plainly_and_grpo_at_its_temperature(config, tmp_path):
+    config.grpo.temperature = 0.5
+    assert Job(settings(config), tmp_path).score.temperature == 0.5
+
+
+KEYS = ("sft.batch", "baselines.batch", "rate.batch", "grpo.prompts", "evaluate.batch")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_batch_that_the_mesh_cannot_split_is_named_before_any_work(config, tmp_path, key):
+    config.data.folder = str(tmp_path / "absent")  # Not looked at: that comes after.
+    branch, leaf = key.split(".")
+    config[branch][leaf] = 3
+    job = Job(settings(config), tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"^config\.{key}: 3 found, a multiple of .* = 2 "):
+        job.check()
+    assert not (tmp_path / "run").exists()
+
+
+def test_good_data_passes_and_a_prompt_beyond_its_bucket_does_not(config, tmp_path):
+    Job(settings(config), tmp_path).check()
+    config.data.prompt_length = 50
+    with pytest.raises(DataError, match=r"^train:1: its prompt has .*data\.prompt_length"):
+        Job(settings(config), tmp_path).check()
+
+
+def test_blind_encoders_share_all_but_what_they_hide(job):
+    blind = job.new_encoder(completion=9, show_photo=False)
+    assert blind.buckets == dataclasses.replace(job.encoder.buckets, completion=9, windows=0)
+    assert job.new_encoder(show_title=False).buckets == job.encoder.buckets

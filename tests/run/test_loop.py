@@ -1,0 +1,167 @@
+"""The train loop on a toy state: resuming, logging each step once, keeping the best."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from morer1_jax.learn.state import TrainState
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.loop import Hooks, LoopConfig, train
+from morer1_jax.task.fact import DataError
+
+CONFIG = LoopConfig(steps=11, eval_every=4, save_every=3, log_every=1, keep_checkpoints=2)
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a process."""
+
+
+class Toy:
+    """w becomes 2 w + batch, modulo a prime: any step lost, doubled or swapped shows."""
+
+    def __init__(self, die_at=None, f1=lambda step: float(step)):
+        self.die_at, self.f1 = die_at, f1
+        self.resumed, self.steps = [], []
+
+    def batch(self, step):
+        return np.int32(step * step + 1)
+
+    def step(self, state, batch, step):
+        if step == self.die_at:
+            raise KilledError
+        self.steps.append(step)
+        w = (2 * state.params["w"] + batch) % 10007
+        metrics = {"loss": w.astype(jnp.float32), "batch": float(batch)}
+        return TrainState(state.step + 1, {"w": w}, state.opt_state), metrics
+
+    def validate(self, params):
+        return {"micro_f1": self.f1(int(params["w"])), "accuracy": 1.0}
+
+    def run(self, workdir, config=CONFIG):
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(zero, {"w": zero}, ())
+        hooks = Hooks(self.batch, self.step, self.validate, self.resumed.append)
+        return train("toy", workdir, state, jax.tree.map(lambda _: SHARDING, state), hooks, config)
+
+
+def values(steps):
+    """w after each of the steps 1 … `steps`."""
+    out, w = [], 0
+    for step in range(steps):
+        w = (2 * w + step * step + 1) % 10007
+        out.append(w)
+    return out
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def heads(workdir):
+    return [(record["step"], record["kind"]) for record in lines(workdir)]
+
+
+def whole(config=CONFIG):
+    """(step, kind) of every line that a run should have."""
+    expected = []
+    for step in range(1, config.steps + 1):
+        last = step == config.steps
+        if step % config.log_every == 0 or last:
+            expected.append((step, "train"))
+        if step % config.eval_every == 0 or last:
+            expected.append((step, "valid"))
+    return expected
+
+
+def final(checkpoints, step):
+    like = jax.ShapeDtypeStruct((), jnp.int32, sharding=SHARDING)
+    return checkpoints.restore(step, TrainState(like, {"w": like}, ()))[0]
+
+
+def test_a_run_does_every_step_and_logs_it(tmp_path):
+    toy = Toy()
+    checkpoints = toy.run(tmp_path)
+    assert toy.resumed == [None]
+    assert toy.steps == list(range(11))
+    assert heads(tmp_path) == whole()
+    assert [r["loss"] for r in lines(tmp_path) if r["kind"] == "train"] == values(11)
+    assert all(r["step_time"] > 0 for r in lines(tmp_path) if r["kind"] == "train")
+    valid = [r for r in lines(tmp_path) if r["kind"] == "valid"]
+    assert [r["validation/micro_f1"] for r in valid] == [
+        values(11)[step - 1] for step in (4, 8, 11)
+    ]
+    assert checkpoints.latest() == 11  # The last step is saved, due or not.
+    state = final(checkpoints, 11)
+    assert (int(state.step), int(state.params["w"])) == (11, values(11)[-1])
+
+
+@given(
+    deaths=st.lists(st.integers(0, 10), max_size=3), save=st.integers(1, 6), log=st.integers(1, 4)
+)
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+def test_a_run_that_dies_and_is_started_again_is_the_run_that_never_did(
+    tmp_path_factory, deaths, save, log
+):
+    workdir = tmp_path_factory.mktemp("toy")
+    config = LoopConfig(steps=11, eval_every=4, save_every=save, log_every=log, keep_checkpoints=1)
+    for death in deaths:
+        toy = Toy(die_at=death)
+        try:
+            toy.run(workdir, config)
+        except KilledError:
+            # No line of a saved step may be missing: it will never be written again.
+            saved = Checkpointer(workdir / "toy" / "checkpoints").latest() or 0
+            there = heads(workdir) if saved else []
+            assert [h for h in whole(config) if h[0] <= saved] == [
+                h for h in there if h[0] <= saved
+            ]
+    toy = Toy()
+    checkpoints = toy.run(workdir, config)
+    assert heads(workdir) == whole(config)
+    train_lines = {r["step"]: r["loss"] for r in lines(workdir) if r["kind"] == "train"}
+    assert train_lines == {s: values(11)[s - 1] for s, kind in whole(config) if kind == "train"}
+    assert int(final(checkpoints, 11).params["w"]) == values(11)[-1]
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_and_says_so(tmp_path):
+    with pytest.raises(KilledError):
+        Toy(die_at=8).run(tmp_path)  # Steps 1 to 8 are done, 6 is saved.
+    toy = Toy()
+    toy.run(tmp_path)
+    assert toy.resumed == [6]
+    assert toy.steps == list(range(6, 11))
+    again = Toy()
+    again.run(tmp_path)
+    assert (again.resumed, again.steps) == ([11], [])
+    assert heads(tmp_path) == whole()
+
+
+def test_the_best_by_validation_is_kept_the_earlier_of_equals(tmp_path):
+    by_value = dict(zip(values(11), range(1, 12), strict=True))
+    scores = {4: 30.0, 8: 50.0, 11: 50.0}
+    checkpoints = Toy(f1=lambda w: scores[by_value[w]]).run(tmp_path)
+    assert checkpoints.best() == (8, 50.0)
+    like = {"w": jax.ShapeDtypeStruct((), jnp.int32, sharding=SHARDING)}
+    params, extra = checkpoints.restore_best(like)
+    assert int(params["w"]) == values(8)[-1]
+    assert extra["metric"] == 50.0
+
+
+def test_an_error_in_a_batch_comes_as_it_is(tmp_path):
+    toy = Toy()
+
+    def batch(step):
+        if step == 5:
+            raise DataError("train:7: no photo")
+        return np.int32(0)
+
+    toy.batch = batch
+    with pytest.raises(DataError, match=r"^train:7: no photo$"):
+        toy.run(tmp_path)
+    assert toy.steps == [0, 1, 2, 3, 4]

@@ -1,0 +1,165 @@
+"""A run that is killed, at any moment, and started again is the run that never was."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from morer1_jax.run.checkpoint import Checkpointer
+
+CONFIG = Path(__file__).parents[1] / "configs" / "tiny.py"
+STAGES = "synthesise,sft,rate,grpo"
+STEPS = {"sft": 40, "grpo": 8}
+TIMEOUT = 300.0
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs, shared by all runs of this file."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, cache):
+    """The workdir of a run that is left in peace."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    finish(start(workdir, cache))
+    return workdir
+
+
+def start(workdir, cache):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "OMP_NUM_THREADS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # Of programs this small, compiling is most of the time.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = [sys.executable, "-m", "morer1_jax.train", f"--config={CONFIG}"]
+    with open(workdir.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}", f"--config.stages={STAGES}"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        ), log.name
+
+
+def finish(run):
+    process, log = run
+    try:
+        code = process.wait(TIMEOUT)
+    finally:
+        process.kill()
+    assert code == 0, Path(log).read_text()[-3000:]
+
+
+def kill(run, workdir, stage, step, delay):
+    """Kills the run a moment after the step is in its log."""
+    process, log = run
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not any(r["stage"] == stage and r["step"] >= step for r in records(workdir)):
+            assert process.poll() is None, Path(log).read_text()[-3000:]
+            assert time.monotonic() < deadline, f"{stage} step {step} never came"
+            time.sleep(0.005)
+        time.sleep(delay)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, f"ended before it was killed at {stage} step {step}"
+
+
+def records(workdir, name="metrics.jsonl"):
+    """The whole lines of a log."""
+    path = workdir / name
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def arrays(workdir, stage):
+    """The arrays of the stage's last checkpoint, by name."""
+    checkpoints = Checkpointer(workdir / stage / "checkpoints")
+    step = checkpoints.latest()
+    assert step == STEPS[stage]
+    folder = checkpoints.folder / f"step_{step:08d}"
+    names = json.loads((folder / "manifest.json").read_text())["body"]["leaves"]
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    found = reader.restore(
+        folder / "arrays",
+        args=ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=as_numpy),
+    )
+    return {name: np.asarray(found[name]) for name in names}
+
+
+def check_same(workdir, reference):
+    for stage in STEPS:
+        found, expected = arrays(workdir, stage), arrays(reference, stage)
+        assert found.keys() == expected.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expected[name], f"{stage}: {name}")
+        best = Checkpointer(workdir / stage / "checkpoints").best()
+        assert best == Checkpointer(reference / stage / "checkpoints").best()
+    for file in ("rate/ratings.jsonl", "config.json", "rollouts.jsonl"):
+        assert (workdir / file).read_bytes() == (reference / file).read_bytes(), file
+    found, expected = (
+        [{k: v for k, v in record.items() if k != "step_time"} for record in records(folder)]
+        for folder in (workdir, reference)
+    )
+    assert found == expected
+
+
+def check_killed(workdir, cache, reference, kills):
+    """Kills one run at each of `kills` in turn, then lets it end."""
+    for stage, step, delay in kills:
+        kill(start(workdir, cache), workdir, stage, step, delay)
+    finish(start(workdir, cache))
+    check_same(workdir, reference)
+
+
+def test_a_run_logs_every_step_once_and_learns_from_its_rollouts(reference):
+    heads = [(r["stage"], r["step"], r["kind"]) for r in records(reference)]
+    assert heads == [
+        *(("sft", step, "train") for step in range(1, 41)),
+        ("sft", 40, "valid"),
+        *(("grpo", step, "train") for step in range(1, 9)),
+        ("grpo", 8, "valid"),
+    ]
+    rollouts = [(r["step"], r["sample"]) for r in records(reference, "rollouts.jsonl")]
+    assert rollouts == [(step, sample) for step in range(1, 9) for _ in "ab" for sample in (0, 1)]
+    # Else the runs below would agree whatever became of their rollouts.
+    assert len({r["reward"] for r in records(reference, "rollouts.jsonl")}) > 2
+    before, after = arrays(reference, "sft"), arrays(reference, "grpo")
+    moved = [n for n in after if n.startswith("params/") and (after[n] != before[n]).any()]
+    assert len(moved) > 20
+
+
+def test_a_run_killed_three_times_ends_as_one_never_killed(reference, cache, tmp_path):
+    rng = random.Random(0)
+    kills = (
+        ("sft", rng.randint(2, 38), rng.uniform(0, 0.2)),
+        ("grpo", rng.randint(1, 2), rng.uniform(0, 0.2)),
+        ("grpo", rng.randint(5, 6), rng.uniform(0, 0.2)),
+    )
+    check_killed(tmp_path / "run", cache, reference, kills)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_runs_killed_twenty_times_end_as_one_never_killed(reference, cache, tmp_path, seed):
+    rng = random.Random(seed)
+    # Far enough apart that a run cannot have passed its next moment before it is killed.
+    steps = [("sft", start + rng.randint(0, 3)) for start in sorted(rng.sample(range(1, 36, 7), 3))]
+    steps += [("grpo", rng.randint(1, 2)), ("grpo", rng.randint(5, 6))]
+    kills = [(*moment, rng.uniform(0, 0.2)) for moment in steps]
+    check_killed(tmp_path / "run", cache, reference, kills)

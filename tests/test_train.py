@@ -1,0 +1,229 @@
+"""The command as a whole: stages that run alone, and bad input that is named before any work."""
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from morer1_jax.run.config import ConfigError
+from morer1_jax.run.grpo import run_grpo
+from morer1_jax.run.job import Job
+from morer1_jax.run.settings import settings
+from morer1_jax.task.fact import DataError
+from morer1_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "configs" / "tiny.py"
+
+
+def tiny_config():
+    spec = importlib.util.spec_from_file_location("tiny_config", TINY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.mesh.update(data=1, fsdp=1, tensor=-1)
+    return config
+
+
+@pytest.fixture
+def data(small_world, tmp_path):
+    """A copy of a dataset, to be spoilt."""
+    return shutil.copytree(small_world, tmp_path / "data")
+
+
+@pytest.fixture
+def config(data):
+    config = tiny_config()
+    config.stages = "synthesise,sft"
+    config.data.folder = str(data)
+    return config
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "run"
+
+
+def put_line(data, number, **changes):
+    """Changes a line of the training split: `h_pos=…`; a callable gets the old value."""
+    path = data / "txt" / "train.txt"
+    lines = path.read_text().splitlines()
+    fact = ast.literal_eval(lines[number - 1])
+    for name, value in changes.items():
+        *outer, key = name.split("__")
+        part = fact[outer[0]] if outer else fact
+        part[key] = value(part[key]) if callable(value) else value
+    lines[number - 1] = repr(fact)
+    path.write_text("".join(line + "\n" for line in lines))
+    return fact
+
+
+def check_refused(config, workdir, error, *parts):
+    """The run ends in one line that holds `parts`, and leaves nothing half-done."""
+    with pytest.raises(error) as raised:
+        train(config, workdir)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    left = {path.relative_to(workdir).parts[0] for path in workdir.rglob("*")}
+    assert left <= {"config.json", "tokenizer", "synthesise"}
+    for path in workdir.rglob("*"):
+        assert not path.name.endswith((".tmp", ".part"))
+
+
+def test_good_data_is_not_refused(config, workdir):
+    Job(settings(config), workdir).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"relation": "/per/per/nemesis"}, "/per/per/nemesis"),
+        ({"t__box": (0.9, 0.5, 0.4, 0.4)}, "leaves the photo"),
+        ({"t__box": (0.5, 0.5, 0.0, 0.4)}, "is empty"),
+        ({"h__pos": [3, 300]}, "h.pos"),
+        ({"h__pos": [2, 2]}, "h.pos"),
+        ({"img_id": "absent.jpg"}, "absent.jpg"),
+        ({"token": []}, "token"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_file_and_line(data, config, workdir, changes, expected):
+    put_line(data, 7, **changes)
+    check_refused(config, workdir, DataError, f"{data}/txt/train.txt:7: ", expected)
+
+
+@pytest.mark.parametrize("line", ["{'token': [", "{'token': ['a']}", "__import__('os')", "[1]"])
+def test_a_malformed_line_is_named(data, config, workdir, line):
+    path = data / "txt" / "train.txt"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:4], line, *lines[4:]]) + "\n")
+    check_refused(config, workdir, DataError, f"{path}:5: ")
+
+
+def test_a_missing_photo_is_named(data, config, workdir):
+    fact = put_line(data, 3)
+    (data / "img_org" / "train" / fact["img_id"]).unlink()
+    check_refused(config, workdir, DataError, "txt/train.txt:", fact["img_id"])
+
+
+def truncate(data, split="test"):
+    photo = sorted((data / "img_org" / split).iterdir())[-1]
+    photo.write_bytes(photo.read_bytes()[:-200])
+    return photo
+
+
+def test_a_truncated_photo_is_named_with_its_fact(data, config, workdir):
+    photo = truncate(data)
+    check_refused(config, workdir, DataError, str(photo), "fact test:")
+
+
+def test_reasoning_for_an_unknown_fact_is_named(data, config, workdir):
+    path = data / "reasoning.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], json.dumps({"fact": "train:999", "text": "x"})]))
+    check_refused(config, workdir, DataError, f"{path}:2: ", "train:999")
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "where"),
+    [
+        ("prompt_length", 60, "train:1: its prompt has "),
+        ("completion_length", 20, ": its target has "),
+        ("windows", 1, ": its images fill "),
+    ],
+)
+def test_a_fact_beyond_its_bucket_is_named_with_the_key(config, workdir, key, size, where):
+    config.data[key] = size
+    check_refused(config, workdir, DataError, where, f"data.{key}")
+
+
+def test_a_special_token_in_a_title_is_named(data, config, workdir):
+    put_line(data, 2, token=lambda words: [*words, "<|im_end|>"])
+    check_refused(config, workdir, DataError, "train:2: ", "<|im_end|>", "title")
+
+
+def test_an_unknown_key_is_named_and_makes_no_workdir(config, workdir):
+    with config.unlocked():
+        config.sft.stepz = 3
+    with pytest.raises(ConfigError, match=r"^config\.sft\.stepz: unknown key; did you mean"):
+        train(config, workdir)
+    assert not workdir.exists()
+
+
+def test_a_workdir_of_another_run_is_left_as_it_was(config, workdir):
+    config.stages = "synthesise"
+    train(config, workdir)
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    config.sft.optimizer.lr = 0.5
+    config.seed = 7
+    with pytest.raises(ConfigError, match=r"config\.json .* seed: 0 there, 7 here; sft\.optim"):
+        train(config, workdir)
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_a_stage_may_be_run_alone_and_is_not_run_again(config, workdir, capsys):
+    config.data.folder = None
+    config.stages = "synthesise"
+    train(config, workdir)
+    photos = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jpg")}
+    assert photos
+    config.stages = "synthesise,synthesise"  # Other stages are no other run.
+    train(config, workdir)
+    assert capsys.readouterr().out.count("stage synthesise: done before") == 2
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jpg")} == photos
+
+
+def rate_as(workdir, *lines):
+    (workdir / "rate").mkdir(parents=True)
+    (workdir / "rate" / "ratings.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def rating(fact, pool):
+    return json.dumps({"fact": fact, "pass_rate": 0.5, "pool": pool})
+
+
+@pytest.mark.parametrize(("there", "empty"), [("easy", "hard"), ("hard", "easy")])
+def test_an_empty_pool_is_named_before_a_rollout(config, workdir, there, empty):
+    config.grpo.mix.update(start=0.5, end=0.0)
+    job = Job(settings(config), workdir)
+    rate_as(workdir, *(rating(fact.id, there) for fact in job.facts["train"]))
+    with pytest.raises(DataError, match=f"the pool of {empty} facts is empty") as error:
+        run_grpo(job, None)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in workdir.iterdir()] == ["rate"]
+
+
+def test_a_rating_of_no_training_fact_is_named_with_its_line(config, workdir):
+    rate_as(workdir, rating("train:1", "hard"), rating("valid:1", "easy"))
+    with pytest.raises(DataError, match=r"ratings\.jsonl:2: fact 'valid:1' found"):
+        run_grpo(Job(settings(config), workdir), None)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "morer1_jax.train", f"--config={TINY}", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_command_ends_in_one_line_and_exit_code_2(data, workdir):
+    photo = truncate(data)
+    folder = [f"--config.data.folder={data}", "--config.stages=synthesise,sft"]
+    done = command(f"--workdir={workdir}", *folder)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {photo} (fact test:")
+    assert "Traceback" not in done.stderr
+    done = command(f"--workdir={workdir}", *folder, "--config.sft.stepz=3")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: --config.sft.stepz: unknown key; did you mean sft.steps?"
+    ]
