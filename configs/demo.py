@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     # The dataset that the stage `synthesise` writes.
     config.world = ConfigDict(
         dict(
-            train=8000,
+            train=6000,
             valid=200,
             test=1000,
             cast=6,  # names of each entity type, one a colour
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
             folder=placeholder(str),  # none: what `synthesise` wrote; a path: MORE's own files
             vocabulary=1024,
             prompt_length=208,
-            completion_length=124,
+            completion_length=128,
             windows=8,
             min_pixels=56 * 56,
             max_pixels=112 * 112,
@@ -46,26 +46,26 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # Qwen2.5-VL's architecture at about a million parameters.
+    # Qwen2.5-VL's architecture at under half a million parameters.
     config.model = ConfigDict()
     config.model.text = ConfigDict(
         dict(
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            num_key_value_heads=1,
             mrope_section=(4, 6, 6),
             rope_theta=10_000.0,
-            initializer_range=0.08,  # about 1/√width: 0.02 suits wide models, learns slowly here
+            initializer_range=0.1,  # about 1/√width: 0.02 suits wide models, learns slowly here
             tie_word_embeddings=True,
         )
     )
     config.model.vision = ConfigDict(
         dict(
             depth=2,
-            hidden_size=64,
-            intermediate_size=128,
+            hidden_size=48,
+            intermediate_size=96,
             num_heads=2,
             fullatt_block_indexes=(1,),
             patch_size=14,
@@ -89,15 +89,15 @@ def get_config() -> ConfigDict:
 
     config.sft = ConfigDict(
         dict(
-            steps=400,
+            steps=600,
             batch=16,
             micro_batches=1,
-            eval_every=50,
+            eval_every=100,
             eval_facts=200,
-            save_every=50,
+            save_every=100,
             log_every=1,
             keep_checkpoints=2,
-            optimizer=_adamw(lr=2e-3, schedule="cosine", warmup=20, weight_decay=0.01),
+            optimizer=_adamw(lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.01),
         )
     )
     config.baselines = ConfigDict(
@@ -110,25 +110,25 @@ def get_config() -> ConfigDict:
         )
     )
     config.rate = ConfigDict(
-        dict(samples=4, batch=64, temperature=1.0, easy_from=0.5, never="hard")
+        dict(samples=4, batch=128, temperature=1.0, easy_from=0.5, never="hard")
     )
     config.grpo = ConfigDict(
         dict(
-            steps=100,
-            prompts=16,
+            steps=80,
+            prompts=32,
             group=8,
             updates=1,
             micro_batches=1,
             temperature=1.0,
             scale_rewards="group",
             mixing=True,
-            eval_every=25,
+            eval_every=20,
             eval_facts=200,
-            save_every=25,
+            save_every=20,
             log_every=1,
             rollouts_every=10,
             keep_checkpoints=2,
-            mix=ConfigDict(dict(start=0.5, end=0.1, until=80, shape="linear")),
+            mix=ConfigDict(dict(start=0.5, end=0.1, until=60, shape="linear")),
             reward=ConfigDict(
                 dict(format=0.2, effort=0.1, accuracy=1.0, effort_from=150, effort_to=250)
             ),
@@ -142,7 +142,7 @@ def get_config() -> ConfigDict:
                     mask_truncated=False,
                 )
             ),
-            optimizer=_adamw(lr=5e-4, schedule="constant", warmup=5, weight_decay=0.0),
+            optimizer=_adamw(lr=3e-4, schedule="constant", warmup=5, weight_decay=0.0),
         )
     )
     config.evaluate = ConfigDict(dict(batch=128))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -91,27 +92,26 @@ def train(
             bar.set_postfix(shown, refresh=False)
         pending = None
 
-    before = time.perf_counter()
-    for step in range(start + 1, config.steps + 1):
-        state, metrics = hooks.step(state, next(batches), step - 1)
-        write_pending()
-        now = time.perf_counter()
-        if step % config.log_every == 0 or step == config.steps:
-            pending = (step, {**metrics, "step_time": now - before})
-        before = now
-        last = step == config.steps
-        if step % config.eval_every == 0 or last:
+    with contextlib.closing(log), bar:
+        before = time.perf_counter()
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = hooks.step(state, next(batches), step - 1)
             write_pending()
-            scores = hooks.validate(state.params)
-            log.write(step, {f"validation/{k}": v for k, v in scores.items()}, kind="valid")
-            checkpoints.save_best(step, state.params, float(scores["micro_f1"]))
-            bar.write(f"{name} step {step}: validation micro F1 {scores['micro_f1']:.1f}")
-            before = time.perf_counter()
-        if step % config.save_every == 0 or last:
-            write_pending()
-            log.sync()
-            checkpoints.save(step, state)
-        bar.update()
-    bar.close()
-    log.close()
+            now = time.perf_counter()
+            if step % config.log_every == 0 or step == config.steps:
+                pending = (step, {**metrics, "step_time": now - before})
+            before = now
+            last = step == config.steps
+            if step % config.eval_every == 0 or last:
+                write_pending()
+                scores = hooks.validate(state.params)
+                log.write(step, {f"validation/{k}": v for k, v in scores.items()}, kind="valid")
+                checkpoints.save_best(step, state.params, float(scores["micro_f1"]))
+                bar.write(f"{name} step {step}: validation micro F1 {scores['micro_f1']:.1f}")
+                before = time.perf_counter()
+            if step % config.save_every == 0 or last:
+                write_pending()
+                log.sync()
+                checkpoints.save(step, state)
+            bar.update()
     return checkpoints

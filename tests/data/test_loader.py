@@ -53,5 +53,8 @@ def test_threads_end_with_their_batches():
     before = threading.active_count()
     for _ in range(10):
         assert len(list(load_ahead(lambda step: step, 0, 3, workers=2))) == 3
-    # A pool being torn down may linger for a moment, ten of them may not.
-    assert threading.active_count() <= before + 4
+    deadline = time.monotonic() + 20
+    # Torn down in their own time; the last pool may stay.
+    while threading.active_count() > before + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before + 2
