@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             facts_per_photo=3,
             fit=0.85,  # share of photos that show something of their title
             written=0.25,  # reasoning is paid for, so a minority of the facts has it
-            hasty=0.5,  # a writer that is told the answer need not look
+            hasty=0.6,  # a writer that is told the answer need not look
             noise=8.0,
         )
     )

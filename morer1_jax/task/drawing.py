@@ -48,6 +48,13 @@ def _player(draw: ImageDraw.ImageDraw, box: Box, colour: Colour, rng: np.random.
     draw.ellipse(_points(box, (0.33, 0.0), (0.67, 0.3)), fill=skin)
 
 
+def _bystander(
+    draw: ImageDraw.ImageDraw, box: Box, colour: Colour, rng: np.random.Generator
+) -> None:
+    grey = int(rng.integers(95, 165))
+    _player(draw, box, (grey, grey, grey), rng)
+
+
 def _person(draw: ImageDraw.ImageDraw, box: Box, colour: Colour, rng: np.random.Generator) -> None:
     skin = _SKIN[rng.integers(len(_SKIN))]
     draw.polygon(_points(box, (0.2, 0.52), (0.8, 0.52), (1.0, 1.0), (0.0, 1.0)), fill=_DARK)
@@ -81,7 +88,14 @@ def _cup(draw: ImageDraw.ImageDraw, box: Box, colour: Colour, rng: np.random.Gen
     draw.rectangle(_points(box, (0.22, 0.85), (0.78, 1.0)), fill=_DARK)
 
 
-_DRAW = {"player": _player, "person": _person, "badge": _badge, "tower": _tower, "cup": _cup}
+_DRAW = {
+    "player": _player,
+    "bystander": _bystander,
+    "person": _person,
+    "badge": _badge,
+    "tower": _tower,
+    "cup": _cup,
+}
 
 
 def _background(width: int, height: int, rng: np.random.Generator) -> Image.Image:
@@ -99,7 +113,8 @@ def draw_photo(
     """Draws objects side by side on a background of random size and light.
 
     Args:
-      things: `(kind, colour name)` of each object, left to right; the colour of a `blur` is unused.
+      things: `(kind, colour name)` of each object, left to right; the colour of a
+        `blur` or a `bystander` is unused.
       rng: where all variation comes from.
       noise: standard deviation of the pixel noise, in grey levels of 255.
 

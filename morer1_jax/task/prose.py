@@ -21,20 +21,16 @@ def _looked(
     kind, named = KINDS[thing.kind], thing.named
     if named is None:
         return (
-            f"The crop shows {kind.words}, nobody could say of what.",
+            f"The crop shows {kind.words}.",
             "The object stands for nothing in the title.",
         )
     colour = COLOURS[thing.index]
     words = kind.words.format(c=f"an {colour}" if colour[0] in "aeiou" else f"a {colour}")
     if any(named in (clause.a, clause.b) for clause in clauses):
         # Quoted with the word that follows, as it stands in the title.
-        name = " ".join(title[span(title, named)[0] : span(title, named)[1] + 1])
-        if named == entity:
-            link = "the entity itself"
-        elif relation(thing, entity, clauses)[0] == "none":
-            link = f"not linked to {entity.name}"
-        else:
-            link = f"linked to {entity.name}"
+        start, end = span(title, named)
+        name = " ".join(title[start : end + 1])
+        link = f"asked is {entity.name}, {'the same' if named == entity else 'another'}"
     else:
         name, link = named.name, "not in the title"
     whose = kind.whose.format(c=colour, n=f"'{name}'")

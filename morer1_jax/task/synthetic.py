@@ -26,6 +26,7 @@ from morer1_jax.task.world import (
     KINDS,
     LABELS,
     NAMES,
+    REMARKS,
     SELF_LABELS,
     VERBS,
     Clause,
@@ -62,7 +63,7 @@ class WorldConfig:
     facts_per_photo: int = 3
     fit: float = 0.85
     written: float = 0.25
-    hasty: float = 0.5
+    hasty: float = 0.6
     noise: float = 8.0
 
     def __post_init__(self) -> None:
@@ -107,9 +108,9 @@ def _pick(rng: np.random.Generator, options):
 def _draw_clauses(rng: np.random.Generator, cast: int) -> tuple[Clause, ...]:
     clauses: list[Clause] = []
     used: set[Named] = set()
-    wanted = 1 + int(rng.random() < 0.35)
+    wanted = 1 + int(rng.random() < 0.2)
     while len(clauses) < wanted:
-        verb = _pick(rng, VERBS)
+        verb = _pick(rng, REMARKS if rng.random() < 0.4 else VERBS)
         a, b = (Named(kind, int(rng.integers(cast))) for kind in verb.types)
         if a == b or {a, b} & used:
             continue
@@ -131,8 +132,8 @@ def _fitting_thing(rng: np.random.Generator, clauses: tuple[Clause, ...]) -> Thi
 def _other_thing(rng: np.random.Generator, clauses: tuple[Clause, ...], cast: int) -> Thing:
     mentioned = {one for clause in clauses for one in (clause.a, clause.b)}
     while True:
-        kind = "blur" if rng.random() < 0.08 else _pick(rng, _RECOGNISABLE)
-        thing = Thing(kind, int(rng.integers(cast)))
+        kind = rng.choice(("blur", "bystander", _pick(rng, _RECOGNISABLE)), p=(0.1, 0.25, 0.65))
+        thing = Thing(str(kind), int(rng.integers(cast)))
         if thing.named not in mentioned:
             return thing
 
@@ -151,6 +152,9 @@ def draw_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
     )
 
 
+_RELATED_TYPES = {(KINDS[verb.kind].type, verb.types[1]) for verb in VERBS}
+
+
 def _questions(
     scene: Scene, rng: np.random.Generator, most: int, surplus: int
 ) -> Iterator[tuple[int, Named, str]]:
@@ -164,9 +168,13 @@ def _questions(
         for place, thing in enumerate(scene.things)
         for entity in scene.entities
     ]
-    # Pairs of an object and the very thing it stands for are easy to ask for and easy to answer
-    # without the title: keep them the smaller part.
-    priority = [rng.random() + (0.5 if pair[2] in SELF_LABELS.values() else 0.0) for pair in pairs]
+    # What an object stands for itself needs no title: most of such pairs are never asked about.
+    pairs = [pair for pair in pairs if pair[2] not in SELF_LABELS.values() or rng.random() < 0.25]
+    # Pairs whose types alone rule every relation out are asked about last.
+    priority = [
+        rng.random() + ((scene.things[place].type, entity.type) not in _RELATED_TYPES)
+        for place, entity, _ in pairs
+    ]
     pairs = [pair for _, pair in sorted(zip(priority, pairs, strict=True), key=lambda x: x[0])]
     for _ in range(min(most, len(pairs))):
         want_none = surplus > 0

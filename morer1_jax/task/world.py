@@ -61,7 +61,8 @@ KINDS = {
         Kind("badge", "org", "org", "{c} badge", "the {c} badge is that of {n}"),
         Kind("tower", "loc", "loc", "{c} tower", "the {c} tower stands in {n}"),
         Kind("cup", "misc", "misc", "{c} cup", "the {c} cup is the sign of {n}"),
-        Kind("blur", "misc", None, "a blurry shape", ""),
+        Kind("bystander", "per", None, "a bystander in grey, nobody of note", ""),
+        Kind("blur", "misc", None, "a blurry shape, nobody could say of what", ""),
     )
 }
 
@@ -74,7 +75,7 @@ class Verb:
       types: entity types of the first and the second named thing.
       phrases: wordings; `{a}` and `{b}` are the two names.
       label: the relation of an object that stands for the first thing to the second.
-      kind: the kind of object the label needs.
+      kind: the kind of object the label needs; empty where no object has it.
       symmetric: whether the same holds with the two exchanged.
     """
 
@@ -102,15 +103,42 @@ VERBS = (
         symmetric=True,
     ),
     Verb(
+        ("per", "per"),
+        ("{a} beats {b}", "{a} and {b} clash"),
+        "/per/per/opponent",
+        "person",
+        symmetric=True,
+    ),
+    Verb(
         ("per", "loc"),
         ("{a} , born in {b}", "{a} returns to native {b}"),
         "/per/loc/place_of_birth",
+        "person",
+    ),
+    Verb(
+        ("per", "loc"),
+        ("{a} moves to {b}", "{a} at home in {b}"),
+        "/per/loc/place_of_residence",
         "person",
     ),
     Verb(("per", "misc"), ("{a} wins {b}", "{b} goes to {a}"), "/per/misc/awarded", "person"),
     Verb(("org", "org"), ("{a} buy {b}", "{b} sold to {a}"), "/org/org/subsidiary", "badge"),
     Verb(("org", "loc"), ("{a} settle in {b}", "{b} welcomes {a}"), "/org/loc/locate_at", "badge"),
     Verb(("misc", "loc"), ("{a} opens in {b}", "{b} hosts {a}"), "/misc/loc/held_on", "cup"),
+)
+
+# What a title can also say: it relates nothing, so that names alone do not give a label.
+REMARKS = tuple(
+    Verb(types, (phrase,), "none", "")
+    for types, phrase in (
+        (("per", "org"), "{a} sues {b}"),
+        (("per", "per"), "{a} and {b} speak"),
+        (("per", "loc"), "{a} leaves {b}"),
+        (("per", "misc"), "{a} misses {b}"),
+        (("org", "org"), "{a} praise {b}"),
+        (("org", "loc"), "{a} leave {b}"),
+        (("misc", "loc"), "{a} bypasses {b}"),
+    )
 )
 
 # An object that stands for the asked entity itself.

@@ -285,10 +285,10 @@ def test_neither_the_title_nor_the_photo_alone_tells_the_label(large):
     accuracy, f1 = best_lookup(large, from_title)
     assert accuracy < 65
     assert f1 < 65
-    # The types of object and entity leave few labels, and a thing that is asked about itself one.
+    # A thing that is asked about itself has one label, whatever the title says.
     accuracy, f1 = best_lookup(large, from_photo)
-    assert accuracy < 88
-    assert f1 < 88
+    assert accuracy < 78
+    assert f1 < 75
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -10,6 +10,7 @@ from morer1_jax.task.world import (
     KINDS,
     LABELS,
     NAMES,
+    REMARKS,
     SELF_LABELS,
     VERBS,
     Clause,
@@ -99,3 +100,15 @@ def test_span_finds_a_name_of_several_words():
     words = several.name.split()
     title = ["Today", words[-1], *words, "again"]
     assert span(title, several) == (2, 2 + len(words))
+
+
+def test_a_remark_relates_nothing_but_a_thing_to_itself():
+    for verb in REMARKS:
+        a, b = Named(verb.types[0], 0), Named(verb.types[1], 1)
+        clause = Clause(verb, a, b, 0)
+        for kind in KINDS.values():
+            if kind.stands_for == a.type:
+                assert relation(Thing(kind.name, a.index), b, [clause]) == ("none", None)
+                assert relation(Thing(kind.name, a.index), a, [clause])[0] == SELF_LABELS[kind.name]
+    # Names alone must not give the label: every pair of types that has a relation has a remark.
+    assert {verb.types for verb in VERBS} == {verb.types for verb in REMARKS}
