@@ -1,8 +1,9 @@
 """Six-step reasoning for the embedded world's facts, as a strong model would have written it.
 
-A writer that is told the answer does not have to look: a share of written reasoning is right in
-its label and vague about the evidence. The world has both kinds. A student that only imitates
-learns both; one that is rewarded for being right has a reason to prefer the careful kind.
+A writer that is told the answer does not have to find it: a share of written reasoning is right in
+its label and vague about what links object and entity. The world has both kinds. A student that
+only imitates learns both; one that is rewarded for being right has a reason to prefer the careful
+kind.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.world import COLOURS, KINDS, Clause, Named, Thing, relation, span
 
 
-def _looked(
-    thing: Thing, entity: Named, clauses: Sequence[Clause], title: Sequence[str]
-) -> tuple[str, str]:
-    """What the object is, and whom it stands for in the title."""
-    kind, named = KINDS[thing.kind], thing.named
-    if named is None:
-        return (
-            f"The crop shows {kind.words}.",
-            "The object stands for nothing in the title.",
-        )
+def _seen(thing: Thing) -> str:
+    """What the crop shows."""
+    if thing.named is None:
+        return KINDS[thing.kind].words
     colour = COLOURS[thing.index]
-    words = kind.words.format(c=f"an {colour}" if colour[0] in "aeiou" else f"a {colour}")
+    article = "an" if colour[0] in "aeiou" else "a"
+    return KINDS[thing.kind].words.format(c=f"{article} {colour}")
+
+
+def _link(thing: Thing, entity: Named, clauses: Sequence[Clause], title: Sequence[str]) -> str:
+    """Whom the object stands for, and whether it is the asked entity or another of the title."""
+    named = thing.named
+    if named is None:
+        return "The object stands for nothing in the title."
     if any(named in (clause.a, clause.b) for clause in clauses):
         # Quoted with the word that follows, as it stands in the title.
         start, end = span(title, named)
@@ -33,15 +36,8 @@ def _looked(
         link = f"asked is {entity.name}, {'the same' if named == entity else 'another'}"
     else:
         name, link = named.name, "not in the title"
-    whose = kind.whose.format(c=colour, n=f"'{name}'")
-    return f"The crop shows {words}.", f"Here {whose}, {link}."
-
-
-def _hasty(entity: Named) -> tuple[str, str]:
-    return (
-        "The crop shows one part of the photo.",
-        f"The object may have to do with {entity.name}.",
-    )
+    whose = KINDS[thing.kind].whose.format(c=COLOURS[thing.index], n=f"'{name}'")
+    return f"Here {whose}, {link}."
 
 
 def write_reasoning(
@@ -61,19 +57,19 @@ def write_reasoning(
       clauses: what the title says.
       title: its words.
       ontology: the labels of the world's `rel2id.json`.
-      hasty: leave out the evidence (steps 1 and 3 say nothing that was seen).
+      hasty: leave out the link (step 3 does not say whom the object stands for).
 
     Returns:
       `<think>…</think>` and `<answer>label</answer>`, ending in the gold label.
     """
     label = relation(thing, entity, clauses)[0]
-    seen, link = _hasty(entity) if hasty else _looked(thing, entity, clauses, title)
+    guess = f"The object may have to do with {entity.name}."
     left = ontology.allowed(thing.type, entity.type)
     names = ", ".join(f"'{name.rpartition('/')[2]}'" for name in left)
     steps = (
-        seen,
+        f"The crop shows {_seen(thing)}.",
         f"The title says '{' '.join(title)}'.",
-        link,
+        guess if hasty else _link(thing, entity, clauses, title),
         f"The object is {thing.type} and {entity.name} is {entity.type}.",
         f"From {thing.type} to {entity.type} there remain {names}.",
         f"The label must be {label}.",

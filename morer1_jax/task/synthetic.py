@@ -52,7 +52,7 @@ class WorldConfig:
       facts_per_photo: most facts asked about one photo-title pair.
       fit: share of photos that show something their title is about.
       written: share of the training facts that reasoning is written for.
-      hasty: share of the written reasoning that skips the evidence.
+      hasty: share of the written reasoning that skips the link.
       noise: pixel noise, standard deviation in grey levels of 255.
     """
 
@@ -110,7 +110,7 @@ def _draw_clauses(rng: np.random.Generator, cast: int) -> tuple[Clause, ...]:
     used: set[Named] = set()
     wanted = 1 + int(rng.random() < 0.2)
     while len(clauses) < wanted:
-        verb = _pick(rng, REMARKS if rng.random() < 0.4 else VERBS)
+        verb = _pick(rng, REMARKS if rng.random() < 0.5 else VERBS)
         a, b = (Named(kind, int(rng.integers(cast))) for kind in verb.types)
         if a == b or {a, b} & used:
             continue
@@ -132,7 +132,7 @@ def _fitting_thing(rng: np.random.Generator, clauses: tuple[Clause, ...]) -> Thi
 def _other_thing(rng: np.random.Generator, clauses: tuple[Clause, ...], cast: int) -> Thing:
     mentioned = {one for clause in clauses for one in (clause.a, clause.b)}
     while True:
-        kind = rng.choice(("blur", "bystander", _pick(rng, _RECOGNISABLE)), p=(0.1, 0.25, 0.65))
+        kind = rng.choice(("blur", "bystander", _pick(rng, _RECOGNISABLE)), p=(0.15, 0.6, 0.25))
         thing = Thing(str(kind), int(rng.integers(cast)))
         if thing.named not in mentioned:
             return thing
@@ -155,6 +155,10 @@ def draw_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
 _RELATED_TYPES = {(KINDS[verb.kind].type, verb.types[1]) for verb in VERBS}
 
 
+def _ruled_out(thing: Thing, entity: Named) -> bool:
+    return thing.named is None or (thing.type, entity.type) not in _RELATED_TYPES
+
+
 def _questions(
     scene: Scene, rng: np.random.Generator, most: int, surplus: int
 ) -> Iterator[tuple[int, Named, str]]:
@@ -170,10 +174,9 @@ def _questions(
     ]
     # What an object stands for itself needs no title: most of such pairs are never asked about.
     pairs = [pair for pair in pairs if pair[2] not in SELF_LABELS.values() or rng.random() < 0.25]
-    # Pairs whose types alone rule every relation out are asked about last.
+    # Pairs that the object, or the two types, rule out alone are asked about last.
     priority = [
-        rng.random() + ((scene.things[place].type, entity.type) not in _RELATED_TYPES)
-        for place, entity, _ in pairs
+        rng.random() + 0.6 * _ruled_out(scene.things[place], entity) for place, entity, _ in pairs
     ]
     pairs = [pair for _, pair in sorted(zip(priority, pairs, strict=True), key=lambda x: x[0])]
     for _ in range(min(most, len(pairs))):
