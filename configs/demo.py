@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             facts_per_photo=3,
             fit=0.85,  # share of photos that show something of their title
             written=0.25,  # reasoning is paid for, so a minority of the facts has it
-            hasty=0.6,  # a writer that is told the answer need not look
+            hasty=0.6,  # a writer that is told the answer need not find it
             noise=8.0,
         )
     )
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         dict(
             folder=placeholder(str),  # none: what `synthesise` wrote; a path: MORE's own files
             vocabulary=1024,
-            prompt_length=208,
+            prompt_length=216,
             completion_length=128,
             windows=8,
             min_pixels=56 * 56,

@@ -29,7 +29,7 @@ from morer1_jax.run.rate import run_rate
 from morer1_jax.run.report import write_report
 from morer1_jax.run.settings import settings
 from morer1_jax.run.sft import run_sft
-from morer1_jax.run.stages import Stage
+from morer1_jax.run.stages import MARKER, Stage
 from morer1_jax.task import metrics
 from morer1_jax.task.synthetic import synthesise
 
@@ -68,7 +68,7 @@ def run_evaluate(job: Job) -> None:
     """Scores whatever models the workdir has, prints the table, writes the report page."""
     asker = greedy_asker(job, job.encoder)
     for stage in ("sft", "control", "grpo"):
-        if (job.workdir / stage / "DONE.json").exists():
+        if (job.workdir / stage / MARKER).exists():
             evaluate(job, stage, best_params(job, stage), asker)
     scores = read_scores(job.workdir)
     print(metrics.format_table(scores))

@@ -138,7 +138,6 @@ class Encoder:
             "window_size": window_size,
         }
         self._patch_dim = 3 * images.temporal_patch_size * images.patch_size**2
-        self._window_patches = (window_size // images.patch_size) ** 2
 
     def prompt_tokens(self, fact: Fact, grids: Sequence[layout.Grid]) -> np.ndarray:
         """The prompt's ids, image tokens expanded to one per merged patch."""

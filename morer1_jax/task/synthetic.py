@@ -25,7 +25,6 @@ from morer1_jax.task.world import (
     COLOURS,
     KINDS,
     LABELS,
-    NAMES,
     REMARKS,
     SELF_LABELS,
     VERBS,
@@ -271,11 +270,3 @@ def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
                 more.write_reasoning(
                     partial / "reasoning.jsonl", {str(i): reasoning[i] for i in sorted(chosen)}
                 )
-
-
-def describe_cast(cast: int) -> str:
-    """The cast as text, a line a type: which colour stands for which name."""
-    return "\n".join(
-        f"{kind}: " + ", ".join(f"{c} {n}" for c, n in zip(COLOURS[:cast], names, strict=False))
-        for kind, names in NAMES.items()
-    )
