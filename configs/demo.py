@@ -22,11 +22,10 @@ def get_config() -> ConfigDict:
             train=6000,
             valid=200,
             test=1000,
-            cast=6,  # names of each entity type, one a colour
-            facts_per_photo=3,
+            cast=4,  # names of each entity type, one a colour
+            facts_per_photo=2,
             fit=0.85,  # share of photos that show something of their title
             written=0.25,  # reasoning is paid for, so a minority of the facts has it
-            hasty=0.6,  # a writer that is told the answer need not find it
             noise=8.0,
         )
     )
@@ -35,11 +34,11 @@ def get_config() -> ConfigDict:
         dict(
             folder=placeholder(str),  # none: what `synthesise` wrote; a path: MORE's own files
             vocabulary=1024,
-            prompt_length=216,
+            prompt_length=192,
             completion_length=128,
             windows=8,
             min_pixels=56 * 56,
-            max_pixels=112 * 112,
+            max_pixels=84 * 84,
             crop_margin=0.1,
             crop_least=28,
             workers=1,
@@ -54,7 +53,7 @@ def get_config() -> ConfigDict:
             intermediate_size=288,
             num_hidden_layers=3,
             num_attention_heads=3,
-            num_key_value_heads=1,
+            num_key_value_heads=3,  # shared by three heads, one head was too narrow to match names
             mrope_section=(4, 6, 6),
             rope_theta=10_000.0,
             initializer_range=0.1,  # about 1/√width: 0.02 suits wide models, learns slowly here
@@ -110,7 +109,7 @@ def get_config() -> ConfigDict:
         )
     )
     config.rate = ConfigDict(
-        dict(samples=4, batch=128, temperature=1.0, easy_from=0.5, never="hard")
+        dict(samples=2, batch=128, temperature=1.0, easy_from=0.5, never="hard")
     )
     config.grpo = ConfigDict(
         dict(
@@ -157,7 +156,7 @@ def _adamw(lr: float, schedule: str, warmup: int, weight_decay: float) -> Config
             warmup=warmup,
             final=0.1,
             b1=0.9,
-            b2=0.95,
+            b2=0.99,
             eps=1e-8,
             weight_decay=weight_decay,
             clip_norm=1.0,

@@ -22,20 +22,21 @@ _CONVERSATION = (
     "<|im_start|>user\n{images}{question}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
+# What differs between facts comes last, next to where the assistant speaks.
 _QUESTION = """\
-{pictures}How is the object related to the entity in the title?
-Title: {title}
-Entity: {entity}
+{pictures}How are the object and the entity related?
 Labels:
 {labels}
 Types: {types}
-Reason in six steps, a line each, then give one label:
+Reason in six steps, then give one label:
 <think>
 Step 1: ...
 Step 6: ...
 </think>
-<answer>label</answer>"""
-_PICTURES = "A news photo, and an object cut out of it.\n"
+<answer>label</answer>
+Title: {title}
+Entity: {entity}"""
+_PICTURES = "A news photo, an object in it.\n"
 
 
 def student_prompt(

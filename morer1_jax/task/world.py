@@ -21,10 +21,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "per": ("Adler", "Brandt", "Castro", "Dumas", "Evans", "Fischer", "Garcia", "Hansen"),
     "loc": ("Arden", "Belmont", "Corvo", "Dorset", "Elmira", "Fairfax", "Granada", "Halden"),
     "misc": (
-        "Aurora Prize",
-        "Beacon Cup",
-        "Crystal Ball",
-        "Delta Games",
+        "Aurora",
+        "Beacon",
+        "Crystal",
+        "Delta",
         "Echo Medal",
         "Forum Week",
         "Gala Night",
@@ -38,31 +38,27 @@ class Kind:
     """A kind of object a photo can show.
 
     Attributes:
-      name: what the drawing routine is called.
+      name: what the drawing routine is called, and what reasoning calls it.
       type: the entity type of the object.
       stands_for: the type of the named thing its colour points to (a player in red points to an
-        organisation), or None for an object nobody could recognise.
-      words: how reasoning describes it; `{c}` is the colour with its article.
-      whose: how reasoning says whom it points to; `{c}` is the colour, `{n}` the name.
+        organisation), or None for an object nobody could recognise, which is grey.
     """
 
     name: str
     type: str
     stands_for: str | None
-    words: str
-    whose: str
 
 
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("player", "per", "org", "a player in {c} shirt", "{c} shirts are worn by {n}"),
-        Kind("person", "per", "per", "a person in {c} hat", "the {c} hat belongs to {n}"),
-        Kind("badge", "org", "org", "{c} badge", "the {c} badge is that of {n}"),
-        Kind("tower", "loc", "loc", "{c} tower", "the {c} tower stands in {n}"),
-        Kind("cup", "misc", "misc", "{c} cup", "the {c} cup is the sign of {n}"),
-        Kind("bystander", "per", None, "a bystander in grey, nobody of note", ""),
-        Kind("blur", "misc", None, "a blurry shape, nobody could say of what", ""),
+        Kind("player", "per", "org"),
+        Kind("person", "per", "per"),
+        Kind("badge", "org", "org"),
+        Kind("tower", "loc", "loc"),
+        Kind("cup", "misc", "misc"),
+        Kind("bystander", "per", None),
+        Kind("blur", "misc", None),
     )
 }
 
@@ -73,72 +69,46 @@ class Verb:
 
     Attributes:
       types: entity types of the first and the second named thing.
-      phrases: wordings; `{a}` and `{b}` are the two names.
+      phrase: the wording; `{a}` and `{b}` are the two names.
       label: the relation of an object that stands for the first thing to the second.
       kind: the kind of object the label needs; empty where no object has it.
       symmetric: whether the same holds with the two exchanged.
     """
 
     types: tuple[str, str]
-    phrases: tuple[str, ...]
+    phrase: str
     label: str
     kind: str
     symmetric: bool = False
 
+    @property
+    def word(self) -> str:
+        """The phrase without the names."""
+        return self.phrase.format(a="", b="").strip()
+
 
 VERBS = (
-    Verb(
-        ("org", "org"),
-        ("{a} face {b}", "{a} and {b} are tied"),
-        "/per/org/opposed_to",
-        "player",
-        symmetric=True,
-    ),
-    Verb(("per", "org"), ("{a} takes over {b}", "{b} pick {a}"), "/per/org/leader_of", "person"),
-    Verb(
-        ("per", "per"),
-        ("{a} marries {b}", "{a} and {b} wed"),
-        "/per/per/partner",
-        "person",
-        symmetric=True,
-    ),
-    Verb(
-        ("per", "per"),
-        ("{a} beats {b}", "{a} and {b} clash"),
-        "/per/per/opponent",
-        "person",
-        symmetric=True,
-    ),
-    Verb(
-        ("per", "loc"),
-        ("{a} , born in {b}", "{a} returns to native {b}"),
-        "/per/loc/place_of_birth",
-        "person",
-    ),
-    Verb(
-        ("per", "loc"),
-        ("{a} moves to {b}", "{a} at home in {b}"),
-        "/per/loc/place_of_residence",
-        "person",
-    ),
-    Verb(("per", "misc"), ("{a} wins {b}", "{b} goes to {a}"), "/per/misc/awarded", "person"),
-    Verb(("org", "org"), ("{a} buy {b}", "{b} sold to {a}"), "/org/org/subsidiary", "badge"),
-    Verb(("org", "loc"), ("{a} settle in {b}", "{b} welcomes {a}"), "/org/loc/locate_at", "badge"),
-    Verb(("misc", "loc"), ("{a} opens in {b}", "{b} hosts {a}"), "/misc/loc/held_on", "cup"),
+    Verb(("org", "org"), "{a} face {b}", "/per/org/opposed_to", "player", symmetric=True),
+    Verb(("per", "org"), "{b} hire {a}", "/per/org/leader_of", "person"),
+    Verb(("per", "per"), "{a} marries {b}", "/per/per/partner", "person", symmetric=True),
+    Verb(("per", "per"), "{a} beats {b}", "/per/per/opponent", "person", symmetric=True),
+    Verb(("per", "loc"), "{b} raised {a}", "/per/loc/place_of_birth", "person"),
+    Verb(("per", "loc"), "{b} houses {a}", "/per/loc/place_of_residence", "person"),
+    Verb(("per", "misc"), "{a} wins {b}", "/per/misc/awarded", "person"),
+    Verb(("org", "org"), "{a} buy {b}", "/org/org/subsidiary", "badge"),
+    Verb(("org", "loc"), "{b} welcomes {a}", "/org/loc/locate_at", "badge"),
+    Verb(("misc", "loc"), "{b} hosts {a}", "/misc/loc/held_on", "cup"),
 )
 
 # What a title can also say: it relates nothing, so that names alone do not give a label.
-REMARKS = tuple(
-    Verb(types, (phrase,), "none", "")
-    for types, phrase in (
-        (("per", "org"), "{a} sues {b}"),
-        (("per", "per"), "{a} and {b} speak"),
-        (("per", "loc"), "{a} leaves {b}"),
-        (("per", "misc"), "{a} misses {b}"),
-        (("org", "org"), "{a} praise {b}"),
-        (("org", "loc"), "{a} leave {b}"),
-        (("misc", "loc"), "{a} bypasses {b}"),
-    )
+REMARKS = (
+    Verb(("per", "org"), "{a} sues {b}", "none", ""),
+    Verb(("per", "per"), "{a} sues {b}", "none", ""),
+    Verb(("per", "loc"), "{a} leaves {b}", "none", ""),
+    Verb(("per", "misc"), "{a} misses {b}", "none", ""),
+    Verb(("org", "org"), "{a} praise {b}", "none", ""),
+    Verb(("org", "loc"), "{a} leave {b}", "none", ""),
+    Verb(("misc", "loc"), "{a} leaves {b}", "none", ""),
 )
 
 # An object that stands for the asked entity itself.
@@ -185,16 +155,15 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Clause:
-    """`verb` said of `a` and `b`, in the verb's wording number `phrase`."""
+    """`verb` said of `a` and `b`."""
 
     verb: Verb
     a: Named
     b: Named
-    phrase: int
 
     @property
     def text(self) -> str:
-        return self.verb.phrases[self.phrase].format(a=self.a.name, b=self.b.name)
+        return self.verb.phrase.format(a=self.a.name, b=self.b.name)
 
     def links(self, first: Named, second: Named) -> bool:
         """Whether the clause says its verb of the two, in this direction."""

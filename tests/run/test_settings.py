@@ -103,7 +103,6 @@ RANGES = [
     ("world.train", 0),
     ("world.fit", 1.5),
     ("world.written", 1.5),
-    ("world.hasty", 2.0),
     ("world.noise", -1.0),
     ("data.vocabulary", 100),
     ("data.min_pixels", 10**9),

@@ -27,9 +27,9 @@ def label_of(kind, colour, entity, title):
     if name == entity:
         return SELF_LABELS[kind]
     for verb in VERBS:
-        said = [phrase.format(a=name, b=entity) for phrase in verb.phrases]
+        said = [verb.phrase.format(a=name, b=entity)]
         if verb.symmetric:
-            said += [phrase.format(a=entity, b=name) for phrase in verb.phrases]
+            said += [verb.phrase.format(a=entity, b=name)]
         if verb.kind == kind and any(text in title for text in said):
             return verb.label
     return "none"
@@ -39,19 +39,14 @@ class World:
     """A dataset with what its photos show, which its files say in pixels alone."""
 
     def __init__(self, folder, config, seed, monkeypatch, draw=None):
-        self.shown, self.hasty = [], []
-        draw, write = draw or synthetic.draw_photo, synthetic.write_reasoning
+        self.shown = []
+        draw = draw or synthetic.draw_photo
 
         def spy_draw(things, rng, *, noise):
             self.shown.append(things)
             return draw(things, rng, noise=noise)
 
-        def spy_write(*args, hasty):
-            self.hasty.append(hasty)
-            return write(*args, hasty=hasty)
-
         monkeypatch.setattr(synthetic, "draw_photo", spy_draw)
-        monkeypatch.setattr(synthetic, "write_reasoning", spy_write)
         synthesise(folder, config, seed)
         self.folder, self.config = folder, config
         self.ontology = more.read_ontology(folder)
@@ -86,7 +81,7 @@ def small(tmp_path_factory):
 def large(tmp_path_factory):
     """Many facts with plain photos."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        config = WorldConfig(train=3000, valid=200, test=1000, hasty=0.4)
+        config = WorldConfig(train=3000, valid=200, test=1000)
         folder = tmp_path_factory.mktemp("large") / "data"
         return World(folder, config, 2, monkeypatch, draw=plain_photo)
 
@@ -229,10 +224,6 @@ def test_reasoning_is_written_for_its_share_of_the_training_facts(name, request)
     assert 0.3 < share < 0.7
 
 
-def test_the_configured_share_of_reasoning_is_hasty(large):
-    assert abs(sum(large.hasty) / len(large.hasty) - large.config.hasty) < 0.03
-
-
 def best_lookup(world, key):
     """Accuracy and micro F1, in percent, of the best label by key, counted on the facts themselves.
 
@@ -266,9 +257,8 @@ def test_neither_the_title_nor_the_photo_alone_tells_the_label(large):
         names = [name for name in type_of if name in title and name != entity]
         roles = []
         for verb, name in itertools.product(VERBS, names):
-            for phrase in verb.phrases:
-                roles += [(verb.label, 0)] * (phrase.format(a=entity, b=name) in title)
-                roles += [(verb.label, 1)] * (phrase.format(a=name, b=entity) in title)
+            roles += [(verb.label, 0)] * (verb.phrase.format(a=entity, b=name) in title)
+            roles += [(verb.label, 1)] * (verb.phrase.format(a=name, b=entity) in title)
         return tuple(roles), len(names)
 
     def from_photo(fact):

@@ -51,28 +51,28 @@ def test_labels_have_the_types_of_what_they_relate():
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.label)
 def test_a_clause_gives_its_label_in_its_direction_to_its_kind(verb):
     a, b = Named(verb.types[0], 0), Named(verb.types[1], 1)
-    for phrase in range(len(verb.phrases)):
-        clause = Clause(verb, a, b, phrase)
-        assert a.name in clause.text
-        assert b.name in clause.text
-        for kind in KINDS.values():
-            if kind.stands_for != a.type:
-                continue
-            label, because = relation(Thing(kind.name, 0), b, [clause])
-            if kind.name == verb.kind:
-                assert (label, because) == (verb.label, clause)
-            else:
-                assert (label, because) == ("none", None)
-        if verb.types[0] == verb.types[1]:
-            backwards = relation(Thing(verb.kind, 1), a, [clause])
-            assert backwards == ((verb.label, clause) if verb.symmetric else ("none", None))
+    clause = Clause(verb, a, b)
+    assert a.name in clause.text
+    assert b.name in clause.text
+    assert sorted(clause.text.split()) == sorted([a.name, verb.word, b.name])
+    for kind in KINDS.values():
+        if kind.stands_for != a.type:
+            continue
+        label, because = relation(Thing(kind.name, 0), b, [clause])
+        if kind.name == verb.kind:
+            assert (label, because) == (verb.label, clause)
+        else:
+            assert (label, because) == ("none", None)
+    if verb.types[0] == verb.types[1]:
+        backwards = relation(Thing(verb.kind, 1), a, [clause])
+        assert backwards == ((verb.label, clause) if verb.symmetric else ("none", None))
 
 
 def test_what_is_not_named_or_not_linked_is_none():
     verb = next(verb for verb in VERBS if verb.symmetric)
     other = next(v for v in VERBS if v.types != verb.types)
-    first = Clause(verb, Named(verb.types[0], 0), Named(verb.types[1], 1), 0)
-    second = Clause(other, Named(other.types[0], 2), Named(other.types[1], 3), 0)
+    first = Clause(verb, Named(verb.types[0], 0), Named(verb.types[1], 1))
+    second = Clause(other, Named(other.types[0], 2), Named(other.types[1], 3))
     # Another colour: somebody the title does not name.
     assert relation(Thing(verb.kind, 2), first.b, [first]) == ("none", None)
     # Named, but in another clause.
@@ -85,7 +85,7 @@ def test_a_thing_that_stands_for_the_entity_itself(kind, label):
     stands_for = KINDS[kind].stands_for
     verb = next(verb for verb in VERBS if stands_for in verb.types)
     pair = [Named(one, i) for i, one in enumerate(verb.types)]
-    clause = Clause(verb, *pair, 0)
+    clause = Clause(verb, *pair)
     entity = next(one for one in pair if one.type == stands_for)
     assert relation(Thing(kind, entity.index), entity, [clause]) == (label, None)
 
@@ -105,7 +105,7 @@ def test_span_finds_a_name_of_several_words():
 def test_a_remark_relates_nothing_but_a_thing_to_itself():
     for verb in REMARKS:
         a, b = Named(verb.types[0], 0), Named(verb.types[1], 1)
-        clause = Clause(verb, a, b, 0)
+        clause = Clause(verb, a, b)
         for kind in KINDS.values():
             if kind.stands_for == a.type:
                 assert relation(Thing(kind.name, a.index), b, [clause]) == ("none", None)
