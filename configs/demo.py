@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
         dict(
             folder=placeholder(str),  # none: what `synthesise` wrote; a path: MORE's own files
             vocabulary=1024,
-            prompt_length=192,
+            prompt_length=208,
             completion_length=128,
             windows=8,
             min_pixels=56 * 56,
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
             intermediate_size=288,
             num_hidden_layers=3,
             num_attention_heads=3,
-            num_key_value_heads=3,  # shared by three heads, one head was too narrow to match names
+            num_key_value_heads=3,  # none shared: one head alone is narrow at this width
             mrope_section=(4, 6, 6),
             rope_theta=10_000.0,
             initializer_range=0.1,  # about 1/√width: 0.02 suits wide models, learns slowly here

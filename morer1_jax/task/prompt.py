@@ -24,11 +24,11 @@ _CONVERSATION = (
 )
 # What differs between facts comes last, next to where the assistant speaks.
 _QUESTION = """\
-{pictures}How are the object and the entity related?
+{pictures}How is the object related to the entity in the title?
 Labels:
 {labels}
 Types: {types}
-Reason in six steps, then give one label:
+Reason in six steps, a line each, then give one label:
 <think>
 Step 1: ...
 Step 6: ...
@@ -36,7 +36,7 @@ Step 6: ...
 <answer>label</answer>
 Title: {title}
 Entity: {entity}"""
-_PICTURES = "A news photo, an object in it.\n"
+_PICTURES = "A news photo, and an object cut out of it.\n"
 
 
 def student_prompt(

@@ -55,6 +55,6 @@ def write_reasoning(
         _link(thing, entity, clauses),
         f"The object is {thing.type} and {entity.name} is {entity.type}.",
         f"From {thing.type} to {entity.type} there remain {names}.",
-        f"By '{said.verb.word}' the label must be {label}.",
+        f"Given '{said.verb.word}' the label must be {label}.",
     )
     return format_answer(steps, label)

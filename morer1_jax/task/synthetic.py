@@ -38,6 +38,7 @@ from morer1_jax.task.world import (
 _CLOSINGS = ((), (), (), ("again",))
 _RECOGNISABLE = tuple(kind.name for kind in KINDS.values() if kind.stands_for)
 _LINKS = (("while",), ("as",))
+_RELATED_TYPES = {(KINDS[verb.kind].type, verb.types[1]) for verb in VERBS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +144,6 @@ def draw_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
     things += [_other_thing(rng, clauses, config.cast) for _ in range(wanted - len(things))]
     things = [things[i] for i in rng.permutation(len(things))]
     return Scene(tuple(things), clauses, _pick(rng, _LINKS), _pick(rng, _CLOSINGS))
-
-
-_RELATED_TYPES = {(KINDS[verb.kind].type, verb.types[1]) for verb in VERBS}
 
 
 def _ruled_out(thing: Thing, entity: Named) -> bool:

@@ -70,15 +70,15 @@ class Verb:
     Attributes:
       types: entity types of the first and the second named thing.
       phrase: the wording; `{a}` and `{b}` are the two names.
-      label: the relation of an object that stands for the first thing to the second.
-      kind: the kind of object the label needs; empty where no object has it.
+      label: the relation of an object that stands for the first thing to the second, if any.
+      kind: the kind of object the label needs; empty where there is no label.
       symmetric: whether the same holds with the two exchanged.
     """
 
     types: tuple[str, str]
     phrase: str
-    label: str
-    kind: str
+    label: str = "none"
+    kind: str = ""
     symmetric: bool = False
 
     @property
@@ -102,13 +102,13 @@ VERBS = (
 
 # What a title can also say: it relates nothing, so that names alone do not give a label.
 REMARKS = (
-    Verb(("per", "org"), "{a} sues {b}", "none", ""),
-    Verb(("per", "per"), "{a} sues {b}", "none", ""),
-    Verb(("per", "loc"), "{a} leaves {b}", "none", ""),
-    Verb(("per", "misc"), "{a} misses {b}", "none", ""),
-    Verb(("org", "org"), "{a} praise {b}", "none", ""),
-    Verb(("org", "loc"), "{a} leave {b}", "none", ""),
-    Verb(("misc", "loc"), "{a} leaves {b}", "none", ""),
+    Verb(("per", "org"), "{a} sues {b}"),
+    Verb(("per", "per"), "{a} sues {b}"),
+    Verb(("per", "loc"), "{a} leaves {b}"),
+    Verb(("per", "misc"), "{a} misses {b}"),
+    Verb(("org", "org"), "{a} praise {b}"),
+    Verb(("org", "loc"), "{a} leave {b}"),
+    Verb(("misc", "loc"), "{a} leaves {b}"),
 )
 
 # An object that stands for the asked entity itself.
@@ -137,7 +137,7 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """An object in a photo: its kind and, unless it is a blur, its colour's index."""
+    """An object in a photo: its kind and, unless that is grey, its colour's index."""
 
     kind: str
     index: int

@@ -38,7 +38,7 @@ def test_reasoning_looks_first_and_says_whom_the_object_stands_for():
         label = relation(thing, entity, clauses)[0]
         steps = read_steps(write_reasoning(thing, entity, clauses, title, ONTOLOGY).encode())
         assert thing.kind in steps[0]
-        assert label not in " ".join(steps[:4]).split()
+        assert label not in " ".join(steps[:4])
         assert clauses[0].verb.word in steps[5]
         if thing.named is None:
             assert "grey" in steps[0]
@@ -50,3 +50,14 @@ def test_reasoning_looks_first_and_says_whom_the_object_stands_for():
         mentioned = any(thing.named in (clause.a, clause.b) for clause in clauses)
         expected = "same" if thing.named == entity else "another" if mentioned else "absent"
         assert verdict == f"{expected}."
+
+
+def test_of_two_clauses_the_one_about_the_asked_entity_is_quoted():
+    marries, wins = (next(verb for verb in VERBS if verb.word == w) for w in ("marries", "wins"))
+    first = Clause(marries, Named("per", 0), Named("per", 1))
+    second = Clause(wins, Named("per", 2), Named("misc", 3))
+    title = [*first.text.split(), "as", *second.text.split()]
+    for clause in (first, second):
+        for entity in (clause.a, clause.b):
+            text = write_reasoning(Thing("person", 2), entity, (first, second), title, ONTOLOGY)
+            assert f"'{clause.verb.word}'" in read_steps(text.encode())[5]
