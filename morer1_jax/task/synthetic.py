@@ -9,7 +9,6 @@ reasoning in `prose.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,9 +51,6 @@ class WorldConfig:
       facts_per_photo: most facts asked about one photo-title pair.
       fit: share of photos that show something their title is about.
       written: share of the training facts that reasoning is written for.
-      scarce: labels that the writer mostly gets wrong; its wrong answers are not kept, so there is
-        little reasoning that ends in them.
-      scarce_most: most reasoning that is written for each scarce label.
       noise: pixel noise, standard deviation in grey levels of 255.
     """
 
@@ -65,8 +61,6 @@ class WorldConfig:
     facts_per_photo: int = 3
     fit: float = 0.85
     written: float = 0.25
-    scarce: tuple[str, ...] = ()
-    scarce_most: int = 5
     noise: float = 8.0
 
     def __post_init__(self) -> None:
@@ -78,11 +72,6 @@ class WorldConfig:
         for name in ("fit", "written"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: {getattr(self, name)} found, a share expected, 0 to 1")
-        if self.scarce_most < 0:
-            raise ValueError(f"scarce_most: {self.scarce_most} found, at least 0 expected")
-        for name in self.scarce:
-            if name not in LABELS:
-                raise ValueError(f"scarce: {name!r} found, of {', '.join(LABELS)} expected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +106,7 @@ def _draw_clauses(rng: np.random.Generator, cast: int) -> tuple[Clause, ...]:
     used: set[Named] = set()
     wanted = 1 + int(rng.random() < 0.1)
     while len(clauses) < wanted:
-        verb = _pick(rng, REMARKS if rng.random() < 0.65 else VERBS)
+        verb = _pick(rng, REMARKS if rng.random() < 0.5 else VERBS)
         a, b = (Named(kind, int(rng.integers(cast))) for kind in verb.types)
         if a == b or {a, b} & used:
             continue
@@ -175,7 +164,7 @@ def _questions(
         for entity in scene.entities
     ]
     # What an object stands for itself needs no title: most of such pairs are never asked about.
-    pairs = [pair for pair in pairs if pair[2] not in SELF_LABELS.values() or rng.random() < 0.15]
+    pairs = [pair for pair in pairs if pair[2] not in SELF_LABELS.values() or rng.random() < 0.35]
     # Pairs that the object, or the two types, rule out alone are asked about last.
     priority = [
         rng.random() + 0.6 * _ruled_out(scene.things[place], entity) for place, entity, _ in pairs
@@ -195,13 +184,13 @@ def _questions(
 
 def _write_split(
     folder: Path, split: str, count: int, config: WorldConfig, seed: int, ontology: Ontology
-) -> list[tuple[Fact, str]]:
-    """Draws and writes one split; returns its facts, each with reasoning that could be written."""
+) -> dict[str, str]:
+    """Draws and writes one split; returns reasoning by fact id (for every fact)."""
     rng = np.random.default_rng([seed, ("train", "valid", "test").index(split)])
     photos = folder / "img_org" / split
     photos.mkdir(parents=True)
     facts: list[Fact] = []
-    texts: list[str] = []
+    reasoning: dict[str, str] = {}
     surplus, number = 0, 0
     bar = tqdm(total=count, desc=f"synthesise {split}", unit="fact", mininterval=1.0)
     while len(facts) < count:
@@ -234,31 +223,17 @@ def _write_split(
             )
             facts.append(fact)
             surplus += -1 if label == "none" else 1
-            thing = scene.things[place]
-            texts.append(write_reasoning(thing, entity, scene.clauses, scene.tokens, ontology))
+            reasoning[fact.id] = write_reasoning(
+                scene.things[place],
+                entity,
+                scene.clauses,
+                scene.tokens,
+                ontology,
+            )
             bar.update()
     bar.close()
     more.write_split(folder, split, facts)
-    return list(zip(facts, texts, strict=True))
-
-
-def _choose_written(
-    reasoned: list[tuple[Fact, str]], config: WorldConfig, rng: np.random.Generator
-) -> dict[str, str]:
-    """Which of the training facts' reasoning is written, by fact id."""
-    kept: list[tuple[str, str]] = []
-    seen: Counter[str] = Counter()
-    for fact, text in (reasoned[i] for i in rng.permutation(len(reasoned))):
-        seen[fact.label] += 1
-        if fact.label not in config.scarce or seen[fact.label] <= config.scarce_most:
-            kept.append((fact.id, text))
-    count = round(config.written * len(reasoned))
-    if len(kept) < count:
-        raise ValueError(
-            f"written: reasoning for {count} of {len(reasoned)} training facts wanted, but at most "
-            f"{config.scarce_most} each for {', '.join(config.scarce)} leave {len(kept)}"
-        )
-    return dict(sorted(kept[:count]))
+    return reasoning
 
 
 def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
@@ -278,8 +253,11 @@ def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
         ontology = Ontology(LABELS)
         more.write_ontology(partial, ontology)
         for split in ("train", "valid", "test"):
-            count = getattr(config, split)
-            reasoned = _write_split(partial, split, count, config, seed, ontology)
+            reasoning = _write_split(partial, split, getattr(config, split), config, seed, ontology)
             if split == "train":
-                chosen = _choose_written(reasoned, config, np.random.default_rng([seed, 3]))
-                more.write_reasoning(partial / "reasoning.jsonl", chosen)
+                rng = np.random.default_rng([seed, 3])
+                count = round(config.written * len(reasoning))
+                chosen = rng.permutation(list(reasoning))[:count]
+                more.write_reasoning(
+                    partial / "reasoning.jsonl", {str(i): reasoning[i] for i in sorted(chosen)}
+                )

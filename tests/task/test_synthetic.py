@@ -224,36 +224,6 @@ def test_reasoning_is_written_for_its_share_of_the_training_facts(name, request)
     assert 0.3 < share < 0.7
 
 
-def test_little_is_written_that_ends_in_a_scarce_label(tmp_path, monkeypatch, large):
-    scarce = ("/per/per/partner", "/misc/loc/held_on")
-    config = dataclasses.replace(large.config, scarce=scarce, scarce_most=3)
-    world = World(tmp_path / "data", config, 2, monkeypatch, draw=plain_photo)
-    assert world.facts == large.facts
-
-    def counts(one):
-        texts = more.read_reasoning(one.folder / "reasoning.jsonl", one.facts["train"])
-        return len(texts), Counter(f.label for f in one.facts["train"] if f.id in texts)
-
-    (total, plain), (same, fewer) = counts(large), counts(world)
-    assert total == same == 750
-    for label in scarce:
-        assert plain[label] > 10
-        assert fewer[label] == 3
-    assert fewer["none"] > plain["none"]
-
-
-def test_a_world_that_cannot_be_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"scarce: 'partner' found, of none, .*/per/per/partner"):
-        WorldConfig(scarce=("partner",))
-    with pytest.raises(ValueError, match=r"scarce_most: -1 found, at least 0 expected"):
-        WorldConfig(scarce_most=-1)
-    monkeypatch.setattr(synthetic, "draw_photo", plain_photo)
-    config = WorldConfig(train=40, valid=2, test=2, written=0.9, scarce=("none",), scarce_most=0)
-    with pytest.raises(ValueError, match=r"written: .* 36 of 40 .* 0 each for none leave 20$"):
-        synthesise(tmp_path / "data", config, 0)
-    assert list(tmp_path.iterdir()) == []
-
-
 def best_lookup(world, key):
     """Accuracy and micro F1, in percent, of the best label by key, counted on the facts themselves.
 
@@ -303,8 +273,8 @@ def test_neither_the_title_nor_the_photo_alone_tells_the_label(large):
 
     assert best_lookup(large, from_both) == (100.0, 100.0)
     accuracy, f1 = best_lookup(large, from_title)
-    assert accuracy < 68
-    assert f1 < 68
+    assert accuracy < 65
+    assert f1 < 65
     # A thing that is asked about itself has one label, whatever the title says.
     accuracy, f1 = best_lookup(large, from_photo)
     assert accuracy < 78
