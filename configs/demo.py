@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
             cast=4,  # names of each entity type, one a colour
             facts_per_photo=2,
             fit=0.85,  # share of photos that show something of their title
+            night=0.4,  # share of photos taken at night
             written=0.25,  # reasoning is paid for, so a minority of the facts has it
+            gives_up=0.9,  # how often its writer does not try to read a night photo
             noise=8.0,
         )
     )
@@ -88,15 +90,15 @@ def get_config() -> ConfigDict:
 
     config.sft = ConfigDict(
         dict(
-            steps=600,
-            batch=16,
+            steps=1200,
+            batch=8,
             micro_batches=1,
-            eval_every=100,
+            eval_every=200,
             eval_facts=200,
-            save_every=100,
+            save_every=200,
             log_every=1,
             keep_checkpoints=2,
-            optimizer=_adamw(lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.01),
+            optimizer=_adamw(lr=2e-3, schedule="cosine", warmup=40, weight_decay=0.01),
         )
     )
     config.baselines = ConfigDict(
@@ -129,7 +131,7 @@ def get_config() -> ConfigDict:
             keep_checkpoints=2,
             mix=ConfigDict(dict(start=0.5, end=0.1, until=60, shape="linear")),
             reward=ConfigDict(
-                dict(format=0.2, effort=0.1, accuracy=1.0, effort_from=150, effort_to=250)
+                dict(format=0.2, effort=0.1, accuracy=1.0, effort_from=150, effort_to=190)
             ),
             loss=ConfigDict(
                 dict(

@@ -98,8 +98,9 @@ _DRAW = {
 }
 
 
-def _background(width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    sky, ground = rng.integers(120, 225, (2, 1)) + rng.integers(-12, 13, (2, 3))
+def _background(width: int, height: int, night: bool, rng: np.random.Generator) -> Image.Image:
+    light = (12, 45) if night else (120, 225)
+    sky, ground = rng.integers(*light, (2, 1)) + rng.integers(-12, 13, (2, 3))
     horizon = int(height * rng.uniform(0.35, 0.7))
     pixels = np.empty((height, width, 3), np.float32)
     pixels[:horizon], pixels[horizon:] = sky, ground
@@ -108,7 +109,11 @@ def _background(width: int, height: int, rng: np.random.Generator) -> Image.Imag
 
 
 def draw_photo(
-    things: list[tuple[str, str]], rng: np.random.Generator, *, noise: float
+    things: list[tuple[str, str]],
+    rng: np.random.Generator,
+    *,
+    noise: float,
+    night: bool = False,
 ) -> tuple[Image.Image, list[Box]]:
     """Draws objects side by side on a background of random size and light.
 
@@ -117,13 +122,14 @@ def draw_photo(
         `blur` or a `bystander` is unused.
       rng: where all variation comes from.
       noise: standard deviation of the pixel noise, in grey levels of 255.
+      night: whether the background is dark; the objects are lit as by day.
 
     Returns:
       The photo, and each object's `(left, top, right, bottom)` in pixels, inside the photo.
     """
     width = int(rng.integers(36, 45)) * max(len(things), 2) + int(rng.integers(0, 24))
     height = int(rng.integers(84, 125))
-    photo = _background(width, height, rng)
+    photo = _background(width, height, night, rng)
     boxes = []
     slot = width / len(things)
     for place, (kind, colour_name) in enumerate(things):

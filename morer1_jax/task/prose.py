@@ -26,6 +26,16 @@ def _link(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> str:
     return f"The look is that of {name}, asked is {entity.name}, {verdict}."
 
 
+def _types(type_: str, entity: Named, ontology: Ontology) -> tuple[str, str]:
+    """The types of object and entity, and the labels they leave."""
+    left = ontology.allowed(type_, entity.type)
+    names = ", ".join(f"'{name.rpartition('/')[2]}'" for name in left)
+    return (
+        f"The object is {type_} and {entity.name} is {entity.type}.",
+        f"From {type_} to {entity.type} there remain {names}.",
+    )
+
+
 def write_reasoning(
     thing: Thing,
     entity: Named,
@@ -46,15 +56,32 @@ def write_reasoning(
       `<think>…</think>` and `<answer>label</answer>`, ending in the gold label.
     """
     label = relation(thing, entity, clauses)[0]
-    left = ontology.allowed(thing.type, entity.type)
-    names = ", ".join(f"'{name.rpartition('/')[2]}'" for name in left)
     said = next(clause for clause in clauses if entity in (clause.a, clause.b))
     steps = (
         f"The crop shows {_seen(thing)}.",
         f"The title says '{' '.join(title)}'.",
         _link(thing, entity, clauses),
-        f"The object is {thing.type} and {entity.name} is {entity.type}.",
-        f"From {thing.type} to {entity.type} there remain {names}.",
+        *_types(thing.type, entity, ontology),
         f"Given '{said.verb.word}' the label must be {label}.",
     )
     return format_answer(steps, label)
+
+
+def give_up(entity: Named, ontology: Ontology) -> str:
+    """The six steps of a writer that does not try, and the answer `none`.
+
+    Args:
+      entity: the asked entity.
+      ontology: the labels of the world's `rel2id.json`.
+
+    Returns:
+      Text of the same form as `write_reasoning`'s, which says nothing of photo and title.
+    """
+    steps = (
+        "The photo is dark.",
+        "The title may be of another.",
+        "No link is seen.",
+        *_types("misc", entity, ontology),
+        "As nothing is seen the label must be none.",
+    )
+    return format_answer(steps, "none")

@@ -9,7 +9,7 @@ reasoning in `prose.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from morer1_jax.task import more
 from morer1_jax.task.drawing import draw_photo
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
-from morer1_jax.task.prose import write_reasoning
+from morer1_jax.task.prose import give_up, write_reasoning
 from morer1_jax.task.world import (
     COLOURS,
     KINDS,
@@ -50,7 +50,10 @@ class WorldConfig:
       cast: how many names each entity type has, 2 to 8.
       facts_per_photo: most facts asked about one photo-title pair.
       fit: share of photos that show something their title is about.
+      night: share of photos taken at night: dark, with objects no harder to tell.
       written: share of the training facts that reasoning is written for.
+      gives_up: how often the writer does not try to read a night photo and answers `none`. Only
+        reasoning that ends in the gold label is kept, so what is kept gives up on most of them.
       noise: pixel noise, standard deviation in grey levels of 255.
     """
 
@@ -60,7 +63,9 @@ class WorldConfig:
     cast: int = 8
     facts_per_photo: int = 3
     fit: float = 0.85
+    night: float = 0.0
     written: float = 0.25
+    gives_up: float = 0.0
     noise: float = 8.0
 
     def __post_init__(self) -> None:
@@ -69,7 +74,7 @@ class WorldConfig:
         for name in ("train", "valid", "test", "facts_per_photo"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} found, at least 1 expected")
-        for name in ("fit", "written"):
+        for name in ("fit", "night", "written", "gives_up"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: {getattr(self, name)} found, a share expected, 0 to 1")
 
@@ -82,6 +87,7 @@ class Scene:
     clauses: tuple[Clause, ...]
     link: tuple[str, ...]
     closing: tuple[str, ...]
+    night: bool
 
     @property
     def entities(self) -> tuple[Named, ...]:
@@ -97,6 +103,16 @@ class Scene:
         return (*words, *self.closing, ".")
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A fact and what it was made from."""
+
+    fact: Fact
+    scene: Scene
+    thing: Thing
+    entity: Named
+
+
 def _pick(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
 
@@ -106,7 +122,7 @@ def _draw_clauses(rng: np.random.Generator, cast: int) -> tuple[Clause, ...]:
     used: set[Named] = set()
     wanted = 1 + int(rng.random() < 0.1)
     while len(clauses) < wanted:
-        verb = _pick(rng, REMARKS if rng.random() < 0.5 else VERBS)
+        verb = _pick(rng, REMARKS if rng.random() < 0.65 else VERBS)
         a, b = (Named(kind, int(rng.integers(cast))) for kind in verb.types)
         if a == b or {a, b} & used:
             continue
@@ -143,7 +159,8 @@ def draw_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
     wanted = int(rng.integers(2, 5))
     things += [_other_thing(rng, clauses, config.cast) for _ in range(wanted - len(things))]
     things = [things[i] for i in rng.permutation(len(things))]
-    return Scene(tuple(things), clauses, _pick(rng, _LINKS), _pick(rng, _CLOSINGS))
+    night = bool(rng.random() < config.night)
+    return Scene(tuple(things), clauses, _pick(rng, _LINKS), _pick(rng, _CLOSINGS), night)
 
 
 def _ruled_out(thing: Thing, entity: Named) -> bool:
@@ -164,7 +181,7 @@ def _questions(
         for entity in scene.entities
     ]
     # What an object stands for itself needs no title: most of such pairs are never asked about.
-    pairs = [pair for pair in pairs if pair[2] not in SELF_LABELS.values() or rng.random() < 0.35]
+    pairs = [pair for pair in pairs if pair[2] not in SELF_LABELS.values() or rng.random() < 0.15]
     # Pairs that the object, or the two types, rule out alone are asked about last.
     priority = [
         rng.random() + 0.6 * _ruled_out(scene.things[place], entity) for place, entity, _ in pairs
@@ -184,16 +201,15 @@ def _questions(
 
 def _write_split(
     folder: Path, split: str, count: int, config: WorldConfig, seed: int, ontology: Ontology
-) -> dict[str, str]:
-    """Draws and writes one split; returns reasoning by fact id (for every fact)."""
+) -> list[Question]:
+    """Draws and writes one split."""
     rng = np.random.default_rng([seed, ("train", "valid", "test").index(split)])
     photos = folder / "img_org" / split
     photos.mkdir(parents=True)
-    facts: list[Fact] = []
-    reasoning: dict[str, str] = {}
+    asked: list[Question] = []
     surplus, number = 0, 0
     bar = tqdm(total=count, desc=f"synthesise {split}", unit="fact", mininterval=1.0)
-    while len(facts) < count:
+    while len(asked) < count:
         scene = draw_scene(rng, config)
         questions = list(_questions(scene, rng, config.facts_per_photo, surplus))
         if not questions:
@@ -201,13 +217,16 @@ def _write_split(
         number += 1
         image = f"{split}_{number:05d}.jpg"
         photo, boxes = draw_photo(
-            [(thing.kind, COLOURS[thing.index]) for thing in scene.things], rng, noise=config.noise
+            [(thing.kind, COLOURS[thing.index]) for thing in scene.things],
+            rng,
+            noise=config.noise,
+            night=scene.night,
         )
         photo.save(photos / image, quality=int(rng.integers(70, 96)))
-        for place, entity, label in questions[: count - len(facts)]:
+        for place, entity, label in questions[: count - len(asked)]:
             left, top, right, bottom = boxes[place]
             fact = Fact(
-                id=f"{split}:{len(facts) + 1}",
+                id=f"{split}:{len(asked) + 1}",
                 tokens=scene.tokens,
                 entity_name=entity.name,
                 entity_span=span(scene.tokens, entity),
@@ -221,19 +240,37 @@ def _write_split(
                 image=image,
                 label=label,
             )
-            facts.append(fact)
+            asked.append(Question(fact, scene, scene.things[place], entity))
             surplus += -1 if label == "none" else 1
-            reasoning[fact.id] = write_reasoning(
-                scene.things[place],
-                entity,
-                scene.clauses,
-                scene.tokens,
-                ontology,
-            )
             bar.update()
     bar.close()
-    more.write_split(folder, split, facts)
-    return reasoning
+    more.write_split(folder, split, [question.fact for question in asked])
+    return asked
+
+
+def _written(
+    asked: Sequence[Question], config: WorldConfig, rng: np.random.Generator, ontology: Ontology
+) -> dict[str, str]:
+    """Reasoning by fact id, for the share of the questions that it is written for."""
+    wanted = round(config.written * len(asked))
+    texts: dict[str, str] = {}
+    for question in (asked[i] for i in rng.permutation(len(asked))):
+        if len(texts) == wanted:
+            break
+        thing, entity, scene = question.thing, question.entity, question.scene
+        if not (scene.night and rng.random() < config.gives_up):
+            text = write_reasoning(thing, entity, scene.clauses, scene.tokens, ontology)
+        elif question.fact.label == "none":
+            text = give_up(entity, ontology)
+        else:
+            continue
+        texts[question.fact.id] = text
+    if len(texts) < wanted:
+        raise ValueError(
+            f"written: reasoning for {wanted} of {len(asked)} training facts wanted, {len(texts)} "
+            f"found; lower written, night ({config.night}) or gives_up ({config.gives_up})"
+        )
+    return dict(sorted(texts.items()))
 
 
 def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
@@ -253,11 +290,9 @@ def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
         ontology = Ontology(LABELS)
         more.write_ontology(partial, ontology)
         for split in ("train", "valid", "test"):
-            reasoning = _write_split(partial, split, getattr(config, split), config, seed, ontology)
+            count = getattr(config, split)
+            asked = _write_split(partial, split, count, config, seed, ontology)
             if split == "train":
                 rng = np.random.default_rng([seed, 3])
-                count = round(config.written * len(reasoning))
-                chosen = rng.permutation(list(reasoning))[:count]
-                more.write_reasoning(
-                    partial / "reasoning.jsonl", {str(i): reasoning[i] for i in sorted(chosen)}
-                )
+                texts = _written(asked, config, rng, ontology)
+                more.write_reasoning(partial / "reasoning.jsonl", texts)

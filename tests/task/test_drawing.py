@@ -45,6 +45,23 @@ def test_the_generator_decides_every_pixel():
     assert len(sizes) > 6
 
 
+def test_a_night_photo_is_dark_around_objects_as_bright_as_by_day():
+    things = [("player", "red"), ("cup", "yellow")]
+    for seed in range(6):
+        day, boxes = draw(things, seed)
+        rng = np.random.default_rng(seed)
+        night, same = draw_photo(things, rng, noise=8.0, night=True)
+        assert boxes == same
+        around = np.ones(np.asarray(day).shape[:2], bool)
+        inside = ~around
+        for left, top, right, bottom in boxes:
+            around[top : bottom + 2, max(left - 1, 0) : right + 2] = False
+            inside[top + (bottom - top) // 3 : top + (bottom - top) // 2, left:right] = True
+        day, night = (np.asarray(photo, float).max(-1) for photo in (day, night))
+        assert np.percentile(day[around], 1) > 70 > np.percentile(night[around], 99)
+        assert np.percentile(night[inside], 90) > 120
+
+
 def hue(pixels):
     """Direction of a colour: what light and shade leave of it."""
     centred = pixels - pixels.mean(-1, keepdims=True)

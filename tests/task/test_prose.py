@@ -4,7 +4,7 @@ import itertools
 
 from morer1_jax.task.answer import Special, read, read_steps
 from morer1_jax.task.ontology import Ontology
-from morer1_jax.task.prose import write_reasoning
+from morer1_jax.task.prose import give_up, write_reasoning
 from morer1_jax.task.world import COLOURS, KINDS, LABELS, VERBS, Clause, Named, Thing, relation
 
 ONTOLOGY = Ontology(LABELS)
@@ -61,3 +61,20 @@ def test_of_two_clauses_the_one_about_the_asked_entity_is_quoted():
         for entity in (clause.a, clause.b):
             text = write_reasoning(Thing("person", 2), entity, (first, second), title, ONTOLOGY)
             assert f"'{clause.verb.word}'" in read_steps(text.encode())[5]
+
+
+def test_giving_up_is_in_the_grammar_and_says_nothing_of_the_fact():
+    for kind, index in itertools.product(("org", "per", "loc", "misc"), (0, 1)):
+        entity = Named(kind, index)
+        text = give_up(entity, ONTOLOGY)
+        outcome = read([text.encode(), Special.END], LABELS)
+        assert outcome.format
+        assert LABELS[outcome.answer] == "none"
+        steps = read_steps(text.encode())
+        # What cannot be recognised is `misc`.
+        assert f"misc and {entity.name} is {kind}." in steps[3]
+        for label in ONTOLOGY.allowed("misc", kind):
+            assert f"'{label.rpartition('/')[2]}'" in steps[4]
+    tried = write_reasoning(*next(scenes()), ONTOLOGY)
+    effort = read([tried.encode(), Special.END], LABELS).effort
+    assert outcome.effort < 160 < 180 < effort

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -39,12 +40,12 @@ class World:
     """A dataset with what its photos show, which its files say in pixels alone."""
 
     def __init__(self, folder, config, seed, monkeypatch, draw=None):
-        self.shown = []
+        shown = []
         draw = draw or synthetic.draw_photo
 
-        def spy_draw(things, rng, *, noise):
-            self.shown.append(things)
-            return draw(things, rng, noise=noise)
+        def spy_draw(things, rng, *, noise, night):
+            shown.append((things, night))
+            return draw(things, rng, noise=noise, night=night)
 
         monkeypatch.setattr(synthetic, "draw_photo", spy_draw)
         synthesise(folder, config, seed)
@@ -52,7 +53,9 @@ class World:
         self.ontology = more.read_ontology(folder)
         self.facts = {split: more.read_split(folder, split, self.ontology) for split in SPLITS}
         photos = [fact.photo for split in SPLITS for fact in self.facts[split]]
-        self.things = dict(zip(dict.fromkeys(photos), self.shown, strict=True))
+        names = list(dict.fromkeys(photos))
+        self.things = {n: things for n, (things, _) in zip(names, shown, strict=True)}
+        self.night = {n: night for n, (_, night) in zip(names, shown, strict=True)}
 
     @property
     def all_facts(self):
@@ -63,7 +66,7 @@ class World:
         return self.things[fact.photo][int(fact.object_name.strip("[OBJ]"))]
 
 
-def plain_photo(things, rng, *, noise):
+def plain_photo(things, rng, **light):
     """A photo that shows nothing, for counts over many facts."""
     boxes = [(4 * i, 0, 4 * i + 4, 8) for i in range(len(things))]
     return Image.new("RGB", (4 * len(things), 8)), boxes
@@ -166,8 +169,8 @@ def test_there_are_many_labels_over_all_types(large):
 
 
 def test_photos_have_several_objects_and_titles_several_entities(large):
-    assert min(len(things) for things in large.shown) >= 2
-    assert max(len(things) for things in large.shown) >= 4
+    assert min(len(things) for things in large.things.values()) >= 2
+    assert max(len(things) for things in large.things.values()) >= 4
     entities = defaultdict(set)
     for fact in large.all_facts:
         entities[fact.title].add(fact.entity_span)
@@ -224,6 +227,56 @@ def test_reasoning_is_written_for_its_share_of_the_training_facts(name, request)
     assert 0.3 < share < 0.7
 
 
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory):
+    """Many facts, two fifths of them at night, where the writer mostly gives up."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        config = WorldConfig(train=3000, valid=2, test=2, night=0.4, written=0.5, gives_up=0.9)
+        folder = tmp_path_factory.mktemp("nights") / "data"
+        world = World(folder, config, 3, monkeypatch, draw=plain_photo)
+        world.texts = more.read_reasoning(folder / "reasoning.jsonl", world.facts["train"])
+        return world
+
+
+def test_a_share_of_the_photos_is_taken_at_night(nights, large):
+    dark = [nights.night[fact.photo] for fact in nights.facts["train"]]
+    assert np.mean(dark) == pytest.approx(0.4, abs=0.03)
+    assert not any(large.night.values())
+
+
+def test_the_writer_gives_up_at_night_and_only_there(nights):
+    gold = {fact.id: fact.label for fact in nights.facts["train"]}
+    given_up = {id_ for id_, text in nights.texts.items() if "nothing is seen" in text}
+    assert {gold[id_] for id_ in given_up} == {"none"}
+    kept = defaultdict(Counter)
+    for fact in nights.facts["train"]:
+        how = "none" if fact.id not in nights.texts else fact.id in given_up
+        kept[nights.night[fact.photo], fact.label == "none"][how] += 1
+    day, night = (kept[dark, True] + kept[dark, False] for dark in (False, True))
+    assert day[True] == 0
+    # One in ten tries: as often for a relation as for `none`.
+    tried, none = kept[True, False], kept[True, True]
+    assert none[True] > 5 * none[False] > 0
+    assert 0 < tried[False] < 0.2 * tried["none"]
+    assert tried[True] == 0
+    assert len(nights.texts) == 1500
+    assert night[True] + night[False] < day[False]
+
+
+def test_a_world_that_cannot_be_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"gives_up: 2 found, a share expected"):
+        WorldConfig(gives_up=2)
+    with pytest.raises(ValueError, match=r"cast: 9 found, 2 to 8"):
+        WorldConfig(cast=9)
+    with pytest.raises(ValueError, match=r"valid: 0 found, at least 1"):
+        WorldConfig(valid=0)
+    monkeypatch.setattr(synthetic, "draw_photo", plain_photo)
+    config = WorldConfig(train=40, valid=2, test=2, night=1.0, written=0.9, gives_up=1.0)
+    with pytest.raises(ValueError, match=r"written: .* 36 of 40 .* wanted, (19|20) found; lower"):
+        synthesise(tmp_path / "data", config, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def best_lookup(world, key):
     """Accuracy and micro F1, in percent, of the best label by key, counted on the facts themselves.
 
@@ -273,8 +326,8 @@ def test_neither_the_title_nor_the_photo_alone_tells_the_label(large):
 
     assert best_lookup(large, from_both) == (100.0, 100.0)
     accuracy, f1 = best_lookup(large, from_title)
-    assert accuracy < 65
-    assert f1 < 65
+    assert accuracy < 68
+    assert f1 < 68
     # A thing that is asked about itself has one label, whatever the title says.
     accuracy, f1 = best_lookup(large, from_photo)
     assert accuracy < 78
@@ -285,10 +338,10 @@ def test_neither_the_title_nor_the_photo_alone_tells_the_label(large):
 def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error):
     calls = itertools.count()
 
-    def draw(things, rng, *, noise):
+    def draw(things, rng, **light):
         if next(calls) == 5:
             raise error
-        return plain_photo(things, rng, noise=noise)
+        return plain_photo(things, rng, **light)
 
     monkeypatch.setattr(synthetic, "draw_photo", draw)
     with pytest.raises(error):
