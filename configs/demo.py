@@ -19,14 +19,14 @@ def get_config() -> ConfigDict:
     # The dataset that the stage `synthesise` writes.
     config.world = ConfigDict(
         dict(
-            train=6000,
+            train=4500,
             valid=200,
             test=1000,
             cast=4,  # names of each entity type, one a colour
             facts_per_photo=2,
             fit=0.85,  # share of photos that show something of their title
-            night=0.4,  # share of photos taken at night
-            written=0.25,  # reasoning is paid for, so a minority of the facts has it
+            night=0.3,  # share of photos taken at night
+            written=0.33,  # reasoning is paid for, so a minority of the facts has it
             gives_up=0.9,  # how often its writer does not try to read a night photo
             noise=8.0,
         )
@@ -90,15 +90,15 @@ def get_config() -> ConfigDict:
 
     config.sft = ConfigDict(
         dict(
-            steps=1200,
-            batch=8,
+            steps=600,
+            batch=16,
             micro_batches=1,
-            eval_every=200,
+            eval_every=150,
             eval_facts=200,
-            save_every=200,
+            save_every=150,
             log_every=1,
             keep_checkpoints=2,
-            optimizer=_adamw(lr=2e-3, schedule="cosine", warmup=40, weight_decay=0.01),
+            optimizer=_adamw(lr=3e-3, schedule="cosine", warmup=20, weight_decay=0.01),
         )
     )
     config.baselines = ConfigDict(
@@ -111,11 +111,11 @@ def get_config() -> ConfigDict:
         )
     )
     config.rate = ConfigDict(
-        dict(samples=2, batch=128, temperature=1.0, easy_from=0.5, never="hard")
+        dict(samples=1, batch=128, temperature=1.0, easy_from=0.5, never="hard")
     )
     config.grpo = ConfigDict(
         dict(
-            steps=80,
+            steps=32,
             prompts=32,
             group=8,
             updates=1,
@@ -123,13 +123,13 @@ def get_config() -> ConfigDict:
             temperature=1.0,
             scale_rewards="group",
             mixing=True,
-            eval_every=20,
+            eval_every=8,
             eval_facts=200,
-            save_every=20,
+            save_every=8,
             log_every=1,
             rollouts_every=10,
             keep_checkpoints=2,
-            mix=ConfigDict(dict(start=0.5, end=0.1, until=60, shape="linear")),
+            mix=ConfigDict(dict(start=0.5, end=0.3, until=32, shape="linear")),
             reward=ConfigDict(
                 dict(format=0.2, effort=0.1, accuracy=1.0, effort_from=150, effort_to=190)
             ),
@@ -143,7 +143,7 @@ def get_config() -> ConfigDict:
                     mask_truncated=False,
                 )
             ),
-            optimizer=_adamw(lr=3e-4, schedule="constant", warmup=5, weight_decay=0.0),
+            optimizer=_adamw(lr=2e-4, schedule="cosine", warmup=3, weight_decay=0.0),
         )
     )
     config.evaluate = ConfigDict(dict(batch=128))
