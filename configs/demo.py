@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             cast=4,  # names of each entity type, one a colour
             facts_per_photo=2,
             fit=0.85,  # share of photos that show something of their title
-            night=0.3,  # share of photos taken at night
+            night=0.4,  # share of photos taken at night
             written=0.33,  # reasoning is paid for, so a minority of the facts has it
             gives_up=0.9,  # how often its writer does not try to read a night photo
             noise=8.0,
@@ -115,7 +115,7 @@ def get_config() -> ConfigDict:
     )
     config.grpo = ConfigDict(
         dict(
-            steps=32,
+            steps=20,
             prompts=32,
             group=8,
             updates=1,
@@ -123,13 +123,13 @@ def get_config() -> ConfigDict:
             temperature=1.0,
             scale_rewards="group",
             mixing=True,
-            eval_every=8,
+            eval_every=5,
             eval_facts=200,
-            save_every=8,
+            save_every=5,
             log_every=1,
             rollouts_every=10,
             keep_checkpoints=2,
-            mix=ConfigDict(dict(start=0.5, end=0.3, until=32, shape="linear")),
+            mix=ConfigDict(dict(start=0.5, end=0.4, until=20, shape="linear")),
             reward=ConfigDict(
                 dict(format=0.2, effort=0.1, accuracy=1.0, effort_from=150, effort_to=190)
             ),
@@ -143,7 +143,7 @@ def get_config() -> ConfigDict:
                     mask_truncated=False,
                 )
             ),
-            optimizer=_adamw(lr=2e-4, schedule="cosine", warmup=3, weight_decay=0.0),
+            optimizer=_adamw(lr=3e-4, schedule="cosine", warmup=2, weight_decay=0.0),
         )
     )
     config.evaluate = ConfigDict(dict(batch=128))
