@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.config import identity, load, run_main
+from morer1_jax.run.config import ConfigError, identity, load, run_main
 from morer1_jax.run.control import run_control
 from morer1_jax.run.evaluate import evaluate, read_scores
 from morer1_jax.run.grpo import run_grpo
@@ -81,20 +81,30 @@ def train(config: Any, workdir: Path) -> None:
     Raises:
       ConfigError, DataError: what the user can put right, in one line.
     """
+    if (processes := jax.process_count()) > 1:
+        raise ConfigError(
+            f"{processes} processes found, one expected: several hosts are not supported yet"
+        )
     job = Job(settings(config), workdir)
     load(config, workdir, write=jax.process_index() == 0)
+
+    def stage_of(name: str) -> Stage:
+        return Stage(workdir, name, identity(config, _DEPENDS[name]))
+
     runners: dict[str, Callable[[], Any]] = {
         "synthesise": lambda: run_synthesise(job),
         "sft": lambda: run_sft(job),
         "baselines": lambda: run_baselines(job),
         "rate": lambda: run_rate(job, best_params(job, "sft")),
         "grpo": lambda: run_grpo(job, best_params(job, "sft")),
-        "control": lambda: run_control(job, best_params(job, "sft")),
+        "control": lambda: run_control(
+            job, best_params(job, "sft"), stage_of("rate").results()["seconds"]
+        ),
         "evaluate": lambda: run_evaluate(job),
     }
     checked = False
     for name in job.settings.stages.split(","):
-        stage = Stage(workdir, name, identity(config, _DEPENDS[name]))
+        stage = stage_of(name)
         if name != "evaluate" and stage.done():
             print(f"stage {name}: done before")
             continue

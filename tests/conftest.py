@@ -38,5 +38,5 @@ def small_tokenizer(small_world, tmp_path_factory):
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "train", ontology)
     texts = [student_prompt(fact, ontology) for fact in facts]
-    texts += more.read_reasoning(small_world / "reasoning.jsonl", facts).values()
+    texts += more.read_reasoning(small_world / "reasoning.jsonl", facts, ontology).values()
     return train_tokenizer(texts, 512, tmp_path_factory.mktemp("small_tokenizer") / "tokenizer")

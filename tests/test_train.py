@@ -131,6 +131,19 @@ def test_reasoning_for_an_unknown_fact_is_named(data, config, workdir):
     check_refused(config, workdir, DataError, f"{path}:2: ", "train:999")
 
 
+def test_data_without_reasoning_is_named_with_what_is_missing(data, config, workdir):
+    (data / "reasoning.jsonl").unlink()
+    check_refused(config, workdir, DataError, str(data / "reasoning.jsonl"), '{"fact": "train:1"')
+
+
+def test_reasoning_that_ends_in_another_label_is_named(data, config, workdir):
+    path = data / "reasoning.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    text = first["text"].replace("<answer>", "<answer>x")
+    path.write_text(json.dumps({**first, "text": text}) + "\n")
+    check_refused(config, workdir, DataError, f"{path}:1: ", first["fact"], "rel2id.json")
+
+
 @pytest.mark.parametrize(
     ("key", "size", "where"),
     [
@@ -178,6 +191,29 @@ def test_a_stage_may_be_run_alone_and_is_not_run_again(config, workdir, capsys):
     train(config, workdir)
     assert capsys.readouterr().out.count("stage synthesise: done before") == 2
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jpg")} == photos
+
+
+def test_data_that_changed_since_the_run_began_is_named(data, config, workdir, monkeypatch):
+    """Indices of facts are all that a later stage keeps of the data."""
+    monkeypatch.setattr("morer1_jax.train.run_sft", lambda job: None)
+    config.stages = "sft"
+    train(config, workdir)
+    kept = (workdir / "data.json").read_bytes()
+    train(config, workdir)
+    path = data / "reasoning.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:]))
+    (workdir / "sft" / "DONE.json").unlink()
+    with pytest.raises(DataError, match=r"reasoning\.jsonl changed since the run began"):
+        train(config, workdir)
+    assert (workdir / "data.json").read_bytes() == kept
+    path.write_text("".join(lines))
+    train(config, workdir)
+
+
+def test_several_processes_are_refused(config, workdir, monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    check_refused(config, workdir, ConfigError, "2 processes found, one expected")
 
 
 def rate_as(workdir, *lines):

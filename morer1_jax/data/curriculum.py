@@ -16,6 +16,9 @@ import numpy as np
 
 from morer1_jax.task.fact import DataError
 
+# Sets the shuffles' random streams apart from whatever else is drawn from a run's seed.
+_STREAM = 0x504F4F4C
+
 
 class Pool:
     """An endless sequence over some facts: epoch after epoch, each in a new order.
@@ -38,7 +41,7 @@ class Pool:
             )
         self.name = name
         self.items = np.asarray(items)
-        self._seed = tuple(seed)
+        self._seed = (_STREAM, *seed)
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Items `start` to `start + count` of the sequence."""

@@ -113,7 +113,7 @@ def token_losses(
     advantages: Float[Array, "b g"],
     config: GRPOConfig,
 ) -> tuple[Float[Array, "b g t"], Metrics]:
-    """l_t of each token, and what happened to it: `kl`, `clip_low`, `clip_high`, [b, g, t]."""
+    """l_t of each token, and what happened to it: `clip_low`, `clip_high`, `kl` if asked."""
     advantage = advantages[..., None]
     ratio = jnp.exp(new - old)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
@@ -121,7 +121,6 @@ def token_losses(
     seen = {
         "clip_low": (ratio < 1.0 - config.clip_low) & (advantage < 0),
         "clip_high": (ratio > 1.0 + config.clip_high) & (advantage > 0),
-        "kl": jnp.zeros_like(new),
     }
     if reference is not None:
         log_ratio = reference - new
@@ -187,7 +186,7 @@ def _means(sums: Metrics) -> Metrics:
     return {
         "loss": sums["loss"],
         "entropy": sums["entropy"] / tokens,
-        "kl": sums["kl"] / tokens,
+        **({"kl": sums["kl"] / tokens} if "kl" in sums else {}),
         "clip_ratio/low_mean": low,
         "clip_ratio/high_mean": high,
         "clip_ratio/region_mean": low + high,

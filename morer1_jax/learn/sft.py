@@ -41,7 +41,7 @@ def sft_gradients(
     config: ScoreConfig,
     micro_batches: int = 1,
 ) -> tuple[Params, Metrics]:
-    """Gradients of the mean loss, and metrics `loss`, `entropy`, `num_tokens`."""
+    """Gradients of the mean loss, and metrics `loss`, `entropy`, `target_tokens`."""
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def part_gradients(part: SequenceBatch) -> tuple[Params, dict[str, Array]]:
@@ -56,7 +56,7 @@ def sft_gradients(
     return grads, {
         "loss": sums["loss"] / total,
         "entropy": sums["entropy"] / total,
-        "num_tokens": sums["tokens"],
+        "target_tokens": sums["tokens"],
     }
 
 

@@ -70,12 +70,14 @@ def rotate(x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def rematerialised(layer: type[nn.Module], runtime: Runtime) -> type[nn.Module]:
+def rematerialised(
+    layer: type[nn.Module], runtime: Runtime, *, in_scan: bool = True
+) -> type[nn.Module]:
     """`layer` under the runtime's rematerialisation policy."""
     if runtime.remat == "none":
         return layer
     # Inside a scan the loop itself keeps XLA from merging the two computations.
-    return nn.remat(layer, policy=_REMAT_POLICIES[runtime.remat], prevent_cse=False)
+    return nn.remat(layer, policy=_REMAT_POLICIES[runtime.remat], prevent_cse=not in_scan)
 
 
 def scanned(layer: type[nn.Module], length: int, inputs: int, unroll: int = 1) -> type[nn.Module]:

@@ -133,7 +133,7 @@ class VisionTower(nn.Module):
             groups = scanned(VisionGroup, cfg.depth // cfg.period, inputs=2)
             x, _ = groups(cfg, run, name="groups")(x, rotary, inputs.image_ids)
         else:
-            block = rematerialised(VisionBlock, run)
+            block = rematerialised(VisionBlock, run, in_scan=False)
             for i in range(cfg.depth):
                 full = i in cfg.fullatt_block_indexes
                 x, _ = block(cfg, run, full, name=f"block_{i}")(x, rotary, inputs.image_ids)

@@ -19,13 +19,11 @@ from morer1_jax.files import atomic_write
 from morer1_jax.model.config import ConfigError
 from morer1_jax.task.fact import DataError, one_line
 
-# Keys that may differ when a run is resumed, because the numbers it computes do not depend on them.
+# Keys that may differ when a run is resumed: how a step is computed does not depend on them. How
+# often is validated decides among which steps the best one is found.
 # Dotted prefixes (see `matches`).  Every other key is part of the run's identity.
 OPERATIONAL = (
     "mesh",
-    "hosts",
-    "workers",
-    "profile",
     "stages",
     "*.workers",
     "*.save_every",

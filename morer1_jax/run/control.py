@@ -1,6 +1,7 @@
 """The stage `control`: SFT that goes on from its best checkpoint for as long as GRPO took.
 
-What GRPO gains over this is not owed to the time it was given.
+What GRPO gains over this is not owed to the time it was given. Rating the facts is part of the
+method's price, so its time counts as GRPO's.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from morer1_jax.run.job import Job
 from morer1_jax.run.sft import loop_config, train_sft
 
 
-def run_control(job: Job, params: Any) -> Checkpointer:
-    """Goes on with SFT at its last learning rate, constant; validated and kept like SFT."""
+def run_control(job: Job, params: Any, rating_seconds: float) -> Checkpointer:
+    """Goes on with SFT at its last learning rate, constant; validated and kept like SFT.
+
+    Args:
+      rating_seconds: how long rating the training facts took.
+    """
     sft = job.settings.sft
     # Medians leave out the steps that compiled, of which a resumed run has several.
     grpo_seconds = job.settings.grpo.steps * statistics.median(_step_times(job.workdir, "grpo"))
-    steps = max(round(grpo_seconds / statistics.median(_step_times(job.workdir, "sft"))), 1)
+    sft_step_seconds = statistics.median(_step_times(job.workdir, "sft"))
+    steps = max(round((rating_seconds + grpo_seconds) / sft_step_seconds), 1)
     rate = float(sft.optimizer.learning_rate(sft.steps)(sft.steps))
     return train_sft(
         job,

@@ -112,7 +112,11 @@ _MAIN = {
     ),
 }
 _MORE = {
-    "sft": (_GRAD_NORM, Curve("Tokens a step", "tokens", {"num_tokens": "tokens"}), _STEP_TIME),
+    "sft": (
+        _GRAD_NORM,
+        Curve("Target tokens a step", "tokens", {"target_tokens": "tokens"}),
+        _STEP_TIME,
+    ),
     "grpo": (
         Curve("Loss", "loss", {"loss": "loss"}),
         _GRAD_NORM,

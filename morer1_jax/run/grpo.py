@@ -72,6 +72,8 @@ def grpo_step(
 ) -> Callable[[TrainState, PromptBatch, int], tuple[TrainState, dict[str, Any], Scored]]:
     """One rollout and its updates: `step(state, prompts, number) -> (state, metrics, scored)`.
 
+    The update's metrics are means over the rollout's updates.
+
     Args:
       reference: parameters the KL is taken to; not read where beta is 0.
     """
@@ -96,11 +98,13 @@ def grpo_step(
         # The first update needs no old log-probabilities: they are its own. Later ones take those
         # of the parameters the rollout began with, so they are scored before the first.
         old = programs.score(state.params, *asked) if grpo.updates > 1 else None
+        learned = []
         for update in range(grpo.updates):
-            state, learned = programs.update(
+            state, seen = programs.update(
                 state, batch.replace(old=old if update else None), job.allowed
             )
-            metrics |= learned
+            learned.append(seen)
+        metrics |= jax.tree.map(lambda *x: sum(x) / len(x), *learned)
         return state.replace(step=state.step + 1), metrics, scored
 
     return step
@@ -124,8 +128,9 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
     records = RecordLog(job.workdir / "rollouts.jsonl", "grpo")
 
     def make_batch(number: int) -> PromptBatch:
-        mine = job.host_rows(draw(number))
-        return job.encoder.prompts([facts[i] for i in mine], mine)
+        drawn = draw(number)
+        mine, noise = job.host_rows(drawn), job.host_rows(noise_ids(drawn, len(facts)))
+        return job.encoder.prompts([facts[i] for i in mine], noise)
 
     def train_step(state: TrainState, prompts: PromptBatch, number: int):
         state, metrics, scored = step(state, prompts, number)
@@ -153,6 +158,16 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
         loop_config(grpo),
         workers=job.settings.data.workers,
     )
+
+
+def noise_ids(drawn: np.ndarray, total: int) -> np.ndarray:
+    """What the noise of each row of a batch is keyed by: its fact, and how often it came before.
+
+    A pool smaller than its share of the batch gives a fact twice, and the same noise would give the
+    same completions twice.
+    """
+    before = [np.count_nonzero(drawn[:row] == fact) for row, fact in enumerate(drawn)]
+    return drawn + total * np.asarray(before, drawn.dtype)
 
 
 def _pools(job: Job) -> dict[str, list[int]]:

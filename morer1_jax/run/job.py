@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from morer1_jax.data.batch import Buckets, Encoder
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
 from morer1_jax.data.tokens import build_tables, token_bytes
+from morer1_jax.files import atomic_write
 from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
 from morer1_jax.model.config import ModelConfig
@@ -28,7 +30,7 @@ from morer1_jax.run import mesh as meshes
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.settings import Settings
 from morer1_jax.task import more
-from morer1_jax.task.fact import Fact
+from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.prompt import student_prompt
 
@@ -68,7 +70,13 @@ class Job:
     @functools.cached_property
     def reasoning(self) -> dict[str, str]:
         """Written reasoning and answer by training fact's id."""
-        return more.read_reasoning(self.data / "reasoning.jsonl", self.facts["train"])
+        path = self.data / "reasoning.jsonl"
+        if not path.exists():
+            raise DataError(
+                f"{path}: no such file; SFT learns from written reasoning, a line "
+                '{"fact": "train:1", "text": "<think>…</answer>"} each'
+            )
+        return more.read_reasoning(path, self.facts["train"], self.ontology)
 
     @functools.cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -209,7 +217,8 @@ class Job:
 
         Raises:
           ConfigError: a batch whose rows do not divide over the mesh.
-          DataError: a photo that cannot be read, or a fact that does not fit its bucket.
+          DataError: a photo that cannot be read, a fact that does not fit its bucket, or data that
+            is not what the run began with.
         """
         config = self.settings
         parts = math.prod(self.mesh.shape[name] for name in meshes.BATCH_AXES)
@@ -227,6 +236,20 @@ class Job:
                 )
         for facts in self.facts.values():
             self.encoder.check(facts, self.sizes, self.reasoning)
+        self._check_digests()
+
+    def _check_digests(self) -> None:
+        """Keeps the digests of the data's files, so that a run goes on with the same data only."""
+        path, found = self.workdir / "data.json", more.digests(self.data)
+        if not path.exists():
+            atomic_write(path, json.dumps(found, indent=1) + "\n")
+        kept = json.loads(path.read_text())
+        names = sorted({*kept, *found})
+        if changed := [name for name in names if kept.get(name) != found.get(name)]:
+            raise DataError(
+                f"{self.data}: {', '.join(changed)} changed since the run began ({path}); put it "
+                "back, or use a new --workdir"
+            )
 
 
 def like(state: Any, shardings: Any) -> Any:

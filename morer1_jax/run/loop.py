@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from morer1_jax.data.loader import load_ahead
 from morer1_jax.learn.state import TrainState
 from morer1_jax.run.checkpoint import Checkpointer
@@ -61,8 +63,9 @@ def train(
     """Trains to `config.steps`, from the newest whole checkpoint if there is one.
 
     Checkpoints are in `workdir/name/checkpoints`, the best parameters by validation beside them;
-    metrics go to `workdir/metrics.jsonl`. A run that is killed and started again ends with the same
-    parameters, and with every step in the log once.
+    metrics go to `workdir/metrics.jsonl`, with `step_time`: seconds a step since the last record,
+    validation and saving left out. A run that is killed and started again ends with the same
+    parameters, and with every logged step in the log once.
 
     Args:
       state: where training starts; not read if there is a checkpoint.
@@ -82,36 +85,73 @@ def train(
     batches = load_ahead(hooks.batch, start, config.steps, workers=workers)
     bar = progress(desc=name, total=config.steps, initial=start)
     pending: tuple[int, Metrics] | None = None
+    watch = _StopWatch(start)
 
     def write_pending() -> None:
-        """Logs the step before: by now it is computed, so that reading it does not wait."""
+        """Logs the step before: the next one keeps the device busy while it is waited for."""
         nonlocal pending
         if pending is not None:
-            log.write(*pending)
-            shown = {k: f"{float(pending[1][k]):.3g}" for k in hooks.shown}
+            step, metrics = pending
+            jax.block_until_ready(metrics)
+            log.write(step, {**metrics, "step_time": watch.seconds_a_step(step)})
+            shown = {k: f"{float(metrics[k]):.3g}" for k in hooks.shown}
             bar.set_postfix(shown, refresh=False)
         pending = None
 
     with contextlib.closing(log), bar:
-        before = time.perf_counter()
+        watch.go_on()
         for step in range(start + 1, config.steps + 1):
             state, metrics = hooks.step(state, next(batches), step - 1)
             write_pending()
-            now = time.perf_counter()
-            if step % config.log_every == 0 or step == config.steps:
-                pending = (step, {**metrics, "step_time": now - before})
-            before = now
             last = step == config.steps
-            if step % config.eval_every == 0 or last:
+            if step % config.log_every == 0 or last:
+                pending = (step, metrics)
+            validate = step % config.eval_every == 0 or last
+            save = step % config.save_every == 0 or last
+            if validate or save:
                 write_pending()
+                jax.block_until_ready(state)
+                watch.pause()
+            if validate:
                 scores = hooks.validate(state.params)
                 log.write(step, {f"validation/{k}": v for k, v in scores.items()}, kind="valid")
                 checkpoints.save_best(step, state.params, float(scores["micro_f1"]))
                 bar.write(f"{name} step {step}: validation micro F1 {scores['micro_f1']:.1f}")
-                before = time.perf_counter()
-            if step % config.save_every == 0 or last:
-                write_pending()
+            if save:
                 log.sync()
                 checkpoints.save(step, state)
+            if validate or save:
+                watch.go_on()
             bar.update()
     return checkpoints
+
+
+class _StopWatch:
+    """Seconds a step, where steps are computed while the host is ahead of them.
+
+    Only what was waited for has a time, so it is asked for once a step is known to be computed.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def go_on(self) -> None:
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops counting; every step so far is computed."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def seconds_a_step(self, step: int) -> float:
+        """The mean since it was last asked for; `step` is computed just now."""
+        running = self._since is not None
+        self.pause()
+        mean = self._seconds / (step - self._step)
+        self._step, self._seconds = step, 0.0
+        if running:
+            self.go_on()
+        return mean

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from morer1_jax.files import atomic_write
+from morer1_jax.files import atomic_dir, atomic_write
 from morer1_jax.run.evaluate import read_scores
 
 MAIN_STAGES = "synthesise,sft,baselines,rate,grpo,control,evaluate"
@@ -50,7 +50,8 @@ def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequen
         _train(config, main, MAIN_STAGES, given)
         for name in _SHARED:
             if not (plain / name).exists():
-                shutil.copytree(main / name, plain / name)
+                with atomic_dir(plain / name) as partial:
+                    shutil.copytree(main / name, partial, dirs_exist_ok=True)
         _train(config, plain, "grpo,evaluate", [*given, "--config.grpo.mixing=False"])
     results = collect(folder, seeds)
     atomic_write(folder / "study.json", json.dumps(results, indent=1) + "\n")

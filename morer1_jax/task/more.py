@@ -12,6 +12,7 @@ is not letter for letter the title's words under `h.pos`, and a box that leaves 
 """
 
 import ast
+import hashlib
 import json
 import os
 import warnings
@@ -23,8 +24,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from morer1_jax.task.answer import Special, read
 from morer1_jax.task.fact import DataError, Fact, one_line
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
+from morer1_jax.task.prompt import SPECIAL_TOKEN
 
 SPLITS = ("train", "valid", "test")
 BOX_SLOP = 1e-3
@@ -101,6 +104,17 @@ def write_split(folder: Path, split: str, facts: Sequence[Fact]) -> None:
     _write_lines(split_path(folder, split), lines)
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of the dataset's text files that is there, by its path in the folder."""
+    names = ["rel2id.json", "reasoning.jsonl", *(f"txt/{split}.txt" for split in SPLITS)]
+    paths = {name: Path(folder) / name for name in names}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in paths.items()
+        if path.exists()
+    }
+
+
 def check_photos(facts: Iterable[Fact], folder: Path) -> dict[str, tuple[int, int]]:
     """Decodes each distinct photo once and shows a progress bar.
 
@@ -134,17 +148,20 @@ def check_photos(facts: Iterable[Fact], folder: Path) -> dict[str, tuple[int, in
             raise
 
 
-def read_reasoning(path: Path, facts: Iterable[Fact]) -> dict[str, str]:
+def read_reasoning(path: Path, facts: Iterable[Fact], ontology: Ontology) -> dict[str, str]:
     """Reads written reasoning, one JSON object `{"fact": id, "text": text}` a line.
+
+    A text is `<think>`, six steps, `</think>` and `<answer>label</answer>` (see `answer.py`).
 
     Returns:
         Fact id to text, in file order.
 
     Raises:
         DataError: naming file and line, if a line is malformed, its fact is unknown or was there
-            before, or its text is empty.
+            before, or its text is empty, breaks the answer's grammar, does not end in its fact's
+            label, or holds a special token.
     """
-    known = {fact.id for fact in facts}
+    golds = {fact.id: fact.label for fact in facts}
     texts: dict[str, str] = {}
     for number, line in enumerate(_read_lines(path), start=1):
         try:
@@ -153,7 +170,7 @@ def read_reasoning(path: Path, facts: Iterable[Fact]) -> dict[str, str]:
             except (ValueError, RecursionError) as e:
                 raise DataError(f"{one_line(e)}; expected one JSON object a line") from e
             fact_id, text = _fields(value, "the line", {"fact": str, "text": str})
-            if fact_id not in known:
+            if fact_id not in golds:
                 raise DataError(f"fact {fact_id!r}: unknown, expected the id of a fact read")
             if fact_id in texts:
                 raise DataError(f"fact {fact_id!r}: occurs twice, expected one text a fact")
@@ -161,10 +178,28 @@ def read_reasoning(path: Path, facts: Iterable[Fact]) -> dict[str, str]:
                 raise DataError(f"fact {fact_id!r}: text is empty, expected written reasoning")
             if not _is_text(text):
                 raise DataError(f"fact {fact_id!r}: text holds a lone surrogate, expected Unicode")
+            try:
+                _check_reasoning(text, golds[fact_id], ontology)
+            except DataError as e:
+                raise DataError(f"fact {fact_id!r}: {e}") from e
         except DataError as e:
             raise DataError(f"{path}:{number}: {e}") from e
         texts[fact_id] = text
     return texts
+
+
+def _check_reasoning(text: str, gold: str, ontology: Ontology) -> None:
+    """What a text must be for the model to learn the answer's form and the right label from it."""
+    if found := SPECIAL_TOKEN.search(text):
+        raise DataError(f"text holds {found.group()!r}, a special token of the model; remove it")
+    outcome = read([text.encode(), Special.END], ontology.labels)
+    if not outcome.format:
+        raise DataError(
+            "text is not '<think>', steps 1 to 6, a line each, '</think>' and "
+            "'<answer>', a label of rel2id.json, '</answer>'; write it anew"
+        )
+    if (found := ontology.labels[outcome.answer]) != gold:
+        raise DataError(f"text ends in {found!r}, expected the fact's label {gold!r}")
 
 
 def write_reasoning(path: Path, texts: Mapping[str, str]) -> None:

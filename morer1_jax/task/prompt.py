@@ -15,7 +15,7 @@ from morer1_jax.task.ontology import Ontology
 IMAGE_PAD = "<|image_pad|>"
 END_OF_TURN = "<|im_end|>"
 _IMAGE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
-_SPECIAL = re.compile(r"<\|[a-z_]+\|>")
+SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
 
 _CONVERSATION = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -58,7 +58,7 @@ def student_prompt(
         a turn or an image of its own.
     """
     for name, text in (("title", fact.title), ("entity", fact.entity_text)):
-        if found := _SPECIAL.search(text):
+        if found := SPECIAL_TOKEN.search(text):
             raise DataError(
                 f"{fact.id}: the {name} holds {found.group()!r}, which is a special token of the "
                 "model; remove it from the text"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from morer1_jax.files import atomic_dir
 from morer1_jax.task import more
 from morer1_jax.task.drawing import draw_photo
-from morer1_jax.task.fact import Fact
+from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.prose import give_up, write_reasoning
 from morer1_jax.task.world import (
@@ -50,6 +50,7 @@ class WorldConfig:
       cast: how many names each entity type has, 2 to 8.
       facts_per_photo: most facts asked about one photo-title pair.
       fit: share of photos that show something their title is about.
+      none: share of the facts whose label is `none`.
       night: share of photos taken at night: dark, with objects no harder to tell.
       written: share of the training facts that reasoning is written for.
       gives_up: how often the writer does not try to read a night photo and answers `none`. Only
@@ -63,6 +64,7 @@ class WorldConfig:
     cast: int = 8
     facts_per_photo: int = 3
     fit: float = 0.85
+    none: float = 0.5
     night: float = 0.0
     written: float = 0.25
     gives_up: float = 0.0
@@ -74,7 +76,7 @@ class WorldConfig:
         for name in ("train", "valid", "test", "facts_per_photo"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} found, at least 1 expected")
-        for name in ("fit", "night", "written", "gives_up"):
+        for name in ("fit", "none", "night", "written", "gives_up"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: {getattr(self, name)} found, a share expected, 0 to 1")
 
@@ -168,12 +170,13 @@ def _ruled_out(thing: Thing, entity: Named) -> bool:
 
 
 def _questions(
-    scene: Scene, rng: np.random.Generator, most: int, surplus: int
+    scene: Scene, rng: np.random.Generator, most: int, none: float, surplus: float
 ) -> Iterator[tuple[int, Named, str]]:
-    """Asks about up to `most` pairs of object and entity, holding `none` at about half.
+    """Asks about up to `most` pairs of object and entity, holding `none` at its share.
 
     Args:
-      surplus: facts so far whose label is not `none`, less those whose label is.
+      none: the share.
+      surplus: by how many facts `none` is behind its share so far.
     """
     pairs = [
         (place, entity, relation(thing, entity, scene.clauses)[0])
@@ -195,7 +198,7 @@ def _questions(
                 return
             chosen = pairs[0]
         pairs.remove(chosen)
-        surplus += -1 if chosen[2] == "none" else 1
+        surplus += none - (chosen[2] == "none")
         yield chosen
 
 
@@ -207,11 +210,11 @@ def _write_split(
     photos = folder / "img_org" / split
     photos.mkdir(parents=True)
     asked: list[Question] = []
-    surplus, number = 0, 0
+    surplus, number = 0.0, 0
     bar = tqdm(total=count, desc=f"synthesise {split}", unit="fact", mininterval=1.0)
     while len(asked) < count:
         scene = draw_scene(rng, config)
-        questions = list(_questions(scene, rng, config.facts_per_photo, surplus))
+        questions = list(_questions(scene, rng, config.facts_per_photo, config.none, surplus))
         if not questions:
             continue
         number += 1
@@ -241,7 +244,7 @@ def _write_split(
                 label=label,
             )
             asked.append(Question(fact, scene, scene.things[place], entity))
-            surplus += -1 if label == "none" else 1
+            surplus += config.none - (label == "none")
             bar.update()
     bar.close()
     more.write_split(folder, split, [question.fact for question in asked])
@@ -266,7 +269,7 @@ def _written(
             continue
         texts[question.fact.id] = text
     if len(texts) < wanted:
-        raise ValueError(
+        raise DataError(
             f"written: reasoning for {wanted} of {len(asked)} training facts wanted, {len(texts)} "
             f"found; lower written, night ({config.night}) or gives_up ({config.gives_up})"
         )

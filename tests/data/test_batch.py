@@ -36,7 +36,8 @@ def sizes(small_world, facts):
 
 @pytest.fixture(scope="module")
 def reasoning(small_world, facts):
-    return more.read_reasoning(small_world / "reasoning.jsonl", facts)
+    ontology = more.read_ontology(small_world)
+    return more.read_reasoning(small_world / "reasoning.jsonl", facts, ontology)
 
 
 @pytest.fixture(scope="module")

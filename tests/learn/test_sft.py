@@ -65,7 +65,7 @@ def test_loss_is_the_mean_over_target_tokens(tiny, learn):
     gradients, metrics = learn()(params, batch)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-5)
-    assert metrics["num_tokens"] == counts.sum()
+    assert metrics["target_tokens"] == counts.sum()
     assert abs(of_rows - expected) > 1e-3
     tiny.assert_near(gradients, wanted, 1e-5)
 

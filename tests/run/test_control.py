@@ -5,15 +5,9 @@ import types
 
 import pytest
 
+from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.run import control
 from morer1_jax.run.config import ConfigError
-
-
-class Optimizer(types.SimpleNamespace):
-    """Stands for `OptimizerConfig`: only its rate is asked for."""
-
-    def learning_rate(self, updates):
-        return lambda step: 1e-3 if step < updates else 1e-4
 
 
 def write(workdir, **times):
@@ -31,8 +25,15 @@ def write(workdir, **times):
 def steps(monkeypatch, tmp_path):
     """Steps that the control would train for, given the log."""
     loops = []
-    monkeypatch.setattr(control, "train_sft", lambda *a, loop, **k: loops.append(loop.steps))
-    monkeypatch.setattr(control.dataclasses, "replace", lambda optimizer, **k: optimizer)
+
+    def train(*_, loop, optimizer, **given):
+        # SFT's last rate, all the way.
+        rate = optimizer.learning_rate(loop.steps)
+        assert [rate(0), rate(loop.steps)] == pytest.approx([1e-4, 1e-4])
+        assert given["targets"] == {"train:1": "…"}
+        loops.append(loop.steps)
+
+    monkeypatch.setattr(control, "train_sft", train)
     sft = types.SimpleNamespace(
         steps=4,
         batch=4,
@@ -42,17 +43,17 @@ def steps(monkeypatch, tmp_path):
         save_every=2,
         log_every=1,
         keep_checkpoints=1,
-        optimizer=Optimizer(),
+        optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup=2, final=0.1),
     )
     job = types.SimpleNamespace(
         workdir=tmp_path,
         encoder=None,
-        reasoning={},
+        reasoning={"train:1": "…"},
         settings=types.SimpleNamespace(sft=sft, grpo=types.SimpleNamespace(steps=100)),
     )
 
-    def steps():
-        control.run_control(job, None)
+    def steps(rating_seconds=0.0):
+        control.run_control(job, None, rating_seconds)
         return loops.pop()
 
     return steps
@@ -62,6 +63,11 @@ def test_it_takes_as_long_as_all_of_grpo(steps, tmp_path):
     # The first steps compile, which is no training.
     write(tmp_path, sft={1: 30.0, 2: 0.5, 3: 0.5, 4: 0.5}, grpo={1: 60.0, 2: 2.0, 3: 2.0})
     assert steps() == 400
+
+
+def test_rating_counts_as_grpo(steps, tmp_path):
+    write(tmp_path, sft={4: 0.5}, grpo={100: 2.0})
+    assert steps(rating_seconds=50.0) == 500
 
 
 def test_steps_that_were_not_logged_count_too(steps, tmp_path):

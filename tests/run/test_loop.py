@@ -1,6 +1,7 @@
 """The train loop on a toy state: resuming, logging each step once, keeping the best."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +167,49 @@ def test_an_error_in_a_batch_comes_as_it_is(tmp_path):
     with pytest.raises(DataError, match=r"^train:7: no photo$"):
         toy.run(tmp_path)
     assert toy.steps == [0, 1, 2, 3, 4]
+
+
+class Slow(Toy):
+    """Steps and validation that take a while on the device, while the host runs ahead."""
+
+    STEP, VALIDATE = 0.02, 0.2
+
+    def __init__(self):
+        super().__init__()
+
+        def slowly(w):
+            time.sleep(self.STEP)
+            return w
+
+        self.slow = jax.jit(
+            lambda w: jax.pure_callback(slowly, jax.ShapeDtypeStruct((), jnp.int32), w)
+        )
+
+    def step(self, state, batch, step):
+        state, metrics = super().step(state, batch, step)
+        w = self.slow(state.params["w"])
+        metrics["loss"] = w.astype(jnp.float32)
+        return TrainState(state.step, {"w": w}, ()), metrics
+
+    def validate(self, params):
+        time.sleep(self.VALIDATE)
+        return super().validate(params)
+
+
+@pytest.mark.parametrize(("log", "evaluate"), [(1, 100), (1, 1), (1, 3), (5, 4), (100, 2)])
+def test_step_time_is_what_the_steps_took(tmp_path, log, evaluate):
+    config = LoopConfig(
+        steps=9, eval_every=evaluate, save_every=4, log_every=log, keep_checkpoints=1
+    )
+    start = time.perf_counter()
+    Slow().run(tmp_path, config)
+    wall = time.perf_counter() - start
+    steps = [r["step"] for r in lines(tmp_path) if r["kind"] == "train"]
+    times = [r["step_time"] for r in lines(tmp_path) if r["kind"] == "train"]
+    counts = np.diff([0, *steps])
+    # A step may be counted with the one before it, which the host goes on to before it waits.
+    assert max(times) >= Slow.STEP
+    if log == 1:
+        assert np.median(times) >= Slow.STEP
+    validations = sum(r["kind"] == "valid" for r in lines(tmp_path))
+    assert Slow.STEP * 9 <= float(np.dot(counts, times)) <= wall - validations * Slow.VALIDATE

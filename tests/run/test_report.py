@@ -76,7 +76,7 @@ def fake_metrics(steps, rng):
             "loss": 6 * math.exp(-9 * done) + 0.15 + abs(noise(0.03)),
             "entropy": 4 * math.exp(-7 * done) + 0.2 + noise(0.02),
             "grad_norm": 1 + abs(noise(0.4)),
-            "num_tokens": 2900 + int(noise(60)),
+            "target_tokens": 2900 + int(noise(60)),
             "step_time": 0.45 + abs(noise(0.02)),
         }
         if step % 5 == 0:
@@ -137,7 +137,8 @@ def make_fake(workdir, *, test=48, steps=STEPS, seed=0):
     write_lines(workdir / "metrics.jsonl", fake_metrics(steps, rng))
     ontology = more.read_ontology(workdir / "data")
     train, facts = (more.read_split(workdir / "data", s, ontology) for s in ("train", "test"))
-    texts = list(more.read_reasoning(workdir / "data" / "reasoning.jsonl", train).values())
+    written = workdir / "data" / "reasoning.jsonl"
+    texts = list(more.read_reasoning(written, train, ontology).values())
     shares = {"majority": 0.05, "photo_hidden": 0.3, "title_hidden": 0.2, "sft": 0.55}
     for name, share in (shares | {"control": 0.58, "no_mixing": 0.7, "grpo": 0.75}).items():
         answers = [fake_answer(fact, ontology, texts, share, rng) for fact in facts]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def reference(tmp_path_factory, cache):
     return workdir
 
 
-def start(workdir, cache):
+def start(workdir, cache, stages=STAGES, *overrides):
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
@@ -48,7 +49,7 @@ def start(workdir, cache):
     command = [sys.executable, "-m", "morer1_jax.train", f"--config={CONFIG}"]
     with open(workdir.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(
-            [*command, f"--workdir={workdir}", f"--config.stages={STAGES}"],
+            [*command, f"--workdir={workdir}", f"--config.stages={stages}", *overrides],
             env=environment,
             stdout=log,
             stderr=log,
@@ -142,6 +143,40 @@ def test_a_run_logs_every_step_once_and_learns_from_its_rollouts(reference):
     before, after = arrays(reference, "sft"), arrays(reference, "grpo")
     moved = [n for n in after if n.startswith("params/") and (after[n] != before[n]).any()]
     assert len(moved) > 20
+
+
+def test_the_stages_beside_the_main_way_run_and_are_scored(reference, cache, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    finish(start(workdir, cache, "baselines,control,evaluate"))
+    systems = ("sft", "control", "grpo", "majority", "photo_hidden", "title_hidden")
+    for name in systems:
+        scores = json.loads((workdir / "eval" / f"{name}.json").read_text())
+        assert 0.0 <= scores["micro_f1"] <= 100.0
+        answers = [json.loads(line) for line in (workdir / "eval" / f"{name}.answers.jsonl").open()]
+        assert len(answers) == 8
+    stages = {record["stage"] for record in records(workdir)}
+    assert stages == {
+        "sft",
+        "grpo",
+        "control",
+        *(f"baselines/{n}_hidden" for n in ("photo", "title")),
+    }
+    page = (workdir / "report.html").read_text()
+    assert all(name in page for name in ("SFT for longer", "Title hidden", "Majority label"))
+
+
+def test_several_updates_a_rollout_without_mixing(reference, cache, tmp_path):
+    workdir = tmp_path / "run"
+    for name in ("data", "tokenizer", "sft", "rate"):
+        shutil.copytree(reference / name, workdir / name)
+    keys = ("mixing=False", "updates=2", "micro_batches=2", "scale_rewards=batch", "loss.beta=0.1")
+    overrides = [f"--config.grpo.{key}" for key in keys]
+    finish(start(workdir, cache, "grpo", *overrides))
+    trained = [r for r in records(workdir) if r["kind"] == "train"]
+    assert [r["step"] for r in trained] == list(range(1, STEPS["grpo"] + 1))
+    # The second update on a rollout is off policy: its ratio is not 1, and the KL is not 0.
+    assert any(r["kl"] > 0 for r in trained)
+    assert not any("kl" in r for r in records(reference))
 
 
 def test_a_run_killed_three_times_ends_as_one_never_killed(reference, cache, tmp_path):

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from morer1_jax.task.answer import format_answer
 from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.more import (
     check_photos,
+    digests,
     photo_path,
     read_ontology,
     read_reasoning,
@@ -267,12 +269,20 @@ def test_bad_photos_are_named_with_their_first_fact(folder, damage):
     assert "\n" not in str(error.value)
 
 
+def reasoned(label=FACT.label, first="See."):
+    return format_answer([first, *("On.",) * 5], label)
+
+
+def text_line(text, fact="train:1"):
+    return json.dumps({"fact": fact, "text": text})
+
+
 def test_reasoning_round_trip(tmp_path):
-    texts = {"train:2": "<think>\nStep 1: é\u2028…</answer>", "train:1": "x"}
+    texts = {"train:2": reasoned(first="é\u2028…"), "train:1": reasoned()}
     facts = [dataclasses.replace(FACT, id=f"train:{i}") for i in (1, 2, 3)]
     path = tmp_path / "reasoning.jsonl"
     write_reasoning(path, texts)
-    assert list(read_reasoning(path, facts).items()) == list(texts.items())
+    assert list(read_reasoning(path, facts, ONTOLOGY).items()) == list(texts.items())
     assert [json.loads(line)["fact"] for line in path.read_text().splitlines()] == list(texts)
 
 
@@ -288,14 +298,32 @@ def test_reasoning_round_trip(tmp_path):
         ('{"fact": "train:2", "text": "a"}', "fact 'train:2': occurs twice"),
         ('{"fact": "train:1", "text": " \\n"}', "fact 'train:1': text is empty"),
         ('{"fact": "train:1", "text": "\\ud800"}', "fact 'train:1': text holds a lone surrogate"),
+        (
+            '{"fact": "train:1", "text": "So none."}',
+            "fact 'train:1': text is not '<think>', steps 1",
+        ),
+        (text_line(reasoned("none")), "ends in 'none', expected the fact's label '/per/org/opp"),
+        (text_line(reasoned("/per/misc/race")), "text is not '<think>'"),
+        (text_line(reasoned(first="<|im_end|>")), "text holds '<|im_end|>', a special token"),
+        (text_line(reasoned(first="<|image_pad|>")), "text holds '<|image_pad|>'"),
     ],
 )
 def test_bad_reasoning_is_named_in_one_line(tmp_path, line, message):
     facts = [FACT, dataclasses.replace(FACT, id="train:2")]
     path = tmp_path / "reasoning.jsonl"
-    path.write_text('{"fact": "train:2", "text": "a"}\n' + line + "\n")
+    path.write_text(text_line(reasoned(), "train:2") + "\n" + line + "\n")
     with pytest.raises(DataError) as error:
-        read_reasoning(path, facts)
+        read_reasoning(path, facts, ONTOLOGY)
     assert str(error.value).startswith(f"{path}:2: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_digests_tell_changed_files_from_others(folder):
+    before = digests(folder)
+    assert set(before) == {"rel2id.json", "txt/train.txt"}
+    write_reasoning(folder / "reasoning.jsonl", {"train:1": reasoned()})
+    split_path(folder, "train").write_text(split_path(folder, "train").read_text() + "\n")
+    after = digests(folder)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"reasoning.jsonl", "txt/train.txt"}

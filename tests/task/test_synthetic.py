@@ -61,6 +61,10 @@ class World:
     def all_facts(self):
         return [fact for split in SPLITS for fact in self.facts[split]]
 
+    def read_reasoning(self):
+        path = self.folder / "reasoning.jsonl"
+        return more.read_reasoning(path, self.facts["train"], self.ontology)
+
     def thing(self, fact):
         """Kind and colour of the fact's object."""
         return self.things[fact.photo][int(fact.object_name.strip("[OBJ]"))]
@@ -152,10 +156,11 @@ def test_labels_fit_the_types_of_object_and_entity(large):
             assert label_types(fact.label) == expected
 
 
-def test_half_of_the_facts_are_none_in_every_split(large):
-    for split in SPLITS:
-        none = sum(fact.label == "none" for fact in large.facts[split])
-        assert 0.45 <= none / len(large.facts[split]) <= 0.55
+def test_none_has_its_share_of_the_facts_in_every_split(large, nights):
+    for world, splits in ((large, SPLITS), (nights, ["train"])):
+        for split in splits:
+            none = sum(fact.label == "none" for fact in world.facts[split])
+            assert none / len(world.facts[split]) == pytest.approx(world.config.none, abs=0.01)
 
 
 def test_there_are_many_labels_over_all_types(large):
@@ -215,7 +220,7 @@ def test_boxes_lie_within_photos_and_tell_objects_apart(small):
 @pytest.mark.parametrize("name", ["small", "large"])
 def test_reasoning_is_written_for_its_share_of_the_training_facts(name, request):
     world = request.getfixturevalue(name)
-    texts = more.read_reasoning(world.folder / "reasoning.jsonl", world.facts["train"])
+    texts = world.read_reasoning()
     assert len(texts) == round(world.config.written * world.config.train)
     gold = {fact.id: fact.label for fact in world.facts["train"]}
     for fact_id, text in texts.items():
@@ -231,10 +236,12 @@ def test_reasoning_is_written_for_its_share_of_the_training_facts(name, request)
 def nights(tmp_path_factory):
     """Many facts, two fifths of them at night, where the writer mostly gives up."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        config = WorldConfig(train=3000, valid=2, test=2, night=0.4, written=0.5, gives_up=0.9)
+        config = WorldConfig(
+            train=3000, valid=2, test=2, none=0.56, night=0.4, written=0.5, gives_up=0.9
+        )
         folder = tmp_path_factory.mktemp("nights") / "data"
         world = World(folder, config, 3, monkeypatch, draw=plain_photo)
-        world.texts = more.read_reasoning(folder / "reasoning.jsonl", world.facts["train"])
+        world.texts = world.read_reasoning()
         return world
 
 
