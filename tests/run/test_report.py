@@ -103,7 +103,6 @@ def fake_metrics(steps, rng):
             "completions/max_length": 112 + int(noise(4)),
             "completions/clipped_ratio": 0.01,
             "entropy": 0.3 - 0.15 * done + noise(0.01),
-            "kl": 0.0,
             "clip_ratio/low_mean": 0.0,
             "clip_ratio/high_mean": 0.0,
             "clip_ratio/region_mean": 0.0,
@@ -220,7 +219,10 @@ def test_a_whole_workdir_shows_every_section(html):
     page = Page(html)
     assert set(page.texts) == {"", *SECTIONS}
     remarks = re.findall(r'class="remark">(.*?)<', html)
-    assert all(re.match(r"Zero throughout|Left out, without test facts", text) for text in remarks)
+    assert all(
+        re.match(r"Zero throughout|Not logged: KL|Left out, without test facts", text)
+        for text in remarks
+    )
     for text in ("4 layers, width 128 / 384", "sft (3 min 12 s), baselines, rate (48 s)"):
         assert text in page.texts[""]
     scores = page.texts["scores"]
