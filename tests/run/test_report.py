@@ -229,7 +229,7 @@ def test_a_whole_workdir_shows_every_section(html):
     names = ["Majority label", "Title hidden", "Photo hidden", "SFT", "SFT for longer"]
     places = [scores.index(name) for name in [*names, "GRPO without mixing"]]
     assert places == sorted(places)
-    for text in ("Reward", "Completion length", "Photo hidden", "Zero throughout: KL"):
+    for text in ("Reward", "Completion length", "Photo hidden", "Not logged: KL"):
         assert text in page.texts["curves"]
     assert "24 facts" in page.texts["curriculum"]
     assert "50% of the first batch" in page.texts["curriculum"]
