@@ -282,6 +282,11 @@ class Settings:
             )
         if self.runtime.dtype == "float16":
             raise ValueError("runtime.dtype: 'float16' overflows in training; use 'bfloat16'")
+        if self.runtime.param_dtype != "float32":
+            raise ValueError(
+                f"runtime.param_dtype: {self.runtime.param_dtype!r} found, 'float32' expected: an "
+                "update at a usual learning rate is less than a rounding of a shorter type"
+            )
 
 
 def _check_micro_batches(micro_batches: int, rows: int) -> None:

@@ -116,6 +116,7 @@ RANGES = [
     ("model.vision.fullatt_block_indexes", (0.5,)),
     ("runtime.dtype", "float8"),
     ("runtime.dtype", "float16"),
+    ("runtime.param_dtype", "bfloat16"),
     ("runtime.remat", "some"),
     ("sft.steps", 0),
     ("sft.micro_batches", 7),
