@@ -1,8 +1,7 @@
 """The stage `baselines`: what can be scored without looking, or without reading.
 
 Two blind models (photo hidden, title hidden) of the same architecture learn, from scratch, to give
-the label of every training fact directly; a third baseline counts. A model that answers from one
-modality alone cannot beat them by much.
+the label directly, of the facts that SFT learns from or of all; a third baseline counts.
 """
 
 from __future__ import annotations
@@ -20,7 +19,11 @@ BLIND = {"photo_hidden": {"show_photo": False}, "title_hidden": {"show_title": F
 def run_baselines(job: Job) -> None:
     """Trains and scores the blind models, and scores the majority label."""
     config = job.settings.baselines
-    targets = {fact.id: direct_answer(fact.label) for fact in job.facts["train"]}
+    targets = {
+        fact.id: direct_answer(fact.label)
+        for fact in job.facts["train"]
+        if config.facts == "all" or fact.id in job.reasoning
+    }
     longest = max(len(job.encoder.target_tokens(text)) for text in set(targets.values()))
     for stream, (name, blind) in enumerate(BLIND.items(), start=1):
         encoder = job.new_encoder(completion=longest, **blind)

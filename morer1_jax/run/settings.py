@@ -166,10 +166,13 @@ class BaselineSettings:
     """Blind baselines: the same model trained to give the label without photo, or without title.
 
     Attributes:
-      steps, batch: of training on the labels of all training facts.
+      facts: whose labels are trained on: "written", those SFT learns from, or "all" of the training
+        split, which GRPO learns from.
+      steps, batch: of training.
       eval_every: steps between validations; the best by micro F1 is scored.
     """
 
+    facts: Literal["written", "all"]
     steps: int
     batch: int
     eval_every: int

@@ -18,7 +18,7 @@ from typing import Any
 from morer1_jax.files import atomic_dir, atomic_write
 from morer1_jax.run.evaluate import read_scores
 
-MAIN_STAGES = "synthesise,sft,baselines,rate,grpo,control,evaluate"
+MAIN_STAGES = "synthesise,sft,rate,grpo,control,baselines,evaluate"
 # What GRPO without mixing takes over from the main run of its seed.
 _SHARED = ("data", "tokenizer", "sft", "rate")
 SYSTEMS = {
