@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     # Stages run in this order; one whose output is whole is not run again. `control` (SFT that goes
-    # on for as long as GRPO took) is for ablations.
+    # on for as long as rating and GRPO took) is for ablations.
     config.stages = "synthesise,sft,baselines,rate,grpo,evaluate"
 
     # The dataset that the stage `synthesise` writes.

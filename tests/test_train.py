@@ -139,9 +139,14 @@ def test_data_without_reasoning_is_named_with_what_is_missing(data, config, work
 def test_reasoning_that_ends_in_another_label_is_named(data, config, workdir):
     path = data / "reasoning.jsonl"
     first = json.loads(path.read_text().splitlines()[0])
-    text = first["text"].replace("<answer>", "<answer>x")
+    thought, _, answer = first["text"].rpartition("<answer>")
+    gold = answer.removesuffix("</answer>")
+    other = "none" if gold != "none" else "/per/per/self"
+    text = f"{thought}<answer>{other}</answer>"
     path.write_text(json.dumps({**first, "text": text}) + "\n")
-    check_refused(config, workdir, DataError, f"{path}:1: ", first["fact"], "rel2id.json")
+    check_refused(
+        config, workdir, DataError, f"{path}:1: ", first["fact"], f"ends in '{other}'", repr(gold)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The main job over several seeds, with its controls, and the table of means and spreads.
 
-For each seed: the whole job; `control`, SFT that goes on for as long as GRPO took; and GRPO without
-mixing, from the same SFT checkpoint and ratings.
+For each seed: the whole job; `control`, SFT that goes on for as long as rating and GRPO
+took; and GRPO without mixing, from the same SFT checkpoint and ratings.
 """
 
 from __future__ import annotations

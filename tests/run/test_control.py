@@ -1,4 +1,4 @@
-"""How long the control goes on: for as long as GRPO took, whatever was logged of it."""
+"""How long the control goes on: for as long as rating and GRPO took, whatever was logged."""
 
 import json
 import types
