@@ -50,8 +50,10 @@ def get_config() -> ConfigDict:
 
     # Qwen2.5-VL's architecture at under half a million parameters.
     config.model = ConfigDict()
+    config.model.path = placeholder(str)  # none: from scratch; or a published folder or hub name
     config.model.text = ConfigDict(
         dict(
+            vocab_size=placeholder(int),  # none: as the tokenizer needs
             hidden_size=96,
             intermediate_size=288,
             num_hidden_layers=3,
@@ -75,6 +77,18 @@ def get_config() -> ConfigDict:
             spatial_merge_size=2,
             window_size=56,  # a crop is one window, a photo a few
             initializer_range=0.1,
+        )
+    )
+    # All of it trains. Shares of the learning rate; 0 freezes.
+    config.tune = ConfigDict(
+        dict(
+            vision=1.0,
+            merger=1.0,
+            language=1.0,
+            frozen_dtype="float32",
+            lora=ConfigDict(
+                dict(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
+            ),
         )
     )
     config.runtime = ConfigDict(
@@ -113,7 +127,14 @@ def get_config() -> ConfigDict:
         )
     )
     config.rate = ConfigDict(
-        dict(samples=1, batch=128, temperature=1.0, easy_from=0.5, never="hard")
+        dict(
+            file=placeholder(str),  # none: rated here; or what tools/rate_difficulty.py wrote
+            samples=1,
+            batch=128,
+            temperature=1.0,
+            easy_from=0.5,
+            never="hard",
+        )
     )
     config.grpo = ConfigDict(
         dict(

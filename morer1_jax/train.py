@@ -40,11 +40,12 @@ _WORKDIR = flags.DEFINE_string(
 
 # What each stage's output depends on: with these keys equal it may serve another run.
 _DATA = ("seed", "world", "data")
-_SFT = (*_DATA, "model", "runtime", "score", "sft")
+_MODEL = ("model", "tune", "runtime", "score")
+_SFT = (*_DATA, *_MODEL, "sft")
 _DEPENDS = {
     "synthesise": _DATA,
     "sft": _SFT,
-    "baselines": (*_DATA, "model", "runtime", "score", "baselines"),
+    "baselines": (*_DATA, *_MODEL, "baselines"),
     "rate": (*_SFT, "rate"),
     "grpo": (*_SFT, "rate", "grpo"),
     "control": (*_SFT, "rate", "grpo"),
@@ -53,8 +54,8 @@ _DEPENDS = {
 
 
 def best_params(job: Job, stage: str) -> Any:
-    """The best parameters of a stage, by validation."""
-    return Checkpointer(job.workdir / stage / "checkpoints").restore_best(job.like_params())[0]
+    """The best parameters of a stage, by validation: those that train."""
+    return Checkpointer(job.workdir / stage / "checkpoints").restore_best(job.like[0])[0]
 
 
 def run_synthesise(job: Job) -> None:
@@ -69,7 +70,7 @@ def run_evaluate(job: Job) -> None:
     asker = greedy_asker(job, job.encoder)
     for stage in ("sft", "control", "grpo"):
         if (job.workdir / stage / MARKER).exists():
-            evaluate(job, stage, best_params(job, stage), asker)
+            evaluate(job, stage, job.whole(best_params(job, stage)), asker)
     scores = read_scores(job.workdir)
     print(metrics.format_table(scores))
     print(f"report: {write_report(job.workdir, job.data)}")
@@ -95,7 +96,7 @@ def train(config: Any, workdir: Path) -> None:
         "synthesise": lambda: run_synthesise(job),
         "sft": lambda: run_sft(job),
         "baselines": lambda: run_baselines(job),
-        "rate": lambda: run_rate(job, best_params(job, "sft")),
+        "rate": lambda: run_rate(job, job.whole(best_params(job, "sft"))),
         "grpo": lambda: run_grpo(job, best_params(job, "sft")),
         "control": lambda: run_control(
             job, best_params(job, "sft"), stage_of("rate").results()["seconds"]

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from morer1_jax.data import layout
 from morer1_jax.data.images import ImageConfig, ImageReader, Patches
 from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.prompt import IMAGE_PAD, student_prompt
@@ -111,6 +112,7 @@ class Encoder:
       window_size: side of the vision tower's attention windows, in pixels.
       buckets: sizes of every batch.
       show_photo, show_title: False for the blind baselines.
+      photo_path: where in the folder a fact's photo is.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Encoder:
         *,
         show_photo: bool = True,
         show_title: bool = True,
+        photo_path: more.PhotoPath = more.photo_path,
     ) -> None:
         self.tokenizer = tokenizer
         self.ontology = ontology
@@ -131,7 +134,7 @@ class Encoder:
         self.buckets = buckets
         self.show_photo = show_photo
         self.show_title = show_title
-        self._reader = ImageReader(folder, images)
+        self._reader = ImageReader(folder, images, photo_path)
         self._sizes = {
             "patch_size": images.patch_size,
             "merge_size": images.merge_size,
@@ -187,6 +190,19 @@ class Encoder:
             target = self.target_tokens(targets[fact.id]) if fact.id in targets else ()
             self._check_lengths(fact.id, len(prompt), len(target))
             self._check_windows(fact.id, grids)
+
+    def measure(self, facts: Sequence[Fact], sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
+        """The most tokens of a prompt, and the most attention windows, of any of the facts.
+
+        Args:
+          sizes: as `check` takes them.
+        """
+        prompt = windows = 0
+        for fact in facts:
+            grids = self._reader.grids(fact, sizes[fact.photo]) if self.show_photo else ()
+            prompt = max(prompt, len(self.prompt_tokens(fact, grids)))
+            windows = max(windows, layout.count_windows(grids, **self._sizes))
+        return prompt, windows
 
     def _check_windows(self, name: str, grids: Sequence[layout.Grid]) -> None:
         windows = layout.count_windows(grids, **self._sizes)

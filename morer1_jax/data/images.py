@@ -79,8 +79,14 @@ class ImageReader:
       DataError: a photo that cannot be read, or whose shape the processor refuses.
     """
 
-    def __init__(self, folder: str | Path, config: ImageConfig) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ImageConfig,
+        photo_path: more.PhotoPath = more.photo_path,
+    ) -> None:
         self.folder = Path(folder)
+        self._photo_path = photo_path
         self.config = config
         self._processor = Qwen2VLImageProcessorPil(
             min_pixels=config.min_pixels,
@@ -92,7 +98,7 @@ class ImageReader:
 
     def open(self, fact: Fact) -> Image.Image:
         """The fact's photo, decoded, RGB."""
-        path = more.photo_path(self.folder, fact)
+        path = self._photo_path(self.folder, fact)
         try:
             with Image.open(path) as photo:
                 return photo.convert("RGB")
@@ -129,7 +135,7 @@ class ImageReader:
             raise self._refused(fact, error) from None
 
     def _refused(self, fact: Fact, error: ValueError) -> DataError:
-        path = more.photo_path(self.folder, fact)
+        path = self._photo_path(self.folder, fact)
         return DataError(
             f"{path}: photo of {fact.id}: {one_line(error)}; leave the photo's facts out"
         )

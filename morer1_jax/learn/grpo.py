@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.data.batch import PromptBatch
 from morer1_jax.learn.accumulate import accumulate, add
+from morer1_jax.learn.parts import join
 from morer1_jax.learn.scorer import Params, ScoreConfig, group_logprobs
 from morer1_jax.learn.state import TrainState, apply_gradients
 from morer1_jax.model.vlm import Qwen25VL
@@ -137,13 +138,19 @@ def grpo_gradients(
     config: GRPOConfig,
     score: ScoreConfig,
     micro_batches: int = 1,
+    frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
-    """Gradients of the loss over the whole batch, and metrics under TRL's names."""
+    """Gradients by `params` of the loss over the whole batch, and metrics under TRL's names.
+
+    Args:
+      frozen: the model's other parameters; see `learn.parts`.
+    """
 
     def part_gradients(part: GroupBatch) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[Array, Metrics]:
+            whole = join(params, frozen or {})
             new, entropy = group_logprobs(
-                model, params, part.prompts, part.tokens, part.mask, allowed, score
+                model, whole, part.prompts, part.tokens, part.mask, allowed, score
             )
             # Places beyond a completion's end hold no token: their numbers, which can be so large
             # that a ratio of them is infinite, are kept out of everything.
@@ -202,16 +209,16 @@ def make_grpo_update(
     score: ScoreConfig,
     micro_batches: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """One optimizer update: `update(state, batch, allowed) -> (state, metrics)`.
+    """One optimizer update: `update(state, frozen, batch, allowed) -> (state, metrics)`.
 
     `state.step` counts rollouts, so the caller raises it after the last update on one.
     """
 
     def update(
-        state: TrainState, batch: GroupBatch, allowed: Bool[Array, " v"]
+        state: TrainState, frozen: Params, batch: GroupBatch, allowed: Bool[Array, " v"]
     ) -> tuple[TrainState, Metrics]:
         grads, metrics = grpo_gradients(
-            model, state.params, batch, allowed, config, score, micro_batches
+            model, state.params, batch, allowed, config, score, micro_batches, frozen
         )
         params, opt_state, norm = apply_gradients(state, grads, optimizer)
         return state.replace(params=params, opt_state=opt_state), {**metrics, "grad_norm": norm}

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from morer1_jax.data.batch import SequenceBatch
 from morer1_jax.learn.accumulate import accumulate
+from morer1_jax.learn.parts import join
 from morer1_jax.learn.scorer import Params, ScoreConfig, sequence_logprobs
 from morer1_jax.learn.state import TrainState, apply_gradients
 from morer1_jax.model.vlm import Qwen25VL
@@ -40,13 +41,18 @@ def sft_gradients(
     batch: SequenceBatch,
     config: ScoreConfig,
     micro_batches: int = 1,
+    frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
-    """Gradients of the mean loss, and metrics `loss`, `entropy`, `target_tokens`."""
+    """Gradients of the mean loss by `params`, and metrics `loss`, `entropy`, `target_tokens`.
+
+    Args:
+      frozen: the model's other parameters; see `learn.parts`.
+    """
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def part_gradients(part: SequenceBatch) -> tuple[Params, dict[str, Array]]:
         def loss(params: Params) -> tuple[Array, dict[str, Array]]:
-            sums = sft_sums(model, params, part, config)
+            sums = sft_sums(model, join(params, frozen or {}), part, config)
             return sums["loss"] / total, sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -65,11 +71,11 @@ def make_sft_step(
     optimizer: optax.GradientTransformation,
     config: ScoreConfig,
     micro_batches: int = 1,
-) -> Callable[[TrainState, SequenceBatch], tuple[TrainState, Metrics]]:
-    """One update: `step(state, batch) -> (state, metrics)`, to be jitted with shardings."""
+) -> Callable[[TrainState, Params, SequenceBatch], tuple[TrainState, Metrics]]:
+    """One update: `step(state, frozen, batch) -> (state, metrics)`, to be jitted."""
 
-    def step(state: TrainState, batch: SequenceBatch) -> tuple[TrainState, Metrics]:
-        grads, metrics = sft_gradients(model, state.params, batch, config, micro_batches)
+    def step(state: TrainState, frozen: Params, batch: SequenceBatch) -> tuple[TrainState, Metrics]:
+        grads, metrics = sft_gradients(model, state.params, batch, config, micro_batches, frozen)
         params, opt_state, norm = apply_gradients(state, grads, optimizer)
         return TrainState(state.step + 1, params, opt_state), {**metrics, "grad_norm": norm}
 

@@ -15,6 +15,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from morer1_jax.learn.parts import ALL, Parts, factors
 from morer1_jax.model.vlm import Qwen25VL, init_params
 
 Params = dict[str, Any]
@@ -22,7 +23,7 @@ Params = dict[str, Any]
 
 @struct.dataclass
 class TrainState:
-    """What training changes.
+    """What training changes; of the parameters, those that train (see `learn.parts`).
 
     `step` counts the batches (of SFT) or rollouts (of GRPO) spent; an update that follows the
     same rollout again counts in the optimizer's own state.
@@ -69,8 +70,8 @@ class OptimizerConfig:
         ramp = optax.linear_schedule(self.lr / (self.warmup + 1), self.lr, max(self.warmup, 1))
         return optax.join_schedules([ramp, rest], [self.warmup])
 
-    def build(self, updates: int) -> optax.GradientTransformation:
-        """The optax transformation for a run of `updates`."""
+    def build(self, updates: int, parts: Parts = ALL) -> optax.GradientTransformation:
+        """The optax transformation for a run of `updates` of the parameters that train."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
@@ -80,6 +81,9 @@ class OptimizerConfig:
                 eps=self.eps,
                 weight_decay=self.weight_decay,
                 mask=_decayed,
+            ),
+            optax.stateless(
+                lambda changes, _: jax.tree.map(jnp.multiply, changes, factors(changes, parts))
             ),
         )
 
@@ -101,9 +105,23 @@ def abstract_params(model: Qwen25VL) -> Params:
     return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
 
 
-def init_sharded(model: Qwen25VL, key: PRNGKeyArray, shardings: Any) -> Params:
-    """Parameters from scratch, each made where it will live."""
-    return jax.jit(lambda k: init_params(model, k), out_shardings=shardings)(key)
+def init_sharded(model: Qwen25VL, key: PRNGKeyArray, like: Params) -> Params:
+    """Parameters from scratch, each made where it will live.
+
+    Args:
+      like: those that are wanted, of `jax.ShapeDtypeStruct` with shardings.
+    """
+
+    def pick(params: Params, like: Params) -> Params:
+        return {
+            name: pick(params[name], want)
+            if isinstance(want, dict)
+            else params[name].astype(want.dtype)
+            for name, want in like.items()
+        }
+
+    shardings = jax.tree.map(lambda want: want.sharding, like)
+    return jax.jit(lambda k: pick(init_params(model, k), like), out_shardings=shardings)(key)
 
 
 def apply_gradients(

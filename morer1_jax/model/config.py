@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _REMATS = ("none", "full", "dots")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class ConfigError(ValueError):
@@ -173,6 +174,33 @@ class ModelConfig:
             "vision_end_token_id": self.vision_end_token_id,
             "vision_config": vision,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters beside linear maps of every decoder layer (arXiv 2106.09685, 4.1).
+
+    Attributes:
+        rank: of an adapter.
+        alpha: what an adapter adds is scaled by alpha / rank.
+        targets: the maps that have one, of `LORA_TARGETS`.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank: found {self.rank}, expected at least 1")
+        if not self.targets:
+            raise ConfigError(f"targets: none found, expected some of {', '.join(LORA_TARGETS)}")
+        for target in self.targets:
+            _one_of("targets", target, LORA_TARGETS)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ pattern handed in and in what the scan carries (`morer1_jax.model.attention`).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from morer1_jax.model.attention import Pattern
-from morer1_jax.model.config import Runtime, TextConfig
+from morer1_jax.model.config import LoRA, Runtime, TextConfig
 from morer1_jax.model.layers import (
     Rotary,
     SwiGLU,
@@ -34,6 +35,7 @@ class DecoderLayer(nn.Module):
 
     config: TextConfig
     runtime: Runtime
+    lora: LoRA | None
     keep_kv: bool
 
     @nn.compact
@@ -45,12 +47,14 @@ class DecoderLayer(nn.Module):
         y = rms_norm(cfg.rms_norm_eps, run, name="input_norm")(x)
         q_heads = (cfg.num_attention_heads, cfg.head_dim)
         kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
-        q = rotate(dense(q_heads, run, std, name="q", bias=True)(y), rotary)
-        k = rotate(dense(kv_heads, run, std, name="k", bias=True)(y), rotary)
-        v = dense(kv_heads, run, std, name="v", bias=True)(y)
+        linear = functools.partial(dense, runtime=run, std=std, lora=self.lora)
+        q = rotate(linear(q_heads, name="q", bias=True)(y), rotary)
+        k = rotate(linear(kv_heads, name="k", bias=True)(y), rotary)
+        v = linear(kv_heads, name="v", bias=True)(y)
         y, cache = attend(q, k, v, cache)
-        x = x + dense(cfg.hidden_size, run, std, name="o", axis=(-2, -1))(y)
-        mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size, std, run, name="mlp")
+        x = x + linear(cfg.hidden_size, name="o", axis=(-2, -1))(y)
+        sizes = (cfg.hidden_size, cfg.intermediate_size)
+        mlp = SwiGLU(*sizes, std, run, lora=self.lora, name="mlp")
         x = x + mlp(rms_norm(cfg.rms_norm_eps, run, name="post_attention_norm")(x))
         return (x, cache), ((k, v) if self.keep_kv else None)
 
@@ -60,6 +64,7 @@ class Decoder(nn.Module):
 
     config: TextConfig
     runtime: Runtime
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(
@@ -76,7 +81,9 @@ class Decoder(nn.Module):
         unroll = run.scan_unroll if cache is None else run.decode_unroll
         layers = scanned(layer, cfg.num_hidden_layers, inputs=2, unroll=unroll)
         rotary = multimodal_rotary(positions, cfg)
-        (x, cache), kv = layers(cfg, run, keep_kv, name="layers")((x, cache), rotary, attend)
+        (x, cache), kv = layers(cfg, run, self.lora, keep_kv, name="layers")(
+            (x, cache), rotary, attend
+        )
         return rms_norm(cfg.rms_norm_eps, run, name="norm")(x), cache, kv
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from morer1_jax.model.config import Runtime
+from morer1_jax.model.config import LoRA, Runtime
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -23,9 +25,14 @@ def dense(
     name: str,
     axis: int | tuple[int, ...] = -1,
     bias: bool = False,
+    lora: LoRA | None = None,
 ) -> nn.DenseGeneral:
-    """A linear map in `runtime.dtype`; its kernel is [*contracted axes, *features]."""
-    return nn.DenseGeneral(
+    """A linear map in `runtime.dtype`; its kernel is [*contracted axes, *features].
+
+    Where `lora` has this name among its targets, an adapter stands beside the kernel.
+    """
+    adapter = {"lora": lora} if lora is not None and name in lora.targets else {}
+    return (AdaptedDense if adapter else nn.DenseGeneral)(
         features,
         axis=axis,
         use_bias=bias,
@@ -33,7 +40,34 @@ def dense(
         param_dtype=runtime.param_dtype,
         kernel_init=nn.initializers.normal(std),
         name=name,
+        **adapter,
     )
+
+
+class AdaptedDense(nn.DenseGeneral):
+    """A linear map and its adapter: `x W + b + scale · (x A) B`, with B = 0 at first.
+
+    A is [*contracted axes, rank], B [rank, *features].
+    """
+
+    lora: LoRA | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        out = super().__call__(x)
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        features = self.features if isinstance(self.features, tuple) else (self.features,)
+        inputs = tuple(x.shape[axis] for axis in axes)
+        std = math.prod(inputs) ** -0.5
+        down = self.param(
+            "lora_a", nn.initializers.normal(std), (*inputs, self.lora.rank), self.param_dtype
+        )
+        up = self.param(
+            "lora_b", nn.initializers.zeros, (self.lora.rank, *features), self.param_dtype
+        )
+        x, down, up = (value.astype(out.dtype) for value in (x, down, up))
+        narrow = jnp.tensordot(x, down, (axes, tuple(range(len(axes)))))
+        return out + self.lora.scale * jnp.tensordot(narrow, up, 1)
 
 
 def rms_norm(epsilon: float, runtime: Runtime, *, name: str) -> nn.RMSNorm:
@@ -49,13 +83,14 @@ class SwiGLU(nn.Module):
     std: float
     runtime: Runtime
     bias: bool = False
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
-        run, std = self.runtime, self.std
-        gate = dense(self.features, run, std, name="gate", bias=self.bias)(x)
-        up = dense(self.features, run, std, name="up", bias=self.bias)(x)
-        return dense(self.hidden, run, std, name="down", bias=self.bias)(nn.silu(gate) * up)
+        run, std, common = self.runtime, self.std, {"bias": self.bias, "lora": self.lora}
+        gate = dense(self.features, run, std, name="gate", **common)(x)
+        up = dense(self.features, run, std, name="up", **common)(x)
+        return dense(self.hidden, run, std, name="down", **common)(nn.silu(gate) * up)
 
 
 Rotary = tuple[Float[Array, "*s r"], Float[Array, "*s r"]]

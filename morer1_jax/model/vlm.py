@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from morer1_jax.model.attention import Cached, CompletionKV, PackedCausal, Pattern
-from morer1_jax.model.config import ModelConfig, Runtime
+from morer1_jax.model.config import LoRA, ModelConfig, Runtime
 from morer1_jax.model.language import KV, Decoder
 from morer1_jax.model.vision import VisionInputs, VisionTower
 
@@ -73,6 +73,7 @@ class Qwen25VL(nn.Module):
 
     config: ModelConfig
     runtime: Runtime = Runtime()
+    lora: LoRA | None = None
 
     def setup(self) -> None:
         text = self.config.text
@@ -82,7 +83,7 @@ class Qwen25VL(nn.Module):
         if not self.config.tie_word_embeddings:
             self.head = self.param("head", init, table, self.runtime.param_dtype)
         self.vision = VisionTower(self.config.vision, self.runtime)
-        self.language = Decoder(text, self.runtime)
+        self.language = Decoder(text, self.runtime, self.lora)
 
     def __call__(
         self,

@@ -32,12 +32,15 @@ class SampleConfig:
       length: most tokens of a completion, end-of-turn among them.
       temperature: logits are divided by it; 0 takes the likeliest token (greedy).
       end_of_turn: the id that ends a completion.
+      guided: whether a token may be drawn only if what is left of the length suffices to end in
+        *format* after it.
     """
 
     group: int
     length: int
     temperature: float
     end_of_turn: int
+    guided: bool = False
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.length < 1 or self.temperature < 0:
@@ -57,6 +60,8 @@ class Reader:
     effort_added: Int[Array, "class steps"]
     steps_accept: Bool[Array, " steps"]
     answer_label: Int[Array, " answer"]
+    steps_distance: Int[Array, " steps"]
+    answer_distance: Int[Array, " answer"]
 
     @classmethod
     def of(cls, tables: AnswerTables) -> Reader:
@@ -163,7 +168,11 @@ def sample(
 
     def step(state: LoopState) -> LoopState:
         logits = model.apply(variables, state.hidden, method=Qwen25VL.logits)
-        token, logprob = _draw(logits, allowed, keys, state.index, config.temperature)
+        permitted = allowed
+        if config.guided:
+            left = t - state.index - 1
+            permitted = allowed & leads_to_end(reader, state.steps, state.answer, left)
+        token, logprob = _draw(logits, permitted, keys, state.index, config.temperature)
         token = jnp.where(state.ended, 0, token)
         alive = ~state.ended
         kind = reader.token_class[token]
@@ -211,9 +220,20 @@ def sample(
     )
 
 
+def leads_to_end(
+    reader: Reader, steps: Int[Array, "b g"], answer: Int[Array, "b g"], left: Int[Array, ""]
+) -> Bool[Array, "b g v"]:
+    """Tokens after which `left` more can end the completion in *format*."""
+    steps, answer = reader.steps_next[:, steps], reader.answer_next[:, answer]
+    # Within the answer the step automaton stands still, and the other one tells the distance.
+    distance = reader.steps_distance[steps]
+    distance = jnp.where(distance > 0, distance, reader.answer_distance[answer])
+    return jnp.moveaxis(distance <= left, 0, -1)[..., reader.token_class]
+
+
 def _draw(
     logits: Float[Array, "b g v"],
-    allowed: Bool[Array, " v"],
+    allowed: Bool[Array, "*b v"],
     keys: Key[Array, "b g"],
     index: Int[Array, ""],
     temperature: float,

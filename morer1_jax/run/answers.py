@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from morer1_jax.data.batch import Encoder
+from morer1_jax.data.batch import Encoder, PromptBatch
 from morer1_jax.data.loader import load_ahead
-from morer1_jax.rollout.program import Scored, make_rollout
-from morer1_jax.rollout.sampler import SampleConfig
+from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sample_keys
+from morer1_jax.run.config import ConfigError
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import progress
-from morer1_jax.run.mesh import fetch
+from morer1_jax.run.mesh import fetch, host_rows
+from morer1_jax.run.policy import Policy
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
+from morer1_jax.task.ontology import Ontology
 
 # The step of the noise of what is asked here: no training step's, so that GRPO does not begin with
 # the very samples by which its facts were rated.
@@ -51,64 +53,91 @@ class Asker:
       batch: facts at once.
       group: answers to each.
       temperature: 0 for the likeliest answer.
+      guided: whether only tokens that still lead to a readable answer may be drawn.
+      seed: of the noise.
+      workers: threads that prepare batches.
     """
 
     def __init__(
-        self, job: Job, encoder: Encoder, *, batch: int, group: int, temperature: float
+        self,
+        policy: Policy,
+        encoder: Encoder,
+        *,
+        batch: int,
+        group: int,
+        temperature: float,
+        guided: bool = False,
+        seed: int = 0,
+        workers: int = 1,
     ) -> None:
-        self._job, self._encoder = job, encoder
-        self._batch = batch
+        self._policy, self._encoder = policy, encoder
+        self._batch, self._workers = batch, workers
         config = SampleConfig(
             group=group,
             length=encoder.buckets.completion,
             temperature=temperature,
-            end_of_turn=job.special.end_of_turn,
+            end_of_turn=policy.special.end_of_turn,
+            guided=guided,
         )
-        rollout = make_rollout(
-            job.model, config, job.settings.grpo.reward, "none", job.settings.seed
-        )
+
+        shortest = int(policy.reader.steps_distance[0])
+        if guided and shortest > config.length:
+            raise ConfigError(
+                f"data.completion_length: {config.length} found, at least {shortest} expected: the "
+                "tokens of the shortest guided answer"
+            )
+
+        def rollout(params: Any, prompts: PromptBatch, reader: Reader, allowed: Any) -> Rollout:
+            keys = sample_keys(seed, jnp.int32(_NOISE_STEP), prompts.fact, group)
+            return sample(policy.model, params, prompts, reader, allowed, keys, config)
+
+        whole = policy.replicated
         self._rollout = jax.jit(
-            lambda *args: rollout(*args)[0],
-            in_shardings=(
-                job.param_shardings,
-                job.rows,
-                job.replicated,
-                job.replicated,
-                job.replicated,
-            ),
-            out_shardings=job.rows,
+            rollout,
+            in_shardings=(policy.param_shardings, policy.rows, whole, whole),
+            out_shardings=policy.rows,
         )
 
-    def ask(self, params: Any, facts: Sequence[Fact], desc: str) -> Iterator[tuple[Fact, Scored]]:
-        """Each fact with its completions, as NumPy arrays without the batch axis."""
-        job, size = self._job, self._batch
+    @property
+    def ontology(self) -> Ontology:
+        """The labels that answers are read as."""
+        return self._policy.ontology
 
-        def make(number: int) -> Any:
-            chunk = list(facts[number * size : (number + 1) * size])
+    def ask(
+        self, params: Any, facts: Sequence[Fact], desc: str, start: int = 0
+    ) -> Iterator[tuple[Fact, Rollout]]:
+        """Each fact with its completions, as NumPy arrays without the batch axis.
+
+        Args:
+          params: of the whole model.
+          start: facts that are passed over, a multiple of the batch.
+        """
+        policy, size = self._policy, self._batch
+
+        def make(number: int) -> PromptBatch:
+            places = list(range(number * size, min((number + 1) * size, len(facts))))
             # The last batch is filled up to the compiled size; the filling is not yielded.
-            chunk += [chunk[-1]] * (size - len(chunk))
-            mine = job.host_rows(chunk)
-            return self._encoder.prompts(mine, [job.index[fact.id] for fact in mine])
+            places += places[-1:] * (size - len(places))
+            mine = host_rows(places)
+            return self._encoder.prompts([facts[place] for place in mine], mine)
 
-        noise_step = jnp.int32(_NOISE_STEP)
         count = -(-len(facts) // size)
-        with progress(desc=desc, total=len(facts), unit="fact") as bar:
-            batches = load_ahead(make, 0, count, workers=job.settings.data.workers)
-            for number, prompts in enumerate(batches):
-                scored = fetch(
-                    self._rollout(params, job.put(prompts), job.reader, job.allowed, noise_step)
+        with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
+            batches = load_ahead(make, start // size, count, workers=self._workers)
+            for number, prompts in enumerate(batches, start=start // size):
+                drawn = fetch(
+                    self._rollout(params, policy.put(prompts), policy.reader, policy.allowed)
                 )
                 chunk = facts[number * size : (number + 1) * size]
                 for row, fact in enumerate(chunk):
-                    yield fact, jax.tree.map(lambda x, row=row: x[row], scored)
+                    yield fact, jax.tree.map(lambda x, row=row: x[row], drawn)
                 bar.update(len(chunk))
 
     def answers(self, params: Any, facts: Sequence[Fact], desc: str) -> list[Answer]:
         """The first answer to each fact."""
-        labels, tokenizer = self._job.ontology.labels, self._job.tokenizer
+        labels, tokenizer = self._policy.ontology.labels, self._policy.tokenizer
         out = []
-        for fact, scored in self.ask(params, facts, desc):
-            drawn = scored.rollout
+        for fact, drawn in self.ask(params, facts, desc):
             label = int(drawn.answer[0])
             out.append(
                 Answer(
@@ -125,14 +154,25 @@ class Asker:
 @functools.cache
 def greedy_asker(job: Job, encoder: Encoder) -> Asker:
     """Asks for the likeliest answer; compiled once for all stages of a job."""
-    return Asker(job, encoder, batch=job.settings.evaluate.batch, group=1, temperature=0.0)
+    return Asker(
+        job.policy,
+        encoder,
+        batch=job.settings.evaluate.batch,
+        group=1,
+        temperature=0.0,
+        workers=job.settings.data.workers,
+    )
 
 
 def validator(asker: Asker, job: Job, facts: Sequence[Fact]) -> Callable[[Any], dict[str, float]]:
-    """`params -> scores` on some facts: accuracy, micro and macro F1, unreadable, in percent."""
+    """`params -> scores` on some facts: accuracy, micro and macro F1, unreadable, in percent.
+
+    Its `params` are those that train.
+    """
 
     def validate(params: Any) -> dict[str, float]:
-        labels = [answer.label for answer in asker.answers(params, facts, "validate")]
+        answers = asker.answers(job.whole(params), facts, "validate")
+        labels = [answer.label for answer in answers]
         scores = metrics.score(facts, labels, job.ontology)
         return {k: scores[k] for k in ("accuracy", "micro_f1", "macro_f1", "unreadable")}
 

@@ -46,7 +46,7 @@ def run_baselines(job: Job) -> None:
             eval_facts=config.eval_facts,
             stream=stream,
         )
-        params, _ = checkpoints.restore_best(job.like_params())
+        params, _ = checkpoints.restore_best(job.like[0])
         asker = greedy_asker(job, encoder)
-        evaluate(job, name, params, asker)
+        evaluate(job, name, job.whole(params), asker)
     evaluate_majority(job)

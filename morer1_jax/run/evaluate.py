@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from morer1_jax.files import atomic_write
 from morer1_jax.run.answers import Answer, Asker
 from morer1_jax.run.job import Job
 from morer1_jax.task import metrics
+from morer1_jax.task.fact import Fact
+from morer1_jax.task.ontology import Ontology
 
 
 def evaluate(job: Job, name: str, params: Any, asker: Asker) -> dict[str, Any]:
-    """Scores parameters on the test split.
-
-    Writes `eval/<name>.json` (the scores) and `eval/<name>.answers.jsonl` (every answer).
-    """
-    answers = asker.answers(params, job.facts["test"], f"evaluate {name}")
-    return write_scores(job, name, answers)
+    """Scores a whole model's parameters on the test split, into the workdir; see `write_scores`."""
+    facts = job.facts["test"]
+    answers = asker.answers(params, facts, f"evaluate {name}")
+    return write_scores(job.workdir, name, facts, answers, job.ontology)
 
 
 def evaluate_majority(job: Job) -> dict[str, Any]:
@@ -32,17 +33,22 @@ def evaluate_majority(job: Job) -> dict[str, Any]:
     counts = Counter(fact.label for fact in job.facts["train"])
     del counts["none"]
     label = max(counts, key=counts.__getitem__, default="none")
-    answers = [Answer(fact.id, label, "", False, 0) for fact in job.facts["test"]]
-    return write_scores(job, "majority", answers)
+    facts = job.facts["test"]
+    answers = [Answer(fact.id, label, "", False, 0) for fact in facts]
+    return write_scores(job.workdir, "majority", facts, answers, job.ontology)
 
 
-def write_scores(job: Job, name: str, answers: list[Answer]) -> dict[str, Any]:
-    """Scores answers to the whole test split and writes both files."""
-    scores = metrics.score(job.facts["test"], [a.label for a in answers], job.ontology)
-    folder = job.workdir / "eval"
+def write_scores(
+    folder: Path, name: str, facts: Sequence[Fact], answers: Sequence[Answer], ontology: Ontology
+) -> dict[str, Any]:
+    """Scores answers to all of a split's facts.
+
+    Writes `eval/<name>.json` (the scores) and `eval/<name>.answers.jsonl` (every answer).
+    """
+    scores = metrics.score(facts, [a.label for a in answers], ontology)
     lines = [json.dumps(dataclasses.asdict(a), ensure_ascii=False) + "\n" for a in answers]
-    atomic_write(folder / f"{name}.answers.jsonl", "".join(lines))
-    atomic_write(folder / f"{name}.json", json.dumps(scores, indent=1) + "\n")
+    atomic_write(folder / "eval" / f"{name}.answers.jsonl", "".join(lines))
+    atomic_write(folder / "eval" / f"{name}.json", json.dumps(scores, indent=1) + "\n")
     return scores
 
 

@@ -21,7 +21,7 @@ from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import RecordLog
 from morer1_jax.run.loop import Hooks, train
-from morer1_jax.run.mesh import fetch
+from morer1_jax.run.mesh import fetch, host_rows, shardings_of
 from morer1_jax.run.rate import FILE, POOLS, read_ratings
 from morer1_jax.run.sft import loop_config
 from morer1_jax.task.fact import DataError
@@ -41,29 +41,30 @@ class Programs:
             group=grpo.group,
             length=job.encoder.buckets.completion,
             temperature=grpo.temperature,
-            end_of_turn=job.special.end_of_turn,
+            end_of_turn=job.policy.special.end_of_turn,
         )
-        whole = job.replicated
+        policy = job.policy
+        model, rows, whole = policy.model, policy.rows, policy.replicated
         self.rollout = jax.jit(
-            make_rollout(job.model, sampling, grpo.reward, grpo.scale_rewards, job.settings.seed),
-            in_shardings=(job.param_shardings, job.rows, whole, whole, whole),
-            out_shardings=(job.rows, whole),
+            make_rollout(model, sampling, grpo.reward, grpo.scale_rewards, job.settings.seed),
+            in_shardings=(policy.param_shardings, rows, whole, whole, whole),
+            out_shardings=(rows, whole),
         )
         self.score = jax.jit(
             lambda params, prompts, tokens, mask, allowed: group_logprobs(
-                job.model, params, prompts, tokens, mask, allowed, job.score
+                model, params, prompts, tokens, mask, allowed, job.score
             )[0],
-            in_shardings=(job.param_shardings, job.rows, job.rows, job.rows, whole),
-            out_shardings=job.rows,
+            in_shardings=(policy.param_shardings, rows, rows, rows, whole),
+            out_shardings=rows,
         )
         self.update = jax.jit(
-            make_grpo_update(job.model, transform, grpo.loss, job.score, grpo.micro_batches),
-            in_shardings=(shardings, job.rows, whole),
+            make_grpo_update(model, transform, grpo.loss, job.score, grpo.micro_batches),
+            in_shardings=(shardings, shardings_of(job.frozen), rows, whole),
             out_shardings=(shardings, whole),
             donate_argnums=0,
         )
         self.weights = jax.jit(
-            lambda mask, ended: token_weights(mask, ended, grpo.loss), out_shardings=job.rows
+            lambda mask, ended: token_weights(mask, ended, grpo.loss), out_shardings=rows
         )
 
 
@@ -75,17 +76,19 @@ def grpo_step(
     The update's metrics are means over the rollout's updates.
 
     Args:
-      reference: parameters the KL is taken to; not read where beta is 0.
+      reference: parameters the KL is taken to, those that train: what is frozen is shared; not
+        read where beta is 0.
     """
-    grpo = job.settings.grpo
+    grpo, policy = job.settings.grpo, job.policy
 
     def step(state: TrainState, prompts: PromptBatch, number: int):
-        prompts = job.put(prompts)
+        prompts = policy.put(prompts)
+        params = job.whole(state.params)
         scored, metrics = programs.rollout(
-            state.params, prompts, job.reader, job.allowed, jnp.int32(number)
+            params, prompts, policy.reader, policy.allowed, jnp.int32(number)
         )
         drawn = scored.rollout
-        asked = (prompts, drawn.tokens, drawn.mask, job.allowed)
+        asked = (prompts, drawn.tokens, drawn.mask, policy.allowed)
         batch = GroupBatch(
             prompts=prompts,
             tokens=drawn.tokens,
@@ -93,15 +96,15 @@ def grpo_step(
             weights=programs.weights(drawn.mask, drawn.ended),
             advantages=scored.advantages,
             sampler=drawn.logprobs,
-            reference=programs.score(reference, *asked) if grpo.loss.beta else None,
+            reference=programs.score(job.whole(reference), *asked) if grpo.loss.beta else None,
         )
         # The first update needs no old log-probabilities: they are its own. Later ones take those
         # of the parameters the rollout began with, so they are scored before the first.
-        old = programs.score(state.params, *asked) if grpo.updates > 1 else None
+        old = programs.score(params, *asked) if grpo.updates > 1 else None
         learned = []
         for update in range(grpo.updates):
             state, seen = programs.update(
-                state, batch.replace(old=old if update else None), job.allowed
+                state, job.frozen, batch.replace(old=old if update else None), policy.allowed
             )
             learned.append(seen)
         metrics |= jax.tree.map(lambda *x: sum(x) / len(x), *learned)
@@ -121,7 +124,7 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
     pools = _pools(job)
     draw = _schedule(job, pools)
     easy = set(pools["easy"])
-    transform = grpo.optimizer.build(grpo.steps * grpo.updates)
+    transform = grpo.optimizer.build(grpo.steps * grpo.updates, job.parts)
     # The update gives its state away, and the reference must outlive it.
     state, shardings = job.new_state(params, transform)
     step = grpo_step(job, Programs(job, shardings, transform), params)
@@ -129,7 +132,7 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
 
     def make_batch(number: int) -> PromptBatch:
         drawn = draw(number)
-        mine, noise = job.host_rows(drawn), job.host_rows(noise_ids(drawn, len(facts)))
+        mine, noise = host_rows(drawn), host_rows(noise_ids(drawn, len(facts)))
         return job.encoder.prompts([facts[i] for i in mine], noise)
 
     def train_step(state: TrainState, prompts: PromptBatch, number: int):

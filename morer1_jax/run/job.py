@@ -6,29 +6,28 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.batch import Buckets, Encoder
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
-from morer1_jax.data.tokens import build_tables, token_bytes
-from morer1_jax.files import atomic_write
+from morer1_jax.files import atomic_dir, atomic_write
+from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
 from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
 from morer1_jax.model.config import ModelConfig
+from morer1_jax.model.names import WeightsError
 from morer1_jax.model.vlm import Qwen25VL
-from morer1_jax.rollout.sampler import Reader, allowed_ids
 from morer1_jax.run import mesh as meshes
+from morer1_jax.run import weights
 from morer1_jax.run.config import ConfigError
-from morer1_jax.run.settings import Settings
+from morer1_jax.run.policy import Policy
+from morer1_jax.run.settings import ModelSettings, Settings
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.ontology import Ontology
@@ -47,15 +46,19 @@ class Job:
       data: the dataset's folder.
     """
 
-    def __init__(self, settings: Settings, workdir: str | Path) -> None:
+    def __init__(
+        self, settings: Settings, workdir: str | Path, ontology: Ontology | None = None
+    ) -> None:
         self.settings = settings
+        self._ontology = ontology
         self.workdir = Path(workdir)
         folder = settings.data.folder
         self.data = self.workdir / "data" if folder is None else Path(folder)
 
     @functools.cached_property
     def ontology(self) -> Ontology:
-        return more.read_ontology(self.data)
+        """The labels: those given, or the dataset's."""
+        return self._ontology or more.read_ontology(self.data)
 
     @functools.cached_property
     def facts(self) -> dict[str, list[Fact]]:
@@ -84,30 +87,39 @@ class Job:
         return more.check_photos([f for facts in self.facts.values() for f in facts], self.data)
 
     @functools.cached_property
+    def checkpoint(self) -> weights.Checkpoint | None:
+        """The published checkpoint the run begins with, if it does."""
+        path = self.settings.model.path
+        if path is None:
+            return None
+        checkpoint = weights.Checkpoint(path)
+        check_sizes(self.settings.model, checkpoint)
+        return checkpoint
+
+    @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The run's tokenizer, trained on the training split's texts if it is not there yet."""
+        """The run's tokenizer: the checkpoint's, or one trained on the training split's texts.
+
+        It is kept in the workdir, with whatever else the checkpoint has beside its tensors.
+        """
         folder = self.workdir / "tokenizer"
         if not folder.exists():
-            texts = (
-                student_prompt(fact, self.ontology) + self.reasoning.get(fact.id, "")
-                for fact in self.facts["train"]
-            )
-            train_tokenizer(texts, self.settings.data.vocabulary, folder)
+            if self.checkpoint is not None:
+                with atomic_dir(folder) as partial:
+                    weights.copy_others(self.checkpoint.folder, partial)
+            else:
+                texts = (
+                    student_prompt(fact, self.ontology) + self.reasoning.get(fact.id, "")
+                    for fact in self.facts["train"]
+                )
+                train_tokenizer(texts, self.settings.data.vocabulary, folder)
         return load_tokenizer(folder)
 
-    @functools.cached_property
-    def special(self) -> SpecialIds:
-        return SpecialIds.of(self.tokenizer)
-
-    @functools.cached_property
-    def encoder(self) -> Encoder:
-        """The encoder of the model proper, which sees all there is."""
-        return self.new_encoder()
-
-    def new_encoder(self, **blind: Any) -> Encoder:
-        """An encoder; `completion=`, `show_photo=`, `show_title=` make it a blind baseline's."""
+    @property
+    def images(self) -> ImageConfig:
+        """How photos and crops are cut to patches, everywhere."""
         data, vision = self.settings.data, self.settings.model.vision
-        images = ImageConfig(
+        return ImageConfig(
             min_pixels=data.min_pixels,
             max_pixels=data.max_pixels,
             crop_margin=data.crop_margin,
@@ -116,29 +128,64 @@ class Job:
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,
         )
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The encoder of the model proper, which sees all there is."""
+        return self.new_encoder()
+
+    def new_encoder(self, **blind: Any) -> Encoder:
+        """An encoder; `completion=`, `show_photo=`, `show_title=` make it a blind baseline's."""
+        data, window = self.settings.data, self.settings.model.vision.window_size
         buckets = Buckets(
             prompt=data.prompt_length,
             completion=blind.pop("completion", data.completion_length),
             windows=data.windows if blind.get("show_photo", True) else 0,
         )
         return Encoder(
-            self.data, self.tokenizer, self.ontology, images, vision.window_size, buckets, **blind
+            self.data, self.tokenizer, self.ontology, self.images, window, buckets, **blind
         )
 
     @functools.cached_property
-    def model(self) -> Qwen25VL:
-        sizes = self.settings.model
-        rows = -(-len(self.tokenizer) // _ROWS) * _ROWS
-        config = ModelConfig(
-            text=sizes.text.config(rows),
-            vision=sizes.vision.config(sizes.text.hidden_size),
-            image_token_id=self.special.image,
-            video_token_id=self.special.video,
-            vision_start_token_id=self.special.vision_start,
-            vision_end_token_id=self.special.vision_end,
-            tie_word_embeddings=sizes.text.tie_word_embeddings,
-        )
-        return Qwen25VL(config, self.settings.runtime)
+    def policy(self) -> Policy:
+        """The model with its tokenizer and labels, on the mesh."""
+        mesh = meshes.make_mesh(dataclasses.asdict(self.settings.mesh))
+        model = Qwen25VL(self._model_config(), self.settings.runtime, self.parts.lora)
+        return Policy(model, self.tokenizer, self.ontology, mesh)
+
+    def _model_config(self) -> ModelConfig:
+        special, sizes = SpecialIds.of(self.tokenizer), self.settings.model
+        if self.checkpoint is not None:
+            config = self.checkpoint.config
+            if config.image_token_id != special.image:
+                raise WeightsError(
+                    f"{self.checkpoint.folder}: image_token_id is {config.image_token_id}, but its "
+                    f"tokenizer has {special.image}; expected config and tokenizer of one model"
+                )
+        else:
+            rows = -(-len(self.tokenizer) // _ROWS) * _ROWS
+            config = ModelConfig(
+                text=sizes.text.config(
+                    sizes.text.vocab_size or -(-len(self.tokenizer) // _ROWS) * _ROWS
+                ),
+                vision=sizes.vision.config(sizes.text.hidden_size),
+                image_token_id=special.image,
+                video_token_id=special.video,
+                vision_start_token_id=special.vision_start,
+                vision_end_token_id=special.vision_end,
+                tie_word_embeddings=sizes.text.tie_word_embeddings,
+            )
+        if (rows := config.text.vocab_size) < len(self.tokenizer):
+            raise ConfigError(
+                f"config.model.text.vocab_size: {rows} found, at least the tokenizer's "
+                f"{len(self.tokenizer)} expected"
+            )
+        return config
+
+    @property
+    def parts(self) -> Parts:
+        """What of the model trains."""
+        return self.settings.tune.parts()
 
     @functools.cached_property
     def score(self) -> ScoreConfig:
@@ -148,41 +195,35 @@ class Job:
         )
 
     @functools.cached_property
-    def mesh(self) -> jax.sharding.Mesh:
-        return meshes.make_mesh(dataclasses.asdict(self.settings.mesh))
+    def like(self) -> tuple[Params, Params]:
+        """Shapes, dtypes and shardings of the parameters that train, and of those that do not."""
+        whole = like(abstract_params(self.policy.model), self.policy.param_shardings)
+        trained, frozen = split(whole, self.parts)
+        dtype = jnp.dtype(self.settings.tune.frozen_dtype)
+        return trained, jax.tree.map(lambda leaf: leaf.update(dtype=dtype), frozen)
 
     @functools.cached_property
-    def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P())
+    def frozen(self) -> Params:
+        """The parameters that do not train, on the mesh: held once, for all stages."""
+        return self._begin(self.like[1], stream=0)
 
-    @functools.cached_property
-    def rows(self) -> NamedSharding:
-        """The sharding of anything whose leading axis is a batch's rows."""
-        return meshes.batch_sharding(self.mesh)
+    def init_params(self, stream: int) -> Params:
+        """The parameters that train, as training begins; `stream` sets one model of the run apart
+        from another in what is drawn."""
+        return self._begin(self.like[0], stream)
 
-    @functools.cached_property
-    def param_shardings(self) -> Any:
-        return meshes.param_shardings(self.mesh, abstract_params(self.model))
-
-    @functools.cached_property
-    def reader(self) -> Reader:
-        """The answer's automata over this vocabulary, on the mesh."""
-        pieces = token_bytes(self.tokenizer, self.model.config.text.vocab_size)
-        tables = build_tables(pieces, self.ontology.labels)
-        return jax.device_put(Reader.of(tables), self.replicated)
-
-    @functools.cached_property
-    def allowed(self) -> jax.Array:
-        """Which ids may be sampled, on the mesh."""
-        rows = self.model.config.text.vocab_size
-        return jax.device_put(
-            jnp.asarray(allowed_ids(self.special, len(self.tokenizer), rows)), self.replicated
-        )
-
-    def init_params(self, stream: int) -> Any:
-        """Parameters from scratch; `stream` tells one model of the run from another."""
+    def _begin(self, wanted: Params, stream: int) -> Params:
+        drawn, loaded = wanted, {}
+        if self.checkpoint is not None:
+            drawn = select(wanted, lambda path: path[-1] in ADAPTER)
+            loaded = select(wanted, lambda path: path[-1] not in ADAPTER)
         key = jax.random.fold_in(jax.random.key(self.settings.seed), stream)
-        return init_sharded(self.model, key, self.param_shardings)
+        made = init_sharded(self.policy.model, key, drawn) if drawn else {}
+        return join(made, self.checkpoint.load(loaded)) if loaded else made
+
+    def whole(self, params: Params) -> Params:
+        """A whole model's parameters, from those that train."""
+        return join(params, self.frozen)
 
     def new_state(self, params: Any, optimizer: Any) -> tuple[TrainState, Any]:
         """A state at step 0 around a copy of `params`, on the mesh, and its shardings.
@@ -190,27 +231,11 @@ class Job:
         A copy, because a train step gives its state's buffers away and `params` may be needed on.
         """
         abstract = jax.eval_shape(lambda p: new_state(p, optimizer), params)
-        shardings = meshes.state_shardings(self.mesh, abstract, abstract.params)
+        shardings = meshes.state_shardings(self.policy.mesh, abstract, abstract.params)
         make = jax.jit(
             lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
         )
         return make(params), shardings
-
-    def like_params(self) -> Any:
-        """The tree that saved parameters are restored into."""
-        return like(abstract_params(self.model), self.param_shardings)
-
-    def put(self, batch: Any) -> Any:
-        """A host's rows of a batch, onto the mesh."""
-        return meshes.put_batch(batch, self.mesh)
-
-    def host_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """The rows of a global batch that this process prepares."""
-        count, hosts = len(rows), jax.process_count()
-        if count % hosts:
-            raise ConfigError(f"a batch of {count} rows does not divide among {hosts} hosts")
-        part = count // hosts
-        return rows[jax.process_index() * part : (jax.process_index() + 1) * part]
 
     def check(self) -> None:
         """Finds bad data, and batches that the mesh cannot split, before a step is spent on them.
@@ -221,7 +246,7 @@ class Job:
             is not what the run began with.
         """
         config = self.settings
-        parts = math.prod(self.mesh.shape[name] for name in meshes.BATCH_AXES)
+        parts = math.prod(self.policy.mesh.shape[name] for name in meshes.BATCH_AXES)
         for key, rows in (
             ("sft.batch", config.sft.batch),
             ("baselines.batch", config.baselines.batch),
@@ -250,6 +275,32 @@ class Job:
                 f"{self.data}: {', '.join(changed)} changed since the run began ({path}); put it "
                 "back, or use a new --workdir"
             )
+
+
+def check_sizes(sizes: ModelSettings, checkpoint: weights.Checkpoint) -> None:
+    """Compares the config's sizes of a model with those of a checkpoint.
+
+    Raises:
+      ConfigError: some differ; all are named.
+    """
+    wrong = []
+    for half in ("text", "vision"):
+        theirs = getattr(checkpoint.config, half)
+        for name, ours in dataclasses.asdict(getattr(sizes, half)).items():
+            # How a model was initialised is of no account once it is trained.
+            if name in ("initializer_range", "tie_word_embeddings") or ours is None:
+                continue
+            if ours != (found := getattr(theirs, name)):
+                wrong.append(f"{half}.{name}: {ours} in the config, {found} there")
+    if sizes.text.tie_word_embeddings != (tied := checkpoint.config.tie_word_embeddings):
+        wrong.append(
+            f"text.tie_word_embeddings: {sizes.text.tie_word_embeddings} in the config, {tied} "
+            "there"
+        )
+    if wrong:
+        raise ConfigError(
+            f"config.model: not of the sizes of {checkpoint.folder}: {'; '.join(wrong)}; set them"
+        )
 
 
 def like(state: Any, shardings: Any) -> Any:

@@ -35,6 +35,12 @@ RULES: tuple[tuple[str, P], ...] = (
     ("(gate|up|merger_in)/bias", P("tensor")),  # [f]
     ("(down|merger_out)/kernel", P("tensor", "fsdp")),  # [f, d]
     ("patch_embed/kernel", P(None, "fsdp")),  # [patch, d]
+    ("(q|k|v|gate|up)/lora_a", P("fsdp", None)),  # [d, rank]
+    ("(q|k|v)/lora_b", P(None, "tensor", None)),  # [rank, h, head]
+    ("(gate|up)/lora_b", P(None, "tensor")),  # [rank, f]
+    ("o/lora_a", P("tensor", None, None)),  # [h, head, rank]
+    ("down/lora_a", P("tensor", None)),  # [f, rank]
+    ("(o|down)/lora_b", P(None, "fsdp")),  # [rank, d]
 )
 
 
@@ -181,6 +187,24 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
         return jax.make_array_from_process_local_data(sharding, array)
 
     return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def shardings_of(tree: PyTree) -> PyTree:
+    """The sharding of every array of a tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def host_rows(rows: Sequence[Any]) -> Sequence[Any]:
+    """The rows of a global batch that this process prepares.
+
+    Raises:
+      ConfigError: they do not divide among the processes.
+    """
+    count, hosts = len(rows), jax.process_count()
+    if count % hosts:
+        raise ConfigError(f"a batch of {count} rows does not divide among {hosts} hosts")
+    part = count // hosts
+    return rows[jax.process_index() * part : (jax.process_index() + 1) * part]
 
 
 def fetch(tree: PyTree) -> PyTree:

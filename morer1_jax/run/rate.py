@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from morer1_jax.files import atomic_write
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import RateSettings
-from morer1_jax.task.fact import DataError
+from morer1_jax.task.fact import DataError, Fact
 
 FILE = "ratings.jsonl"
 POOLS = ("easy", "hard", "dropped")
@@ -42,20 +42,74 @@ def classify(pass_rate: float, config: RateSettings) -> str:
 
 
 def run_rate(job: Job, params: Any) -> dict[str, int]:
-    """Rates every training fact with `params` and writes the file; returns the pools' sizes."""
-    rate = job.settings.rate
+    """The stage: rates every training fact with a whole model's `params`, or takes a given file.
+
+    Returns:
+      The pools' sizes.
+    """
+    config, out = job.settings.rate, job.workdir / "rate" / FILE
+    if config.file is not None:
+        given = read_ratings(Path(config.file))
+        atomic_write(out, "".join(map(_line, given)))
+        print(histogram(given))
+        return dict(Counter(rating.pool for rating in given))
     asker = Asker(
-        job, job.encoder, batch=rate.batch, group=rate.samples, temperature=rate.temperature
+        job.policy,
+        job.encoder,
+        batch=config.batch,
+        group=config.samples,
+        temperature=config.temperature,
+        seed=job.settings.seed,
+        workers=job.settings.data.workers,
     )
-    ratings = []
-    for fact, scored in asker.ask(params, job.facts["train"], "rate"):
-        gold = job.ontology.ids[fact.label]
-        passed = float(np.mean(scored.rollout.answer == gold))
-        ratings.append(Rating(fact.id, passed, classify(passed, rate)))
-    lines = [json.dumps(dataclasses.asdict(rating)) + "\n" for rating in ratings]
-    atomic_write(job.workdir / "rate" / FILE, "".join(lines))
-    print(histogram(ratings))
-    return dict(Counter(rating.pool for rating in ratings))
+    return rate(asker, params, job.facts["train"], config, out)
+
+
+def rate(
+    asker: Asker,
+    params: Any,
+    facts: Sequence[Fact],
+    config: RateSettings,
+    out: Path,
+    identity: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
+    """Rates facts, writes `out` and prints a histogram; if it was killed it goes on where it was.
+
+    Args:
+      asker: draws `config.samples` answers to a fact.
+      identity: what the ratings depend on; what was begun under another is not gone on with.
+
+    Returns:
+      The pools' sizes.
+    """
+    unfinished = out.with_suffix(".unfinished")
+    head = json.dumps({"batch": config.batch, **(identity or {})}) + "\n"
+    done = _begun(unfinished, head)
+    # Whole batches, so that each fact is asked in the company and with the noise it would have had.
+    done = done[: len(done) // config.batch * config.batch]
+    atomic_write(unfinished, head + "".join(map(_line, done)))
+    with open(unfinished, "a", buffering=1) as file:
+        for fact, drawn in asker.ask(params, facts, "rate", start=len(done)):
+            passed = float(np.mean(drawn.answer == asker.ontology.ids[fact.label]))
+            done.append(Rating(fact.id, passed, classify(passed, config)))
+            file.write(_line(done[-1]))
+    atomic_write(out, "".join(map(_line, done)))
+    unfinished.unlink()
+    print(histogram(done))
+    return dict(Counter(rating.pool for rating in done))
+
+
+def _line(rating: Rating) -> str:
+    return json.dumps(dataclasses.asdict(rating)) + "\n"
+
+
+def _begun(path: Path, head: str) -> list[Rating]:
+    """The ratings of a run that was killed, if it began with the same head."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if not lines or lines[0] != head:
+        return []
+    whole = lines[1:] if lines[-1].endswith("\n") else lines[1:-1]
+    return [Rating(**json.loads(line)) for line in whole]
 
 
 def read_ratings(path: Path) -> list[Rating]:

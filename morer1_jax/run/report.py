@@ -28,9 +28,19 @@ from morer1_jax.task import more
 from morer1_jax.task.fact import DataError
 
 FILE = "report.html"
+_ANSWERS = ".answers.jsonl"
+SECTIONS = ("scores", "curves", "curriculum", "gallery")
 
 
-def write_report(workdir: Path, data: Path, *, gallery: int = 24, seed: int = 0) -> Path:
+def write_report(
+    workdir: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    sections: Sequence[str] = SECTIONS,
+    gallery: int = 24,
+    seed: int = 0,
+) -> Path:
     """Writes `<workdir>/report.html` from whatever the workdir holds.
 
     What is missing or cannot be read is said in its place. The same files and seed give the same
@@ -38,6 +48,8 @@ def write_report(workdir: Path, data: Path, *, gallery: int = 24, seed: int = 0)
 
     Args:
       data: the dataset's folder.
+      split: which one the scores are of.
+      sections: of `SECTIONS`, which the page has.
       gallery: how many test facts are shown with their photos.
       seed: of their choice.
 
@@ -46,18 +58,23 @@ def write_report(workdir: Path, data: Path, *, gallery: int = 24, seed: int = 0)
     """
     workdir, data = Path(workdir), Path(data)
     problems: list[str] = []
-    config = _read_json(workdir / "config.json", problems)
+    trained = "curves" in sections
+    config = _read_json(workdir / "config.json", problems) if trained else {}
     scores = _read_scores(workdir / "eval", problems)
     metrics = read_metrics(workdir / "metrics.jsonl")
     parts = {
-        "scores": ("Test scores", lambda: score_section(scores)),
+        "scores": (f"{split.title()} scores", lambda: score_section(scores)),
         "curves": ("Learning curves", lambda: learning_curves(metrics, NAMES)),
         "curriculum": ("Curriculum", lambda: _curriculum_section(workdir, metrics)),
-        "gallery": ("Gallery", lambda: _gallery_section(workdir, data, config, gallery, seed)),
+        "gallery": (
+            "Gallery",
+            lambda: _gallery_section(workdir, data, split, config, gallery, seed),
+        ),
     }
+    parts = {anchor: parts[anchor] for anchor in sections}
     body = [section(anchor, title, _guard(build)) for anchor, (title, build) in parts.items()]
     links = [tag("a", title, href=f"#{anchor}") for anchor, (title, _) in parts.items()]
-    title = f"MORE-R1 run “{workdir.resolve().name}”"
+    title = f"MORE-R1 {'run' if trained else 'scores'} “{workdir.resolve().name}”"
     head = tag(
         "header",
         tag("h1", title),
@@ -180,14 +197,16 @@ def _curriculum_section(workdir: Path, metrics: Metrics) -> Html:
 
 
 def _gallery_section(
-    workdir: Path, data: Path, config: Mapping[str, Any], count: int, seed: int
+    workdir: Path, data: Path, split: str, config: Mapping[str, Any], count: int, seed: int
 ) -> Html:
-    path = {system: workdir / "eval" / f"{system}.answers.jsonl" for system in FINAL}
-    system = next((system for system in FINAL if path[system].exists()), None)
+    found = {p.name.removesuffix(_ANSWERS): p for p in (workdir / "eval").glob(f"*{_ANSWERS}")}
+    # What a run trained last; or else a model that no run of ours trained.
+    candidates = (*FINAL, *sorted(found.keys() - NAMES))
+    system = next((name for name in candidates if name in found), None)
     if system is None:
         raise DataError("No answers of a trained model in this workdir; run the stage `evaluate`.")
-    facts = more.read_split(data, "test", more.read_ontology(data))
-    pairs = read_answers(path[system], facts)
+    facts = more.read_split(data, split, more.read_ontology(data))
+    pairs = read_answers(found[system], facts)
     crop = {
         key: value
         for key in ("crop_margin", "crop_least")
@@ -196,7 +215,7 @@ def _gallery_section(
     chosen = choose(pairs, count, seed)
     (rights, wrongs), (some, others) = map(_count, (pairs, chosen))
     note = (
-        f"{name_of(system)} on the test facts: {rights:,} right, {wrongs:,} wrong. Shown are "
+        f"{name_of(system)} on the {split} facts: {rights:,} right, {wrongs:,} wrong. Shown are "
         f"{some} and {others} of them, spread over the gold labels. The frame is the object's "
         "box; the asked entity is marked in the title."
     )

@@ -7,8 +7,6 @@ code that reads it, so a key nobody reads cannot exist and a key that is read ca
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,10 +15,11 @@ from ml_collections import ConfigDict
 from morer1_jax.data.curriculum import MixConfig
 from morer1_jax.data.tokenizer import SPECIAL_TOKENS
 from morer1_jax.learn.grpo import GRPOConfig
+from morer1_jax.learn.parts import Parts
 from morer1_jax.learn.state import OptimizerConfig
-from morer1_jax.model.config import Runtime, TextConfig, VisionConfig
+from morer1_jax.model.config import LoRA, Runtime, TextConfig, VisionConfig
 from morer1_jax.rollout.reward import RewardConfig
-from morer1_jax.run.config import ConfigError, Rule, check_config
+from morer1_jax.run.schema import build
 from morer1_jax.task.synthetic import WorldConfig
 
 STAGES = ("synthesise", "sft", "baselines", "rate", "grpo", "control", "evaluate")
@@ -66,7 +65,7 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class VisionSettings:
-    """The vision tower to train from scratch; names as in Hugging Face's config."""
+    """The vision tower; names as in Hugging Face's config."""
 
     depth: int
     hidden_size: int
@@ -90,8 +89,13 @@ class VisionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings:
-    """The decoder to train from scratch; names as in Hugging Face's config."""
+    """The decoder; names as in Hugging Face's config.
 
+    Attributes:
+      vocab_size: rows of the embedding; None: as many as the tokenizer needs.
+    """
+
+    vocab_size: int | None
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -109,15 +113,59 @@ class TextSettings:
         """The decoder over a vocabulary."""
         sizes = dataclasses.asdict(self)
         del sizes["tie_word_embeddings"]
-        return TextConfig(vocab_size=vocab_size, **sizes)
+        return TextConfig(**{**sizes, "vocab_size": vocab_size})
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """The model's two halves."""
+    """The model.
 
+    Attributes:
+      path: a published checkpoint to begin with: a folder, a bucket's folder (`gs://…`) or a name
+        on the hub; None: from scratch. The sizes must be the checkpoint's.
+    """
+
+    path: str | None
     text: TextSettings
     vision: VisionSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRASettings:
+    """Adapters; see `model.config.LoRA`. Rank 0: none."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.lora()
+
+    def lora(self) -> LoRA | None:
+        """The adapters, or None."""
+        return LoRA(self.rank, self.alpha, self.targets) if self.rank else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneSettings:
+    """What of the model trains; see `learn.parts.Parts`.
+
+    Attributes:
+      frozen_dtype: what parameters that do not train are held in.
+    """
+
+    vision: float
+    merger: float
+    language: float
+    frozen_dtype: Literal["float32", "bfloat16"]
+    lora: LoRASettings
+
+    def __post_init__(self) -> None:
+        self.parts()
+
+    def parts(self) -> Parts:
+        """As `learn` takes it."""
+        return Parts(self.vision, self.merger, self.language, self.lora.lora())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +233,7 @@ class RateSettings:
     """Rating difficulty by sampling the SFT model.
 
     Attributes:
+      file: ratings made before, as `tools/rate_difficulty.py` writes them; None: they are made now.
       samples: k, answers drawn to each training fact.
       batch: facts at once.
       temperature: of sampling.
@@ -192,6 +241,7 @@ class RateSettings:
       never: what becomes of facts never solved: "hard" keeps them, "drop" leaves them out.
     """
 
+    file: str | None
     samples: int
     batch: int
     temperature: float
@@ -267,6 +317,7 @@ class Settings:
     data: DataSettings
     world: WorldConfig
     model: ModelSettings
+    tune: TuneSettings
     runtime: Runtime
     mesh: MeshSettings
     score: ScoreSettings
@@ -300,71 +351,6 @@ def _check_micro_batches(micro_batches: int, rows: int) -> None:
         )
 
 
-# Whole numbers that may be 0; every other one is at least 1.
-_MAY_BE_ZERO = ("seed", "warmup", "effort_from")
-
-
 def settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
-    """Checks a config against the dataclasses and builds them.
-
-    Raises:
-      ConfigError: an unknown or missing key, a value of another type or out of its range; the
-        message names the dotted key.
-    """
-    check_config(config, dict(_rules(Settings, "")))
-    return _build(Settings, config, "")
-
-
-def _fields(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _rules(kind: type, prefix: str) -> typing.Iterator[tuple[str, Rule]]:
-    for name, hint in _fields(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _rules(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _rule(name, hint)
-
-
-def _rule(name: str, hint: Any) -> Rule:
-    optional = False
-    if isinstance(hint, types.UnionType):
-        optional = type(None) in hint.__args__
-        (hint,) = (arg for arg in hint.__args__ if arg is not type(None))
-    if typing.get_origin(hint) is Literal:
-        return Rule(str, choices=typing.get_args(hint), optional=optional)
-    if typing.get_origin(hint) is tuple:
-        return Rule(tuple, optional=optional)
-    low = None
-    if hint is int and name not in ("data", "fsdp", "tensor"):
-        low = 0 if name in _MAY_BE_ZERO else 1
-    elif hint is float:
-        low = 0
-    return Rule(hint, low=low, optional=optional)
-
-
-def _build(kind: type, node: Any, prefix: str) -> Any:
-    values = {}
-    for name, hint in _fields(kind).items():
-        value = node[name]
-        if dataclasses.is_dataclass(hint):
-            value = _build(hint, value, f"{prefix}{name}.")
-        elif typing.get_origin(hint) is tuple:
-            value = _whole_numbers(f"{prefix}{name}", value)
-        values[name] = value
-    try:
-        return kind(**values)
-    except ValueError as error:
-        # The classes know their fields' names but not where in the config they are.
-        field, _, rest = str(error).partition(": ")
-        if (key := field.rpartition(".")[2]) in values:
-            raise ConfigError(f"config.{prefix}{key}: {rest}") from None
-        raise ConfigError(f"{f'config.{prefix}'.rstrip('.')}: {error}") from None
-
-
-def _whole_numbers(key: str, value: list[Any] | tuple[Any, ...]) -> tuple[int, ...]:
-    if not all(type(item) is int for item in value):
-        raise ConfigError(f"config.{key}: {list(value)} found, a list of whole numbers expected")
-    return tuple(value)
+    """Checks a whole config and builds it; see `schema.build`."""
+    return build(Settings, config)

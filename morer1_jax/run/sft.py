@@ -17,6 +17,7 @@ from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.run.loop import Hooks, LoopConfig, train
+from morer1_jax.run.mesh import host_rows, shardings_of
 
 
 def train_sft(
@@ -38,7 +39,7 @@ def train_sft(
     Args:
       name: of the stage's folder and of its metrics.
       targets: what the assistant says, by training fact's id.
-      params: where to start.
+      params: where to start; those that train.
       stream: tells this training's shuffles from another's of the same run.
 
     Returns:
@@ -46,25 +47,26 @@ def train_sft(
     """
     facts = [fact for fact in job.facts["train"] if fact.id in targets]
     pool = Pool("training", np.arange(len(facts)), (job.settings.seed, 10, stream))
-    transform = optimizer.build(loop.steps)
+    policy = job.policy
+    transform = optimizer.build(loop.steps, job.parts)
     state, shardings = job.new_state(params, transform)
     # Plain cross-entropy: the temperature is that of GRPO's sampling.
     score = dataclasses.replace(job.score, temperature=1.0)
     step = jax.jit(
-        make_sft_step(job.model, transform, score, micro_batches),
-        in_shardings=(shardings, job.rows),
-        out_shardings=(shardings, job.replicated),
+        make_sft_step(policy.model, transform, score, micro_batches),
+        in_shardings=(shardings, shardings_of(job.frozen), policy.rows),
+        out_shardings=(shardings, policy.replicated),
         donate_argnums=0,
     )
 
     def make_batch(number: int) -> SequenceBatch:
-        mine = job.host_rows(pool.take(number * batch, batch))
+        mine = host_rows(pool.take(number * batch, batch))
         return encoder.sequences([[encoder.sample(facts[i], targets[facts[i].id])] for i in mine])
 
     asker = greedy_asker(job, encoder)
     hooks = Hooks(
         batch=make_batch,
-        step=lambda state, arrays, _: step(state, job.put(arrays)),
+        step=lambda state, arrays, _: step(state, job.frozen, policy.put(arrays)),
         validate=validator(asker, job, job.facts["valid"][:eval_facts]),
     )
     return train(

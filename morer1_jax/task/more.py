@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ def split_path(folder: Path, split: str) -> Path:
 def photo_path(folder: Path, fact: Fact) -> Path:
     """The photo of a fact."""
     return Path(folder) / "img_org" / fact.photo
+
+
+PhotoPath = Callable[[Path, Fact], Path]
 
 
 def read_ontology(folder: Path) -> Ontology:
@@ -115,8 +118,13 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def check_photos(facts: Iterable[Fact], folder: Path) -> dict[str, tuple[int, int]]:
+def check_photos(
+    facts: Iterable[Fact], folder: Path, photo_path: PhotoPath = photo_path
+) -> dict[str, tuple[int, int]]:
     """Decodes each distinct photo once and shows a progress bar.
+
+    Args:
+        photo_path: where in the folder a fact's photo is.
 
     Returns:
         `Fact.photo` to (width, height) in pixels, as stored in the file.
@@ -239,7 +247,7 @@ def _parse_fact(fact_id: str, line: str, ontology: Ontology, photos: set[str]) -
         entity_name=entity_name,
         entity_span=(span[0], span[1]),
         object_name=object_name,
-        box=_check_box(box),
+        box=check_box(box),
         image=image,
         label=label,
     )
@@ -288,7 +296,12 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _check_box(box: Sequence[Any]) -> tuple[float, float, float, float]:
+def check_box(box: Sequence[Any]) -> tuple[float, float, float, float]:
+    """A box of four fractions (x centre, y centre, width, height), clipped to the photo.
+
+    Raises:
+        DataError: it is none, is empty, or leaves the photo by more than `BOX_SLOP`.
+    """
     if len(box) != 4 or not all(type(x) in (int, float) for x in box):
         raise DataError(f"t.box: {box!r}, expected four numbers: x centre, y centre, width, height")
     x, y, w, h = box

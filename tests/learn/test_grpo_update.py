@@ -165,11 +165,11 @@ def test_an_update_on_eight_devices(tiny, learn, batch, axes, micro_batches):
     whole = NamedSharding(mesh, P())
     update = tiny.jit(
         make_grpo_update(tiny.model(), keep, CONFIG, SCORE, micro_batches),
-        in_shardings=(shardings, meshes.batch_sharding(mesh), whole),
+        in_shardings=(shardings, {}, meshes.batch_sharding(mesh), whole),
         out_shardings=(shardings, whole),
     )
     after, metrics = update(
-        jax.device_put(state, shardings), meshes.put_batch(batch, mesh), tiny.ALLOWED
+        jax.device_put(state, shardings), {}, meshes.put_batch(batch, mesh), tiny.ALLOWED
     )
     gradients, expected = learn()(params, batch)
     tiny.assert_near(after.opt_state.trace, gradients, 1e-5)

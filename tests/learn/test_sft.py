@@ -120,10 +120,10 @@ def test_a_step_on_eight_devices(tiny, learn, axes, micro_batches):
     whole = NamedSharding(mesh, P())
     step = tiny.jit(
         make_sft_step(tiny.model(), keep, SCORE, micro_batches),
-        in_shardings=(shardings, meshes.batch_sharding(mesh)),
+        in_shardings=(shardings, {}, meshes.batch_sharding(mesh)),
         out_shardings=(shardings, whole),
     )
-    after, metrics = step(jax.device_put(state, shardings), meshes.put_batch(batch, mesh))
+    after, metrics = step(jax.device_put(state, shardings), {}, meshes.put_batch(batch, mesh))
     gradients, expected = learn()(params, batch)
     tiny.assert_near(after.opt_state.trace, gradients, 1e-5)
     norm = metrics.pop("grad_norm")

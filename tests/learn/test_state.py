@@ -98,7 +98,10 @@ def test_parameters_are_made_where_they_live(tiny, monkeypatch):
     mesh = tiny.mesh(data=1, fsdp=2, tensor=4)
     shapes = abstract_params(tiny.model())
     shardings = meshes.param_shardings(mesh, shapes)
-    params = init_sharded(tiny.model(), jax.random.key(0), shardings)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    params = init_sharded(tiny.model(), jax.random.key(0), like)
     alone = tiny.jit(lambda key: init_params(tiny.model(), key))(jax.random.key(0))
     jax.tree.map(lambda x, s: None if x.sharding == s else pytest.fail(str(s)), params, shardings)
     assert isinstance(params["embedding"].sharding, NamedSharding)

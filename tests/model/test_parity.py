@@ -1,7 +1,6 @@
 """The model equals the reference implementation in `transformers`, and the tests would notice."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,6 @@ PADDED = [[0], [1], [2], [3]]
 PACKED = [[3, 0], [1, 2]]
 
 
-def relative_error(ours, theirs):
-    """Largest difference over the reference's largest absolute value."""
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
-
-
 def reference_features(case):
     """Image features of all samples, image after image in the text's order."""
     inputs = case.reference.inputs(case.samples)
@@ -35,49 +29,16 @@ def reference_features(case):
     return torch.cat(features.pooler_output).numpy()
 
 
-def reference_logits(case):
-    """Logits of the padded batch, valid tokens only, sample after sample."""
-    inputs = case.reference.inputs(case.samples)
-    with torch.no_grad():
-        logits = case.reference.model(**inputs).logits.numpy()
-    return logits[inputs["attention_mask"].numpy() == 1]
-
-
-def in_sample_order(rows, values):
-    """Valid tokens' values, sample after sample."""
-    flat = rows.sample_ids.ravel()
-    order = np.argsort(flat, kind="stable")
-    return np.asarray(values).reshape(flat.size, -1)[order[flat[order] >= 0]]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _outputs(model, params, tokens, positions, attend, images, vision_index):
-    def verb(name, *args):
-        return model.apply({"params": params}, *args, method=name)
-
-    vision_tokens = verb("encode_images", images)
-    x = verb("embed", tokens, vision_tokens, vision_index)
-    features = jnp.take_along_axis(vision_tokens, jnp.maximum(vision_index, 0)[..., None], axis=1)
-    return features, verb("logits", verb("forward", x, positions, attend))
-
-
-def evaluate(model, params, rows):
-    """Image features and logits of all samples in the reference's order."""
-    features, logits = _outputs(model, params, *rows.arguments())
-    is_image = in_sample_order(rows, rows.vision_index)[:, 0] >= 0
-    return in_sample_order(rows, features)[is_image], in_sample_order(rows, logits)
-
-
 @pytest.mark.parametrize("rows", [PADDED, PACKED], ids=["padded", "packed"])
-def test_features_and_logits(case, rows_of, rows):
+def test_features_and_logits(reference, case, rows_of, rows):
     rows = rows_of(case.config, case.samples, rows)
-    features, logits = evaluate(case.model, case.params, rows)
-    assert relative_error(features, reference_features(case)) < VALUE_BOUND
-    assert relative_error(logits, reference_logits(case)) < VALUE_BOUND
+    features, logits = reference.evaluate(case.model, case.params, rows)
+    assert reference.relative_error(features, reference_features(case)) < VALUE_BOUND
+    assert reference.relative_error(logits, reference.reference_logits(case)) < VALUE_BOUND
 
 
 @pytest.mark.parametrize("rows", [PADDED, PACKED], ids=["padded", "packed"])
-def test_positions_are_equal(case, rows_of, rows):
+def test_positions_are_equal(reference, case, rows_of, rows):
     rows = rows_of(case.config, case.samples, rows)
     inputs = case.reference.inputs(case.samples)
     theirs, _ = case.reference.model.model.get_rope_index(
@@ -87,24 +48,24 @@ def test_positions_are_equal(case, rows_of, rows):
         attention_mask=inputs["attention_mask"],
     )
     theirs = theirs.numpy()[:, inputs["attention_mask"].numpy() == 1]
-    ours = in_sample_order(rows, np.moveaxis(rows.positions, 0, -1)).T
+    ours = reference.in_sample_order(rows, np.moveaxis(rows.positions, 0, -1)).T
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_every_gradient(case, rows_of):
+def test_every_gradient(reference, case, rows_of):
     """Of the mean cross-entropy of about half the text tokens; ours packed, theirs padded."""
     ours, theirs = gradients(case, rows_of(case.config, case.samples, PACKED))
-    assert_gradients_equal(ours, theirs)
+    assert_gradients_equal(reference, ours, theirs)
 
 
-def test_every_gradient_of_padded_rows(small_case, rows_of):
+def test_every_gradient_of_padded_rows(reference, small_case, rows_of):
     rows = rows_of(small_case.config, small_case.samples, PADDED)
-    assert_gradients_equal(*gradients(small_case, rows))
+    assert_gradients_equal(reference, *gradients(small_case, rows))
 
 
-def assert_gradients_equal(ours, theirs):
+def assert_gradients_equal(reference, ours, theirs):
     assert ours.keys() == theirs.keys()
-    errors = {name: relative_error(ours[name], theirs[name]) for name in ours}
+    errors = {name: reference.relative_error(ours[name], theirs[name]) for name in ours}
     assert max(errors.values()) < GRADIENT_BOUND, max(errors, key=errors.get)
 
 
@@ -197,16 +158,19 @@ class TestTheTestsCanFail:
     """Each fault moves features or logits past ten times the bound."""
 
     @pytest.fixture
-    def error(self, small_case, rows_of):
+    def error(self, reference, small_case, rows_of):
         """The larger error of features and logits under other params, rows or config."""
         case = small_case
         original = rows_of(case.config, case.samples, PACKED)
-        features, logits = reference_features(case), reference_logits(case)
+        features, logits = reference_features(case), reference.reference_logits(case)
 
         def measure(tensors=None, rows=original, config=case.config):
             params = names.from_hf(tensors, config) if tensors else case.params
-            ours = evaluate(Qwen25VL(config), params, rows)
-            return max(relative_error(ours[0], features), relative_error(ours[1], logits))
+            ours = reference.evaluate(Qwen25VL(config), params, rows)
+            return max(
+                reference.relative_error(ours[0], features),
+                reference.relative_error(ours[1], logits),
+            )
 
         return measure
 

@@ -35,7 +35,7 @@ def answer(fact, label):
 def test_scores_and_answers_are_written(job):
     test = job.facts["test"]
     answers = [answer(test[0], None), *(answer(fact, fact.label) for fact in test[1:])]
-    scores = write_scores(job, "some", answers)
+    scores = write_scores(job.workdir, "some", test, answers, job.ontology)
     written = json.loads((job.workdir / "eval" / "some.json").read_text())
     assert written == scores
     assert set(REQUIRED) <= written.keys()

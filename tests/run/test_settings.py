@@ -82,8 +82,9 @@ def test_an_unknown_key_is_named(config, key):
 
 @pytest.mark.parametrize("wrong", ["text", True, None, [1], {"a": 1}])
 def test_each_value_of_another_type_is_named(config, wrong):
-    optional = ("data.folder", "grpo.loss.importance_cap")
-    config["data"]["folder"] = "a path"
+    optional = ("data.folder", "model.path", "model.text.vocab_size", "grpo.loss.importance_cap")
+    config["data"]["folder"] = config["model"]["path"] = "a path"
+    config["model"]["text"]["vocab_size"] = 1024
     for key, value in flatten(config).items():
         if type(wrong) is type(value) or (wrong is None and key in optional):
             continue

@@ -1,0 +1,59 @@
+"""Scores a checkpoint on a split of a dataset in MORE's form: tables, answers and a page.
+
+    python -m morer1_jax.evaluate --checkpoint=runs/demo/sft --data=runs/demo/data --out=scores
+
+Writes `eval/<name>.json`, `eval/<name>.answers.jsonl` and `report.html` into `--out`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags, logging
+
+from morer1_jax.run.answers import Asker
+from morer1_jax.run.config import run_main
+from morer1_jax.run.evaluate import read_scores, write_scores
+from morer1_jax.run.report import write_report
+from morer1_jax.run.student import LABELS, open_student
+from morer1_jax.task import metrics, more
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
+)
+_DATA = flags.DEFINE_string("data", None, "A dataset's folder; its rel2id.json says the labels.")
+_SPLIT = flags.DEFINE_enum("split", "test", list(more.SPLITS), "The split.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write to.")
+_NAME = flags.DEFINE_string("name", None, "The system's; by default the checkpoint's last part.")
+_GUIDED = flags.DEFINE_bool("guided", False, "Permit only tokens that lead to a readable answer.")
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "Most tokens of an answer; by default as trained.", 1
+)
+_BATCH = flags.DEFINE_integer("batch", 64, "Facts at once.", 1)
+
+
+def main(argv: list[str]) -> None:
+    """The command line's entry."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    data, out, split = Path(_DATA.value), Path(_OUT.value), _SPLIT.value
+    labels = data / LABELS
+    facts = more.read_split(data, split, more.read_ontology(data))
+    sizes = more.check_photos(facts, data)
+    student = open_student(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
+    encoder = student.encoder(data, facts, sizes)
+    batch = min(_BATCH.value, len(facts))
+    asker = Asker(
+        student.policy, encoder, batch=batch, group=1, temperature=0.0, guided=_GUIDED.value
+    )
+    name = _NAME.value or Path(_CHECKPOINT.value).name
+    answers = asker.answers(student.params, facts, f"evaluate {name}")
+    write_scores(out, name, facts, answers, student.policy.ontology)
+    print(metrics.format_table(read_scores(out)))
+    page = write_report(out, data, split=split, sections=("scores", "gallery"))
+    print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["checkpoint", "data", "out"])
+    run_main(main)

@@ -1,0 +1,84 @@
+"""One photo, box, title and entity, or many: the reasoning step by step, and the label.
+
+    python -m morer1_jax.predict --checkpoint=runs/demo --image=photo.jpg \\
+        --box=0.52,0.4,0.2,0.6 --title="Heat and Celtics Are Tied Up" --entity=Heat
+
+`--box` is x centre, y centre, width and height, as fractions of the photo.
+`--jsonl=questions.jsonl` asks about many, a line each:
+{"image": …, "box": […], "title": …, "entity": …}
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+
+from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.predict import (
+    as_json,
+    as_text,
+    draw_box,
+    predict,
+    question,
+    read_questions,
+)
+from morer1_jax.run.student import open_student
+from morer1_jax.task.fact import DataError
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
+)
+_IMAGE = flags.DEFINE_string("image", None, "The photo.")
+_BOX = flags.DEFINE_list("box", None, "x centre, y centre, width, height; fractions of the photo.")
+_TITLE = flags.DEFINE_string("title", None, "The news item's title.")
+_ENTITY = flags.DEFINE_string("entity", None, "The entity, as the title has it.")
+_JSONL = flags.DEFINE_string("jsonl", None, "A file of questions instead, a JSON object a line.")
+_JSON = flags.DEFINE_bool("json", False, "Print a JSON object a line instead of text.")
+_PICTURE = flags.DEFINE_string("picture", None, "Where to write the photo with its box.")
+_GUIDED = flags.DEFINE_bool("guided", False, "Permit only tokens that lead to a readable answer.")
+_LABELS = flags.DEFINE_string("labels", None, "A rel2id.json; by default the checkpoint's.")
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "Most tokens of an answer; by default as trained.", 1
+)
+_BATCH = flags.DEFINE_integer("batch", 16, "Questions at once.", 1)
+
+
+def main(argv: list[str]) -> None:
+    """The command line's entry."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    facts = _questions()
+    student = open_student(_CHECKPOINT.value, labels=_LABELS.value, completion=_LENGTH.value)
+    batch = min(_BATCH.value, len(facts))
+    answers = predict(student, facts, batch=batch, guided=_GUIDED.value)
+    for fact, answer in zip(facts, answers, strict=True):
+        if _JSON.value:
+            print(as_json(fact, answer))
+        else:
+            print((f"{fact.image}: " if _JSONL.value else "") + as_text(answer))
+    if _PICTURE.value:
+        draw_box(facts[0]).save(_PICTURE.value)
+        print(f"picture: {_PICTURE.value}", file=sys.stderr)
+
+
+def _questions() -> list:
+    one = {"image": _IMAGE, "box": _BOX, "title": _TITLE, "entity": _ENTITY}
+    given = {name: flag.value for name, flag in one.items() if flag.value is not None}
+    if _JSONL.value:
+        if given or _PICTURE.value:
+            raise ConfigError("--jsonl: asks for all its questions; leave out --image and the like")
+        return read_questions(Path(_JSONL.value))
+    if missing := [f"--{name}" for name in one if name not in given]:
+        raise ConfigError(f"{', '.join(missing)}: missing; or give --jsonl, a file of questions")
+    try:
+        box = [float(value) for value in given["box"]]
+    except ValueError:
+        raise DataError(f"--box: {','.join(given['box'])!r} found, four numbers expected") from None
+    return [question(1, given | {"box": box}, Path())]
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("checkpoint")
+    run_main(main)

@@ -1,0 +1,64 @@
+"""A model that can be asked: with its tokenizer and labels, on a mesh; no data, no workdir."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from transformers import PreTrainedTokenizerFast
+
+from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.data.tokens import build_tables, token_bytes
+from morer1_jax.learn.state import abstract_params
+from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.rollout.sampler import Reader, allowed_ids
+from morer1_jax.run import mesh as meshes
+from morer1_jax.task.ontology import Ontology
+
+
+class Policy:
+    """What sampling, scoring and training of one model share.
+
+    Attributes:
+      special: ids of the tokens that are treated apart.
+      replicated: the sharding of what every device holds whole.
+      rows: the sharding of anything whose leading axis is a batch's rows.
+    """
+
+    def __init__(
+        self, model: Qwen25VL, tokenizer: PreTrainedTokenizerFast, ontology: Ontology, mesh: Mesh
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ontology = ontology
+        self.mesh = mesh
+        self.special = SpecialIds.of(tokenizer)
+        self.replicated = NamedSharding(mesh, P())
+        self.rows = meshes.batch_sharding(mesh)
+
+    @functools.cached_property
+    def param_shardings(self) -> Any:
+        return meshes.param_shardings(self.mesh, abstract_params(self.model))
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """The answer's automata over this vocabulary, on the mesh."""
+        pieces = token_bytes(self.tokenizer, self.model.config.text.vocab_size)
+        tables = build_tables(pieces, self.ontology.labels)
+        return jax.device_put(Reader.of(tables), self.replicated)
+
+    @functools.cached_property
+    def allowed(self) -> jax.Array:
+        """Which ids may be sampled, on the mesh."""
+        rows = self.model.config.text.vocab_size
+        return jax.device_put(
+            jnp.asarray(allowed_ids(self.special, len(self.tokenizer), rows)), self.replicated
+        )
+
+    def put(self, batch: Any) -> Any:
+        """A host's rows of a batch, onto the mesh."""
+        return meshes.put_batch(batch, self.mesh)

@@ -1,0 +1,200 @@
+"""A model found by its path: a published folder, or what a run of ours trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from morer1_jax.data.batch import Buckets, Encoder
+from morer1_jax.data.images import ImageConfig
+from morer1_jax.data.tokenizer import load_tokenizer
+from morer1_jax.learn.parts import Params
+from morer1_jax.learn.state import abstract_params
+from morer1_jax.model.config import Runtime
+from morer1_jax.model.names import WeightsError
+from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.run import mesh as meshes
+from morer1_jax.run import weights
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.config import FILE as RUN_CONFIG
+from morer1_jax.run.config import ConfigError
+from morer1_jax.run.job import Job, like
+from morer1_jax.run.policy import Policy
+from morer1_jax.run.settings import settings
+from morer1_jax.task import more
+from morer1_jax.task.fact import Fact
+from morer1_jax.task.more import PhotoPath
+from morer1_jax.task.ontology import Ontology, read_ontology_file
+
+# Ours, beside a published folder's own files: what the model was trained with and they do not say.
+TASK = "more_r1.json"
+LABELS = "rel2id.json"
+# Which stage of a workdir is meant if none is named.
+_NEWEST_FIRST = ("grpo", "control", "sft")
+_MESH = {"data": -1, "fsdp": 1, "tensor": 1}
+# A prompt of photo, crop and question has some hundred tokens; buckets are rounded up to this.
+_ROUND = 16
+
+
+@dataclasses.dataclass
+class Student:
+    """A model with all that is known of how to ask it.
+
+    Attributes:
+      params: whole, adapters among them; on the mesh.
+      images: pixel limits and crop as in training.
+      completion: most tokens of an answer, as in training.
+      source: the folder of its tokenizer and whatever else is published beside tensors.
+      dtype: what its parameters are saved in.
+      ontology: the labels it answers with; None if they are not known.
+    """
+
+    model: Qwen25VL
+    params: Params
+    mesh: Mesh
+    images: ImageConfig
+    completion: int
+    source: Path
+    dtype: str
+    ontology: Ontology | None
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The model as it can be asked.
+
+        Raises:
+          ConfigError: its labels are not known.
+        """
+        if self.ontology is None:
+            raise ConfigError(f"{self.source}: no {LABELS} in it; say --labels=, a {LABELS}")
+        return Policy(self.model, load_tokenizer(self.source), self.ontology, self.mesh)
+
+    def encoder(
+        self,
+        data: Path,
+        facts: Sequence[Fact],
+        sizes: dict[str, tuple[int, int]],
+        photo_path: PhotoPath = more.photo_path,
+    ) -> Encoder:
+        """An encoder whose buckets hold these facts.
+
+        Args:
+          data: the dataset's folder.
+          sizes: (width, height) of the photos.
+          photo_path: where in the folder a fact's photo is.
+        """
+        window = self.model.config.vision.window_size
+        empty = Buckets(prompt=0, completion=self.completion, windows=0)
+        args = (data, self.policy.tokenizer, self.policy.ontology, self.images, window)
+        prompt, windows = Encoder(*args, empty, photo_path=photo_path).measure(facts, sizes)
+        prompt = -(-prompt // _ROUND) * _ROUND
+        buckets = Buckets(prompt, self.completion, windows)
+        return Encoder(*args, buckets, photo_path=photo_path)
+
+
+def open_student(
+    path: str, *, labels: Path | None = None, completion: int | None = None
+) -> Student:
+    """Opens a checkpoint, on all devices there are.
+
+    Args:
+      path: a published folder (local, a bucket's or a hub name); a run's workdir, of which the best
+        parameters of its last stage are taken; or one of its stages, such as `runs/demo/sft`.
+      labels: the `rel2id.json` to answer from; None: the one that is there.
+      completion: most tokens of an answer; None: as in training.
+
+    Raises:
+      ConfigError, WeightsError, CheckpointError, DataError: what is missing or does not fit.
+    """
+    ontology = None if labels is None else read_ontology_file(Path(labels))
+    if (stage := _stage(Path(path))) is not None:
+        return _trained(stage, ontology, completion)
+    return _published(path, ontology, completion)
+
+
+def _stage(path: Path) -> Path | None:
+    """The folder of a stage that is meant, or None if the path is not a run's."""
+    if (path / "checkpoints").is_dir() and (path.parent / RUN_CONFIG).exists():
+        return path
+    try:
+        described = json.loads((path / RUN_CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    if "model_type" in described or "stages" not in described:
+        return None
+    for name in _NEWEST_FIRST:
+        if Checkpointer(path / name / "checkpoints").best() is not None:
+            return path / name
+    raise ConfigError(f"{path}: a run that has trained nothing yet; expected one with a stage sft")
+
+
+def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> Student:
+    workdir = stage.parent
+    config = json.loads((workdir / RUN_CONFIG).read_text())
+    # It was trained on devices that need not be here.
+    config["mesh"] = _MESH
+    job = Job(settings(config), workdir, ontology)
+    params, _ = Checkpointer(stage / "checkpoints").restore_best(job.like[0])
+    return Student(
+        model=job.policy.model,
+        params=job.whole(params),
+        mesh=job.policy.mesh,
+        images=job.images,
+        completion=completion or job.settings.data.completion_length,
+        source=workdir / "tokenizer",
+        dtype="float32" if job.checkpoint is None else job.checkpoint.dtype,
+        ontology=job.ontology,
+    )
+
+
+def _published(path: str, ontology: Ontology | None, completion: int | None) -> Student:
+    checkpoint = weights.Checkpoint(path)
+    folder = checkpoint.local_files()
+    if ontology is None and (folder / LABELS).exists():
+        ontology = read_ontology_file(folder / LABELS)
+    runtime = Runtime(param_dtype=checkpoint.dtype, dtype=checkpoint.dtype)
+    model = Qwen25VL(checkpoint.config, runtime)
+    mesh = meshes.make_mesh(_MESH)
+    abstract = abstract_params(model)
+    task = _read(folder / TASK)
+    return Student(
+        model=model,
+        params=checkpoint.load(like(abstract, meshes.param_shardings(mesh, abstract))),
+        mesh=mesh,
+        images=_image_config(folder, task),
+        completion=completion or task.get("completion_length", 1024),
+        source=folder,
+        dtype=checkpoint.dtype,
+        ontology=ontology,
+    )
+
+
+def _image_config(folder: Path, task: dict[str, Any]) -> ImageConfig:
+    """What the processor's file says, and of the crop what ours says."""
+    found = _read(folder / "preprocessor_config.json")
+    size = found.get("size") or {}
+    values = {
+        "min_pixels": found.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": found.get("max_pixels") or size.get("longest_edge"),
+        **{key: found.get(key) for key in ("patch_size", "merge_size", "temporal_patch_size")},
+        **{key: task.get(key) for key in ("crop_margin", "crop_least")},
+    }
+    return ImageConfig(**{key: value for key, value in values.items() if value is not None})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: not a JSON object; copy it anew")
+    return value

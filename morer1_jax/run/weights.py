@@ -1,0 +1,313 @@
+"""Checkpoint folders in the published form: read onto the mesh, tensor by tensor, and written.
+
+folder/
+  config.json                       the model's shapes
+  model.safetensors                 all tensors, or
+  model-00001-of-00002.safetensors  … some of them, with
+  model.safetensors.index.json      which tensor is in which file
+  tokenizer.json, …                 what is not ours to read
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from huggingface_hub import snapshot_download
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from morer1_jax.learn.parts import merged_kernel
+from morer1_jax.model.config import LoRA, ModelConfig
+from morer1_jax.model.names import (
+    Params,
+    TensorSpec,
+    WeightsError,
+    canonical_name,
+    check_tensors,
+    tensor_specs,
+)
+from morer1_jax.run.log import progress
+from morer1_jax.task.fact import one_line
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ("*.json", "*.txt", "*.jinja", "*.safetensors")
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Checkpoint:
+    """A checkpoint folder whose tensors are those its config calls for.
+
+    Args:
+      path: a local folder, a folder of a bucket (`gs://…`), or a name on the hub (`owner/name`).
+
+    Attributes:
+      folder: where it is.
+      config: the model's.
+      dtype: of the embedding, as a rule of all tensors.
+
+    Raises:
+      WeightsError: there is no such folder; a file is missing or damaged; tensors are missing,
+        unexpected or of the wrong shape, all of which are named.
+      ConfigError: the config asks for what is not implemented.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = _find(str(path))
+        self.config = ModelConfig.from_hf(_read_json(self.folder / CONFIG))
+        self.specs = tensor_specs(self.config)
+        shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, dict[str, str]] = {}
+        for file in _files(self.folder):
+            with self._open(file) as tensors:
+                self._files[file] = {canonical_name(name): name for name in list(tensors.keys())}
+                for ours, theirs in self._files[file].items():
+                    part = tensors.get_slice(theirs)
+                    if part.get_dtype() not in _DTYPES:
+                        raise WeightsError(
+                            f"{self.folder / file}: {theirs} is of type {part.get_dtype()}, "
+                            f"expected one of {', '.join(_DTYPES)}"
+                        )
+                    if ours in shapes:
+                        raise WeightsError(f"{self.folder / file}: {theirs} is in two files")
+                    shapes[ours] = tuple(part.get_shape())
+                    if ours == _EMBEDDING:
+                        self.dtype = _DTYPES[part.get_dtype()]
+        if self.config.tie_word_embeddings:
+            # Some savers write a tied head out; `load` sees to it that it is the embedding.
+            shapes.pop(_HEAD, None)
+        try:
+            check_tensors(shapes, self.specs)
+        except WeightsError as e:
+            raise WeightsError(f"{self.folder}: {e}") from None
+
+    def load(self, like: Params) -> Params:
+        """Parameters on the mesh.
+
+        Tensors are read one at a time, so that the host holds no more than one beside what its
+        devices hold.
+
+        Args:
+          like: the leaves wanted, all or some, of `jax.ShapeDtypeStruct` with shardings.
+        """
+        leaves: dict[tuple[str, ...], jax.Array] = {}
+        wanted = {
+            tuple(key.key for key in path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+        }
+        digests: dict[str, bytes] = {}
+        total = sum(len(names) for names in self._files.values())
+        with progress(desc=f"load {self.folder.name}", total=total, unit="tensor") as bar:
+            for file, names in self._files.items():
+                with self._open(file) as tensors:
+                    for ours, theirs in names.items():
+                        bar.update()
+                        spec = self.specs.get(ours)
+                        tied = self.config.tie_word_embeddings and ours in (_EMBEDDING, _HEAD)
+                        if not tied and spec.path not in wanted:
+                            continue
+                        tensor = tensors.get_tensor(theirs)
+                        if tied:
+                            digests[ours] = hashlib.sha256(tensor.view(np.uint8)).digest()
+                        if spec is not None and spec.path in wanted:
+                            leaf = leaves.pop(spec.path, None)
+                            leaves[spec.path] = _insert(leaf, wanted[spec.path], spec, tensor)
+        if len(set(digests.values())) > 1:
+            raise WeightsError(
+                f"{self.folder}: {_HEAD} differs from {_EMBEDDING}, but its config has "
+                "tie_word_embeddings; set that to false to keep the head"
+            )
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: leaves[tuple(key.key for key in path)], like
+        )
+
+    def local_files(self) -> Path:
+        """A local folder with whatever there is beside the tensors."""
+        if isinstance(self.folder, Path):
+            return self.folder
+        self._local = tempfile.TemporaryDirectory()  # gone with the checkpoint
+        copy_others(self.folder, Path(self._local.name))
+        return Path(self._local.name)
+
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        with contextlib.ExitStack() as stack:
+            path = self.folder / file
+            try:
+                if not isinstance(path, Path):
+                    # A bucket's file cannot be mapped into memory: one at a time is copied.
+                    local = Path(stack.enter_context(tempfile.TemporaryDirectory())) / file
+                    path.copy(local)
+                    path = local
+                opened = stack.enter_context(safe_open(path, "numpy"))
+            except (OSError, SafetensorError) as e:
+                raise WeightsError(
+                    f"{self.folder / file}: {one_line(e)}; expected a whole safetensors file, "
+                    "copy it anew"
+                ) from e
+            yield opened
+
+
+def save_tensors(
+    folder: Path,
+    params: Params,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    lora: LoRA | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes the tensors, one file at a time, and their index if there are several files.
+
+    Args:
+      folder: is there already.
+      params: the whole tree, on the mesh or the host; adapters are merged into their kernels.
+      dtype: of the written tensors.
+      shard_bytes: most bytes of tensors in a file.
+    """
+    specs = tensor_specs(config)
+    size = jnp.dtype(dtype).itemsize
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, spec in specs.items():
+        needed = math.prod(spec.shape) * size
+        if needed > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= needed
+    count = len(shards)
+    files = [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+    files = files if count > 1 else [SINGLE]
+    with progress(desc="save", total=len(specs), unit="tensor") as bar:
+        for file, names in zip(files, shards, strict=True):
+            tensors = {}
+            for name in names:
+                value = _slice(params, specs[name], lora).astype(jnp.dtype(dtype))
+                tensors[name] = specs[name].to_theirs(value)
+                bar.update()
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if count > 1:
+        total = sum(math.prod(spec.shape) for spec in specs.values()) * size
+        places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _slice(params: Params, spec: TensorSpec, lora: LoRA | None) -> np.ndarray:
+    """The part of a leaf that is one tensor, its adapter merged into it."""
+    *branch, leaf = spec.path
+    layer = _at(params, branch)
+    if leaf != "kernel" or "lora_a" not in layer:
+        return np.asarray(jax.device_get(layer[leaf][spec.index]))
+    # One layer at a time, so that no second copy of a whole stack is made.
+    one = {name: value[spec.index][None] for name, value in layer.items()}
+    return np.asarray(jax.device_get(merged_kernel(one, lora)[0]))
+
+
+def _find(path: str) -> Path:
+    if "://" in path:
+        folder = epath.Path(path)
+    elif Path(path).is_dir():
+        return Path(path)
+    elif _HUB_NAME.fullmatch(path):
+        try:
+            return Path(snapshot_download(path, allow_patterns=list(_WANTED)))
+        except (OSError, ValueError) as e:
+            raise WeightsError(
+                f"{path}: no such folder, and the hub does not give it: {one_line(e)}"
+            ) from e
+    else:
+        folder = Path(path)
+    if not folder.is_dir():
+        raise WeightsError(f"{path}: no such folder; expected one with a {CONFIG}")
+    return folder
+
+
+def _files(folder: Path) -> list[str]:
+    """The files of tensors, each once."""
+    if (folder / INDEX).exists():
+        index = _read_json(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise WeightsError(f"{folder / INDEX}: no weight_map, expected tensor name to file")
+        return sorted(set(index["weight_map"].values()))
+    if not (folder / SINGLE).exists():
+        raise WeightsError(f"{folder}: neither {SINGLE} nor {INDEX} found; expected one of them")
+    return [SINGLE]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise WeightsError(f"{path}: {one_line(e)}; expected a JSON object") from e
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: {type(value).__name__} found, a JSON object expected")
+    return value
+
+
+def copy_others(source: Path, folder: Path) -> None:
+    """Copies everything but the tensors: config, tokenizer, processor, chat template, …"""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
+            path.copy(folder / path.name) if not isinstance(path, Path) else shutil.copy2(
+                path, folder / path.name
+            )
+
+
+def _insert(
+    leaf: jax.Array | None, like: jax.ShapeDtypeStruct, spec: TensorSpec, tensor: np.ndarray
+) -> jax.Array:
+    """`leaf`, or zeros if there is none yet, with the tensor in its place.
+
+    The old leaf's buffers are given away, so that it is never held twice.
+    """
+    value = spec.to_ours(tensor)
+    sharding = like.sharding
+    if not spec.index:
+        return jax.make_array_from_callback(
+            like.shape, sharding, lambda part: np.asarray(value[part], like.dtype)
+        )
+    if leaf is None:
+        leaf = _zeros(like.shape, like.dtype, sharding)
+    split = NamedSharding(sharding.mesh, P(*tuple(sharding.spec)[len(spec.index) :]))
+    on_mesh = jax.make_array_from_callback(value.shape, split, lambda part: value[part])
+    return _inserter(sharding)(leaf, on_mesh, spec.index)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.cache
+def _inserter(sharding: NamedSharding) -> Any:
+    return jax.jit(
+        lambda leaf, value, index: leaf.at[index].set(value.astype(leaf.dtype)),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree

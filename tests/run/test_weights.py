@@ -1,0 +1,268 @@
+"""Checkpoints of others: read tensor by tensor onto the mesh, and written as they were."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from jax.sharding import NamedSharding
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.learn.state import abstract_params
+from morer1_jax.model.config import Runtime
+from morer1_jax.model.names import WeightsError
+from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.run import mesh as meshes
+from morer1_jax.run.export import export
+from morer1_jax.run.job import like
+from morer1_jax.run.student import open_student
+from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint, save_tensors
+from morer1_jax.task import more
+
+ROOT = Path(__file__).parents[2]
+VALUE_BOUND = 2e-5
+ROWS = 576  # of the embedding: more than the tokenizer has
+TIED = {"tied": "odd kv heads, tied, aperiodic", "untied": "odd heads, untied, periodic"}
+
+
+@pytest.fixture(scope="module")
+def published(reference, small_tokenizer, small_world, tmp_path_factory):
+    """`(tied, dtype, shard size) -> (case, folder)` as `transformers` saves it, weights redrawn."""
+    special = SpecialIds.of(small_tokenizer)
+    folder, made = tmp_path_factory.mktemp("published"), {}
+
+    def case_of(tied):
+        config = reference.CONFIGS[TIED[tied]]
+        return dataclasses.replace(
+            config,
+            text=dataclasses.replace(config.text, vocab_size=ROWS),
+            image_token_id=special.image,
+            video_token_id=special.video,
+            vision_start_token_id=special.vision_start,
+            vision_end_token_id=special.vision_end,
+        )
+
+    def make(tied="untied", dtype="float32", shard="10GB"):
+        key = f"{tied}-{dtype}-{shard}"
+        if key not in made:
+            config = case_of(tied)
+            theirs = reference.Reference(config)
+            theirs.model.to(getattr(torch, dtype)).save_pretrained(
+                folder / key, max_shard_size=shard
+            )
+            small_tokenizer.save_pretrained(folder / key)
+            more.write_ontology(folder / key, more.read_ontology(small_world))
+            # What was rounded stays rounded; buffers, which are not saved, never are.
+            load = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained
+            theirs.model = load(
+                folder / key, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+            made[key] = reference.Case(
+                config, reference.draw_samples(config), theirs, {}, Qwen25VL(config, Runtime())
+            )
+        return made[key], folder / key
+
+    return make
+
+
+def wanted(config, dtype="float32", **axes):
+    model = Qwen25VL(config, Runtime(param_dtype=dtype))
+    count = int(np.prod(list(axes.values()) or [1]))
+    mesh = meshes.make_mesh(axes or {"data": 1}, jax.devices()[:count])
+    abstract = abstract_params(model)
+    return like(abstract, meshes.param_shardings(mesh, abstract))
+
+
+@pytest.mark.parametrize("shard", ["10GB", "30KB"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", list(TIED))
+def test_a_saved_checkpoint_gives_the_same_logits_and_goes_back_as_it_came(
+    reference, published, tmp_path, tied, dtype, shard
+):
+    case, folder = published(tied, dtype, shard)
+    assert (folder / INDEX).exists() == (shard == "30KB")
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.config == case.config
+    assert checkpoint.dtype == dtype
+    params = checkpoint.load(wanted(checkpoint.config))
+    rows = reference.lay_out(case.config, case.samples, [[3, 0], [1, 2]])
+    _, logits = reference.evaluate(case.model, params, rows)
+    assert reference.relative_error(logits, reference.reference_logits(case)) < VALUE_BOUND
+    out = tmp_path / "out"
+    if (tied, dtype, shard) == ("untied", "bfloat16", "30KB"):
+        convert(folder, out)
+    else:
+        export(open_student(str(folder)), out, shard_bytes=int(shard[:2]) * 1000)
+    theirs, ours = tensors_of(folder), tensors_of(out)
+    names = {reference.names.canonical_name(name): name for name in theirs}
+    names.pop("lm_head.weight", None) if tied == "tied" else None
+    assert ours.keys() == names.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[names[name]].dtype
+        assert value.tobytes() == theirs[names[name]].tobytes(), name
+    again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        out, dtype=torch.float32
+    ).eval()
+    inputs = case.reference.inputs(case.samples[1:2])
+    banned = list(SpecialIds.of(transformers.AutoTokenizer.from_pretrained(out)).never_sampled)
+    told = {"max_new_tokens": 64, "do_sample": False, "suppress_tokens": banned}
+    case.reference.model.generation_config.eos_token_id = None
+    again.generation_config.eos_token_id = None
+    case.reference.model.model.rope_deltas = None
+    expected = case.reference.model.generate(**inputs, **told)
+    assert expected.shape[1] == inputs["input_ids"].shape[1] + 64
+    assert torch.equal(again.generate(**inputs, **told), expected)
+
+
+def convert(checkpoint, out):
+    """The command, as a user calls it."""
+    command = [sys.executable, "tools/convert.py", f"--checkpoint={checkpoint}", f"--out={out}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
+def tensors_of(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_each_leaf_lands_in_its_sharding_and_dtype(published):
+    case, folder = published()
+    whole = Checkpoint(folder).load(wanted(case.config))
+    split = Checkpoint(folder).load(wanted(case.config, "bfloat16", data=1, fsdp=2, tensor=2))
+    target = wanted(case.config, "bfloat16", data=1, fsdp=2, tensor=2)
+
+    def check(leaf, want, plain):
+        assert leaf.sharding == want.sharding
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(plain.astype(jnp.bfloat16)))
+
+    jax.tree.map(check, split, target, whole)
+    kernel = split["language"]["layers"]["mlp"]["up"]["kernel"]
+    assert isinstance(kernel.sharding, NamedSharding)
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+
+
+def test_some_leaves_alone(published):
+    case, folder = published()
+    like_all = wanted(case.config)
+    some = Checkpoint(folder).load({"vision": like_all["vision"]})
+    assert some.keys() == {"vision"}
+    whole = Checkpoint(folder).load(like_all)
+    jax.tree.map(np.testing.assert_array_equal, some["vision"], whole["vision"])
+
+
+class TestFaults:
+    """Each is one line that names the file and the tensor."""
+
+    @pytest.fixture
+    def copy(self, published, tmp_path):
+        _, folder = published()
+        return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+    def change(self, folder, edit):
+        tensors = load_file(folder / SINGLE)
+        edit(tensors)
+        save_file(tensors, folder / SINGLE)
+
+    def refused(self, folder, match):
+        with pytest.raises(WeightsError, match=match) as error:
+            Checkpoint(folder).load({})
+        assert "\n" not in str(error.value)
+        assert str(folder) in str(error.value)
+
+    def test_missing_unexpected_and_misshapen_tensors(self, copy):
+        def edit(tensors):
+            first = next(name for name in tensors if name.endswith("input_layernorm.weight"))
+            del tensors[first]
+            tensors["model.extra"] = np.zeros(3, np.float32)
+            head = next(name for name in tensors if name.endswith("lm_head.weight"))
+            tensors[head] = tensors[head][:-1]
+
+        self.change(copy, edit)
+        self.refused(copy, r"lm_head.weight has shape \(575, 24\), expected \(576, 24\)")
+        self.refused(copy, r"missing model\.layers\.\d+\.input_layernorm\.weight \(24,\)")
+        self.refused(copy, r"unexpected model\.extra")
+
+    def test_a_dtype_that_is_none(self, copy):
+        def edit(tensors):
+            name = next(iter(tensors))
+            tensors[name] = tensors[name].astype(np.int32)
+
+        self.change(copy, edit)
+        self.refused(copy, r"is of type I32, expected one of F32, BF16, F16")
+
+    def test_a_truncated_file(self, copy):
+        data = (copy / SINGLE).read_bytes()
+        (copy / SINGLE).write_bytes(data[:-10])
+        self.refused(copy, r"model\.safetensors: .*expected a whole safetensors file")
+
+    def test_a_file_the_index_names_and_is_not_there(self, published, tmp_path):
+        _, folder = published("untied", "float32", "30KB")
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        first = min(copy.glob("*.safetensors"))
+        first.unlink()
+        self.refused(copy, rf"{first.name}: ")
+
+    def test_no_tensors(self, copy):
+        (copy / SINGLE).unlink()
+        self.refused(copy, r"neither model\.safetensors nor .*index\.json found")
+
+    @pytest.mark.parametrize("text", ["{", "[]"])
+    def test_a_config_that_is_none(self, copy, text):
+        (copy / CONFIG).write_text(text)
+        self.refused(copy, r"config\.json: .*a JSON object")
+
+    def test_an_index_without_a_map(self, copy):
+        (copy / INDEX).write_text("{}")
+        self.refused(copy, r"index\.json: no weight_map")
+
+    def test_no_folder(self, tmp_path):
+        with pytest.raises(WeightsError, match=r"nowhere: no such folder"):
+            Checkpoint(tmp_path / "nowhere")
+
+    def test_a_tied_head_that_is_not_the_embedding(self, published, tmp_path):
+        case, folder = published("tied")
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        name = next(n for n in load_file(copy / SINGLE) if n.endswith("embed_tokens.weight"))
+
+        def add(scale):
+            def edit(tensors):
+                tensors["lm_head.weight"] = tensors[name] * scale
+
+            return edit
+
+        self.change(copy, add(1))
+        Checkpoint(copy).load(wanted(case.config))
+        self.change(copy, add(2))
+        with pytest.raises(WeightsError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+            Checkpoint(copy).load(wanted(case.config))
+
+
+def test_shards_hold_what_they_may_and_the_index_says_where(published, tmp_path):
+    case, folder = published()
+    params = Checkpoint(folder).load(wanted(case.config))
+    save_tensors(tmp_path, params, case.config, dtype="float32", shard_bytes=40_000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert [file.name for file in files] == [
+        f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)
+    ]
+    total = 0
+    for file in files:
+        sizes = {name: value.nbytes for name, value in load_file(file).items()}
+        total += sum(sizes.values())
+        assert sum(sizes.values()) <= 40_000 or len(sizes) == 1
+        assert all(index["weight_map"][name] == file.name for name in sizes)
+        with safe_open(file, "numpy") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert index["metadata"]["total_size"] == total

@@ -1,0 +1,34 @@
+"""Writes a trained model as a folder in the published form, which `transformers` loads as it is.
+
+python tools/convert.py --checkpoint=runs/demo --out=exported
+"""
+
+from absl import flags
+
+from morer1_jax.run.config import run_main
+from morer1_jax.run.export import export
+from morer1_jax.run.student import open_student
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's workdir, one of its stages, or a published folder.", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "The folder to write; must not exist.", required=True)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "Of the tensors; by default as it began."
+)
+_LABELS = flags.DEFINE_string(
+    "labels", None, "A rel2id.json; by default the one it was trained on."
+)
+_SHARD = flags.DEFINE_integer("shard_mb", 5000, "Most megabytes of tensors in a file.", 1)
+
+
+def main(argv: list[str]) -> None:
+    """The command line's entry."""
+    del argv
+    student = open_student(_CHECKPOINT.value, labels=_LABELS.value)
+    export(student, _OUT.value, dtype=_DTYPE.value, shard_bytes=_SHARD.value * 1_000_000)
+    print(f"written: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,68 @@
+"""Rates how often a checkpoint solves each training fact: the easy and hard ones GRPO mixes.
+
+python tools/rate_difficulty.py --checkpoint=runs/demo/sft --data=runs/demo/data --out=ratings.jsonl
+
+A GRPO run takes the file by `--config.rate.file=ratings.jsonl`.
+"""
+
+from pathlib import Path
+
+from absl import flags, logging
+
+from morer1_jax.run.answers import Asker
+from morer1_jax.run.config import run_main
+from morer1_jax.run.rate import rate
+from morer1_jax.run.settings import RateSettings
+from morer1_jax.run.student import LABELS, open_student
+from morer1_jax.task import more
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
+)
+_DATA = flags.DEFINE_string("data", None, "A dataset's folder.")
+_OUT = flags.DEFINE_string("out", None, "The file to write.")
+_SAMPLES = flags.DEFINE_integer("samples", 8, "Answers drawn to each fact.", 1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of sampling.", 0.0)
+_EASY_FROM = flags.DEFINE_float("easy_from", 0.5, "Pass rate from which a fact is easy.", 0.0, 1.0)
+_NEVER = flags.DEFINE_enum("never", "hard", ["hard", "drop"], "What of facts never solved.")
+_BATCH = flags.DEFINE_integer("batch", 32, "Facts at once.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "Most tokens of an answer; by default as trained.", 1
+)
+
+
+def main(argv: list[str]) -> None:
+    """The command line's entry."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    data = Path(_DATA.value)
+    facts = more.read_split(data, "train", more.read_ontology(data))
+    sizes = more.check_photos(facts, data)
+    config = RateSettings(
+        samples=_SAMPLES.value,
+        batch=min(_BATCH.value, len(facts)),
+        temperature=_TEMPERATURE.value,
+        easy_from=_EASY_FROM.value,
+        never=_NEVER.value,
+        file=None,
+    )
+    checkpoint = _CHECKPOINT.value
+    student = open_student(checkpoint, labels=data / LABELS, completion=_LENGTH.value)
+    asker = Asker(
+        student.policy,
+        student.encoder(data, facts, sizes),
+        batch=config.batch,
+        group=config.samples,
+        temperature=config.temperature,
+        seed=_SEED.value,
+    )
+    names = ("checkpoint", "data", "samples", "temperature", "easy_from", "never", "seed", "length")
+    identity = {name: flags.FLAGS[name].value for name in names}
+    rate(asker, student.params, facts, config, Path(_OUT.value), identity)
+    print(f"written: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["checkpoint", "data", "out"])
+    run_main(main)
