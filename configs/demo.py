@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
             max_pixels=84 * 84,
             crop_margin=0.1,
             crop_least=28,
+            keep_features=False,  # may be True where tune.vision and tune.merger are 0
             workers=1,
         )
     )

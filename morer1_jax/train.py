@@ -58,6 +58,22 @@ def best_params(job: Job, stage: str) -> Any:
     return Checkpointer(job.workdir / stage / "checkpoints").restore_best(job.like[0])[0]
 
 
+def sft_params(job: Job) -> Any:
+    """What GRPO begins with: what SFT trained, or where there was none, the config's checkpoint.
+
+    Raises:
+      ConfigError: there is neither.
+    """
+    if (job.workdir / "sft" / MARKER).exists():
+        return best_params(job, "sft")
+    if job.checkpoint is None:
+        raise ConfigError(
+            f"{job.workdir}: stage sft is not done; run it first, or name an SFT model's folder by "
+            "--config.model.path"
+        )
+    return job.init_params(0)
+
+
 def run_synthesise(job: Job) -> None:
     """Writes the synthetic dataset, unless the config points to one; trains the tokenizer."""
     if job.settings.data.folder is None and not job.data.exists():
@@ -96,8 +112,8 @@ def train(config: Any, workdir: Path) -> None:
         "synthesise": lambda: run_synthesise(job),
         "sft": lambda: run_sft(job),
         "baselines": lambda: run_baselines(job),
-        "rate": lambda: run_rate(job, job.whole(best_params(job, "sft"))),
-        "grpo": lambda: run_grpo(job, best_params(job, "sft")),
+        "rate": lambda: run_rate(job, job.whole(sft_params(job))),
+        "grpo": lambda: run_grpo(job, sft_params(job)),
         "control": lambda: run_control(
             job, best_params(job, "sft"), stage_of("rate").results()["seconds"]
         ),

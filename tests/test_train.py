@@ -1,7 +1,6 @@
 """The command as a whole: stages that run alone, and bad input that is named before any work."""
 
 import ast
-import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from morer1_jax.run.config import ConfigError
+from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.grpo import run_grpo
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import settings
@@ -23,10 +22,7 @@ TINY = ROOT / "tests" / "configs" / "tiny.py"
 
 
 def tiny_config():
-    spec = importlib.util.spec_from_file_location("tiny_config", TINY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = read_config(TINY)
     config.mesh.update(data=1, fsdp=1, tensor=-1)
     return config
 

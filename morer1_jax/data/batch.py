@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data import layout
+from morer1_jax.data.features import FeatureStore
 from morer1_jax.data.images import ImageConfig, ImageReader, Patches
 from morer1_jax.data.tokenizer import SpecialIds
 from morer1_jax.task import more
@@ -47,6 +48,12 @@ class VisionBatch(NamedTuple):
     image_ids: Int[np.ndarray, "b w p"]
 
 
+class FeatureBatch(NamedTuple):
+    """Kept features in place of patches, image after image; m as the tower would give."""
+
+    features: Float[np.ndarray, "b m d"]
+
+
 class SequenceBatch(NamedTuple):
     """Whole samples, prompt and target, possibly several to a row.
 
@@ -65,7 +72,7 @@ class SequenceBatch(NamedTuple):
     segment_ids: Int[np.ndarray, "b s"]
     positions: Int[np.ndarray, "b 3 s"]
     vision_index: Int[np.ndarray, "b s"]
-    vision: VisionBatch
+    vision: VisionBatch | FeatureBatch
 
 
 class PromptBatch(NamedTuple):
@@ -88,7 +95,7 @@ class PromptBatch(NamedTuple):
     next_position: Int[np.ndarray, " b"]
     fact: Int[np.ndarray, " b"]
     gold: Int[np.ndarray, " b"]
-    vision: VisionBatch
+    vision: VisionBatch | FeatureBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +120,7 @@ class Encoder:
       buckets: sizes of every batch.
       show_photo, show_title: False for the blind baselines.
       photo_path: where in the folder a fact's photo is.
+      features: kept ones of all images, in place of their pixels.
     """
 
     def __init__(
@@ -127,6 +135,7 @@ class Encoder:
         show_photo: bool = True,
         show_title: bool = True,
         photo_path: more.PhotoPath = more.photo_path,
+        features: FeatureStore | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.ontology = ontology
@@ -140,6 +149,7 @@ class Encoder:
             "merge_size": images.merge_size,
             "window_size": window_size,
         }
+        self._features = features
         self._patch_dim = 3 * images.temporal_patch_size * images.patch_size**2
 
     def prompt_tokens(self, fact: Fact, grids: Sequence[layout.Grid]) -> np.ndarray:
@@ -162,12 +172,31 @@ class Encoder:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return np.asarray([*ids, self.special.end_of_turn], np.int32)
 
+    def grids(self, fact: Fact, size: tuple[int, int]) -> tuple[layout.Grid, ...]:
+        """The grids of a fact's images, from the photo's (width, height)."""
+        return self._reader.grids(fact, size) if self.show_photo else ()
+
+    def image(self, fact: Fact, which: int) -> tuple[VisionBatch, np.ndarray]:
+        """One image alone, photo (0) or crop (1), as a row without its axis.
+
+        Returns:
+          The patches, and the merged slots of its vision tokens in their order.
+        """
+        images = self._reader.patches(fact, which)
+        sample = Sample(fact.id, np.zeros(0, np.int32), np.zeros(0, np.int32), images)
+        (grid,) = images.grids
+        count = layout.count_image_tokens(grid, merge_size=self._sizes["merge_size"])
+        tokens = np.full(count, self.special.image, np.int32)
+        return self._vision([sample]), self._vision_index([sample], tokens, count)
+
     def sample(self, fact: Fact, target: str | None = None) -> Sample:
         """Reads a fact's images and tokenizes it; `target` is what the assistant says."""
-        if self.show_photo:
-            images = self._reader.patches(fact)
-        else:
+        if not self.show_photo:
             images = Patches(np.zeros((0, self._patch_dim), np.float32), ())
+        elif self._features is not None:
+            images = self._features.images(fact)
+        else:
+            images = self._reader.patches(fact)
         tokens = np.zeros(0, np.int32) if target is None else self.target_tokens(target)
         return Sample(fact.id, self.prompt_tokens(fact, images.grids), tokens, images)
 
@@ -185,7 +214,7 @@ class Encoder:
           DataError: the first fact whose prompt, target or images exceed their bucket.
         """
         for fact in facts:
-            grids = self._reader.grids(fact, sizes[fact.photo]) if self.show_photo else ()
+            grids = self.grids(fact, sizes[fact.photo])
             prompt = self.prompt_tokens(fact, grids)
             target = self.target_tokens(targets[fact.id]) if fact.id in targets else ()
             self._check_lengths(fact.id, len(prompt), len(target))
@@ -199,7 +228,7 @@ class Encoder:
         """
         prompt = windows = 0
         for fact in facts:
-            grids = self._reader.grids(fact, sizes[fact.photo]) if self.show_photo else ()
+            grids = self.grids(fact, sizes[fact.photo])
             prompt = max(prompt, len(self.prompt_tokens(fact, grids)))
             windows = max(windows, layout.count_windows(grids, **self._sizes))
         return prompt, windows
@@ -315,14 +344,20 @@ class Encoder:
     def _vision_index(
         self, samples: Sequence[Sample], tokens: np.ndarray, length: int
     ) -> np.ndarray:
-        index = layout.vision_index(
-            tokens, self._layout(samples), image_token_id=self.special.image
-        )
+        placed = self._layout(samples)
+        if self._features is not None:
+            seen = tokens == self.special.image
+            index = np.where(seen, np.cumsum(seen) - 1, -1).astype(np.int32)
+        else:
+            index = layout.vision_index(tokens, placed, image_token_id=self.special.image)
         return _pad(index, length, -1)
 
-    def _vision(self, samples: Sequence[Sample]) -> VisionBatch:
+    def _vision(self, samples: Sequence[Sample]) -> VisionBatch | FeatureBatch:
         placed = self._layout(samples)
         patches = np.concatenate([sample.images.values for sample in samples])
+        if self._features is not None:
+            slots = placed.image_ids.size // self._sizes["merge_size"] ** 2
+            return FeatureBatch(np.pad(patches, ((0, slots - len(patches)), (0, 0))))
         return VisionBatch(
             layout.place_patches(placed, patches), placed.positions, placed.image_ids
         )

@@ -113,10 +113,12 @@ class ImageReader:
         photo = self.open(fact)
         return photo, photo.crop(crop_box(fact.box, photo.size, self.config))
 
-    def patches(self, fact: Fact) -> Patches:
-        """Photo and crop as patches."""
+    def patches(self, fact: Fact, which: int | None = None) -> Patches:
+        """Photo and crop as patches, or of the two only the photo (0) or the crop (1)."""
         try:
-            out = self._processor(images=list(self.pair(fact)))
+            pair = self.pair(fact)
+            images = list(pair) if which is None else [pair[which]]
+            out = self._processor(images=images)
         except ValueError as error:
             if isinstance(error, DataError):
                 raise

@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from morer1_jax.data.batch import PromptBatch, SequenceBatch, VisionBatch
+from morer1_jax.data.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
@@ -48,6 +48,8 @@ def vision_inputs(vision: VisionBatch) -> VisionInputs | None:
 
 def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float[Array, "b s d"]:
     """Embeds tokens, with the images' features in their places; runs inside `model.apply`."""
+    if isinstance(batch.vision, FeatureBatch):
+        return module.embed(batch.tokens, batch.vision.features, batch.vision_index)
     images = vision_inputs(batch.vision)
     vision_tokens = None if images is None else module.encode_images(images)
     return module.embed(batch.tokens, vision_tokens, batch.vision_index)

@@ -1,6 +1,7 @@
 """A run's configuration: what may change on resume, what is allowed, and the command line."""
 
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -217,6 +218,14 @@ def _show(value: Any) -> str:
 def _suggest(key: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def read_config(path: str | os.PathLike[str]) -> ConfigDict:
+    """The config of another config file: what its `get_config()` returns."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def run_main(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> None:

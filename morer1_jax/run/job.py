@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.batch import Buckets, Encoder
+from morer1_jax.data.features import FeatureStore
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
 from morer1_jax.files import atomic_dir, atomic_write
@@ -26,6 +26,7 @@ from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run import weights
 from morer1_jax.run.config import ConfigError
+from morer1_jax.run.features import check_frozen, feature_store
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.settings import ModelSettings, Settings
 from morer1_jax.task import more
@@ -134,24 +135,44 @@ class Job:
         """The encoder of the model proper, which sees all there is."""
         return self.new_encoder()
 
-    def new_encoder(self, **blind: Any) -> Encoder:
-        """An encoder; `completion=`, `show_photo=`, `show_title=` make it a blind baseline's."""
+    @functools.cached_property
+    def features(self) -> FeatureStore | None:
+        """Kept features of all images, if the config wants them."""
+        return feature_store(self) if self.settings.data.keep_features else None
+
+    def new_encoder(self, *, pixels: bool = False, **blind: Any) -> Encoder:
+        """An encoder; `completion=`, `show_photo=`, `show_title=` make it a blind baseline's.
+
+        Args:
+          pixels: whether to read photos even where features are kept.
+        """
         data, window = self.settings.data, self.settings.model.vision.window_size
+        sees = blind.get("show_photo", True)
         buckets = Buckets(
             prompt=data.prompt_length,
             completion=blind.pop("completion", data.completion_length),
-            windows=data.windows if blind.get("show_photo", True) else 0,
+            windows=data.windows if sees else 0,
         )
         return Encoder(
-            self.data, self.tokenizer, self.ontology, self.images, window, buckets, **blind
+            self.data,
+            self.tokenizer,
+            self.ontology,
+            self.images,
+            window,
+            buckets,
+            features=None if pixels or not sees else self.features,
+            **blind,
         )
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return meshes.make_mesh(dataclasses.asdict(self.settings.mesh))
 
     @functools.cached_property
     def policy(self) -> Policy:
         """The model with its tokenizer and labels, on the mesh."""
-        mesh = meshes.make_mesh(dataclasses.asdict(self.settings.mesh))
         model = Qwen25VL(self._model_config(), self.settings.runtime, self.parts.lora)
-        return Policy(model, self.tokenizer, self.ontology, mesh)
+        return Policy(model, self.tokenizer, self.ontology, self.mesh)
 
     def _model_config(self) -> ModelConfig:
         special, sizes = SpecialIds.of(self.tokenizer), self.settings.model
@@ -231,7 +252,7 @@ class Job:
         A copy, because a train step gives its state's buffers away and `params` may be needed on.
         """
         abstract = jax.eval_shape(lambda p: new_state(p, optimizer), params)
-        shardings = meshes.state_shardings(self.policy.mesh, abstract, abstract.params)
+        shardings = meshes.state_shardings(self.mesh, abstract, abstract.params)
         make = jax.jit(
             lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
         )
@@ -246,7 +267,7 @@ class Job:
             is not what the run began with.
         """
         config = self.settings
-        parts = math.prod(self.policy.mesh.shape[name] for name in meshes.BATCH_AXES)
+        parts = meshes.batch_parts(self.mesh)
         for key, rows in (
             ("sft.batch", config.sft.batch),
             ("baselines.batch", config.baselines.batch),
@@ -259,8 +280,11 @@ class Job:
                     f"config.{key}: {rows} found, a multiple of mesh.data × mesh.fsdp = {parts} "
                     "expected"
                 )
+        if config.data.keep_features:
+            check_frozen(self.parts)
+        encoder = self.new_encoder(pixels=True)
         for facts in self.facts.values():
-            self.encoder.check(facts, self.sizes, self.reasoning)
+            encoder.check(facts, self.sizes, self.reasoning)
         self._check_digests()
 
     def _check_digests(self) -> None:

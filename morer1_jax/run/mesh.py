@@ -4,6 +4,7 @@ Parameters are split by the end of their path.  A rule speaks of an array's trai
 that the same rule serves one layer and layers stacked along leading axes by `nn.scan`.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -158,6 +159,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(tuple(name for name in BATCH_AXES if name in mesh.shape)))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES if name in mesh.shape)
+
+
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Puts a batch on the mesh.
 
@@ -171,7 +177,7 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
       ConfigError: an array without rows, or whose rows do not divide over the mesh.
     """
     sharding = batch_sharding(mesh)
-    total = int(np.prod([mesh.shape[name] for name in BATCH_AXES if name in mesh.shape]))
+    total = batch_parts(mesh)
     # Devices that differ only in `tensor` hold the same rows.
     indices = sharding.addressable_devices_indices_map((total,)).values()
     here = len({rows.indices(total) for (rows,) in indices})

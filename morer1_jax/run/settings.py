@@ -35,6 +35,8 @@ class DataSettings:
       prompt_length, completion_length: tokens, vision and end-of-turn tokens among them.
       windows: attention windows of the vision tower a row's images may fill.
       min_pixels, max_pixels, crop_margin, crop_least: see `data.images.ImageConfig`.
+      keep_features: whether every image is encoded once and its features kept on disk; only where
+        neither vision tower nor merger trains.
       workers: threads that prepare batches.
     """
 
@@ -47,6 +49,7 @@ class DataSettings:
     max_pixels: int
     crop_margin: float
     crop_least: int
+    keep_features: bool
     workers: int
 
     def __post_init__(self) -> None:

@@ -3,19 +3,17 @@
 python -m morer1_jax.train --config=tests/configs/tiny.py --workdir=/tmp/tiny
 """
 
-import importlib.util
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from morer1_jax.run.config import read_config
 
 _DEMO = Path(__file__).parents[2] / "configs" / "demo.py"
 
 
 def get_config() -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("demo", _DEMO)
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    config = demo.get_config()
+    config = read_config(_DEMO)
     config.world.update(train=24, valid=4, test=8, written=0.5)
     # Room for any wording of the world's: what is tested is not whether the demo's texts are short.
     config.data.update(vocabulary=1024, prompt_length=224, completion_length=136, windows=10)

@@ -1,7 +1,6 @@
 """What the stages share: rows of a host, copies of parameters, and checks beforehand."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from morer1_jax.run.config import ConfigError
+from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.job import Job
+from morer1_jax.run.mesh import host_rows
 from morer1_jax.run.settings import settings
 from morer1_jax.task.fact import DataError
 
@@ -19,10 +19,7 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
 @pytest.fixture
 def config(small_world):
-    spec = importlib.util.spec_from_file_location("tiny_config", TINY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = read_config(TINY)
     config.data.folder = str(small_world)
     config.mesh.update(data=2, fsdp=1, tensor=4)
     return config
@@ -34,21 +31,21 @@ def job(config, tmp_path):
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_share_out_the_rows_of_a_batch(job, monkeypatch, hosts):
+def test_hosts_share_out_the_rows_of_a_batch(monkeypatch, hosts):
     monkeypatch.setattr(jax, "process_count", lambda: hosts)
     rows = np.arange(8) * 10
     shares = []
     for host in range(hosts):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        shares.append(job.host_rows(rows))
+        shares.append(host_rows(rows))
     assert {len(share) for share in shares} == {8 // hosts}
     assert np.concatenate(shares).tolist() == rows.tolist()
 
 
-def test_rows_that_do_not_divide_among_the_hosts_are_an_error(job, monkeypatch):
+def test_rows_that_do_not_divide_among_the_hosts_are_an_error(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(ConfigError, match="8 rows does not divide among 3 hosts"):
-        job.host_rows(range(8))
+        host_rows(range(8))
 
 
 def test_data_is_in_the_workdir_unless_the_config_says_where(config, tmp_path, small_world):
@@ -74,17 +71,18 @@ def test_the_tokenizer_is_trained_once_and_found_again(job, config, tmp_path):
 
 
 def test_embedding_rows_cover_the_tokenizer_and_divide_over_a_mesh(job):
-    rows = job.model.config.text.vocab_size
+    policy = job.policy
+    rows, special = policy.model.config.text.vocab_size, policy.special
     assert rows % 64 == 0
     assert 0 <= rows - len(job.tokenizer) < 64
-    assert np.flatnonzero(np.asarray(job.allowed)).max() < len(job.tokenizer)
-    banned = [job.special.pad, job.special.image, job.special.video, job.special.vision_start]
-    assert not np.asarray(job.allowed)[banned].any()
+    assert np.flatnonzero(np.asarray(policy.allowed)).max() < len(job.tokenizer)
+    banned = [special.pad, special.image, special.video, special.vision_start]
+    assert not np.asarray(policy.allowed)[banned].any()
 
 
 def test_a_new_state_outlives_the_parameters_it_was_made_from_and_they_it(job):
     params = {"q": {"kernel": jnp.ones((4, 2, 2)), "bias": jnp.ones((2, 2))}}
-    params = jax.device_put(params, job.replicated)
+    params = jax.device_put(params, job.policy.replicated)
     state, shardings = job.new_state(params, job.settings.sft.optimizer.build(3))
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     before = jax.tree.map(np.asarray, params)

@@ -9,7 +9,7 @@ from morer1_jax.run.rate import Rating, classify, histogram, read_ratings
 from morer1_jax.run.settings import RateSettings
 from morer1_jax.task.fact import DataError
 
-RATE = RateSettings(samples=4, batch=8, temperature=1.0, easy_from=0.5, never="hard")
+RATE = RateSettings(file=None, samples=4, batch=8, temperature=1.0, easy_from=0.5, never="hard")
 RATINGS = [
     Rating("train:1", 1.0, "easy"),
     Rating("train:2", 0.5, "easy"),

@@ -1,24 +1,20 @@
 """The config's keys: all that the demo has, and no others, each checked by name."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
-from morer1_jax.run.config import ConfigError, flatten
+from morer1_jax.run.config import ConfigError, flatten, read_config
 from morer1_jax.run.settings import STAGES, Settings, settings
 
 ROOT = Path(__file__).parents[2]
 
 
 def config_of(path) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return read_config(ROOT / path)
 
 
 @pytest.fixture
@@ -40,7 +36,10 @@ def get(built, key):
     return built
 
 
-@pytest.mark.parametrize("path", ["configs/demo.py", "tests/configs/tiny.py"])
+CONFIGS = [f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, "tests/configs/tiny.py"])
 def test_every_key_of_a_config_arrives_where_it_is_read(path):
     config = config_of(path)
     built = settings(config)
@@ -82,9 +81,11 @@ def test_an_unknown_key_is_named(config, key):
 
 @pytest.mark.parametrize("wrong", ["text", True, None, [1], {"a": 1}])
 def test_each_value_of_another_type_is_named(config, wrong):
-    optional = ("data.folder", "model.path", "model.text.vocab_size", "grpo.loss.importance_cap")
-    config["data"]["folder"] = config["model"]["path"] = "a path"
-    config["model"]["text"]["vocab_size"] = 1024
+    paths = ("data.folder", "model.path", "rate.file")
+    optional = (*paths, "model.text.vocab_size", "grpo.loss.importance_cap")
+    for path in paths:
+        put(config, path, "a path")
+    put(config, "model.text.vocab_size", 1024)
     for key, value in flatten(config).items():
         if type(wrong) is type(value) or (wrong is None and key in optional):
             continue

@@ -1,0 +1,21 @@
+"""Stage 2 for Qwen2.5-VL-3B on MORE: rating, then GRPO on a mix that grows harder.
+
+    python -m morer1_jax.train --config=configs/qwen2_5_vl_3b_grpo.py \\
+        --workdir=runs/3b --config.data.folder=data/MORE
+
+In the workdir of `qwen2_5_vl_3b_sft.py` it begins with what that trained; in a new one with
+`--config.model.path=…`, an SFT model's folder as `tools/convert.py` writes it.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from morer1_jax.run.config import read_config
+
+
+def get_config() -> ConfigDict:
+    # The two stages are one run: all keys but these are the SFT config's.
+    config = read_config(Path(__file__).with_name("qwen2_5_vl_3b_sft.py"))
+    config.stages = "rate,grpo,evaluate"
+    return config

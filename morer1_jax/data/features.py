@@ -1,0 +1,72 @@
+"""Image features kept on disk, for a vision tower that does not change.
+
+folder/
+  index.json     fact id to its images' places and grids; the array's shape and dtype
+  features.bin   [tokens, d], the tower's output for one image after another
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (gives NumPy the type bfloat16)
+import numpy as np
+
+from morer1_jax.data.images import Patches
+from morer1_jax.task.fact import DataError, Fact
+
+INDEX, FEATURES = "index.json", "features.bin"
+# Where an image's features begin, and its grid.
+Place = tuple[int, tuple[int, int, int]]
+
+
+class FeatureStore:
+    """Features of the images of facts, read from disk as they are asked for.
+
+    Raises:
+      DataError: the folder is not whole.
+    """
+
+    def __init__(self, folder: Path, merge_size: int) -> None:
+        self.folder = Path(folder)
+        self._merge = merge_size**2
+        try:
+            described = json.loads((self.folder / INDEX).read_text())
+            self._places: dict[str, list[Place]] = described["facts"]
+            shape, dtype = tuple(described["shape"]), np.dtype(described["dtype"])
+            self._features = np.memmap(self.folder / FEATURES, dtype, "r", shape=shape)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.folder}: features cannot be read ({error}); delete the folder"
+            ) from None
+
+    @property
+    def width(self) -> int:
+        """Numbers of one image token."""
+        return self._features.shape[1]
+
+    def images(self, fact: Fact) -> Patches:
+        """A fact's photo and crop: features [tokens, d] in place of patches, and their grids.
+
+        Raises:
+          DataError: the fact is not among those that were encoded.
+        """
+        places = self._places.get(fact.id)
+        if places is None:
+            raise DataError(f"{fact.id}: not among the facts of {self.folder}; delete the folder")
+        parts = [
+            self._features[start : start + int(np.prod(grid)) // self._merge]
+            for start, grid in places
+        ]
+        grids = tuple(tuple(grid) for _, grid in places)
+        return Patches(np.concatenate(parts), grids)
+
+
+def write_index(
+    folder: Path, places: Mapping[str, list[Place]], shape: tuple[int, int], dtype: str
+) -> None:
+    """Writes the index of a store, after its features."""
+    described = {"shape": shape, "dtype": dtype, "facts": places}
+    (folder / INDEX).write_text(json.dumps(described))

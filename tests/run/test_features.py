@@ -1,0 +1,99 @@
+"""Kept features: the same numbers as pixels give, where they may be kept at all."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from morer1_jax.learn.scorer import ScoreConfig, sequence_logprobs
+from morer1_jax.run import features
+from morer1_jax.run.config import ConfigError, read_config
+from morer1_jax.run.job import Job
+from morer1_jax.run.settings import settings
+from morer1_jax.task.fact import DataError
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def config(small_world):
+    config = read_config(TINY)
+    config.data.folder = str(small_world)
+    config.data.keep_features = True
+    config.tune.update(vision=0.0, merger=0.0)
+    config.mesh.update(data=2, fsdp=1, tensor=4)
+    return config
+
+
+@pytest.fixture(scope="module")
+def job(config, tmp_path_factory):
+    return Job(settings(config), tmp_path_factory.mktemp("features"))
+
+
+def test_log_probabilities_are_those_of_the_pixels(tiny, job):
+    facts = [fact for fact in job.facts["train"] if fact.id in job.reasoning][:6]
+    params = job.whole(job.init_params(0))
+    run = tiny.jit(
+        lambda params, batch: sequence_logprobs(job.policy.model, params, batch, ScoreConfig())[0]
+    )
+
+    def scored(encoder):
+        samples = [encoder.sample(fact, job.reasoning[fact.id]) for fact in facts]
+        batch = encoder.sequences([[sample] for sample in samples])
+        return np.asarray(run(params, batch))[batch.weights > 0], batch
+
+    ours, kept = scored(job.encoder)
+    theirs, seen = scored(job.new_encoder(pixels=True))
+    assert kept.vision._fields == ("features",)
+    assert seen.vision._fields == ("patches", "positions", "image_ids")
+    np.testing.assert_array_equal(kept.tokens, seen.tokens)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    # Whose features they are matters.
+    swapped = kept._replace(
+        vision=kept.vision._replace(features=np.roll(kept.vision.features, 1, axis=0))
+    )
+    assert np.abs(np.asarray(run(params, swapped))[kept.weights > 0] - theirs).max() > 1e-3
+
+
+def test_each_image_is_encoded_once(job):
+    index = json.loads((job.workdir / "features" / "index.json").read_text())
+    facts = [fact for split in job.facts.values() for fact in split]
+    assert index["facts"].keys() == {fact.id for fact in facts}
+    photos = {index["facts"][fact.id][0][0] for fact in facts}
+    assert len(photos) == len({fact.photo for fact in facts}) < len(facts)
+
+
+def test_a_fact_without_features_is_named(job):
+    fact = job.facts["test"][0]
+    other = type(fact)(**{**vars(fact), "id": "test:999"})
+    with pytest.raises(DataError, match=r"test:999: not among the facts of .*features"):
+        job.encoder.sample(other)
+
+
+@pytest.mark.parametrize("part", ["vision", "merger"])
+def test_features_of_what_trains_are_refused_before_any_work(config, tmp_path, part):
+    changed = config.copy_and_resolve_references()
+    changed.tune[part] = 0.5
+    with pytest.raises(ConfigError, match=rf"config\.data\.keep_features: .* tune\.{part} is 0\.5"):
+        Job(settings(changed), tmp_path).check()
+    assert not (tmp_path / "features").exists()
+
+
+def test_what_a_crash_leaves_is_not_taken_for_features(config, tmp_path, monkeypatch):
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    job = Job(settings(config), tmp_path)
+    monkeypatch.setattr(features, "write_index", crash)
+    with pytest.raises(KeyboardInterrupt):
+        features.feature_store(job)
+    assert not (tmp_path / "features").exists()
+
+
+def test_a_damaged_index_is_named(config, tmp_path):
+    again = Job(settings(config), tmp_path)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "index.json").write_text('{"facts": {')
+    with pytest.raises(DataError, match=r"features: features cannot be read .* delete the folder"):
+        again.encoder.sample(again.facts["train"][0])
