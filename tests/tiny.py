@@ -237,14 +237,15 @@ def completions():
 READER = Reader.of(TABLES)
 
 
-def sample_config(group=GROUP, temperature=1.0):
-    return SampleConfig(group=group, length=LENGTH, temperature=temperature, end_of_turn=END)
+def sample_config(group=GROUP, temperature=1.0, **options):
+    given = {"length": LENGTH, "temperature": temperature, "end_of_turn": END} | options
+    return SampleConfig(group=group, **given)
 
 
 @functools.cache
-def sampler(group=GROUP, temperature=1.0, dtype="float32"):
+def sampler(group=GROUP, temperature=1.0, dtype="float32", **options):
     """Compiled `(params, prompts, keys, allowed) -> Rollout`."""
-    config = sample_config(group, temperature)
+    config = sample_config(group, temperature, **options)
     return jit(
         lambda params, prompts, keys, allowed: sample(
             model(dtype), params, prompts, READER, allowed, keys, config

@@ -9,7 +9,13 @@ from morer1_jax.data.tokens import run
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
-from morer1_jax.rollout.sampler import SampleConfig, allowed_ids, sample, sample_keys
+from morer1_jax.rollout.sampler import (
+    SampleConfig,
+    allowed_ids,
+    leads_to_end,
+    sample,
+    sample_keys,
+)
 from morer1_jax.task.answer import Outcome, read
 
 
@@ -274,3 +280,61 @@ def test_keys_are_all_different(tiny):
 def test_nonsense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SampleConfig(**{"group": 2, "length": 4, "temperature": 1.0, "end_of_turn": 1} | wrong)
+
+
+SHORTEST = 12  # tokens of the tiny vocabulary's well-formed answer, end-of-turn among them
+
+
+@pytest.mark.parametrize("length", [SHORTEST, SHORTEST + 1, 16])
+@pytest.mark.parametrize("temperature", [1.0, 0.0], ids=["sampled", "greedy"])
+def test_a_guided_answer_is_readable_whatever_the_model(tiny, draw, temperature, length):
+    assert tiny.TABLES.steps_distance[0] == SHORTEST
+    guided = draw(tiny.params(), temperature=temperature, guided=True, length=length)
+    assert guided.ended.all()
+    assert guided.format.all()
+    assert (guided.answer >= 0).all()
+    free = draw(tiny.params(), temperature=temperature, length=length)
+    assert free.format.mean() < 0.1
+    for row, number in np.ndindex(guided.ended.shape):
+        tokens = guided.tokens[row, number][guided.mask[row, number]]
+        outcome = read([tiny.PIECES[i] for i in tokens], tiny.LABELS)
+        assert outcome == Outcome(True, guided.answer[row, number], guided.effort[row, number])
+    if length > SHORTEST and temperature:
+        assert guided.mask.sum(-1).max() > SHORTEST
+
+
+def test_guided_permits_what_leads_to_the_end_and_nothing_else(tiny):
+    """Against the tables followed token by token, from every pair of states that occurs."""
+    tables, vocabulary = tiny.TABLES, range(tiny.ROWS)
+    follow = [[]]
+    for _ in range(3):
+        follow += [[*tokens, v] for tokens in follow for v in (1, 2, 3, 9, 14, tiny.END)]
+    begun = [list(range(1, k)) for k in range(2, 14)]
+    for tokens in [*follow[:200], *begun, [*begun[-1], 13]]:
+        states = _states(tables, tokens)
+        for left in (0, 1, 3, 11, 20):
+            ours = leads_to_end(tiny.READER, *(jnp.full((1, 1), s) for s in states), left)
+            theirs = [_distance(tables, *_states(tables, [*tokens, v])) <= left for v in vocabulary]
+            np.testing.assert_array_equal(ours[0, 0], theirs)
+
+
+def _states(tables, tokens):
+    steps = answer = 0
+    for token in tokens:
+        c = tables.token_class[token]
+        steps, answer = int(tables.steps_next[c, steps]), int(tables.answer_next[c, answer])
+    return steps, answer
+
+
+def _distance(tables, steps, answer):
+    return tables.steps_distance[steps] or tables.answer_distance[answer]
+
+
+def test_without_a_limit_in_reach_guidance_changes_no_good_answer(tiny, draw):
+    """A model that answers well by itself draws the same, at the same probabilities but for those
+    of the tokens that would have spoilt the answer."""
+    params = tiny.chain_params(40.0)
+    free, guided = draw(params), draw(params, guided=True)
+    assert free.format.all()
+    np.testing.assert_array_equal(free.tokens, guided.tokens)
+    assert (guided.logprobs >= free.logprobs - 1e-6)[free.mask].all()

@@ -1,0 +1,147 @@
+"""The commands that take a checkpoint: predict, evaluate, rate, convert."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from morer1_jax.run.config import read_config
+from morer1_jax.run.export import export
+from morer1_jax.run.predict import predict, read_questions
+from morer1_jax.run.rate import read_ratings
+from morer1_jax.run.student import open_student
+from morer1_jax.task import more
+from morer1_jax.task.answer import Special, read
+from morer1_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workdir(small_world, tmp_path_factory):
+    """A run that trained for three steps, and has learnt nothing."""
+    config = read_config(ROOT / "tests" / "configs" / "tiny.py")
+    config.stages = "sft"
+    config.data.folder = str(small_world)
+    config.mesh.update(data=1, fsdp=1, tensor=-1)
+    config.sft.update(steps=3, eval_every=3, save_every=3)
+    workdir = tmp_path_factory.mktemp("run") / "tiny"
+    train(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export(open_student(str(workdir)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A file of questions about real photos."""
+    data = pytest.importorskip("skimage.data")
+    folder = tmp_path_factory.mktemp("questions")
+    names = ("astronaut", "cat", "coffee", "camera", "rocket", "coins")
+    for name in names:
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
+    lines = [
+        {"image": f"{n}.png", "box": [0.5, 0.4, 0.5, 0.5], "title": f"A {n} is seen", "entity": n}
+        for n in names
+    ]
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def command(*args, code=0):
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_predict_prints_text_json_and_a_picture(exported, questions, tmp_path):
+    picture = tmp_path / "box.png"
+    given = ["--image", questions.parent / "cat.png", "--box=0.5,0.4,0.5,0.5"]
+    given += ["--title", "A cat, is seen", "--entity=cat", "--guided"]
+    ask = ["-m", "morer1_jax.predict", "--checkpoint", exported, *given]
+    shown = command(*ask, "--picture", picture).stdout.splitlines()
+    assert [line.split(":")[0] for line in shown if line.startswith("Step")] == [
+        f"Step {k}" for k in range(1, 7)
+    ]
+    labels = more.read_ontology(exported).labels
+    assert shown[-1].removeprefix("Answer: ") in labels
+    with Image.open(questions.parent / "cat.png") as photo, Image.open(picture) as drawn:
+        assert photo.size == drawn.size
+    parsed = json.loads(command(*ask, "--json").stdout)
+    assert parsed["label"] == shown[-1].removeprefix("Answer: ")
+
+
+def test_an_export_answers_as_the_run_it_is_of(workdir, exported, questions):
+    facts = read_questions(questions)
+    ours, theirs = (
+        list(predict(open_student(str(path), completion=40), facts, batch=4, guided=False))
+        for path in (workdir / "sft", exported)
+    )
+    assert ours == theirs
+    assert [answer.fact for answer in ours] == [fact.id for fact in facts]
+
+
+def guided_answers(exported, questions, count):
+    facts = read_questions(questions)
+    facts = [facts[i % len(facts)] for i in range(count)]
+    student = open_student(str(exported))
+    labels = student.ontology.labels
+    for answer in predict(student, facts, batch=min(count, 50), guided=True):
+        outcome = read([answer.text.removesuffix("<|im_end|>").encode(), Special.END], labels)
+        assert answer.format
+        assert outcome.format
+        assert labels[outcome.answer] == answer.label
+
+
+def test_guided_answers_of_an_untrained_model_are_readable(exported, questions):
+    guided_answers(exported, questions, 12)
+
+
+@pytest.mark.soak
+def test_a_thousand_guided_answers(exported, questions):
+    guided_answers(exported, questions, 1000)
+
+
+def test_evaluate_writes_tables_and_page(exported, small_world, tmp_path):
+    args = ["-m", "morer1_jax.evaluate", "--checkpoint", exported, "--data", small_world]
+    done = command(*args, "--split=valid", "--out", tmp_path, "--name=untrained")
+    assert "untrained" in done.stdout
+    scores = json.loads((tmp_path / "eval" / "untrained.json").read_text())
+    assert scores["facts"] == 16
+    page = (tmp_path / "report.html").read_text()
+    assert "Valid scores" in page
+    assert "untrained on the valid facts" in page
+
+
+def test_rating_by_command_is_what_grpo_reads(workdir, small_world, tmp_path):
+    out = tmp_path / "ratings.jsonl"
+    args = ["tools/rate_difficulty.py", "--checkpoint", workdir / "sft", "--data", small_world]
+    done = command(*args, "--out", out, "--samples=2", "--length=8")
+    assert "pass rates of 48 facts" in done.stdout
+    assert len(read_ratings(out)) == 48
+    assert not out.with_suffix(".unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-m", "morer1_jax.predict", "--checkpoint=nowhere", "--jsonl=none.jsonl"], "none.jsonl"),
+        (["-m", "morer1_jax.predict", "--checkpoint=nowhere"], "--image, --box, --title, --entity"),
+        (["tools/convert.py", "--checkpoint=nowhere", "--out=x"], "nowhere: no such folder"),
+    ],
+)
+def test_what_is_wrong_is_one_line(args, message):
+    error = command(*args, code=2).stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
