@@ -69,12 +69,12 @@ class Book:
         return money(self.ledger.prices, self.ledger.spent)
 
     def unsettled(self) -> str | None:
-        """What requests may have cost whose usage is not known, for a line of text."""
+        """What requests may have cost whose usage is not known, for a line of text; or None."""
         count = len(self.ledger.unsettled)
         if not count:
             return None
         most = money(self.ledger.prices, self.ledger.reserved())
-        return f"{count:,} requests of unknown cost, at most {most} more"
+        return f"requests of unknown cost: {count:,}, at most {most}"
 
     def table(self, facts: Iterable[Fact], chosen: Iterable[Fact], labels: Sequence[str]) -> str:
         """The closing table.
@@ -84,11 +84,8 @@ class Book:
           chosen: those that were to be asked for.
           labels: in the order of the rows.
         """
-        ended = {
-            name: sum(n for (outcome, _), n in self.outcomes.items() if outcome == name)
-            for name in ("kept", "rejected", "refused", "unanswered")
-        }
-        rows = [f"{self.requests:,} requests: {ended['kept']:,} kept"]
+        kept = sum(n for (outcome, _), n in self.outcomes.items() if outcome == "kept")
+        rows = [f"requests: {self.requests:,}, kept: {kept:,}"]
         for (outcome, reason), count in sorted(self.outcomes.items(), key=lambda item: -item[1]):
             if outcome != "kept":
                 rows.append(f"  {outcome}: {reason}: {count:,}")
@@ -96,15 +93,15 @@ class Book:
         rows.append(f"{spent.prompt:,} tokens in, {spent.answer:,} out; cost: {self.cost()}")
         if unsettled := self.unsettled():
             rows.append(unsettled)
-        kept, aside, left = Counter(), Counter(), Counter()
+        good, aside, left = Counter(), Counter(), Counter()
         for fact in facts:
-            kept[fact.label] += fact.id in self.kept
+            good[fact.label] += fact.id in self.kept
             aside[fact.label] += self.why_set_aside(fact.id) is not None
         for fact in chosen:
             left[fact.label] += self.is_open(fact.id)
         width = max(map(len, (*labels, "total")))
         line = f"{{:<{width}}} {{:>7}} {{:>10}} {{:>7}}"
         rows += ["", line.format("label", "kept", "set aside", "left")]
-        rows += [line.format(x, kept[x], aside[x], left[x]) for x in labels]
-        rows.append(line.format("total", kept.total(), aside.total(), left.total()))
+        rows += [line.format(x, good[x], aside[x], left[x]) for x in labels]
+        rows.append(line.format("total", good.total(), aside.total(), left.total()))
         return "\n".join(rows)

@@ -65,8 +65,8 @@ _TOLD = re.compile(
         (?:given|told|provided|supplied)\b
     | \b(?:answer|label|relation|solution)\s+(?:(?:that|which)\s+)?{_PASSIVE}
         (?:given|provided|supplied|specified|told|known)\s+
-        (?:to\s+(?:me|us|be)\b|beforehand|in\s+advance|in\s+the\s+(?:prompt|instructions?|request))
-    | \b(?:answer|label)\s+{_PASSIVE}(?:given|provided|supplied|specified)\s+as\b
+        (?:to\s+(?:me|us)\b|beforehand|in\s+advance|in\s+the\s+(?:prompt|instructions?|request))
+    | \b(?:answer|label)\s+{_PASSIVE}(?:given|provided|supplied|specified)\s+(?:as|to\s+be)\b
     | \b(?:answer|label)\s+(?:is|was)\s+(?:already\s+)?known\s*[.,;:]
     | \bi\s+(?:already\s+)?know\s+(?:that\s+)?the\s+(?:\w+\s+)?(?:answer|label)\b
     | \bgiven\s+(?:that\s+)?the\s+(?:(?:correct|right|true|final)\s+)?(?:answer|label)

@@ -106,17 +106,15 @@ class Handler(BaseHTTPRequestHandler):
         fact, label = mode["golds"][hashlib.sha256(text["text"].encode()).hexdigest()]
         with LOCK:
             number = STATE["seen"][fact] = STATE["seen"].get(fact, 0) + 1
-            entry = {
-                "fact": fact,
-                "limits": sorted({"max_tokens", "max_completion_tokens"} & {*body}),
-            }
+            limits = [name for name in sorted(body) if "max" in name]
+            entry = {"fact": fact, "limits": limits, "at": time.monotonic()}
             STATE["log"].append(entry)
-        if self.headers["Authorization"] != f"Bearer {KEY}":
-            self.error(401, f"Incorrect API key provided: {self.headers['Authorization']}")
-            return
         if "reply" in mode:
             reply = mode["reply"]
             self.send(reply["status"], reply["body"], reply.get("headers", {}))
+            return
+        if self.headers["Authorization"] != f"Bearer {KEY}":
+            self.error(401, f"Incorrect API key provided: {self.headers['Authorization']}")
             return
         if mode.get("refuse") in body:
             name = mode["refuse"]
