@@ -5,6 +5,9 @@ python tools/write_reasoning.py --data=more --count=2000 --model=gpt-4o \
     --price-in=2.50 --price-out=10 --budget-dollars=30 --dry-run
 
 Without --dry-run it asks. Killed at any time and started again, it goes on.
+
+Costs are those of the answers that came. A request whose answer was late (--timeout) or cut off is
+sent again by the client, and the provider may bill both.
 """
 
 from __future__ import annotations

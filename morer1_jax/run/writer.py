@@ -161,6 +161,8 @@ class Writer:
                 refused = asyncio.run(self._ask(endpoint, journal, facts))
             finally:
                 self._write_outputs()
+        if unanswered := len(self.book.unanswered):
+            print(f"{unanswered:,} facts were not answered; start again to ask for them anew")
         if self.signal is not None:
             print(f"stopped by {self.signal.name}; start again to go on")
             return 128 + self.signal

@@ -181,8 +181,8 @@ def check_killed(teacher, teachable, count, in_flight):
         "set aside": len(aside),
         "requests billed": len(paid(log)),
         "answers in the journal": len(entries),
-        "lost at three kills": after_kills,
-        "billed twice": unknown.total(),
+        "requests on their way at three kills": after_kills,
+        "answers billed and lost": unknown.total(),
         "budget": round(dollars, 4),
         "spent when it ended the run": round(spent, 4),
         "reasons": sorted(filter(None, reasons)),
@@ -395,7 +395,7 @@ def test_an_endpoint_that_is_down_ends_the_run_and_costs_no_fact(teacher, teacha
 
 
 def test_a_fact_that_is_never_answered_is_set_aside_until_the_next_run(
-    teacher, teachable, settings
+    teacher, teachable, settings, capsys
 ):
     folder, facts = teachable(12)
     teacher.set(facts, lasting={"": 3, "broken": 1})
@@ -403,6 +403,7 @@ def test_a_fact_that_is_never_answered_is_set_aside_until_the_next_run(
     kept, aside = outputs(folder)
     assert len(kept) + len(aside) == 12
     assert {tuple(line["reasons"]) for line in aside.values()} == {("HTTP 500",)}
+    assert f"{len(aside)} facts were not answered; start again" in capsys.readouterr().out
     teacher.set(facts)
     assert Writer(settings(folder, count=12)).run() == 0
     assert {entry["fact"] for entry in teacher.log()} == aside.keys()
