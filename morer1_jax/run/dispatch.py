@@ -20,7 +20,7 @@ from morer1_jax.task.teacher import fault, unwrapped
 
 # Requests in a row without an answer after which the endpoint is taken to be down.
 _SILENCE = 10
-# Seconds that requests on their way may still take once the endpoint has refused one for all.
+# Seconds that requests on their way may still take when a run ends because of the endpoint.
 _GRACE = 2.0
 
 
@@ -108,16 +108,17 @@ async def dispatch(desk: Desk, facts: Sequence[Fact]) -> Size | None:
             done, _ = await asyncio.wait(flights, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 reply = land(task)
-                if reply.fatal:
-                    if flights:
-                        await asyncio.wait(flights, timeout=_GRACE)
-                    raise EndpointError(reply.fatal)
                 silence = 0 if reply.answered else silence + 1
+                trouble = reply.fatal
                 if silence >= _SILENCE:
-                    raise EndpointError(
+                    trouble = trouble or (
                         f"{silence} requests in a row were not answered (last: {reply.problem}); "
                         "what was answered is kept, start again later"
                     )
+                if trouble:
+                    if flights:
+                        await asyncio.wait(flights, timeout=_GRACE)
+                    raise EndpointError(trouble)
     finally:
         for task in flights:
             task.cancel()

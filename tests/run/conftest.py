@@ -96,3 +96,50 @@ def teachable(tmp_path_factory):
         return folder, facts
 
     return make
+
+
+class Written:
+    """Reads what a writer wrote into a folder, and what a teacher logged."""
+
+    @staticmethod
+    def journal(folder):
+        """The whole lines of the journal but the first."""
+        path = folder / "journal.jsonl"
+        lines = path.read_bytes().split(b"\n")[1:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    @staticmethod
+    def answers(folder):
+        return [line for line in Written.journal(folder) if "answered" in line]
+
+    @staticmethod
+    def lost(folder):
+        """Requests of which the journal does not know what they cost."""
+        known = {
+            line["answered"]
+            for line in Written.answers(folder)
+            if line["prompt_tokens"] is not None
+        }
+        return [line for line in Written.journal(folder) if line.get("sent", 0) not in {0, *known}]
+
+    @staticmethod
+    def outputs(folder):
+        """Fact id to reasoning, read as SFT reads it, and fact id to why it was set aside."""
+        ontology = more.read_ontology(folder)
+        facts = more.read_split(folder, "train", ontology)
+        path = folder / "reasoning.jsonl"
+        kept = more.read_reasoning(path, facts, ontology) if path.exists() else {}
+        lines = (folder / "set_aside.jsonl").read_text().splitlines()
+        aside = {line["fact"]: line for line in map(json.loads, lines)}
+        assert len(aside) == len(lines)
+        return kept, aside
+
+    @staticmethod
+    def paid(log):
+        """The requests that the server billed."""
+        return [entry for entry in log if "tokens" in entry]
+
+
+@pytest.fixture(scope="session")
+def written():
+    return Written
