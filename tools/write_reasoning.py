@@ -1,4 +1,4 @@
-"""Has a strong model write the reasoning that SFT learns from.
+r"""Has a strong model write the reasoning that SFT learns from.
 
 export OPENAI_API_KEY=…
 python tools/write_reasoning.py --data=more --count=2000 --model=gpt-4o \
