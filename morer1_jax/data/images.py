@@ -7,14 +7,12 @@ and evaluation see the same pixels. The processor is `transformers`' own (its PI
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorPil,
-    smart_resize,
-)
 
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact, one_line
@@ -88,12 +86,20 @@ class ImageReader:
         self.folder = Path(folder)
         self._photo_path = photo_path
         self.config = config
-        self._processor = Qwen2VLImageProcessorPil(
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-            patch_size=config.patch_size,
-            merge_size=config.merge_size,
-            temporal_patch_size=config.temporal_patch_size,
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        # Imported when first used: whoever only opens photos does not wait for it.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        return Qwen2VLImageProcessorPil(
+            min_pixels=self.config.min_pixels,
+            max_pixels=self.config.max_pixels,
+            patch_size=self.config.patch_size,
+            merge_size=self.config.merge_size,
+            temporal_patch_size=self.config.temporal_patch_size,
         )
 
     def open(self, fact: Fact) -> Image.Image:
@@ -143,6 +149,8 @@ class ImageReader:
         )
 
     def _grid(self, width: int, height: int) -> tuple[int, int, int]:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
         config = self.config
         rows, columns = smart_resize(
             height,

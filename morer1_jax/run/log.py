@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from morer1_jax.files import atomic_write, sync_path
@@ -130,7 +129,7 @@ class MetricLog:
     ) -> None:
         self._log = RecordLog(Path(workdir) / "metrics.jsonl", stage, writer)
         self._folder = Path(workdir) / "tensorboard" / stage
-        self._events: SummaryWriter | None = None
+        self._events: Any = None
         self._purge_step: int | None = None
 
     def resume_at(self, step: int | None) -> None:
@@ -150,6 +149,9 @@ class MetricLog:
         if not self._log.writer:
             return
         if self._events is None:
+            # Imported here: it takes seconds, and most of what imports this module writes none.
+            from tensorboardX import SummaryWriter
+
             # Of its own accord it names files by the second, and overwrites within the same one.
             suffix = f".{time.time_ns()}"
             self._events = SummaryWriter(

@@ -39,6 +39,29 @@ Entity: {entity}"""
 _PICTURES = "A news photo, and an object cut out of it.\n"
 
 
+def question(
+    fact: Fact, ontology: Ontology, *, show_photo: bool = True, show_title: bool = True
+) -> str:
+    """What is asked of one fact, without the conversation around it; arguments as below.
+
+    Raises:
+      DataError: as `student_prompt`.
+    """
+    for name, text in (("title", fact.title), ("entity", fact.entity_text)):
+        if found := SPECIAL_TOKEN.search(text):
+            raise DataError(
+                f"{fact.id}: the {name} holds {found.group()!r}, which is a special token of the "
+                "model; remove it from the text"
+            )
+    return _QUESTION.format(
+        pictures=_PICTURES if show_photo else "",
+        title=fact.title if show_title else "hidden",
+        entity=fact.entity_text,
+        labels="\n".join(ontology.labels),
+        types=", ".join(ontology.types),
+    )
+
+
 def student_prompt(
     fact: Fact, ontology: Ontology, *, show_photo: bool = True, show_title: bool = True
 ) -> str:
@@ -57,20 +80,8 @@ def student_prompt(
       DataError: the title or the entity holds a special token, which the tokenizer would take for
         a turn or an image of its own.
     """
-    for name, text in (("title", fact.title), ("entity", fact.entity_text)):
-        if found := SPECIAL_TOKEN.search(text):
-            raise DataError(
-                f"{fact.id}: the {name} holds {found.group()!r}, which is a special token of the "
-                "model; remove it from the text"
-            )
-    question = _QUESTION.format(
-        pictures=_PICTURES if show_photo else "",
-        title=fact.title if show_title else "hidden",
-        entity=fact.entity_text,
-        labels="\n".join(ontology.labels),
-        types=", ".join(ontology.types),
-    )
-    return _CONVERSATION.format(images=_IMAGE * 2 if show_photo else "", question=question)
+    asked = question(fact, ontology, show_photo=show_photo, show_title=show_title)
+    return _CONVERSATION.format(images=_IMAGE * 2 if show_photo else "", question=asked)
 
 
 def direct_answer(label: str) -> str:

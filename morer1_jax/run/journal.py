@@ -1,0 +1,261 @@
+"""The writer's journal: every request sent and every answer, a line each, in this order.
+
+    {"journal": {"model": …, "temperature": …, …}}        what the answers depend on
+    {"sent": 1, "fact": "train:7", "text": …, …}          a request, written before it is sent
+    {"answered": 1, "fact": "train:7", "outcome": …, …}   what became of it
+
+An answer is flushed to the disk before it counts. A request without an answer was on its way when
+a run was killed, or its answer never came; it may have been billed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from morer1_jax.files import sync_path
+from morer1_jax.run.budget import Size, Usage
+from morer1_jax.run.config import ConfigError, flatten
+from morer1_jax.task.fact import DataError, one_line
+
+Outcome = Literal["kept", "rejected", "refused", "unanswered"]
+_OUTCOMES = ("kept", "rejected", "refused", "unanswered")
+_EXPECTED = (
+    'a line {"journal": {"model": …}}',
+    "the next request sent, or the only answer to one",
+)
+_ABSENT = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """A request.
+
+    Attributes:
+      number: 1, 2, 3, … in the journal's order.
+      fact: the id of the fact it is for.
+      size: what its price depends on.
+    """
+
+    number: int
+    fact: str
+    size: Size
+
+    def line(self) -> dict[str, Any]:
+        return {"sent": self.number, "fact": self.fact, **dataclasses.asdict(self.size)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What became of a request.
+
+    Attributes:
+      number, fact: the request's.
+      outcome: `kept`; `rejected`: an answer that cannot be learnt from; `refused`: the endpoint
+        will never answer for this fact; `unanswered`: it failed to, after all retries.
+      reason: why it was not kept, in a few words; None if it was.
+      usage: tokens billed; None: not known.
+      text: the answer as it came; None if there was none.
+    """
+
+    number: int
+    fact: str
+    outcome: Outcome
+    reason: str | None = None
+    usage: Usage | None = None
+    text: str | None = None
+
+    def line(self) -> dict[str, Any]:
+        return {
+            "answered": self.number,
+            "fact": self.fact,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "prompt_tokens": None if self.usage is None else self.usage.prompt,
+            "answer_tokens": None if self.usage is None else self.usage.answer,
+            "text": self.text,
+        }
+
+
+Entry = Sent | Answered
+
+
+class Journal:
+    """A journal that is written by this process alone; use it as a context manager.
+
+    Attributes:
+      entries: what it held when it was opened.
+      repaired: the line that was cut because a kill tore it, as `path:line`; None if none was.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
+        """Opens a journal or begins it, and cuts a torn last line.
+
+        Args:
+          identity: what the answers depend on; the journal's must be the same.
+
+        Raises:
+          ConfigError: another process writes it, or it belongs to another identity.
+          DataError: a whole line is damaged, or the file cannot be written.
+        """
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise DataError(f"{one_line(error)}; give an --out that can be written") from None
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path}: another run is writing it; wait until it ends, or use another "
+                    "--out"
+                ) from None
+            data = self.path.read_bytes()
+            self.entries, self._length = _parse(data, self.path, identity)
+            self.repaired: str | None = None
+            if self._length < len(data):
+                lines = data.count(b"\n", 0, self._length)
+                self.repaired = f"{self.path}:{lines + 1}"
+                os.ftruncate(self._file, self._length)
+            if not self._length:
+                self._write({"journal": dict(identity)})
+            os.fsync(self._file)
+            sync_path(self.path.parent)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def add(self, entry: Entry) -> None:
+        """Appends a line; an answer is on the disk when this returns.
+
+        A request's line outlives this process at once and the machine from the next answer on.
+
+        Raises:
+          DataError: it cannot be written; the journal is as it was.
+        """
+        self._write(entry.line())
+        if isinstance(entry, Answered):
+            os.fsync(self._file)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            written = os.write(self._file, data)
+            if written < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file, self._length)
+            raise DataError(
+                f"{self.path}: {one_line(error)}; make room and start again, what was answered "
+                "is kept"
+            ) from None
+        self._length += len(data)
+
+
+def read_journal(path: str | os.PathLike[str], identity: Mapping[str, Any]) -> list[Entry]:
+    """What a journal holds, torn last line left out; nothing if there is none, or it is empty.
+
+    Raises:
+      ConfigError: it belongs to another identity.
+      DataError: a whole line is damaged.
+    """
+    path = Path(path)
+    return _parse(path.read_bytes(), path, identity)[0] if path.exists() else []
+
+
+def _parse(data: bytes, path: Path, identity: Mapping[str, Any]) -> tuple[list[Entry], int]:
+    """The entries and the length of the whole lines, in bytes."""
+    entries: list[Entry] = []
+    open_: dict[int, str] = {}
+    last = 0
+    *lines, torn = data.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+            if number == 1:
+                _check_identity(value["journal"], identity, path)
+                continue
+            entry = _entry(value)
+            if isinstance(entry, Sent):
+                last += 1
+                if entry.number != last:
+                    raise ValueError
+                open_[last] = entry.fact
+            elif open_.pop(entry.number) != entry.fact:
+                raise ValueError
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(
+                f"{path}:{number}: {line[:60].decode(errors='replace')!r} found, "
+                f"{_EXPECTED[number > 1]} expected; restore the file, or use another --out"
+            ) from None
+        entries.append(entry)
+    return entries, len(data) - len(torn)
+
+
+def _entry(value: Any) -> Entry:
+    """Raises KeyError, TypeError or ValueError if it is not an entry's `line`."""
+    entry: Entry
+    if "sent" in value:
+        size = Size(*(value[field.name] for field in dataclasses.fields(Size)))
+        if not all(type(n) is int and n > 0 for n in dataclasses.astuple(size)):
+            raise ValueError
+        entry = Sent(value["sent"], value["fact"], size)
+    else:
+        tokens = value["prompt_tokens"], value["answer_tokens"]
+        usage = None if tokens == (None, None) else Usage(*tokens)
+        if usage and not all(type(n) is int and n >= 0 for n in tokens):
+            raise ValueError
+        entry = Answered(
+            value["answered"],
+            value["fact"],
+            value["outcome"],
+            value["reason"],
+            usage,
+            value["text"],
+        )
+        known = entry.outcome in _OUTCOMES and isinstance(entry.reason, str | None)
+        if not (known and isinstance(entry.text, str | None)):
+            raise ValueError
+        if (entry.outcome == "kept") != (entry.reason is None) or (
+            entry.outcome == "kept" and entry.text is None
+        ):
+            raise ValueError
+    if type(entry.number) is not int or not isinstance(entry.fact, str):
+        raise ValueError
+    return entry
+
+
+def _check_identity(there: Any, here: Mapping[str, Any], path: Path) -> None:
+    if not isinstance(there, Mapping):
+        raise ValueError
+    before, now = flatten(there), flatten(here)
+    changed = [
+        f"{key}: {_show(before.get(key, _ABSENT))} there, {_show(now.get(key, _ABSENT))} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path} was written with other settings: {'; '.join(changed)}; set these back, or "
+            "use another --out"
+        )
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)

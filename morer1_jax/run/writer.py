@@ -1,0 +1,308 @@
+"""Asks a strong model for the reasoning that SFT learns from, and keeps what can be learnt from.
+
+`journal.jsonl` is the truth (see `journal.py`): a run that is killed at any moment and started
+again asks only for what was on its way. `reasoning.jsonl` and `set_aside.jsonl` are made from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from morer1_jax.data.images import ImageConfig, ImageReader
+from morer1_jax.files import atomic_write
+from morer1_jax.run.book import Book
+from morer1_jax.run.budget import Ledger, Prices, Size, Usage, money
+from morer1_jax.run.config import ConfigError
+from morer1_jax.run.dispatch import Desk, dispatch
+from morer1_jax.run.endpoint import Endpoint, EndpointConfig
+from morer1_jax.run.journal import Entry, Journal, read_journal
+from morer1_jax.run.log import progress
+from morer1_jax.run.request import JPEG_QUALITY, Request, build_request
+from morer1_jax.task import more
+from morer1_jax.task.fact import DataError, Fact, one_line
+from morer1_jax.task.teacher import balanced, prompt_digest, teacher_prompt
+
+JOURNAL, KEPT, SET_ASIDE = "journal.jsonl", "reasoning.jsonl", "set_aside.jsonl"
+# Of an estimate before anything was asked: how many facts' requests are built, tokens of an answer.
+_SAMPLE, _ANSWER = 32, 350
+
+
+@dataclasses.dataclass(frozen=True)
+class WriterConfig:
+    """What to ask for, and how much it may cost.
+
+    Attributes:
+      data: a folder in MORE's released form.
+      endpoint, images, prices: whom to ask, what the pictures are like, what it costs.
+      out: where to write; None: to `data`.
+      count: how many training facts, balanced over the labels.
+      facts: a file of fact ids, one a line, instead of `count`.
+      seed: of the choice.
+      attempts: answers asked for a fact before it is set aside.
+      in_flight: most requests on their way at once.
+      budget_dollars, budget_tokens: for all in the journal, earlier runs included; None: no limit.
+    """
+
+    data: Path
+    endpoint: EndpointConfig
+    images: ImageConfig
+    prices: Prices
+    out: Path | None = None
+    count: int | None = None
+    facts: Path | None = None
+    seed: int = 0
+    attempts: int = 3
+    in_flight: int = 16
+    budget_dollars: float | None = None
+    budget_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.facts is None):
+            raise ConfigError("give --count or --facts, one of the two")
+        for name, value, least in (
+            ("count", self.count, 1),
+            ("seed", self.seed, 0),
+            ("attempts", self.attempts, 1),
+            ("in-flight", self.in_flight, 1),
+            ("max-tokens", self.endpoint.max_tokens, 1),
+            ("retries", self.endpoint.retries, 0),
+            ("max-pixels", self.images.max_pixels, self.images.min_pixels),
+            ("crop-margin", self.images.crop_margin, 0),
+            ("crop-least", self.images.crop_least, 1),
+            ("temperature", self.endpoint.temperature, 0),
+            ("price-in", self.prices.prompt, 0),
+            ("price-out", self.prices.answer, 0),
+            ("budget-dollars", self.budget_dollars, 0),
+            ("budget-tokens", self.budget_tokens, 0),
+        ):
+            if value is not None and not value >= least:
+                raise ConfigError(f"--{name}: {value} found, at least {least} expected")
+        if not self.endpoint.timeout > 0:
+            raise ConfigError(f"--timeout: {self.endpoint.timeout} found, seconds above 0 expected")
+        if self.budget_dollars is not None and not (self.prices.prompt and self.prices.answer):
+            raise ConfigError("--budget-dollars: needs the endpoint's --price-in and --price-out")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self.data if self.out is None else self.out
+
+
+class Writer:
+    """One run over one journal."""
+
+    def __init__(self, config: WriterConfig) -> None:
+        """Reads the data and chooses the facts.
+
+        Raises:
+          ConfigError, DataError: what the user can put right, in one line.
+        """
+        self.config = config
+        self.ontology = more.read_ontology(config.data)
+        self.facts = more.read_split(config.data, "train", self.ontology)
+        self.by_id = {fact.id: fact for fact in self.facts}
+        self.chosen = self._choose()
+        self.reader = ImageReader(config.data, config.images)
+        self.ledger = Ledger(config.prices, config.budget_dollars, config.budget_tokens)
+        self.book = Book(config.attempts, self.ledger)
+        self.signal: signal.Signals | None = None
+        path = config.folder / KEPT
+        if path.exists() and not (config.folder / JOURNAL).exists():
+            raise DataError(
+                f"{path}: there already, and not from a journal; move it away, or give another "
+                "--out"
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on; a journal serves no other."""
+        endpoint, images = self.config.endpoint, self.config.images
+        digests = more.digests(self.config.data)
+        return {
+            "model": endpoint.model,
+            "temperature": endpoint.temperature,
+            "prompt": prompt_digest(self.ontology),
+            "images": {
+                "max_pixels": images.max_pixels,
+                "crop_margin": images.crop_margin,
+                "crop_least": images.crop_least,
+                "jpeg_quality": JPEG_QUALITY,
+            },
+            "data": {name: digests[name] for name in ("rel2id.json", "txt/train.txt")},
+        }
+
+    def open_facts(self) -> list[Fact]:
+        """The chosen facts that are to be asked for, in order."""
+        return [fact for fact in self.chosen if self.book.is_open(fact.id)]
+
+    def run(self) -> int:
+        """Asks, and writes the outputs whatever happens; returns the exit code.
+
+        Raises:
+          EndpointError: the endpoint refuses all, or is down; what was answered is kept.
+        """
+        endpoint = Endpoint(self.config.endpoint)
+        with Journal(self.config.folder / JOURNAL, self.identity) as journal:
+            if journal.repaired:
+                print(f"{journal.repaired}: torn when a run was killed; cut off")
+            self._replay(journal.entries)
+            facts = self.open_facts()
+            for fact in facts:
+                teacher_prompt(fact, self.ontology)  # A bad title is found before the first dollar.
+            if facts:
+                more.check_photos(facts, self.config.data)
+            try:
+                refused = asyncio.run(self._ask(endpoint, journal, facts))
+            finally:
+                self._write_outputs()
+        if unanswered := len(self.book.unanswered):
+            print(f"{unanswered:,} facts were not answered; start again to ask for them anew")
+        if self.signal is not None:
+            print(f"stopped by {self.signal.name}; start again to go on")
+            return 128 + self.signal
+        if refused is not None:
+            most = money(self.config.prices, self.ledger.most(refused))
+            print(
+                f"stopped: the next request may cost {most}, which the budget cannot bear; "
+                f"{len(self.open_facts()):,} facts are left, raise it and start again to go on"
+            )
+        return 0
+
+    def dry_run(self) -> int:
+        """Prints one prompt and what all would cost; asks nothing and writes nothing."""
+        self._replay(read_journal(self.config.folder / JOURNAL, self.identity))
+        facts = self.open_facts()
+        if not facts:
+            print(f"nothing is left to ask of {len(self.chosen):,} facts")
+            return 0
+        requests = [self._build(fact) for fact in facts[:: -(-len(facts) // _SAMPLE)]]
+        first = requests[0]
+        print(f"{facts[0].id}:\n\n{first.prompt}\n")
+        for name, (width, height), image in zip(
+            ("photo", "crop"), first.shapes, first.images, strict=True
+        ):
+            print(f"{name}: {width} × {height} pixels, {len(image) / 1000:.1f} kB as JPEG")
+        print(self._estimate(requests, len(facts)))
+        return 0
+
+    def _choose(self) -> list[Fact]:
+        config = self.config
+        if config.facts is None:
+            if config.count > len(self.facts):
+                raise ConfigError(
+                    f"--count: {config.count} found, at most {len(self.facts)} training facts there"
+                )
+            return balanced(self.facts, config.count, config.seed)
+        try:
+            lines = config.facts.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise DataError(f"--facts: {one_line(error)}; expected a fact's id a line") from None
+        ids: dict[str, None] = {}
+        for number, line in enumerate(lines, start=1):
+            name = line.strip()
+            if name and (name not in self.by_id or name in ids):
+                problem = "there twice" if name in ids else "unknown"
+                raise DataError(
+                    f"{config.facts}:{number}: {name!r} is {problem}, a training fact's id like "
+                    "train:1 expected, each once"
+                )
+            if name:
+                ids[name] = None
+        if not ids:
+            raise DataError(f"{config.facts}: empty, expected a fact's id a line")
+        return [self.by_id[name] for name in ids]
+
+    def _replay(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            if entry.fact not in self.by_id:
+                raise DataError(
+                    f"{self.config.folder / JOURNAL}: {entry.fact!r} is no training fact of "
+                    f"{self.config.data}; restore the file, or use another --out"
+                )
+            self.book.apply(entry)
+        if unsettled := self.book.unsettled():
+            print(f"from earlier runs: {unsettled}")
+
+    def _build(self, fact: Fact) -> Request:
+        return build_request(fact, self.ontology, self.reader)
+
+    async def _ask(
+        self, endpoint: Endpoint, journal: Journal, facts: Sequence[Fact]
+    ) -> Size | None:
+        """Asks for the facts, until a signal comes; see `dispatch`."""
+        total = len(self.chosen)
+        bar = progress(desc="reasoning", total=total, initial=total - len(facts), unit="fact")
+        desk = Desk(
+            endpoint=endpoint,
+            journal=journal,
+            book=self.book,
+            ontology=self.ontology,
+            build=self._build,
+            in_flight=self.config.in_flight,
+            max_tokens=self.config.endpoint.max_tokens,
+            bar=bar,
+        )
+        asking = asyncio.ensure_future(dispatch(desk, facts))
+
+        def stop(number: signal.Signals) -> None:
+            if self.signal is None:
+                self.signal = number
+                asking.cancel()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop, number)
+        with bar:
+            async with endpoint:
+                await asyncio.wait([asking])
+        return None if asking.cancelled() else asking.result()
+
+    def _write_outputs(self) -> None:
+        """Writes what the journal holds, in the facts' order, and prints the closing table."""
+        kept = {
+            fact.id: self.book.kept[fact.id] for fact in self.facts if fact.id in self.book.kept
+        }
+        if kept:
+            more.write_reasoning(self.config.folder / KEPT, kept)
+        lines = [
+            {
+                "fact": fact.id,
+                "reasons": reasons,
+                "attempts": len(self.book.rejected.get(fact.id, [])),
+            }
+            for fact in self.facts
+            if (reasons := self.book.why_set_aside(fact.id)) is not None
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        atomic_write(self.config.folder / SET_ASIDE, text)
+        print(self.book.table(self.facts, self.chosen, self.ontology.labels))
+
+    def _estimate(self, requests: Sequence[Request], count: int) -> str:
+        """What asking for `count` facts will cost, judged by some of their requests."""
+        ledger, times = self.ledger, self.config.attempts
+        most = self.config.endpoint.max_tokens
+        if ledger.answered:
+            each = Usage(
+                ledger.spent.prompt // ledger.answered, ledger.spent.answer // ledger.answered
+            )
+            source = f"as in {ledger.answered:,} answers so far"
+        else:
+            sizes = [request.size(most) for request in requests]
+            # Four bytes a token, and images as GPT-4o counts them: 85 tokens each, 170 a tile.
+            prompt = sum(s.text / 4 + 170 + 170 * s.tiles for s in sizes) / len(sizes)
+            each = Usage(round(prompt), min(_ANSWER, most))
+            source = "images counted as GPT-4o does"
+        once = Usage(each.prompt * count, each.answer * count)
+        worst = Usage(each.prompt * count * times, most * count * times)
+        return (
+            f"{count:,} facts to ask for of {len(self.chosen):,}; a request about {each.prompt:,} "
+            f"tokens in and {each.answer:,} out ({source})\n"
+            f"about {money(ledger.prices, once)} if each is asked once; "
+            f"{money(ledger.prices, worst)} if each is asked {times} times for {most:,} tokens"
+        )

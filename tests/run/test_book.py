@@ -1,0 +1,107 @@
+"""What a journal's lines add up to, and the closing table."""
+
+import dataclasses
+
+from morer1_jax.run.book import Book
+from morer1_jax.run.budget import Ledger, Prices, Size, Usage
+from morer1_jax.run.journal import Answered, Sent
+from morer1_jax.task.fact import Fact
+
+SIZE = Size(text=1000, pixels=5000, tiles=2, answer=100)
+FACT = Fact(
+    id="train:1",
+    tokens=("A", "title"),
+    entity_name="A",
+    entity_span=(0, 1),
+    object_name="[OBJ0]",
+    box=(0.5, 0.5, 1.0, 1.0),
+    image="1.jpg",
+    label="none",
+)
+FACTS = [
+    dataclasses.replace(FACT, id=f"train:{number}", label="none" if number < 4 else "/a/b/c")
+    for number in range(1, 8)
+]
+
+
+def book(*ends, attempts=2, prices=Prices()):  # noqa: B008
+    """A book of requests that were sent and ended so: (fact's number, outcome, reason)."""
+    made = Book(attempts, Ledger(prices))
+    for number, (fact, outcome, reason) in enumerate(ends, start=1):
+        made.apply(Sent(number, f"train:{fact}", SIZE))
+        if outcome is not None:
+            usage = Usage(400, 50) if outcome in ("kept", "rejected") else Usage()
+            text = f" <think>{number} " if outcome == "kept" else None
+            made.apply(Answered(number, f"train:{fact}", outcome, reason, usage, text))
+    return made
+
+
+def state(made, fact):
+    fact = f"train:{fact}"
+    return made.is_open(fact), made.kept.get(fact), made.why_set_aside(fact)
+
+
+def test_a_fact_is_open_until_it_is_kept_or_set_aside():
+    made = book(
+        (1, "kept", None),
+        (2, "rejected", "format"),
+        (2, "kept", None),
+        (3, "rejected", "format"),
+        (4, "rejected", "format"),
+        (4, "rejected", "refusal"),
+        (5, "rejected", "empty"),
+        (5, "refused", "HTTP 400"),
+        (6, "unanswered", "HTTP 500"),
+        (7, None, None),
+    )
+    assert made.requests == 10
+    assert state(made, 1) == (False, "<think>1", None)
+    assert state(made, 2) == (False, "<think>3", None)
+    assert state(made, 3) == (True, None, None)
+    assert state(made, 4) == (False, None, ["format", "refusal"])
+    assert state(made, 5) == (False, None, ["empty", "HTTP 400"])
+    assert state(made, 6) == (True, None, None)  # An earlier run gave it up.
+    assert state(made, 7) == (True, None, None)
+    assert state(made, 99) == (True, None, None)
+    made.unanswered["train:6"] = "HTTP 500"
+    assert state(made, 6) == (False, None, ["HTTP 500"])
+
+
+def test_more_attempts_open_a_fact_again():
+    ends = [(1, "rejected", "format")] * 2
+    assert not book(*ends).is_open("train:1")
+    assert book(*ends, attempts=3).is_open("train:1")
+
+
+def test_the_table_counts_requests_and_facts():
+    made = book(
+        (1, "kept", None),
+        (2, "rejected", "format"),
+        (2, "rejected", "format"),
+        (4, "rejected", "refusal"),
+        (5, "refused", "HTTP 400"),
+        (6, None, None),
+        prices=Prices(2.5, 10.0),
+    )
+    text = made.table(FACTS, FACTS[:6], ("none", "/a/b/c", "/x/y/z"))
+    assert text.splitlines() == [
+        "requests: 6, kept: 1",
+        "  rejected: format: 2",
+        "  rejected: refusal: 1",
+        "  refused: HTTP 400: 1",
+        "1,600 tokens in, 200 out; cost: $0.0060",
+        "requests of unknown cost: 1, at most $0.0022",
+        "",
+        "label     kept  set aside    left",
+        "none         1          1       1",
+        "/a/b/c       0          1       2",
+        "/x/y/z       0          0       0",
+        "total        1          2       3",
+    ]
+
+
+def test_without_prices_tokens_are_counted():
+    made = book((1, "kept", None))
+    assert made.cost() == "450 tokens"
+    assert made.unsettled() is None
+    assert "cost: 450 tokens" in made.table(FACTS, FACTS, ("none", "/a/b/c"))

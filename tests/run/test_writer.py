@@ -1,0 +1,336 @@
+"""The writer, in this process, against a server that does as each test says."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from morer1_jax.data.images import ImageConfig
+from morer1_jax.run.budget import Prices
+from morer1_jax.run.config import ConfigError
+from morer1_jax.run.endpoint import EndpointConfig, EndpointError
+from morer1_jax.run.writer import Writer, WriterConfig
+from morer1_jax.task import more
+from morer1_jax.task.fact import DataError
+
+
+@pytest.fixture
+def settings(teacher, monkeypatch):
+    """A config for a folder; fields of the config and of the endpoint's may be given."""
+    monkeypatch.setenv("OPENAI_API_KEY", teacher.key)
+
+    def make(folder, **fields):
+        names = {field.name for field in dataclasses.fields(EndpointConfig)}
+        endpoint = {"model": "teacher", "base_url": teacher.url, "retries": 2}
+        endpoint |= {name: fields.pop(name) for name in names & fields.keys()}
+        return WriterConfig(
+            data=folder,
+            endpoint=EndpointConfig(**endpoint),
+            images=ImageConfig(),
+            **({"prices": Prices(2.5, 10.0)} | fields),
+        )
+
+    return make
+
+
+def test_every_answer_is_kept_or_rejected_with_its_reason(
+    teacher, teachable, settings, capsys, written
+):
+    folder, facts = teachable(12)
+    fates = ("good", "fenced", "slow", "echo", "wrong", "other", "leak", "format", "special")
+    reasons = {
+        **dict.fromkeys(fates[:4]),
+        **{"wrong": "format", "other": "another label", "leak": "says that it was told"},
+        **{"format": "format", "special": "special token"},
+        **{"length": "cut off", "filter": "content filter", "empty": "empty"},
+        "refusal": "refusal",
+    }
+    for number, (fate, reason) in enumerate(reasons.items()):
+        out = folder.parent / str(number)
+        teacher.set(facts, fates={fate: 1})
+        ids = folder.parent / "ids"
+        ids.write_text("\n train:3\n\ntrain:1\n")
+        assert Writer(settings(folder, out=out, facts=ids, attempts=2)).run() == 0
+        lines = (out / "set_aside.jsonl").read_text().splitlines()
+        if reason is None:
+            assert not lines
+            ontology = more.read_ontology(folder)
+            kept = more.read_reasoning(out / "reasoning.jsonl", facts, ontology)
+            assert list(kept) == ["train:1", "train:3"]
+            assert all(text.startswith("<think>\nStep 1: ") for text in kept.values())
+            assert all(text.endswith("</answer>") for text in kept.values())
+        else:
+            assert not (out / "reasoning.jsonl").exists()
+            assert [json.loads(line) for line in lines] == [
+                {"fact": fact, "reasons": [reason] * 2, "attempts": 2}
+                for fact in ("train:1", "train:3")
+            ]
+        assert len(written.paid(teacher.log())) == (2 if reason is None else 4)
+        shown = capsys.readouterr().out
+        assert f"rejected: {reason}: 4" in shown or reason is None
+
+
+def test_a_finished_run_asks_for_nothing_and_more_facts_come_on_top(
+    teacher, teachable, settings, written
+):
+    folder, facts = teachable(20)
+    teacher.set(facts)
+    assert Writer(settings(folder, count=6)).run() == 0
+    first, _ = written.outputs(folder)
+    assert len(first) == 6
+    assert Counter(facts[int(name.split(":")[1]) - 1].label for name in first)["none"] <= 2
+    assert Writer(settings(folder, count=6)).run() == 0
+    assert len(teacher.log()) == 6
+    # What may change: how many, how hard, how much.
+    changed = settings(folder, count=15, attempts=1, in_flight=2, retries=0, budget_dollars=9.0)
+    assert Writer(changed).run() == 0
+    assert len(teacher.log()) == 15
+    assert written.outputs(folder)[0].items() > first.items()
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"model": "other"}, "model"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"images": ImageConfig(crop_margin=0.5)}, "images.crop_margin"),
+    ],
+)
+def test_other_settings_over_one_journal_are_an_error(teacher, teachable, settings, changed, key):
+    folder, facts = teachable(4)
+    teacher.set(facts)
+    Writer(settings(folder, count=2)).run()
+    other = settings(folder, count=2, **{k: v for k, v in changed.items() if k != "images"})
+    if "images" in changed:
+        other = dataclasses.replace(other, images=changed["images"])
+    for start in (Writer(other).run, Writer(other).dry_run):
+        with pytest.raises(ConfigError, match=rf"other settings: {re.escape(key)}: ") as error:
+            start()
+        assert "; set these back, or use another --out" in str(error.value)
+    assert len(teacher.log()) == 2
+
+
+def test_another_dataset_over_one_journal_is_an_error(teacher, teachable, settings):
+    folder, facts = teachable(4)
+    teacher.set(facts)
+    Writer(settings(folder, count=2)).run()
+    more.write_split(folder, "train", facts[:3])
+    with pytest.raises(ConfigError, match=r'data\.txt/train\.txt: "\w+" there, "\w+" here'):
+        Writer(settings(folder, count=2)).run()
+
+
+@pytest.mark.parametrize("unit", ["dollars", "tokens"])
+def test_the_budget_stops_a_run_cleanly(teacher, teachable, settings, capsys, unit, written):
+    folder, facts = teachable(100)
+    teacher.set(facts, fates={"good": 9, "format": 1})
+    budget = {"dollars": 0.3, "tokens": 106_000}[unit]
+    config = settings(folder, count=100, in_flight=8, **{f"budget_{unit}": budget})
+    assert Writer(config).run() == 0
+    shown = capsys.readouterr().out
+    left = int(re.search(r"the budget cannot bear; (\d+) facts are left", shown)[1])
+    tokens = [entry["tokens"] for entry in written.paid(teacher.log())]
+    total = sum(map(sum, tokens))
+    cost = (2.5 * sum(t[0] for t in tokens) + 10 * sum(t[1] for t in tokens)) / 1e6
+    share = {"dollars": cost, "tokens": total}[unit] / budget
+    assert 0.9 < share <= 1  # It is used, too: what is left would not do for one more.
+    kept, aside = written.outputs(folder)
+    assert len(kept) + len(aside) == 100 - left
+    # Started again it asks for nothing; with more to spend, for the rest.
+    asked = len(teacher.log())
+    assert Writer(config).run() == 0
+    assert len(teacher.log()) == asked
+    assert Writer(dataclasses.replace(config, **{f"budget_{unit}": None})).run() == 0
+    assert sum(map(len, written.outputs(folder))) == 100
+
+
+def test_a_budget_that_bears_no_request_sends_none(teacher, teachable, settings, capsys):
+    folder, facts = teachable(4)
+    teacher.set(facts)
+    assert Writer(settings(folder, count=4, budget_tokens=50_000)).run() == 0
+    assert "the next request may cost $0.26" in capsys.readouterr().out
+    assert teacher.log() == []
+
+
+def test_an_answer_without_usage_is_counted_at_its_most(
+    teacher, teachable, settings, capsys, written
+):
+    folder, facts = teachable(4)
+    teacher.set(facts, usage=False)
+    config = settings(folder, count=4, in_flight=1, budget_tokens=300_000)
+    assert Writer(config).run() == 0
+    assert len(written.paid(teacher.log())) == 2  # Of 102,600 tokens at most each.
+    assert len(written.outputs(folder)[0]) == 2
+    assert "requests of unknown cost: 2, at most $0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_cleanly(teacher, teachable, settings, capsys, number, written):
+    folder, facts = teachable(40)
+    teacher.set(facts, fates={"good": 1, "slow": 1})
+
+    def interrupt():
+        while len(written.answers(folder)) < 8:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert Writer(settings(folder, count=40, in_flight=4)).run() == 128 + number
+    thread.join()
+    kept, _ = written.outputs(folder)
+    assert 8 <= len(kept) == len(written.answers(folder)) < 40
+    assert len(written.lost(folder)) <= 4
+    shown = capsys.readouterr().out
+    assert f"stopped by {number.name}; start again to go on" in shown
+    assert re.search(rf"^total +{len(kept)} +0 +{40 - len(kept)}$", shown, re.MULTILINE)
+    assert Writer(settings(folder, count=40)).run() == 0
+    assert written.outputs(folder)[0].items() > kept.items()
+    assert len(written.paid(teacher.log())) <= 40 + 4
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "correct OPENAI_API_KEY"), (404, "correct --model or --base-url"), (400, "it names")],
+)
+def test_what_holds_for_all_requests_ends_the_run(
+    teacher, teachable, settings, status, message, written
+):
+    folder, facts = teachable(30)
+    teacher.set(facts, reply={"status": status, "body": {"error": {"message": teacher.key}}})
+    config = settings(folder, count=30, in_flight=4, budget_dollars=1.2)
+    with pytest.raises(EndpointError, match=message) as error:
+        Writer(config).run()
+    assert teacher.key not in str(error.value)
+    assert len(teacher.log()) <= 4
+    assert (
+        written.lost(folder) == []
+    )  # An error is not billed, also of those sent at the same time.
+    assert written.outputs(folder) == ({}, {})
+    teacher.set(facts)
+    assert Writer(config).run() == 0
+    assert len(written.outputs(folder)[0]) == 30
+
+
+def test_an_endpoint_that_is_down_ends_the_run_and_costs_no_fact(
+    teacher, teachable, settings, written
+):
+    folder, facts = teachable(30)
+    teacher.set(facts, reply={"status": 503, "body": {}})
+    config = settings(folder, count=30, in_flight=4, retries=0)
+    with pytest.raises(EndpointError, match=r"10 requests in a row .* \(last: HTTP 503\)"):
+        Writer(config).run()
+    assert 10 <= len(teacher.log()) <= 14
+    teacher.set(facts)
+    assert Writer(config).run() == 0
+    assert len(written.outputs(folder)[0]) == 30
+
+
+def test_a_fact_that_is_never_answered_is_set_aside_until_the_next_run(
+    teacher, teachable, settings, capsys, written
+):
+    folder, facts = teachable(12)
+    teacher.set(facts, lasting={"": 3, "broken": 1})
+    assert Writer(settings(folder, count=12, retries=1)).run() == 0
+    kept, aside = written.outputs(folder)
+    assert len(kept) + len(aside) == 12
+    assert {tuple(line["reasons"]) for line in aside.values()} == {("HTTP 500",)}
+    assert f"{len(aside)} facts were not answered; start again" in capsys.readouterr().out
+    teacher.set(facts)
+    assert Writer(settings(folder, count=12)).run() == 0
+    assert {entry["fact"] for entry in teacher.log()} == aside.keys()
+    assert len(written.outputs(folder)[0]) == 12
+
+
+def test_a_torn_line_is_cut_by_name(teacher, teachable, settings, capsys, written):
+    folder, facts = teachable(4)
+    teacher.set(facts)
+    Writer(settings(folder, count=3)).run()
+    path = folder / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    Writer(settings(folder, count=3)).run()
+    assert f"{path}:7: torn when a run was killed; cut off" in capsys.readouterr().out
+    assert len(teacher.log()) == 4
+    assert len(written.outputs(folder)[0]) == 3
+
+
+def test_reasoning_from_elsewhere_is_not_overwritten(teacher, teachable, settings):
+    folder, facts = teachable(4)
+    teacher.set(facts)
+    (folder / "reasoning.jsonl").write_text("mine\n")
+    with pytest.raises(DataError, match=r"reasoning\.jsonl: there already, and not from a journal"):
+        Writer(settings(folder, count=2))
+    assert (folder / "reasoning.jsonl").read_text() == "mine\n"
+
+
+def test_a_dry_run_asks_and_writes_nothing(teacher, teachable, settings, monkeypatch, capsys):
+    folder, facts = teachable(9)
+    teacher.set(facts)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    before = sorted(path.name for path in folder.iterdir())
+    assert Writer(settings(folder, count=9)).dry_run() == 0
+    shown = capsys.readouterr().out
+    assert "How is the object related to the entity" in shown
+    assert "For your eyes only" in shown
+    assert re.search(r"^photo: \d+ × 80 pixels, [\d.]+ kB as JPEG$", shown, re.MULTILINE)
+    assert re.search(r"^crop: \d+ × \d+ pixels, ", shown, re.MULTILINE)
+    assert re.search(
+        r"^9 facts to ask for of 9; a request about 8[89]\d tokens in and 350", shown, 8
+    )
+    assert re.search(r"^about \$0\.05\d+ if each is asked once; \$0\.33", shown, re.MULTILINE)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert teacher.log() == []
+
+
+def test_a_dry_run_goes_by_what_was_asked(teacher, teachable, settings, capsys):
+    folder, facts = teachable(9)
+    teacher.set(facts)
+    Writer(settings(folder, count=4)).run()
+    assert Writer(settings(folder, count=9)).dry_run() == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"5 facts to ask for of 9; .* \(as in 4 answers so far\)", shown)
+    assert Writer(settings(folder, count=4)).dry_run() == 0
+    assert "nothing is left to ask of 4 facts" in capsys.readouterr().out
+    assert len(teacher.log()) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:1\ntrain:99\n", r"ids:2: 'train:99' is unknown, a training fact's id like"),
+        ("train:1\n\ntrain:1\n", r"ids:3: 'train:1' is there twice"),
+        ("\n \n", r"ids: empty"),
+        (None, r"--facts: .*No such file"),
+    ],
+)
+def test_bad_ids_are_named(teachable, settings, text, message):
+    folder, _ = teachable(4)
+    path = folder.parent / "ids"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        Writer(settings(folder, facts=path))
+
+
+def test_bad_data_is_found_before_anything_is_asked(teacher, teachable, settings):
+    folder, facts = teachable(4)
+    teacher.set(facts)
+    with pytest.raises(ConfigError, match="--count: 5 found, at most 4 training facts there"):
+        Writer(settings(folder, count=5))
+    photo = folder / "img_org" / "train" / "3.jpg"
+    photo.write_bytes(photo.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"3\.jpg \(fact train:3\)"):
+        Writer(settings(folder, count=4)).run()
+    marked = dataclasses.replace(facts[3], tokens=(*facts[3].tokens, "<|im_end|>"))
+    more.write_split(folder, "train", [*facts[:3], marked])
+    out = folder.parent / "out"
+    with pytest.raises(DataError, match=r"train:4: the title holds '<\|im_end\|>'"):
+        Writer(settings(folder, count=4, out=out)).run()
+    assert teacher.log() == []
