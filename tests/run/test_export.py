@@ -1,0 +1,199 @@
+"""What was trained, published: `transformers` loads it, and it says the same."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from morer1_jax.data.images import ImageReader
+from morer1_jax.learn.scorer import embed_prompts
+from morer1_jax.model.attention import PackedCausal
+from morer1_jax.run.config import ConfigError, read_config
+from morer1_jax.run.export import export
+from morer1_jax.run.job import Job
+from morer1_jax.run.settings import settings
+from morer1_jax.run.student import LABELS, TASK, open_student
+from morer1_jax.task import more
+from morer1_jax.task.prompt import student_prompt
+from morer1_jax.train import train
+
+VALUE_BOUND = 2e-5
+
+
+@pytest.fixture(scope="module")
+def config(small_world, request):
+    config = read_config(request.config.rootpath / "tests" / "configs" / "tiny.py")
+    config.stages = "sft"
+    config.data.folder = str(small_world)
+    config.mesh.update(data=1, fsdp=1, tensor=-1)
+    config.sft.update(steps=3, eval_every=3, save_every=3)
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """(workdir, exported folder) of a run in which everything trained."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train(config, workdir / "run")
+    export(open_student(str(workdir / "run")), workdir / "out", shard_bytes=100_000)
+    return workdir / "run", workdir / "out"
+
+
+@pytest.fixture(scope="module")
+def adapted(config, whole, tmp_path_factory):
+    """As `whole`, of adapters trained on what that run exported."""
+    workdir = tmp_path_factory.mktemp("adapted")
+    config = config.copy_and_resolve_references()
+    config.model.path = str(whole[1])
+    config.tune.update(vision=0.0, merger=0.0)
+    config.tune.lora.update(rank=2, alpha=8.0)
+    train(config, workdir / "run")
+    export(open_student(str(workdir / "run")), workdir / "out")
+    return workdir / "run", workdir / "out"
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapted"])
+def test_logits_of_the_export_are_our_own(request, small_world, kind):
+    workdir, out = request.getfixturevalue(kind)
+    student = open_student(str(workdir))
+    ontology = more.read_ontology(small_world)
+    facts = more.read_split(small_world, "test", ontology)[:3]
+    encoder = student.encoder(small_world, facts, more.check_photos(facts, small_world))
+    batch = encoder.prompts(facts, range(3))
+    model = student.model
+
+    def logits(params, batch):
+        def run(module):
+            positions = jnp.moveaxis(batch.positions, 1, 0)
+            attend = PackedCausal(batch.mask.astype(jnp.int32))
+            return module.logits(module.forward(embed_prompts(module, batch), positions, attend))
+
+        return model.apply({"params": params}, method=run)
+
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(jax.jit(logits)(student.params, batch))
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        out, attn_implementation="eager"
+    ).eval()
+    assert theirs.dtype == torch.float32
+    for row, fact in enumerate(facts):
+        sample = encoder.sample(fact)
+        theirs.model.rope_deltas = None
+        with torch.no_grad():
+            expected = theirs(
+                input_ids=torch.as_tensor(sample.prompt[None].astype(np.int64)),
+                attention_mask=torch.ones(1, len(sample.prompt), dtype=torch.long),
+                mm_token_type_ids=torch.as_tensor(
+                    (sample.prompt == encoder.special.image)[None].astype(np.int32)
+                ),
+                pixel_values=torch.as_tensor(sample.images.values),
+                image_grid_thw=torch.as_tensor(sample.images.grids),
+            ).logits[0]
+        expected = expected.numpy()
+        error = np.abs(ours[row, : len(expected)] - expected).max() / np.abs(expected).max()
+        assert error < VALUE_BOUND
+
+
+def test_adapters_trained_and_the_rest_is_as_it_was(adapted, whole, config):
+    base, student = open_student(str(whole[1])), open_student(str(adapted[0]))
+    layers = student.params["language"]["layers"]
+    assert np.abs(layers["q"]["lora_b"]).max() > 0
+
+    def check(path, value):
+        ours = student.params
+        for key in path:
+            ours = ours[key.key]
+        np.testing.assert_array_equal(np.asarray(ours, value.dtype), value)
+
+    jax.tree_util.tree_map_with_path(check, base.params)
+    merged = open_student(str(adapted[1])).params["language"]["layers"]["q"]["kernel"]
+    assert np.abs(np.asarray(merged) - np.asarray(layers["q"]["kernel"])).max() > 1e-4
+    saved = sum(p.stat().st_size for p in (adapted[0] / "sft").rglob("*") if p.is_file())
+    everything = sum(p.stat().st_size for p in (whole[0] / "sft").rglob("*") if p.is_file())
+    assert saved < everything / 4
+
+
+def test_a_folder_says_how_it_is_to_be_asked(whole, config, small_world):
+    out = whole[1]
+    assert json.loads((out / TASK).read_text()) == {
+        "crop_margin": config.data.crop_margin,
+        "crop_least": config.data.crop_least,
+        "completion_length": config.data.completion_length,
+    }
+    assert more.read_ontology(out) == more.read_ontology(small_world)
+    student, trained = open_student(str(out)), open_student(str(whole[0]))
+    assert student.images == trained.images
+    assert student.completion == trained.completion
+    assert student.dtype == "float32"
+
+
+def test_its_processor_gives_the_pixels_it_was_trained_on(whole, small_world):
+    folder = str(whole[1])
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    student = open_student(folder)
+    fact = more.read_split(small_world, "test", more.read_ontology(small_world))[0]
+    reader = ImageReader(small_world, student.images)
+    theirs = processor(images=list(reader.pair(fact)))
+    ours = reader.patches(fact)
+    np.testing.assert_array_equal(theirs["pixel_values"], ours.values)
+    np.testing.assert_array_equal(theirs["image_grid_thw"], ours.grids)
+
+
+def test_its_chat_template_writes_our_conversation(whole, small_world):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole[1])
+    ontology = more.read_ontology(small_world)
+    fact = more.read_split(small_world, "test", ontology)[0]
+    expected = student_prompt(fact, ontology)
+    text = expected.split("<|vision_end|>")[-1].split("<|im_end|>")[0]
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    for messages in ([], [system]):
+        messages = [*messages, {"role": "user", "content": content}]
+        made = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert made == expected
+
+
+def test_its_generation_ends_with_the_turn(whole):
+    generation = transformers.GenerationConfig.from_pretrained(whole[1])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole[1])
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in generation.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == generation.pad_token_id
+
+
+def test_an_export_never_overwrites(whole):
+    with pytest.raises(FileExistsError):
+        export(open_student(str(whole[1])), whole[1])
+
+
+def test_sizes_that_are_not_the_checkpoints_are_all_named(config, whole, tmp_path):
+    changed = config.copy_and_resolve_references()
+    changed.model.path = str(whole[1])
+    changed.model.text.intermediate_size = 49
+    changed.model.vision.depth = 4
+    changed.model.text.tie_word_embeddings = False
+    with pytest.raises(ConfigError, match=r"text\.intermediate_size: 49 in the config, 48 th") as e:
+        Job(settings(changed), tmp_path).policy  # noqa: B018
+    assert "vision.depth: 4 in the config, 2 there" in str(e.value)
+    assert "text.tie_word_embeddings: False in the config, True there" in str(e.value)
+    assert "initializer_range" not in str(e.value)
+
+
+def test_a_folder_without_labels_says_how_to_give_them(whole, tmp_path):
+    folder = tmp_path / "bare"
+    export(open_student(str(whole[1])), folder)
+    (folder / LABELS).unlink()
+    student = open_student(str(folder))
+    with pytest.raises(ConfigError, match=r"no rel2id\.json in it; say --labels="):
+        student.policy  # noqa: B018
+    assert open_student(str(folder), labels=whole[1] / LABELS).policy.ontology
+
+
+def test_a_run_that_trained_nothing(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ConfigError, match="a run that has trained nothing yet"):
+        open_student(str(tmp_path))
