@@ -52,3 +52,13 @@ def small_tokenizer(small_world, tmp_path_factory):
     texts = [student_prompt(fact, ontology) for fact in facts]
     texts += more.read_reasoning(small_world / "reasoning.jsonl", facts, ontology).values()
     return train_tokenizer(texts, 512, tmp_path_factory.mktemp("small_tokenizer") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(tmp_path_factory):
+    """Qwen2.5's own tokenizer of 151,665 tokens, in a folder of its own (`name_or_path`)."""
+    from morer1_jax.data.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("qwen") / "tokenizer"
+    _beside("qwen").build(folder)
+    return load_tokenizer(folder)

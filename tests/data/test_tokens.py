@@ -289,35 +289,60 @@ def test_refuses_a_vocabulary_without_end_of_turn():
         build_tables([b"a", Special.OTHER], LABELS)
 
 
-def qwen_vocabulary(rows):
-    """Qwen's byte pairs in id order, its first special tokens, and rows without a token."""
-    package = importlib.util.find_spec("dashscope").submodule_search_locations[0]
-    lines = (pathlib.Path(package) / "resources" / "qwen.tiktoken").read_bytes().splitlines()
-    words = [base64.b64decode(line.split()[0]) for line in lines]
-    assert len(words) == 151_643
-    end_of_turn = 151_645
-    return words + [
-        Special.END if i == end_of_turn else Special.OTHER for i in range(len(words), rows)
-    ]
+@pytest.fixture(scope="module")
+def qwen_vocabulary(qwen_tokenizer):
+    """What each row of the larger models' embedding stands for: Qwen's tokens, then nothing."""
+    return token_bytes(qwen_tokenizer, 152_064)
 
 
-def test_real_vocabulary_fits_the_limits(capsys):
-    vocabulary = qwen_vocabulary(152_064)
+@pytest.fixture(scope="module")
+def qwen_tables(qwen_vocabulary):
+    return build_tables(qwen_vocabulary, LABELS)
+
+
+@pytest.mark.parametrize("rows", [151_936, 152_064])
+def test_real_vocabulary_fits_the_limits(qwen_vocabulary, capsys, rows):
     began = time.perf_counter()
-    tables = build_tables(vocabulary, LABELS)
+    tables = build_tables(qwen_vocabulary[:rows], LABELS)
     seconds = time.perf_counter() - began
     with capsys.disabled():
-        print(f"\n152,064 rows: {tables.nbytes:,} bytes, built in {seconds:.1f} s ", end="")
+        print(f"\n{rows:,} rows: {tables.nbytes:,} bytes, built in {seconds:.1f} s ", end="")
+    assert tables.token_class.shape == (rows,)
     assert tables.nbytes <= 2_000_000
     assert seconds < 20
-    writer, ids = Writer(3), index(vocabulary)
+
+
+@pytest.mark.parametrize(
+    "completions", [500, pytest.param(100_000, marks=pytest.mark.soak)], ids=str
+)
+def test_automaton_and_reader_agree_over_the_real_vocabulary(
+    qwen_vocabulary, qwen_tables, completions
+):
+    """On random splits of the bytes into tokens, most of which no tokenizer would make."""
+    writer, ids = Writer(3), index(qwen_vocabulary)
     formatted = 0
-    for _ in range(500):
+    for _ in range(completions):
         tokens = tokenise(writer.completion(), ids, writer.random)
-        expected = read((vocabulary[t] for t in tokens), LABELS)
-        assert run(tables, tokens) == expected
+        expected = read((qwen_vocabulary[t] for t in tokens), LABELS)
+        assert run(qwen_tables, tokens) == expected
         formatted += expected.format
-    assert formatted > 50
+    assert formatted > completions / 10
+
+
+def test_pieces_of_the_real_vocabulary(qwen_tokenizer, qwen_vocabulary):
+    words = base64_words()
+    assert qwen_vocabulary[: len(words)] == words
+    named = dict(enumerate(qwen_vocabulary[len(words) : len(qwen_tokenizer)], len(words)))
+    assert [i for i, piece in named.items() if piece is Special.END] == [151_645]
+    assert named[151_655] is Special.OTHER  # <|image_pad|>
+    assert named[151_657] == b"<tool_call>"
+    assert set(qwen_vocabulary[len(qwen_tokenizer) :]) == {Special.OTHER}
+
+
+def base64_words():
+    package = importlib.util.find_spec("dashscope").submodule_search_locations[0]
+    lines = (pathlib.Path(package) / "resources" / "qwen.tiktoken").read_bytes().splitlines()
+    return [base64.b64decode(line.split()[0]) for line in lines]
 
 
 @pytest.fixture(scope="module")

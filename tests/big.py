@@ -1,0 +1,109 @@
+"""A model of the published 3B shapes on one machine's CPU: loaded, trained a step, sampled from.
+
+Run as a process of its own by `tests/run/test_big.py`, which reads the JSON it prints.
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from morer1_jax.learn.sft import make_sft_step
+from morer1_jax.run.answers import Asker
+from morer1_jax.run.config import read_config
+from morer1_jax.run.job import Job
+from morer1_jax.run.mesh import shardings_of
+from morer1_jax.run.settings import settings
+
+ROOT = Path(__file__).parents[1]
+
+
+class Peak:
+    """The largest value of a field of /proc/self/status, in bytes, sampled while it is open."""
+
+    def __init__(self, field):
+        self._field = field
+        self.most = 0
+
+    def now(self):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(self._field):
+                return 1024 * int(line.split()[1])
+        raise KeyError(self._field)
+
+    def __enter__(self):
+        self._open = True
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._open = False
+        self._thread.join()
+
+    def _watch(self):
+        while self._open:
+            self.most = max(self.most, self.now())
+            time.sleep(0.01)
+
+
+def bytes_of(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def main(model, data, workdir):
+    config = read_config(ROOT / "configs" / "qwen2_5_vl_3b_sft.py")
+    config.model.path = model
+    config.data.folder = data
+    config.data.update(max_pixels=112 * 112, prompt_length=384, completion_length=16, windows=8)
+    config.data.workers = 1
+    config.tune.update(vision=0.0, merger=0.0)
+    config.tune.lora.rank = 16
+    job = Job(settings(config), workdir)
+    facts = job.facts["train"][:1]
+    out = {}
+
+    with Peak("RssAnon") as loading:
+        began = time.perf_counter()
+        before = loading.now()
+        frozen, adapters = jax.block_until_ready((job.frozen, job.init_params(0)))
+        out["load_seconds"] = time.perf_counter() - began
+    out["parameter_bytes"] = bytes_of(frozen) + bytes_of(adapters)
+    out["load_peak_bytes"] = loading.most
+    out["before_bytes"] = before
+
+    policy = job.policy
+    with Peak("VmRSS") as running:
+        optimizer = job.settings.sft.optimizer.build(1, job.parts)
+        state, shardings = job.new_state(adapters, optimizer)
+        step = jax.jit(
+            make_sft_step(policy.model, optimizer, job.score),
+            in_shardings=(shardings, shardings_of(frozen), policy.rows),
+            out_shardings=(shardings, policy.replicated),
+            donate_argnums=0,
+        )
+        sample = job.encoder.sample(facts[0], "<answer>none</answer>")
+        batch = policy.put(job.encoder.sequences([[sample]]))
+        began = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, frozen, batch))
+        out["step_seconds"] = time.perf_counter() - began
+        out["loss"], out["grad_norm"] = float(metrics["loss"]), float(metrics["grad_norm"])
+        out["step_peak_bytes"] = running.most
+        moved = jax.tree.map(lambda new: jnp.abs(new).max(), state.params)
+        out["moved"] = float(max(jax.tree.leaves(moved)))
+
+        asker = Asker(policy, job.encoder, batch=1, group=2, temperature=1.0)
+        began = time.perf_counter()
+        ((_, drawn),) = asker.ask(job.whole(state.params), facts, "sample")
+        out["rollout_seconds"] = time.perf_counter() - began
+        out["rollout_tokens"] = [int(n) for n in drawn.mask.sum(-1)]
+    out["peak_bytes"] = running.most
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
