@@ -1,23 +1,27 @@
 """Photos and crops as the patches the vision tower reads.
 
-Pixel limits and the crop's margin come from one `ImageConfig`, so that training, sampling, rating
-and evaluation see the same pixels. The processor is `transformers`' own (its PIL backend).
+Pixel limits and the crop's margin come from one `ImageConfig`, and photos through `task.photo`, so
+that training, sampling, rating and evaluation see the same pixels, the same way up. The processor
+is `transformers`' own (its PIL backend).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
 )
 
+from morer1_jax.data import layout
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact, one_line
+
+Box = tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +58,7 @@ class Patches:
     grids: tuple[tuple[int, int, int], ...]
 
 
-def crop_box(
-    box: tuple[float, float, float, float], size: tuple[int, int], config: ImageConfig
-) -> tuple[int, int, int, int]:
+def crop_box(box: Box, size: tuple[int, int], config: ImageConfig) -> tuple[int, int, int, int]:
     """The crop's (left, top, right, bottom) in pixels, inside a photo of (width, height) `size`.
 
     Args:
@@ -73,14 +75,14 @@ def crop_box(
 
 
 class ImageReader:
-    """Reads a fact's photo and crop from a dataset's folder.
+    """Photos and crops as patches, of a dataset's facts or of a lone photo.
 
     Raises (from its methods):
       DataError: a photo that cannot be read, or whose shape the processor refuses.
     """
 
-    def __init__(self, folder: str | Path, config: ImageConfig) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: epath.PathLike, config: ImageConfig) -> None:
+        self.folder = folder
         self.config = config
         self._processor = Qwen2VLImageProcessorPil(
             min_pixels=config.min_pixels,
@@ -91,16 +93,8 @@ class ImageReader:
         )
 
     def open(self, fact: Fact) -> Image.Image:
-        """The fact's photo, decoded, RGB."""
-        path = more.photo_path(self.folder, fact)
-        try:
-            with Image.open(path) as photo:
-                return photo.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"{path}: photo of {fact.id} cannot be read: {one_line(error)}; expected a whole "
-                "photo, copy it anew"
-            ) from None
+        """The fact's photo, RGB, upright."""
+        return more.read_photo(self.folder, fact)
 
     def pair(self, fact: Fact) -> tuple[Image.Image, Image.Image]:
         """Photo and crop of the object's box."""
@@ -108,39 +102,48 @@ class ImageReader:
         return photo, photo.crop(crop_box(fact.box, photo.size, self.config))
 
     def patches(self, fact: Fact) -> Patches:
-        """Photo and crop as patches."""
-        try:
-            out = self._processor(images=list(self.pair(fact)))
-        except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise self._refused(fact, error) from None
+        """Photo and crop of a fact as patches."""
+        return self.encode(self.open(fact), fact.box, self._name(fact))
+
+    def encode(self, photo: Image.Image, box: Box, name: str) -> Patches:
+        """Photo and crop as patches.
+
+        Args:
+          photo: as `open_photo` gives it.
+          box: (x centre, y centre, width, height), fractions of the photo.
+          name: what errors call the photo.
+        """
+        self._grids(box, photo.size, name)  # Refuses what the processor would.
+        crop = photo.crop(crop_box(box, photo.size, self.config))
+        out = self._processor(images=[photo, crop])
         grids = tuple(tuple(int(n) for n in grid) for grid in out["image_grid_thw"])
         return Patches(np.asarray(out["pixel_values"], np.float32), grids)
 
-    def grids(self, fact: Fact, size: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
+    def grids(self, fact: Fact, size: tuple[int, int]) -> tuple[layout.Grid, ...]:
         """The grids `patches` would give for a photo of (width, height) `size`, without pixels."""
-        left, top, right, bottom = crop_box(fact.box, size, self.config)
+        return self._grids(fact.box, size, self._name(fact))
+
+    def _name(self, fact: Fact) -> str:
+        return f"{more.photo_path(self.folder, fact)} (fact {fact.id})"
+
+    def _grids(self, box: Box, size: tuple[int, int], name: str) -> tuple[layout.Grid, ...]:
+        left, top, right, bottom = crop_box(box, size, self.config)
+        return self._grid("photo", *size, name), self._grid(
+            "crop", right - left, bottom - top, name
+        )
+
+    def _grid(self, what: str, width: int, height: int, name: str) -> layout.Grid:
+        config = self.config
         try:
-            return tuple(
-                self._grid(width, height) for width, height in (size, (right - left, bottom - top))
+            rows, columns = smart_resize(
+                height,
+                width,
+                factor=config.patch_size * config.merge_size,
+                min_pixels=config.min_pixels,
+                max_pixels=config.max_pixels,
             )
         except ValueError as error:
-            raise self._refused(fact, error) from None
-
-    def _refused(self, fact: Fact, error: ValueError) -> DataError:
-        path = more.photo_path(self.folder, fact)
-        return DataError(
-            f"{path}: photo of {fact.id}: {one_line(error)}; leave the photo's facts out"
-        )
-
-    def _grid(self, width: int, height: int) -> tuple[int, int, int]:
-        config = self.config
-        rows, columns = smart_resize(
-            height,
-            width,
-            factor=config.patch_size * config.merge_size,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-        )
+            raise DataError(
+                f"{name}: the {what} has {width} × {height} pixels: {one_line(error)}; leave it out"
+            ) from None
         return 1, rows // config.patch_size, columns // config.patch_size

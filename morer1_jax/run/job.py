@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import PreTrainedTokenizerFast
@@ -44,14 +45,14 @@ class Job:
 
     Attributes:
       settings, workdir: as given.
-      data: the dataset's folder.
+      data: the dataset's folder, local or in a bucket (`gs://…`).
     """
 
     def __init__(self, settings: Settings, workdir: str | Path) -> None:
         self.settings = settings
         self.workdir = Path(workdir)
         folder = settings.data.folder
-        self.data = self.workdir / "data" if folder is None else Path(folder)
+        self.data = self.workdir / "data" if folder is None else epath.Path(folder)
 
     @functools.cached_property
     def ontology(self) -> Ontology:
