@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
             crop_margin=0.1,
             crop_least=28,
             workers=1,
+            worker_kind="thread",  # photos this small are read sooner than processes start
         )
     )
 

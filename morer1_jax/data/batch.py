@@ -224,16 +224,17 @@ class Encoder:
             sample = self.sample(fact)
             self._check_lengths(sample.name, len(sample.prompt), 0)
             positions = self._positions(sample.prompt, sample.images.grids)
+            placed = self._layout([sample])
             rows.append(
                 PromptBatch(
                     tokens=_pad(sample.prompt, s, self.special.pad),
                     mask=np.arange(s) < len(sample.prompt),
                     positions=_pad(positions, s, 0),
-                    vision_index=self._vision_index([sample], sample.prompt, s),
+                    vision_index=self._vision_index(placed, sample.prompt, s),
                     next_position=np.int32(positions.max() + 1),
                     fact=np.int32(index),
                     gold=np.int32(self.ontology.ids[fact.label]),
-                    vision=self._vision([sample]),
+                    vision=_vision(placed, [sample]),
                 )
             )
         return _stack(rows)
@@ -269,6 +270,7 @@ class Encoder:
                 [self._positions(np.r_[x.prompt, x.target], x.images.grids) for x in samples],
                 axis=1,
             )
+            placed = self._layout(samples)
             batch.append(
                 SequenceBatch(
                     tokens=_pad(tokens, s, self.special.pad),
@@ -276,8 +278,8 @@ class Encoder:
                     weights=_pad(weights, s, 0.0),
                     segment_ids=_pad(segments.astype(np.int32), s, 0),
                     positions=_pad(positions, s, 0),
-                    vision_index=self._vision_index(samples, tokens, s),
-                    vision=self._vision(samples),
+                    vision_index=self._vision_index(placed, tokens, s),
+                    vision=_vision(placed, samples),
                 )
             )
         return _stack(batch)
@@ -297,19 +299,15 @@ class Encoder:
         return layout.vision_layout(grids, **self._sizes, pad_to_windows=self.buckets.windows)
 
     def _vision_index(
-        self, samples: Sequence[Sample], tokens: np.ndarray, length: int
+        self, placed: layout.VisionLayout, tokens: np.ndarray, length: int
     ) -> np.ndarray:
-        index = layout.vision_index(
-            tokens, self._layout(samples), image_token_id=self.special.image
-        )
+        index = layout.vision_index(tokens, placed, image_token_id=self.special.image)
         return _pad(index, length, -1)
 
-    def _vision(self, samples: Sequence[Sample]) -> VisionBatch:
-        placed = self._layout(samples)
-        patches = np.concatenate([sample.images.values for sample in samples])
-        return VisionBatch(
-            layout.place_patches(placed, patches), placed.positions, placed.image_ids
-        )
+
+def _vision(placed: layout.VisionLayout, samples: Sequence[Sample]) -> VisionBatch:
+    patches = np.concatenate([sample.images.values for sample in samples])
+    return VisionBatch(layout.place_patches(placed, patches), placed.positions, placed.image_ids)
 
 
 def _target_weights(prompt: int, target: int) -> np.ndarray:

@@ -87,7 +87,7 @@ class Asker:
             chunk = list(facts[number * size : (number + 1) * size])
             # The last batch is filled up to the compiled size; the filling is not yielded.
             chunk += [chunk[-1]] * (size - len(chunk))
-            mine = job.host_rows(chunk)
+            mine = job.host.rows(chunk)
             return self._encoder.prompts(mine, [job.index[fact.id] for fact in mine])
 
         noise_step = jnp.int32(_NOISE_STEP)

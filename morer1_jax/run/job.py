@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.batch import Buckets, Encoder
+from morer1_jax.data.feed import Host
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
 from morer1_jax.data.tokens import build_tables, token_bytes
@@ -205,13 +205,16 @@ class Job:
         """A host's rows of a batch, onto the mesh."""
         return meshes.put_batch(batch, self.mesh)
 
-    def host_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """The rows of a global batch that this process prepares."""
-        count, hosts = len(rows), jax.process_count()
-        if count % hosts:
-            raise ConfigError(f"a batch of {count} rows does not divide among {hosts} hosts")
-        part = count // hosts
-        return rows[jax.process_index() * part : (jax.process_index() + 1) * part]
+    @property
+    def host(self) -> Host:
+        """This process, which prepares its rows of every batch."""
+        return Host(jax.process_index(), jax.process_count())
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How training loads its batches; see `load_ahead`."""
+        data = self.settings.data
+        return {"workers": data.workers, "kind": data.worker_kind}
 
     def check(self) -> None:
         """Finds bad data, and batches that the mesh cannot split, before a step is spent on them.

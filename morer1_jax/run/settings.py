@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from morer1_jax.data.curriculum import MixConfig
+from morer1_jax.data.loader import WorkerKind
 from morer1_jax.data.tokenizer import SPECIAL_TOKENS
 from morer1_jax.learn.grpo import GRPOConfig
 from morer1_jax.learn.state import OptimizerConfig
@@ -36,7 +37,9 @@ class DataSettings:
       prompt_length, completion_length: tokens, vision and end-of-turn tokens among them.
       windows: attention windows of the vision tower a row's images may fill.
       min_pixels, max_pixels, crop_margin, crop_least: see `data.images.ImageConfig`.
-      workers: threads that prepare batches.
+      workers: what prepares batches ahead of time, on each host.
+      worker_kind: "thread", or "process" where photos are large and cores are many: training's
+        batches then come from processes, which take some seconds to start.
     """
 
     folder: str | None
@@ -49,6 +52,7 @@ class DataSettings:
     crop_margin: float
     crop_least: int
     workers: int
+    worker_kind: WorkerKind
 
     def __post_init__(self) -> None:
         least = 256 + len(SPECIAL_TOKENS)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from morer1_jax.data.batch import Encoder, SequenceBatch
+from morer1_jax.data.batch import Encoder
 from morer1_jax.data.curriculum import Pool
+from morer1_jax.data.feed import SequenceFeed
 from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.run.answers import greedy_asker, validator
@@ -57,19 +59,15 @@ def train_sft(
         donate_argnums=0,
     )
 
-    def make_batch(number: int) -> SequenceBatch:
-        mine = job.host_rows(pool.take(number * batch, batch))
-        return encoder.sequences([[encoder.sample(facts[i], targets[facts[i].id])] for i in mine])
-
     asker = greedy_asker(job, encoder)
     hooks = Hooks(
-        batch=make_batch,
+        batch=SequenceFeed(
+            encoder, facts, targets, functools.partial(pool.batch, size=batch), job.host
+        ),
         step=lambda state, arrays, _: step(state, job.put(arrays)),
         validate=validator(asker, job, job.facts["valid"][:eval_facts]),
     )
-    return train(
-        name, job.workdir, state, shardings, hooks, loop, workers=job.settings.data.workers
-    )
+    return train(name, job.workdir, state, shardings, hooks, loop, **job.loading)
 
 
 def run_sft(job: Job) -> None:
