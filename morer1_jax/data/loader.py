@@ -7,8 +7,8 @@ the function and makes every n-th batch; large arrays come back through shared m
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pickle
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import grain.python as grain
+import numpy as np
 from absl import flags
 
 from morer1_jax.task.fact import one_line
@@ -74,6 +75,18 @@ def _settle(index: int, count: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def _own(batch: Any) -> Any:
+    """The batch out of shared memory, which is scarce, and which a device would keep for long."""
+    if isinstance(batch, np.ndarray):
+        return np.array(batch)
+    if isinstance(batch, dict):
+        return {key: _own(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        values = map(_own, batch)
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
+
+
 def load_ahead(
     make: Callable[[int], Any],
     start: int,
@@ -112,7 +125,8 @@ def load_ahead(
         batches = steps.to_iter_dataset(
             grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(ahead, workers))
         )
-    with contextlib.closing(iter(batches)) as iterator:
+    iterator = iter(batches)
+    try:
         while True:
             try:
                 batch = next(iterator)
@@ -125,4 +139,10 @@ def load_ahead(
                 ) from error
             if isinstance(batch, _Failed):
                 raise batch.error
-            yield batch
+            yield _own(batch) if kind == "process" else batch
+    finally:
+        iterator.close()
+        if kind == "process":
+            # grain's iterators refer to each other, and hold their last batches in shared memory.
+            del iterator, batches
+            gc.collect()

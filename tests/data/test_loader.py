@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,6 +14,8 @@ import pytest
 
 from morer1_jax.data.loader import load_ahead
 from morer1_jax.task.fact import DataError
+
+SHARED = Path("/dev/shm")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -82,6 +85,7 @@ def test_processes_give_batches_in_order_and_errors_as_they_were_raised():
     made = [next(batches) for _ in range(5)]
     assert [batch["step"] for batch in made] == [2, 3, 4, 5, 6]
     assert all((batch["array"] == batch["step"]).all() for batch in made)
+    assert all(type(batch["array"]) is np.ndarray for batch in made)  # None of shared memory.
     processes = [batch["process"] for batch in made]
     assert len(set(processes)) == 2
     assert os.getpid() not in processes
@@ -95,11 +99,15 @@ def test_processes_give_batches_in_order_and_errors_as_they_were_raised():
     gone(processes)
 
 
-def gone(processes):
+def eventually(condition):
     deadline = time.monotonic() + 30
-    while any(map(psutil.pid_exists, processes)) and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(psutil.pid_exists, processes))
+    assert condition()
+
+
+def gone(processes):
+    eventually(lambda: not any(map(psutil.pid_exists, processes)))
 
 
 def test_a_killed_worker_process_is_an_error_and_no_wait():
@@ -113,10 +121,15 @@ def test_a_killed_worker_process_is_an_error_and_no_wait():
 
 
 def test_worker_processes_end_when_their_batches_are_closed_or_their_trainer_is_killed():
-    batches = load_ahead(lambda step: os.getpid(), 0, 1000, workers=1, kind="process")
-    worker = next(batches)
+    shared = set(SHARED.iterdir())
+    batches = load_ahead(
+        lambda step: (os.getpid(), np.zeros(99)), 0, 1000, workers=1, kind="process"
+    )
+    worker, _ = next(batches)
+    assert set(SHARED.iterdir()) - shared
     batches.close()
     gone([worker])
+    eventually(lambda: not set(SHARED.iterdir()) - shared)
     program = (
         "import os, time\n"
         "from morer1_jax.data.loader import load_ahead\n"
