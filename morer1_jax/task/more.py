@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -160,25 +160,48 @@ def read_reasoning(
 ) -> dict[str, str]:
     """Reads written reasoning, one JSON object `{"fact": id, "text": text}` a line.
 
-    A text is `<think>`, six steps, `</think>` and `<answer>label</answer>` (see `answer.py`).
-
     Returns:
         Fact id to text, in file order.
 
     Raises:
-        DataError: naming file and line, if a line is malformed, its fact is unknown or was there
-            before, or its text is empty, breaks the answer's grammar, does not end in its fact's
-            label, or holds a special token.
+        DataError: naming file and line, if a line is malformed; see `check_reasoning`.
+    """
+
+    def records() -> Iterator[tuple[str, Any]]:
+        for number, line in enumerate(_read_lines(path), start=1):
+            place = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{place}: {one_line(e)}; expected one JSON object a line") from e
+            yield place, record
+
+    return check_reasoning(records(), facts, ontology)
+
+
+def check_reasoning(
+    records: Iterable[tuple[str, Any]], facts: Iterable[Fact], ontology: Ontology
+) -> dict[str, str]:
+    """Checks written reasoning, wherever it was read from.
+
+    A text is `<think>`, six steps, `</think>` and `<answer>label</answer>` (see `answer.py`).
+
+    Args:
+        records: pairs of a place, which errors name, and what was found there.
+
+    Returns:
+        Fact id to text, in the records' order.
+
+    Raises:
+        DataError: a record is no dict of exactly `fact` and `text`, its fact is unknown or was
+            there before, or its text is empty, breaks the answer's grammar, does not end in its
+            fact's label, or holds a special token.
     """
     golds = {fact.id: fact.label for fact in facts}
     texts: dict[str, str] = {}
-    for number, line in enumerate(_read_lines(path), start=1):
+    for place, record in records:
         try:
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise DataError(f"{one_line(e)}; expected one JSON object a line") from e
-            fact_id, text = _fields(value, "the line", {"fact": str, "text": str})
+            fact_id, text = _fields(record, "the record", {"fact": str, "text": str})
             if fact_id not in golds:
                 raise DataError(f"fact {fact_id!r}: unknown, expected the id of a fact read")
             if fact_id in texts:
@@ -188,16 +211,16 @@ def read_reasoning(
             if not _is_text(text):
                 raise DataError(f"fact {fact_id!r}: text holds a lone surrogate, expected Unicode")
             try:
-                _check_reasoning(text, golds[fact_id], ontology)
+                _check_text(text, golds[fact_id], ontology)
             except DataError as e:
                 raise DataError(f"fact {fact_id!r}: {e}") from e
         except DataError as e:
-            raise DataError(f"{path}:{number}: {e}") from e
+            raise DataError(f"{place}: {e}") from e
         texts[fact_id] = text
     return texts
 
 
-def _check_reasoning(text: str, gold: str, ontology: Ontology) -> None:
+def _check_text(text: str, gold: str, ontology: Ontology) -> None:
     """What a text must be for the model to learn the answer's form and the right label from it."""
     if found := SPECIAL_TOKEN.search(text):
         raise DataError(f"text holds {found.group()!r}, a special token of the model; remove it")

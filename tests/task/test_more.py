@@ -327,8 +327,8 @@ def test_reasoning_round_trip(tmp_path):
     ("line", "message"),
     [
         ("{", "expected one JSON object a line"),
-        ("[]", "the line: list, expected a dict of fact, text"),
-        ('{"fact": "train:1"}', "the line: no key 'text'"),
+        ("[]", "the record: list, expected a dict of fact, text"),
+        ('{"fact": "train:1"}', "the record: no key 'text'"),
         ('{"fact": "train:1", "text": "a", "x": 1}', "unexpected key 'x'"),
         ('{"fact": 1, "text": "a"}', "fact is of type int, expected str"),
         ('{"fact": "train:9", "text": "a"}', "fact 'train:9': unknown"),
