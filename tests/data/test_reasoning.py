@@ -117,7 +117,7 @@ def test_bad_sources_are_named(world, tmp_path):
     for source, split, message in (
         (str(tmp_path / "cut.jsonl"), "train", "JSON parse error"),
         (str(tmp_path / "empty.jsonl"), "train", "is empty"),
-        (str(tmp_path / "none.json"), "train", "is empty"),
+        (str(tmp_path / "none.json"), "train", "no data"),
         (str(tmp_path / "no.parquet"), "train", "Parquet magic bytes not found"),
         (str(tmp_path / "absent.jsonl"), "train", "Unable to find"),
         (str(tmp_path / "absent"), "train", "Couldn't find"),
