@@ -1,8 +1,9 @@
 """Photos and crops as the patches the vision tower reads.
 
 Pixel limits and the crop's margin come from one `ImageConfig`, and photos through `task.photo`, so
-that training, sampling, rating and evaluation see the same pixels, the same way up. The processor
-is `transformers`' own (its PIL backend).
+that training, sampling, rating and evaluation see the same pixels, the same way up. The numbers are
+bit for bit those of `transformers`' `Qwen2VLImageProcessorPil`, in a fraction of its time: a pixel
+has 256 levels, so normalising is a look-up.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import dataclasses
 import numpy as np
 from etils import epath
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorPil,
-    smart_resize,
-)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from morer1_jax.data import layout
 from morer1_jax.task import more
@@ -84,13 +83,10 @@ class ImageReader:
     def __init__(self, folder: epath.PathLike, config: ImageConfig) -> None:
         self.folder = folder
         self.config = config
-        self._processor = Qwen2VLImageProcessorPil(
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-            patch_size=config.patch_size,
-            merge_size=config.merge_size,
-            temporal_patch_size=config.temporal_patch_size,
-        )
+        # Normalised values by channel and level, rounded where the processor rounds.
+        levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+        mean, std = (np.float32(x)[:, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        self._levels = (levels - mean) / std
 
     def open(self, fact: Fact) -> Image.Image:
         """The fact's photo, RGB, upright."""
@@ -113,11 +109,10 @@ class ImageReader:
           box: (x centre, y centre, width, height), fractions of the photo.
           name: what errors call the photo.
         """
-        self._grids(box, photo.size, name)  # Refuses what the processor would.
+        grids = self._grids(box, photo.size, name)
         crop = photo.crop(crop_box(box, photo.size, self.config))
-        out = self._processor(images=[photo, crop])
-        grids = tuple(tuple(int(n) for n in grid) for grid in out["image_grid_thw"])
-        return Patches(np.asarray(out["pixel_values"], np.float32), grids)
+        values = [self._patchify(*pair) for pair in zip((photo, crop), grids, strict=True)]
+        return Patches(np.concatenate(values), grids)
 
     def grids(self, fact: Fact, size: tuple[int, int]) -> tuple[layout.Grid, ...]:
         """The grids `patches` would give for a photo of (width, height) `size`, without pixels."""
@@ -131,6 +126,19 @@ class ImageReader:
         return self._grid("photo", *size, name), self._grid(
             "crop", right - left, bottom - top, name
         )
+
+    def _patchify(self, image: Image.Image, grid: layout.Grid) -> np.ndarray:
+        """An image's patches: units of merge × merge patches row by row, in each c, t, p, p."""
+        config = self.config
+        p, m, t = config.patch_size, config.merge_size, config.temporal_patch_size
+        _, rows, columns = grid
+        image = image.resize((columns * p, rows * p), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image).reshape(rows // m, m, p, columns // m, m, p, 3)
+        pixels = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, 1, p * p)
+        values = np.empty((rows * columns, 3, t, p * p), np.float32)
+        for channel, levels in enumerate(self._levels):
+            values[:, channel] = levels[pixels[:, channel]]  # The same at all t times.
+        return values.reshape(rows * columns, -1)
 
     def _grid(self, what: str, width: int, height: int, name: str) -> layout.Grid:
         config = self.config

@@ -129,8 +129,9 @@ def time_loading(job: Job, epochs: int = 3) -> dict[str, Any]:
     """Feeds SFT's batches to nobody, as fast as the config's workers make them.
 
     Returns:
-      `samples_per_second` over all epochs, the time to the first batch apart, and the resident
-      memory of this process and its workers in MB after each epoch.
+      `samples_per_second` over all epochs, the time to the first batch apart; the processor's
+      milliseconds a sample; and the resident memory in MB of this process and its workers after
+      each epoch.
     """
     facts = [fact for fact in job.facts["train"] if fact.id in job.reasoning]
     batch = job.settings.sft.batch
@@ -141,26 +142,36 @@ def time_loading(job: Job, epochs: int = 3) -> dict[str, Any]:
     began = time.perf_counter()
     batches = load_ahead(feed, 0, epochs * epoch + 1, **job.loading)
     next(batches)
-    first = time.perf_counter()
+    first, cpu = time.perf_counter(), _cpu_seconds()
     memory = []
     for _ in range(epochs):
         for _ in range(epoch):
             next(batches)
         memory.append(_resident_megabytes())
-    seconds = time.perf_counter() - first
+    seconds, cpu = time.perf_counter() - first, _cpu_seconds() - cpu
     batches.close()
+    samples = epochs * epoch * batch
     return {
         **job.loading,
         "samples_an_epoch": epoch * batch,
         "seconds_to_first": round(first - began, 2),
-        "samples_per_second": round(epochs * epoch * batch / seconds, 1),
+        "samples_per_second": round(samples / seconds, 1),
+        "cpu_milliseconds_a_sample": round(1e3 * cpu / samples, 2),
         "megabytes": memory,
     }
 
 
-def _resident_megabytes() -> float:
+def _processes() -> list[psutil.Process]:
     me = psutil.Process()
-    return round(sum(p.memory_info().rss for p in (me, *me.children(recursive=True))) / 1e6, 1)
+    return [me, *me.children(recursive=True)]
+
+
+def _cpu_seconds() -> float:
+    return sum(sum(p.cpu_times()[:2]) for p in _processes())
+
+
+def _resident_megabytes() -> float:
+    return round(sum(p.memory_info().rss for p in _processes()) / 1e6, 1)
 
 
 def run_bench(

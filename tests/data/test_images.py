@@ -113,6 +113,18 @@ def test_patches_are_the_processors_own(folder):
     assert len(found.values) == sum(t * rows * columns for t, rows, columns in found.grids)
 
 
+@pytest.mark.parametrize("sizes", [(14, 2, 2), (14, 1, 1), (16, 2, 2), (2, 2, 3), (4, 3, 1)])
+def test_patches_of_any_tower_are_the_processors_own(folder, sizes):
+    sizes = dict(zip(("patch_size", "merge_size", "temporal_patch_size"), sizes, strict=True))
+    save(folder, noise(61, 90), format="PNG")
+    reader = ImageReader(folder, ImageConfig(min_pixels=800, max_pixels=9000, **sizes))
+    processor = Qwen2VLImageProcessorPil(min_pixels=800, max_pixels=9000, **sizes)
+    expected = processor(images=list(reader.pair(FACT)), return_tensors="np")
+    found = reader.patches(FACT)
+    np.testing.assert_array_equal(found.values, expected["pixel_values"])
+    assert found.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
+
+
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK")
 
 
