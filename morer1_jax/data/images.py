@@ -83,8 +83,8 @@ class ImageReader:
     def __init__(self, folder: epath.PathLike, config: ImageConfig) -> None:
         self.folder = folder
         self.config = config
-        # Normalised values by channel and level, rounded where the processor rounds.
-        levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+        # Normalised values by channel and level.
+        levels = np.arange(256, dtype=np.float32) / 255
         mean, std = (np.float32(x)[:, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         self._levels = (levels - mean) / std
 
