@@ -60,12 +60,16 @@ def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) 
     except Image.DecompressionBombError as e:
         raise DataError(f"{name}: {one_line(e)}; expected a smaller photo, scale it down") from e
     except UnidentifiedImageError as e:
-        found = f"no photo in one of the formats {', '.join(FORMATS)}"
-        raise DataError(f"{name}: {found}; expected a whole photo, copy it anew") from e
+        raise DataError(
+            f"{name}: cannot be read, no photo in one of the formats {', '.join(FORMATS)}; expected "
+            "a whole photo, copy it anew"
+        ) from e
     except DataError as e:
         raise DataError(f"{name}: {e}") from e
     except Exception as e:  # There is no list of what decoders raise on a damaged file.
-        raise DataError(f"{name}: {one_line(e)}; expected a whole photo, copy it anew") from e
+        raise DataError(
+            f"{name}: cannot be read: {one_line(e)}; expected a whole photo, copy it anew"
+        ) from e
     photo.info.clear()  # Its orientation, for one, holds no more.
     return photo
 

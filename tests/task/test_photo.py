@@ -242,12 +242,16 @@ def test_bad_files_are_named_in_one_line(tmp_path):
         b"%!PS-Adobe-3.0 EPSF-3.0\n",
         encoded(photo, "PPM"),
     ):
-        assert bad(data, tmp_path).startswith("no photo in one of the formats JPEG, PNG, ")
+        assert bad(data, tmp_path).startswith(
+            "cannot be read, no photo in one of the formats JPEG, PNG, "
+        )
     for mode in ("I", "F"):
         message = bad(encoded(Image.new(mode, (3, 3)), "TIFF"), tmp_path)
         assert message.startswith(f"pixels of 32 bits (mode {mode!r})")
         assert message.endswith("save it anew")
-    with pytest.raises(DataError, match=r"^[^\n]*absent\.jpg: .*No such file") as error:
+    with pytest.raises(
+        DataError, match=r"^[^\n]*absent\.jpg: cannot be read: .*No such file"
+    ) as error:
         open_photo(tmp_path / "absent.jpg")
     assert "\n" not in str(error.value)
 
@@ -263,7 +267,7 @@ def test_a_missing_client_of_a_bucket_is_named(monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "filesystem", no_client)
-    with pytest.raises(DataError, match=r"^s3://here/1\.jpg: Install s3fs"):
+    with pytest.raises(DataError, match=r"^s3://here/1\.jpg: cannot be read: Install s3fs"):
         open_photo("s3://here/1.jpg")
 
 
