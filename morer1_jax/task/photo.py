@@ -61,8 +61,8 @@ def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         raise DataError(f"{name}: {one_line(e)}; expected a smaller photo, scale it down") from e
     except UnidentifiedImageError as e:
         raise DataError(
-            f"{name}: cannot be read, no photo in one of the formats {', '.join(FORMATS)}; expected "
-            "a whole photo, copy it anew"
+            f"{name}: cannot be read, no photo in one of the formats {', '.join(FORMATS)}; "
+            "expected a whole photo, copy it anew"
         ) from e
     except DataError as e:
         raise DataError(f"{name}: {e}") from e
