@@ -150,7 +150,7 @@ def stored(width, height, mode, form, orientation, name, folder):
     box=boxes,
     config=configs,
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_sizes_and_grids_are_known_as_the_pixels_have_them(
     tmp_path_factory, width, height, thin, mode, orientation, box, config
 ):

@@ -289,7 +289,7 @@ WHOLE = [
     end=st.floats(0.2, 1.5),
     changes=st.dictionaries(st.floats(0, 1, exclude_max=True), st.integers(0, 255), max_size=4),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_file_is_a_photo_or_an_error_of_one_line(whole, end, changes):
     data = bytearray(whole[: int(len(whole) * end)])
