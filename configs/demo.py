@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
             crop_least=28,
             keep_features=False,  # may be True where tune.vision and tune.merger are 0
             workers=1,
+            worker_kind="thread",  # photos this small are read sooner than processes start
         )
     )
 

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
             crop_least=28,
             keep_features=False,  # may be True where tune.vision and tune.merger are 0
             workers=8,
+            worker_kind="process",  # real photos: a decoder thread would wait for Python's lock
         )
     )
 

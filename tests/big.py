@@ -60,7 +60,7 @@ def main(model, data, workdir):
     config.model.path = model
     config.data.folder = data
     config.data.update(max_pixels=112 * 112, prompt_length=384, completion_length=16, windows=8)
-    config.data.workers = 1
+    config.data.update(workers=1, worker_kind="thread")
     config.tune.update(vision=0.0, merger=0.0)
     config.tune.lora.rank = 16
     job = Job(settings(config), workdir)

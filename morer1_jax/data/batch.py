@@ -184,10 +184,10 @@ class Encoder:
         """
         images = self._reader.patches(fact, which)
         sample = Sample(fact.id, np.zeros(0, np.int32), np.zeros(0, np.int32), images)
-        (grid,) = images.grids
-        count = layout.count_image_tokens(grid, merge_size=self._sizes["merge_size"])
+        placed = self._layout([sample])
+        count = layout.count_image_tokens(images.grids[0], merge_size=self._sizes["merge_size"])
         tokens = np.full(count, self.special.image, np.int32)
-        return self._vision([sample]), self._vision_index([sample], tokens, count)
+        return self._vision(placed, [sample]), self._vision_index(placed, tokens, count)
 
     def sample(self, fact: Fact, target: str | None = None) -> Sample:
         """Reads a fact's images and tokenizes it; `target` is what the assistant says."""
@@ -269,16 +269,17 @@ class Encoder:
             sample = self.sample(fact)
             self._check_lengths(sample.name, len(sample.prompt), 0)
             positions = self._positions(sample.prompt, sample.images.grids)
+            placed = self._layout([sample])
             rows.append(
                 PromptBatch(
                     tokens=_pad(sample.prompt, s, self.special.pad),
                     mask=np.arange(s) < len(sample.prompt),
                     positions=_pad(positions, s, 0),
-                    vision_index=self._vision_index([sample], sample.prompt, s),
+                    vision_index=self._vision_index(placed, sample.prompt, s),
                     next_position=np.int32(positions.max() + 1),
                     fact=np.int32(index),
                     gold=np.int32(self.ontology.ids[fact.label]),
-                    vision=self._vision([sample]),
+                    vision=self._vision(placed, [sample]),
                 )
             )
         return _stack(rows)
@@ -314,6 +315,7 @@ class Encoder:
                 [self._positions(np.r_[x.prompt, x.target], x.images.grids) for x in samples],
                 axis=1,
             )
+            placed = self._layout(samples)
             batch.append(
                 SequenceBatch(
                     tokens=_pad(tokens, s, self.special.pad),
@@ -321,8 +323,8 @@ class Encoder:
                     weights=_pad(weights, s, 0.0),
                     segment_ids=_pad(segments.astype(np.int32), s, 0),
                     positions=_pad(positions, s, 0),
-                    vision_index=self._vision_index(samples, tokens, s),
-                    vision=self._vision(samples),
+                    vision_index=self._vision_index(placed, tokens, s),
+                    vision=self._vision(placed, samples),
                 )
             )
         return _stack(batch)
@@ -342,9 +344,8 @@ class Encoder:
         return layout.vision_layout(grids, **self._sizes, pad_to_windows=self.buckets.windows)
 
     def _vision_index(
-        self, samples: Sequence[Sample], tokens: np.ndarray, length: int
+        self, placed: layout.VisionLayout, tokens: np.ndarray, length: int
     ) -> np.ndarray:
-        placed = self._layout(samples)
         if self._features is not None:
             seen = tokens == self.special.image
             index = np.where(seen, np.cumsum(seen) - 1, -1).astype(np.int32)
@@ -352,15 +353,14 @@ class Encoder:
             index = layout.vision_index(tokens, placed, image_token_id=self.special.image)
         return _pad(index, length, -1)
 
-    def _vision(self, samples: Sequence[Sample]) -> VisionBatch | FeatureBatch:
-        placed = self._layout(samples)
-        patches = np.concatenate([sample.images.values for sample in samples])
+    def _vision(
+        self, placed: layout.VisionLayout, samples: Sequence[Sample]
+    ) -> VisionBatch | FeatureBatch:
+        values = np.concatenate([sample.images.values for sample in samples])
         if self._features is not None:
             slots = placed.image_ids.size // self._sizes["merge_size"] ** 2
-            return FeatureBatch(np.pad(patches, ((0, slots - len(patches)), (0, 0))))
-        return VisionBatch(
-            layout.place_patches(placed, patches), placed.positions, placed.image_ids
-        )
+            return FeatureBatch(np.pad(values, ((0, slots - len(values)), (0, 0))))
+        return VisionBatch(layout.place_patches(placed, values), placed.positions, placed.image_ids)
 
 
 def _target_weights(prompt: int, target: int) -> np.ndarray:

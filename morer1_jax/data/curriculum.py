@@ -54,6 +54,10 @@ class Pool:
             out[here] = self.items[order[places[here] % size]]
         return out
 
+    def batch(self, step: int, size: int) -> np.ndarray:
+        """The items of a step, where every step takes `size`."""
+        return self.take(step * size, size)
+
 
 @dataclasses.dataclass(frozen=True)
 class MixConfig:

@@ -31,6 +31,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path, merge_size: int) -> None:
         self.folder = Path(folder)
+        self._merge_size = merge_size
         self._merge = merge_size**2
         try:
             described = json.loads((self.folder / INDEX).read_text())
@@ -41,6 +42,10 @@ class FeatureStore:
             raise DataError(
                 f"{self.folder}: features cannot be read ({error}); delete the folder"
             ) from None
+
+    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, int]]:
+        # A worker process opens the file itself; the array would be copied to it.
+        return FeatureStore, (self.folder, self._merge_size)
 
     @property
     def width(self) -> int:

@@ -16,7 +16,7 @@ from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sa
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import progress
-from morer1_jax.run.mesh import fetch, host_rows
+from morer1_jax.run.mesh import fetch, this_host
 from morer1_jax.run.policy import Policy
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
@@ -118,7 +118,7 @@ class Asker:
             places = list(range(number * size, min((number + 1) * size, len(facts))))
             # The last batch is filled up to the compiled size; the filling is not yielded.
             places += places[-1:] * (size - len(places))
-            mine = host_rows(places)
+            mine = this_host().rows(places)
             return self._encoder.prompts([facts[place] for place in mine], mine)
 
         count = -(-len(facts) // size)

@@ -27,6 +27,7 @@ OPERATIONAL = (
     "mesh",
     "stages",
     "*.workers",
+    "*.worker_kind",
     "*.save_every",
     "*.log_every",
     "*.eval_every",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from morer1_jax.data.batch import PromptBatch
 from morer1_jax.data.curriculum import Mixer, Pool
+from morer1_jax.data.feed import Draw, PromptFeed
 from morer1_jax.learn.grpo import GroupBatch, make_grpo_update, token_weights
 from morer1_jax.learn.scorer import group_logprobs
 from morer1_jax.learn.state import TrainState
@@ -21,7 +23,7 @@ from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import RecordLog
 from morer1_jax.run.loop import Hooks, train
-from morer1_jax.run.mesh import fetch, host_rows, shardings_of
+from morer1_jax.run.mesh import fetch, shardings_of, this_host
 from morer1_jax.run.rate import FILE, POOLS, read_ratings
 from morer1_jax.run.sft import loop_config
 from morer1_jax.task.fact import DataError
@@ -130,11 +132,6 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
     step = grpo_step(job, Programs(job, shardings, transform), params)
     records = RecordLog(job.workdir / "rollouts.jsonl", "grpo")
 
-    def make_batch(number: int) -> PromptBatch:
-        drawn = draw(number)
-        mine, noise = host_rows(drawn), host_rows(noise_ids(drawn, len(facts)))
-        return job.encoder.prompts([facts[i] for i in mine], noise)
-
     def train_step(state: TrainState, prompts: PromptBatch, number: int):
         state, metrics, scored = step(state, prompts, number)
         share = float(np.mean([i in easy for i in draw(number)]))
@@ -146,7 +143,7 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
 
     asker = greedy_asker(job, job.encoder)
     hooks = Hooks(
-        batch=make_batch,
+        batch=PromptFeed(job.encoder, facts, draw, this_host()),
         step=train_step,
         validate=validator(asker, job, job.facts["valid"][: grpo.eval_facts]),
         resume=records.resume_at,
@@ -159,18 +156,8 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
         shardings,
         hooks,
         loop_config(grpo),
-        workers=job.settings.data.workers,
+        **job.loading,
     )
-
-
-def noise_ids(drawn: np.ndarray, total: int) -> np.ndarray:
-    """What the noise of each row of a batch is keyed by: its fact, and how often it came before.
-
-    A pool smaller than its share of the batch gives a fact twice, and the same noise would give the
-    same completions twice.
-    """
-    before = [np.count_nonzero(drawn[:row] == fact) for row, fact in enumerate(drawn)]
-    return drawn + total * np.asarray(before, drawn.dtype)
 
 
 def _pools(job: Job) -> dict[str, list[int]]:
@@ -188,13 +175,13 @@ def _pools(job: Job) -> dict[str, list[int]]:
     return pools
 
 
-def _schedule(job: Job, pools: dict[str, list[int]]) -> Callable[[int], np.ndarray]:
+def _schedule(job: Job, pools: dict[str, list[int]]) -> Draw:
     """The facts of each step."""
     grpo, seed = job.settings.grpo, job.settings.seed
     if grpo.mixing:
         return Mixer(pools["easy"], pools["hard"], grpo.mix, grpo.prompts, grpo.steps, seed).batch
     everything = Pool("training", sorted(pools["easy"] + pools["hard"]), (seed, 2))
-    return lambda step: everything.take(step * grpo.prompts, grpo.prompts)
+    return functools.partial(everything.batch, size=grpo.prompts)
 
 
 def _records(job: Job, indices: np.ndarray, scored: Scored) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.batch import Buckets, Encoder
@@ -44,7 +45,7 @@ class Job:
 
     Attributes:
       settings, workdir: as given.
-      data: the dataset's folder.
+      data: the dataset's folder, local or in a bucket (`gs://…`).
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Job:
         self._ontology = ontology
         self.workdir = Path(workdir)
         folder = settings.data.folder
-        self.data = self.workdir / "data" if folder is None else Path(folder)
+        self.data = self.workdir / "data" if folder is None else epath.Path(folder)
 
     @functools.cached_property
     def ontology(self) -> Ontology:
@@ -257,6 +258,12 @@ class Job:
             lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
         )
         return make(params), shardings
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How training loads its batches; see `load_ahead`."""
+        data = self.settings.data
+        return {"workers": data.workers, "kind": data.worker_kind}
 
     def check(self) -> None:
         """Finds bad data, and batches that the mesh cannot split, before a step is spent on them.

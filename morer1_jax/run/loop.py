@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from morer1_jax.data.loader import load_ahead
+from morer1_jax.data.loader import WorkerKind, load_ahead
 from morer1_jax.learn.state import TrainState
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import like
@@ -36,7 +36,8 @@ class Hooks:
     """What one kind of training does.
 
     Attributes:
-      batch: the arrays of a step, host side; a pure function of the step.
+      batch: the arrays of a step, host side; a pure function of the step, which worker processes
+        are sent a copy of.
       step: `(state, batch, step) -> (state, metrics)`, metrics possibly still being computed.
       validate: `params -> metrics`; its `micro_f1` decides which checkpoint is the best.
       resume: told the step training is taken up at, before anything is written.
@@ -59,6 +60,7 @@ def train(
     config: LoopConfig,
     *,
     workers: int = 1,
+    kind: WorkerKind = "thread",
 ) -> Checkpointer:
     """Trains to `config.steps`, from the newest whole checkpoint if there is one.
 
@@ -70,6 +72,7 @@ def train(
     Args:
       state: where training starts; not read if there is a checkpoint.
       shardings: the state's.
+      workers, kind: what prepares the batches; see `load_ahead`.
 
     Returns:
       The checkpointer, which knows the best parameters.
@@ -82,7 +85,7 @@ def train(
     if start is not None:
         state, _ = checkpoints.restore(start, like(state, shardings))
     start = start or 0
-    batches = load_ahead(hooks.batch, start, config.steps, workers=workers)
+    batches = load_ahead(hooks.batch, start, config.steps, workers=workers, kind=kind)
     bar = progress(desc=name, total=config.steps, initial=start)
     pending: tuple[int, Metrics] | None = None
     watch = _StopWatch(start)
@@ -98,7 +101,7 @@ def train(
             bar.set_postfix(shown, refresh=False)
         pending = None
 
-    with contextlib.closing(log), bar:
+    with contextlib.closing(log), contextlib.closing(batches), bar:
         watch.go_on()
         for step in range(start + 1, config.steps + 1):
             state, metrics = hooks.step(state, next(batches), step - 1)

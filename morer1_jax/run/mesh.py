@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from morer1_jax.data.feed import Host
 from morer1_jax.run.config import ConfigError
 
 PyTree = Any
@@ -200,17 +201,9 @@ def shardings_of(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def host_rows(rows: Sequence[Any]) -> Sequence[Any]:
-    """The rows of a global batch that this process prepares.
-
-    Raises:
-      ConfigError: they do not divide among the processes.
-    """
-    count, hosts = len(rows), jax.process_count()
-    if count % hosts:
-        raise ConfigError(f"a batch of {count} rows does not divide among {hosts} hosts")
-    part = count // hosts
-    return rows[jax.process_index() * part : (jax.process_index() + 1) * part]
+def this_host() -> Host:
+    """This process, which prepares its rows of every batch."""
+    return Host(jax.process_index(), jax.process_count())
 
 
 def fetch(tree: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from morer1_jax.data.curriculum import MixConfig
+from morer1_jax.data.loader import WorkerKind
 from morer1_jax.data.tokenizer import SPECIAL_TOKENS
 from morer1_jax.learn.grpo import GRPOConfig
 from morer1_jax.learn.parts import Parts
@@ -37,7 +38,9 @@ class DataSettings:
       min_pixels, max_pixels, crop_margin, crop_least: see `data.images.ImageConfig`.
       keep_features: whether every image is encoded once and its features kept on disk; only where
         neither vision tower nor merger trains.
-      workers: threads that prepare batches.
+      workers: what prepares batches ahead of time, on each host.
+      worker_kind: "thread", or "process" where photos are large and cores are many: training's
+        batches then come from processes, which take some seconds to start.
     """
 
     folder: str | None
@@ -51,6 +54,7 @@ class DataSettings:
     crop_least: int
     keep_features: bool
     workers: int
+    worker_kind: WorkerKind
 
     def __post_init__(self) -> None:
         least = 256 + len(SPECIAL_TOKENS)

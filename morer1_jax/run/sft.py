@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from morer1_jax.data.batch import Encoder, SequenceBatch
+from morer1_jax.data.batch import Encoder
 from morer1_jax.data.curriculum import Pool
+from morer1_jax.data.feed import SequenceFeed
 from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.run.loop import Hooks, LoopConfig, train
-from morer1_jax.run.mesh import host_rows, shardings_of
+from morer1_jax.run.mesh import shardings_of, this_host
 
 
 def train_sft(
@@ -59,19 +61,15 @@ def train_sft(
         donate_argnums=0,
     )
 
-    def make_batch(number: int) -> SequenceBatch:
-        mine = host_rows(pool.take(number * batch, batch))
-        return encoder.sequences([[encoder.sample(facts[i], targets[facts[i].id])] for i in mine])
-
     asker = greedy_asker(job, encoder)
     hooks = Hooks(
-        batch=make_batch,
+        batch=SequenceFeed(
+            encoder, facts, targets, functools.partial(pool.batch, size=batch), this_host()
+        ),
         step=lambda state, arrays, _: step(state, job.frozen, policy.put(arrays)),
         validate=validator(asker, job, job.facts["valid"][:eval_facts]),
     )
-    return train(
-        name, job.workdir, state, shardings, hooks, loop, workers=job.settings.data.workers
-    )
+    return train(name, job.workdir, state, shardings, hooks, loop, **job.loading)
 
 
 def run_sft(job: Job) -> None:

@@ -16,17 +16,19 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
 from morer1_jax.task.answer import Special, read
 from morer1_jax.task.fact import DataError, Fact, one_line
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
+from morer1_jax.task.photo import open_photo
 from morer1_jax.task.prompt import SPECIAL_TOKEN
 
 SPLITS = ("train", "valid", "test")
@@ -34,24 +36,26 @@ BOX_SLOP = 1e-3
 # A box whose computed edge passes the photo's by no more than this is kept as written, so that
 # rounding in `centre ± size / 2` does not change boxes that touch the edge.
 _ROUNDING = 1e-6
+# Photos read at once: more than there are cores, for a bucket keeps its readers waiting.
+_READERS = 2 * (os.cpu_count() or 1) + 6
 
 
-def split_path(folder: Path, split: str) -> Path:
+def split_path(folder: epath.PathLike, split: str) -> epath.Path:
     """The text file of a split."""
-    return Path(folder) / "txt" / f"{split}.txt"
+    return epath.Path(folder) / "txt" / f"{split}.txt"
 
 
-def photo_path(folder: Path, fact: Fact) -> Path:
+def photo_path(folder: epath.PathLike, fact: Fact) -> epath.Path:
     """The photo of a fact."""
-    return Path(folder) / "img_org" / fact.photo
+    return epath.Path(folder) / "img_org" / fact.photo
 
 
-PhotoPath = Callable[[Path, Fact], Path]
+PhotoPath = Callable[[epath.PathLike, Fact], epath.Path]
 
 
-def read_ontology(folder: Path) -> Ontology:
+def read_ontology(folder: epath.PathLike) -> Ontology:
     """Reads `rel2id.json`.  Raises DataError naming the file and key."""
-    return read_ontology_file(Path(folder) / "rel2id.json")
+    return read_ontology_file(epath.Path(folder) / "rel2id.json")
 
 
 def write_ontology(folder: Path, ontology: Ontology) -> None:
@@ -60,7 +64,7 @@ def write_ontology(folder: Path, ontology: Ontology) -> None:
     write_ontology_file(Path(folder) / "rel2id.json", ontology.labels)
 
 
-def read_split(folder: Path, split: str, ontology: Ontology) -> list[Fact]:
+def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[Fact]:
     """Reads one split.  The photos must exist; `check_photos` decodes them.
 
     Raises:
@@ -69,7 +73,7 @@ def read_split(folder: Path, split: str, ontology: Ontology) -> list[Fact]:
     path = split_path(folder, split)
     lines = _read_lines(path)
     try:
-        photos = set(os.listdir(Path(folder) / "img_org" / split))
+        photos = {photo.name for photo in (epath.Path(folder) / "img_org" / split).iterdir()}
     except OSError as e:
         raise DataError(f"{one_line(e)}; expected the folder of the photos of {path}") from e
     facts = []
@@ -107,10 +111,10 @@ def write_split(folder: Path, split: str, facts: Sequence[Fact]) -> None:
     _write_lines(split_path(folder, split), lines)
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(folder: epath.PathLike) -> dict[str, str]:
     """SHA-256 of each of the dataset's text files that is there, by its path in the folder."""
     names = ["rel2id.json", "reasoning.jsonl", *(f"txt/{split}.txt" for split in SPLITS)]
-    paths = {name: Path(folder) / name for name in names}
+    paths = {name: epath.Path(folder) / name for name in names}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in paths.items()
@@ -118,8 +122,20 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def read_photo(
+    folder: epath.PathLike, fact: Fact, photo_path: PhotoPath = photo_path
+) -> Image.Image:
+    """The photo of a fact, RGB, upright.
+
+    Raises:
+        DataError: naming the photo and the fact; see `open_photo`.
+    """
+    path = photo_path(folder, fact)
+    return open_photo(path, f"{path} (fact {fact.id})")
+
+
 def check_photos(
-    facts: Iterable[Fact], folder: Path, photo_path: PhotoPath = photo_path
+    facts: Iterable[Fact], folder: epath.PathLike, photo_path: PhotoPath = photo_path
 ) -> dict[str, tuple[int, int]]:
     """Decodes each distinct photo once and shows a progress bar.
 
@@ -127,28 +143,21 @@ def check_photos(
         photo_path: where in the folder a fact's photo is.
 
     Returns:
-        `Fact.photo` to (width, height) in pixels, as stored in the file.
+        `Fact.photo` to (width, height) in pixels, of the photo upright.
 
     Raises:
-        DataError: naming the photo and the first fact that uses it, if it cannot be decoded whole.
+        DataError: naming the photo and the first fact that uses it, if it cannot be read.
     """
     first = {}
     for fact in facts:
         first.setdefault(fact.photo, fact)
-
-    def size(fact: Fact) -> tuple[int, int]:
-        path = photo_path(folder, fact)
-        try:
-            with Image.open(path) as photo:
-                photo.load()
-                return photo.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise DataError(
-                f"{path} (fact {fact.id}): {one_line(e)}; expected a whole photo, copy it anew"
-            ) from e
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sizes = tqdm(pool.map(size, first.values()), "photos", len(first), unit="photo")
+    with ThreadPoolExecutor(_READERS) as pool:
+        sizes = tqdm(
+            pool.map(lambda fact: read_photo(folder, fact).size, first.values()),
+            "photos",
+            len(first),
+            unit="photo",
+        )
         try:
             return dict(zip(first, sizes, strict=True))
         except DataError:
@@ -156,28 +165,53 @@ def check_photos(
             raise
 
 
-def read_reasoning(path: Path, facts: Iterable[Fact], ontology: Ontology) -> dict[str, str]:
+def read_reasoning(
+    path: epath.PathLike, facts: Iterable[Fact], ontology: Ontology
+) -> dict[str, str]:
     """Reads written reasoning, one JSON object `{"fact": id, "text": text}` a line.
-
-    A text is `<think>`, six steps, `</think>` and `<answer>label</answer>` (see `answer.py`).
 
     Returns:
         Fact id to text, in file order.
 
     Raises:
-        DataError: naming file and line, if a line is malformed, its fact is unknown or was there
-            before, or its text is empty, breaks the answer's grammar, does not end in its fact's
-            label, or holds a special token.
+        DataError: naming file and line, if a line is malformed; see `check_reasoning`.
+    """
+
+    def records() -> Iterator[tuple[str, Any]]:
+        for number, line in enumerate(_read_lines(path), start=1):
+            place = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{place}: {one_line(e)}; expected one JSON object a line") from e
+            yield place, record
+
+    return check_reasoning(records(), facts, ontology)
+
+
+def check_reasoning(
+    records: Iterable[tuple[str, Any]], facts: Iterable[Fact], ontology: Ontology
+) -> dict[str, str]:
+    """Checks written reasoning, wherever it was read from.
+
+    A text is `<think>`, six steps, `</think>` and `<answer>label</answer>` (see `answer.py`).
+
+    Args:
+        records: pairs of a place, which errors name, and what was found there.
+
+    Returns:
+        Fact id to text, in the records' order.
+
+    Raises:
+        DataError: a record is no dict of exactly `fact` and `text`, its fact is unknown or was
+            there before, or its text is empty, breaks the answer's grammar, does not end in its
+            fact's label, or holds a special token.
     """
     golds = {fact.id: fact.label for fact in facts}
     texts: dict[str, str] = {}
-    for number, line in enumerate(_read_lines(path), start=1):
+    for place, record in records:
         try:
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise DataError(f"{one_line(e)}; expected one JSON object a line") from e
-            fact_id, text = _fields(value, "the line", {"fact": str, "text": str})
+            fact_id, text = _fields(record, "the record", {"fact": str, "text": str})
             if fact_id not in golds:
                 raise DataError(f"fact {fact_id!r}: unknown, expected the id of a fact read")
             if fact_id in texts:
@@ -187,16 +221,16 @@ def read_reasoning(path: Path, facts: Iterable[Fact], ontology: Ontology) -> dic
             if not _is_text(text):
                 raise DataError(f"fact {fact_id!r}: text holds a lone surrogate, expected Unicode")
             try:
-                _check_reasoning(text, golds[fact_id], ontology)
+                _check_text(text, golds[fact_id], ontology)
             except DataError as e:
                 raise DataError(f"fact {fact_id!r}: {e}") from e
         except DataError as e:
-            raise DataError(f"{path}:{number}: {e}") from e
+            raise DataError(f"{place}: {e}") from e
         texts[fact_id] = text
     return texts
 
 
-def _check_reasoning(text: str, gold: str, ontology: Ontology) -> None:
+def _check_text(text: str, gold: str, ontology: Ontology) -> None:
     """What a text must be for the model to learn the answer's form and the right label from it."""
     if found := SPECIAL_TOKEN.search(text):
         raise DataError(f"text holds {found.group()!r}, a special token of the model; remove it")
@@ -320,12 +354,12 @@ def check_box(box: Sequence[Any]) -> tuple[float, float, float, float]:
     return float(x), float(y), float(w), float(h)
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: epath.PathLike) -> list[str]:
     """Lines of a UTF-8 file, split at newlines only: a title may hold U+2028 and the like."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as e:
-        raise DataError(f"{one_line(e)}; expected a text file") from e
+        text = epath.Path(path).read_bytes().decode("utf-8")
+    except (OSError, ImportError) as e:  # A bucket's client may not be installed.
+        raise DataError(f"{path}: {one_line(e)}; expected a text file") from e
     except UnicodeDecodeError as e:
         number = e.object.count(b"\n", 0, e.start) + 1
         raise DataError(f"{path}:{number}: not UTF-8, expected UTF-8 text") from e
@@ -337,6 +371,7 @@ def _read_lines(path: Path) -> list[str]:
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     """Writes the whole file or nothing: readers never see a part of it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")

@@ -80,7 +80,7 @@ def read_ontology_file(path: Path) -> Ontology:
     """
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ImportError, ValueError, RecursionError) as e:
         raise DataError(f"{path}: {one_line(e)}; expected a JSON object, label to id") from e
     if not isinstance(pairs, _Pairs):
         raise DataError(f"{path}: {type(pairs).__name__}, expected a JSON object, label to id")

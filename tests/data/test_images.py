@@ -1,16 +1,22 @@
 """Photos and crops as patches: the processor's own numbers, and shapes known without pixels."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
+import sklearn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from morer1_jax.data.images import ImageConfig, ImageReader, crop_box
+from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.photo import open_photo
 
 CONFIG = ImageConfig(min_pixels=56 * 56, max_pixels=140 * 140)
 FACT = Fact(
@@ -107,34 +113,129 @@ def test_patches_are_the_processors_own(folder):
     assert len(found.values) == sum(t * rows * columns for t, rows, columns in found.grids)
 
 
-@given(width=st.integers(1, 150), height=st.integers(1, 150), box=boxes, config=configs)
-@settings(max_examples=60, deadline=None)
-def test_grids_are_known_without_pixels(tmp_path_factory, width, height, box, config):
+@pytest.mark.parametrize("sizes", [(14, 2, 2), (14, 1, 1), (16, 2, 2), (2, 2, 3), (4, 3, 1)])
+def test_patches_of_any_tower_are_the_processors_own(folder, sizes):
+    sizes = dict(zip(("patch_size", "merge_size", "temporal_patch_size"), sizes, strict=True))
+    save(folder, noise(61, 90), format="PNG")
+    reader = ImageReader(folder, ImageConfig(min_pixels=800, max_pixels=9000, **sizes))
+    processor = Qwen2VLImageProcessorPil(min_pixels=800, max_pixels=9000, **sizes)
+    expected = processor(images=list(reader.pair(FACT)), return_tensors="np")
+    found = reader.patches(FACT)
+    np.testing.assert_array_equal(found.values, expected["pixel_values"])
+    assert found.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
+
+
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK")
+
+
+def stored(width, height, mode, form, orientation, name, folder):
+    """Noise in a mode, with an EXIF orientation if it is not 0."""
+    if mode == "I;16":
+        photo = Image.fromarray(np.asarray(noise(width, height).convert("L")).astype(np.uint16))
+    else:
+        photo = noise(width, height).convert(mode)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    return save(folder, photo, name, format=form, exif=exif)
+
+
+@given(
+    width=sides,
+    height=sides,
+    # Long and thin ones are on both sides of what the processor takes.
+    thin=st.sampled_from([None, None, None, 1, 2, 10]),
+    mode=st.sampled_from(MODES),
+    orientation=st.integers(0, 8),
+    box=boxes,
+    config=configs,
+)
+@settings(max_examples=100, deadline=None)
+def test_sizes_and_grids_are_known_as_the_pixels_have_them(
+    tmp_path_factory, width, height, thin, mode, orientation, box, config
+):
     folder = tmp_path_factory.mktemp("photo")
     (folder / "img_org" / "train").mkdir(parents=True)
-    save(folder, noise(width, height), "1.png")
-    fact = dataclasses.replace(FACT, image="1.png", box=box)
+    if thin:
+        width, height = (width * 5, thin) if width > height else (thin, height * 5)
+    form = {"CMYK": "TIFF"}.get(mode, "PNG")
+    stored(width, height, mode, form, orientation, "1.jpg", folder)
+    fact = dataclasses.replace(FACT, box=box)
     reader = ImageReader(folder, config)
-    assert reader.grids(fact, (width, height)) == reader.patches(fact).grids
+    sizes = more.check_photos([fact], folder)
+    turned = orientation > 4
+    assert sizes == {fact.photo: (height, width) if turned else (width, height)}
+    assert reader.open(fact).size == sizes[fact.photo]
+
+    def outcome(make):
+        try:
+            return make()
+        except DataError as error:
+            return str(error)
+
+    grids = outcome(lambda: reader.grids(fact, sizes[fact.photo]))
+    assert outcome(lambda: reader.patches(fact).grids) == grids
+    if max(width, height) > 200 * min(width, height):
+        assert "pixels: absolute aspect ratio must be smaller than 200" in grids
+    elif isinstance(grids, str):
+        assert "(fact train:7): the crop has " in grids
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "CMYK"])
-def test_photos_of_other_modes_are_read_as_rgb(folder, mode):
-    photo = noise(60, 50).convert(mode)
-    form = "jpg" if mode in ("L", "CMYK") else "png"
-    save(folder, photo, f"1.{form}")
-    fact = dataclasses.replace(FACT, image=f"1.{form}")
-    reader = ImageReader(folder, CONFIG)
-    whole, crop = reader.pair(fact)
-    assert whole.mode == crop.mode == "RGB"
-    assert whole.size == (60, 50)
-    assert reader.patches(fact).values.shape[1] == 3 * 2 * 14 * 14
-    # The same as of the photo stored in colour.
-    path = folder / "img_org" / "train" / f"1.{form}"
-    colour = Image.open(path).convert("RGB")
-    save(folder, colour, "2.png")
-    plain = reader.patches(dataclasses.replace(FACT, image="2.png"))
-    np.testing.assert_array_equal(reader.patches(fact).values, plain.values)
+def test_a_box_lies_on_the_photo_as_people_see_it(folder):
+    seen = noise(60, 40)
+    fact = dataclasses.replace(FACT, box=(0.25, 0.25, 0.5, 0.5), image="1.png")
+    config = ImageConfig(crop_margin=0.0, crop_least=1)
+    turned = seen.transpose(Image.Transpose.ROTATE_90)  # Shown turned by 90 degrees to the right.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(folder, turned, "1.png", exif=exif)
+    photo, crop = ImageReader(folder, config).pair(fact)
+    np.testing.assert_array_equal(np.asarray(photo), np.asarray(seen))
+    np.testing.assert_array_equal(np.asarray(crop), np.asarray(seen)[:20, :30])
+
+
+def test_a_photo_ten_thousand_pixels_wide_is_read(folder):
+    save(folder, noise(10_000, 60))
+    reader = ImageReader(folder, dataclasses.replace(CONFIG, max_pixels=1280 * 28 * 28))
+    fact = dataclasses.replace(FACT, box=(0.5, 0.5, 0.01, 0.5))
+    sizes = more.check_photos([fact], folder)
+    grids = reader.patches(fact).grids
+    assert grids == reader.grids(fact, sizes[fact.photo])
+    assert grids[0][2] > 20 * grids[0][1]
+
+
+def real_photos():
+    """Photos that scikit-image and scikit-learn carry, opaque and of eight bits."""
+    drawn = {"chessboard_GRAY", "chessboard_RGB", "color", "horse", "logo", "phantom"}
+    files = sorted((Path(skimage.__file__).parent / "data").iterdir())
+    found = [p for p in files if p.suffix in (".jpg", ".png") and p.stem not in drawn]
+    return found + sorted((Path(sklearn.__file__).parent / "datasets" / "images").glob("*.jpg"))
+
+
+def test_patches_of_real_photos_are_the_processors_own(folder):
+    paths = real_photos()
+    assert len(paths) >= 20
+    rng = np.random.default_rng(0)
+    for path in paths:
+        shutil.copy(path, folder / "img_org" / "train" / path.name)
+        x, y = rng.uniform(0.2, 0.8, 2)
+        width, height = rng.uniform(0.05, 0.4, 2)
+        fact = dataclasses.replace(FACT, image=path.name, box=(x, y, width, height))
+        with Image.open(path) as file:
+            photo = file.convert("RGB")
+        for limit in (84 * 84, 392 * 392, 1280 * 28 * 28):
+            config = ImageConfig(max_pixels=limit)
+            crop = photo.crop(crop_box(fact.box, photo.size, config))
+            processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=limit)
+            expected = processor(images=[photo, crop], return_tensors="np")
+            reader = ImageReader(folder, config)
+            found = reader.patches(fact)
+            np.testing.assert_array_equal(found.values, expected["pixel_values"], err_msg=path)
+            grids = tuple(map(tuple, expected["image_grid_thw"].tolist()))
+            assert found.grids == grids == reader.grids(fact, photo.size)
+    # A lone photo, of no dataset, is the same.
+    lone = reader.encode(open_photo(path), fact.box, "lone")
+    np.testing.assert_array_equal(lone.values, found.values)
 
 
 def spoilt_jpeg(folder):
@@ -143,33 +244,38 @@ def spoilt_jpeg(folder):
 
 
 def spoilt_png(folder):
-    save(folder, noise(80, 60), "1.png")
-    path = (folder / "img_org" / "train" / "1.png").rename(folder / "img_org" / "train" / "1.jpg")
+    path = save(folder, noise(80, 60), format="PNG")
     path.write_bytes(path.read_bytes()[:2000] + b"\0" * 500)
-
-
-def no_photo(folder):
-    (folder / "img_org" / "train" / "1.jpg").write_text("<html>Not found</html>")
 
 
 def absent(folder):
     pass
 
 
-@pytest.mark.parametrize("spoil", [spoilt_jpeg, spoilt_png, no_photo, absent])
+@pytest.mark.parametrize("spoil", [spoilt_jpeg, spoilt_png, absent])
 def test_a_photo_that_cannot_be_read_is_named_with_its_fact(folder, spoil):
     spoil(folder)
     reader = ImageReader(folder, CONFIG)
     for read in (reader.open, reader.pair, reader.patches):
-        with pytest.raises(DataError, match=r"img_org/train/1\.jpg: photo of train:7 ") as error:
+        with pytest.raises(DataError, match=r"img_org/train/1\.jpg \(fact train:7\): ") as error:
             read(FACT)
         assert "\n" not in str(error.value)
 
 
 def test_a_shape_that_the_processor_refuses_is_found_with_and_without_pixels(folder):
-    save(folder, noise(900, 3))
-    reader = ImageReader(folder, CONFIG)
-    for read in (lambda: reader.patches(FACT), lambda: reader.grids(FACT, (900, 3))):
-        with pytest.raises(DataError, match=r"1\.jpg: photo of train:7: .*aspect ratio") as error:
-            read()
-        assert "\n" not in str(error.value)
+    for size, box, what in (
+        ((900, 3), FACT.box, "photo has 900 × 3 pixels"),
+        ((10_000, 60), (0.5, 0.5, 0.95, 0.01), "crop has 10000 × 28 pixels"),
+    ):
+        save(folder, noise(*size))
+        fact = dataclasses.replace(FACT, box=box)
+        reader = ImageReader(folder, CONFIG)
+        for read in (
+            lambda reader, fact, size: reader.patches(fact),
+            lambda reader, fact, size: reader.grids(fact, size),
+        ):
+            with pytest.raises(DataError) as error:
+                read(reader, fact, size)
+            assert f"1.jpg (fact train:7): the {what}: absolute aspect ratio" in str(error.value)
+            assert str(error.value).endswith("; leave it out")
+            assert "\n" not in str(error.value)

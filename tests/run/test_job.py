@@ -10,7 +10,6 @@ import pytest
 
 from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.job import Job
-from morer1_jax.run.mesh import host_rows
 from morer1_jax.run.settings import settings
 from morer1_jax.task.fact import DataError
 
@@ -30,22 +29,10 @@ def job(config, tmp_path):
     return Job(settings(config), tmp_path)
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_share_out_the_rows_of_a_batch(monkeypatch, hosts):
-    monkeypatch.setattr(jax, "process_count", lambda: hosts)
-    rows = np.arange(8) * 10
-    shares = []
-    for host in range(hosts):
-        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        shares.append(host_rows(rows))
-    assert {len(share) for share in shares} == {8 // hosts}
-    assert np.concatenate(shares).tolist() == rows.tolist()
-
-
-def test_rows_that_do_not_divide_among_the_hosts_are_an_error(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(ConfigError, match="8 rows does not divide among 3 hosts"):
-        host_rows(range(8))
+def test_loading_is_as_the_config_says(config, tmp_path):
+    assert Job(settings(config), tmp_path).loading == {"workers": 1, "kind": "thread"}
+    config.data.update(workers=3, worker_kind="process")
+    assert Job(settings(config), tmp_path).loading == {"workers": 3, "kind": "process"}
 
 
 def test_data_is_in_the_workdir_unless_the_config_says_where(config, tmp_path, small_world):

@@ -19,6 +19,7 @@ from morer1_jax.run.mesh import (
     path_name,
     put_batch,
     state_shardings,
+    this_host,
 )
 
 
@@ -165,3 +166,9 @@ def test_put_batch_names_the_array_that_does_not_divide(array):
         ConfigError, match=r"batch images/patches: [06] rows found, a multiple of 4"
     ):
         put_batch({"images": {"patches": array}}, mesh_2x2x2())
+
+
+def test_a_host_is_one_process_of_all(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    assert this_host().rows(range(8)) == range(4, 6)

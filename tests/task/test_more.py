@@ -2,11 +2,14 @@ import dataclasses
 import json
 import time
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from morer1_jax.task import more
 from morer1_jax.task.answer import format_answer
 from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.more import (
@@ -22,6 +25,7 @@ from morer1_jax.task.more import (
     write_split,
 )
 from morer1_jax.task.ontology import Ontology
+from morer1_jax.task.photo import open_photo
 
 ONTOLOGY = Ontology(("none", "/per/org/opposed_to", "/per/misc/party"))
 GOOD = {
@@ -244,13 +248,46 @@ def test_only_facts_in_their_own_lines_are_written(folder):
 
 def test_photos_are_decoded_once_each(folder, monkeypatch):
     opened = []
-    monkeypatch.setattr(Image, "open", lambda p, f=Image.open: opened.append(p.name) or f(p))
+    monkeypatch.setattr(more, "open_photo", lambda p, n: opened.append(p.name) or open_photo(p, n))
     second = dataclasses.replace(FACT, id="train:2", image="2.jpg")
     assert check_photos([FACT, second, FACT], folder) == {
         "train/1.jpg": (40, 30),
         "train/2.jpg": (64, 48),
     }
     assert sorted(opened) == ["1.jpg", "2.jpg"]
+
+
+def test_sizes_are_those_of_photos_upright(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(folder / "img_org" / "train" / "1.jpg", exif=exif)
+    assert check_photos([FACT], folder) == {"train/1.jpg": (48, 64)}
+    assert more.read_photo(folder, FACT).size == (48, 64)
+
+
+def test_a_folder_in_a_bucket_is_read_as_a_local_one(folder, monkeypatch):
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    bucket = MemoryFileSystem()
+    monkeypatch.setattr(fsspec, "filesystem", lambda *args, **options: bucket)
+    monkeypatch.setattr(
+        bucket, "_strip_protocol", lambda path: "/" + path.removeprefix("az://").strip("/")
+    )
+    write_reasoning(folder / "reasoning.jsonl", {"train:1": reasoned()})
+    for path in folder.rglob("*"):
+        if path.is_file():
+            name = f"az://team/more/{path.relative_to(folder)}"
+            bucket.pipe_file(name, path.read_bytes())
+    found = "az://team/more"
+    ontology = read_ontology(found)
+    assert ontology == read_ontology(folder)
+    facts = read_split(found, "train", ontology)
+    assert facts == read_split(folder, "train", ontology)
+    assert check_photos(facts, found) == check_photos(facts, folder)
+    assert digests(found) == digests(folder)
+    texts = read_reasoning(f"{found}/reasoning.jsonl", facts, ontology)
+    assert texts == read_reasoning(folder / "reasoning.jsonl", facts, ontology)
+    with pytest.raises(DataError, match=r"^az://team/more/txt/test\.txt: .*expected a text file$"):
+        read_split(found, "test", ontology)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no image", "empty", "gone"])
@@ -290,8 +327,8 @@ def test_reasoning_round_trip(tmp_path):
     ("line", "message"),
     [
         ("{", "expected one JSON object a line"),
-        ("[]", "the line: list, expected a dict of fact, text"),
-        ('{"fact": "train:1"}', "the line: no key 'text'"),
+        ("[]", "the record: list, expected a dict of fact, text"),
+        ('{"fact": "train:1"}', "the record: no key 'text'"),
         ('{"fact": "train:1", "text": "a", "x": 1}', "unexpected key 'x'"),
         ('{"fact": 1, "text": "a"}', "fact is of type int, expected str"),
         ('{"fact": "train:9", "text": "a"}', "fact 'train:9': unknown"),

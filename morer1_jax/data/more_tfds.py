@@ -1,0 +1,153 @@
+"""MORE as a TensorFlow dataset: `more/facts` and `more/photos`. TensorFlow itself is not needed.
+
+    python tools/build_tfds.py --folder=data/MORE --data_dir=data/tfds
+
+    facts = tfds.data_source("more/facts", split="train", data_dir="data/tfds")
+    photos = tfds.data_source("more/photos", split="train", data_dir="data/tfds",
+                              decoders={"photo": tfds.decode.SkipDecoding()})
+    photo = open_photo(photos[facts[7]["photo"]]["photo"])
+
+An example of `more/facts` is one fact with every field of `task.fact.Fact`, in the order of its
+split's file; `photo` is the place of its photo in the same split of `more/photos`. There each photo
+is once, its file's bytes untouched: with a photo in every fact the dataset would be 5.7 times as
+large, and who reads only titles and boxes would load all of it. TFDS's own decoding of photos knows
+no EXIF, so leave it to `open_photo`, which is what training sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from morer1_jax.task import more
+from morer1_jax.task.fact import DataError, Fact, one_line
+
+FACTS, PHOTOS = "facts", "photos"
+
+
+class MORE(tfds.core.GeneratorBasedBuilder):
+    """Builds `more/facts` and `more/photos`; see `build`, which checks the data first."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "MORE is behind a sign-in. Give its folder, with rel2id.json, txt/ and img_org/ in it, as "
+        "manual_dir."
+    )
+    BUILDER_CONFIGS = (
+        tfds.core.BuilderConfig(name=FACTS, version=VERSION, description="A fact an example."),
+        tfds.core.BuilderConfig(name=PHOTOS, version=VERSION, description="A photo an example."),
+    )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        if self.builder_config.name == FACTS:
+            features: dict[str, Any] = {
+                "id": tfds.features.Text(),
+                "tokens": tfds.features.Sequence(tfds.features.Text()),
+                "entity_name": tfds.features.Text(),
+                "entity_span": tfds.features.Tensor(shape=(2,), dtype=np.int64),
+                "object_name": tfds.features.Text(),
+                # As bytes, because examples hold no numbers of 64 bits and a fraction.
+                "box": tfds.features.Tensor(
+                    shape=(4,), dtype=np.float64, encoding=tfds.features.Encoding.BYTES
+                ),
+                "image": tfds.features.Text(),
+                "photo": tfds.features.Scalar(dtype=np.int64),
+                "label": tfds.features.ClassLabel(),
+            }
+        else:
+            features = {"image": tfds.features.Text(), "photo": tfds.features.Image()}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="How an object in a news photo relates to an entity in its title.",
+            homepage="https://arxiv.org/abs/2312.09753",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        folder = dl_manager.manual_dir
+        ontology = more.read_ontology(folder)
+        if self.builder_config.name == FACTS:
+            self.info.features["label"].names = ontology.labels
+        return {
+            split: self._generate_examples(folder, more.read_split(folder, split, ontology))
+            for split in more.SPLITS
+        }
+
+    def _generate_examples(
+        self, folder: epath.Path, facts: list[Fact]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        photos = {fact.image: fact for fact in reversed(facts)}
+        places = {image: place for place, image in enumerate(dict.fromkeys(f.image for f in facts))}
+        if self.builder_config.name == PHOTOS:
+            for image, place in places.items():
+                data = more.photo_path(folder, photos[image]).read_bytes()
+                yield place, {"image": image, "photo": data}
+            return
+        for number, fact in enumerate(facts):
+            example = vars(fact) | {
+                "entity_span": np.array(fact.entity_span),
+                "box": np.array(fact.box),
+                "photo": places[fact.image],
+            }
+            yield number, example
+
+
+def build(folder: epath.PathLike, data_dir: epath.PathLike) -> None:
+    """Checks a folder in MORE's released form, its photos too, and builds the dataset from it.
+
+    Args:
+      folder: local or in a bucket.
+      data_dir: where `more/facts` and `more/photos` are written.
+
+    Raises:
+      DataError: anything is wrong with the folder, or a dataset is there already.
+    """
+    builders = [
+        MORE(data_dir=data_dir, config=name, file_format="array_record") for name in (FACTS, PHOTOS)
+    ]
+    for builder in builders:
+        if builder.data_path.exists():
+            raise DataError(
+                f"{builder.data_path}: there is a dataset already; delete it, or use another folder"
+            )
+    ontology = more.read_ontology(folder)
+    facts = [f for split in more.SPLITS for f in more.read_split(folder, split, ontology)]
+    more.check_photos(facts, folder)
+    options = tfds.download.DownloadConfig(manual_dir=folder)
+    for builder in builders:
+        builder.download_and_prepare(download_config=options)
+
+
+def read_facts(data_dir: epath.PathLike, split: str) -> list[Fact]:
+    """The facts of a split, as `more.read_split` gives them.
+
+    Raises:
+      DataError: there is no such dataset or split.
+    """
+    path = epath.Path(data_dir) / MORE.name / FACTS / str(MORE.VERSION)
+    try:
+        builder = tfds.builder_from_directory(path)
+        examples = builder.as_data_source(split=split)
+    except (OSError, ValueError, tfds.core.DatasetNotFoundError) as error:
+        raise DataError(
+            f"{path}: {one_line(error)}; build the dataset with tools/build_tfds.py"
+        ) from None
+    labels = builder.info.features["label"].names
+    return [
+        Fact(
+            id=example["id"].decode(),
+            tokens=tuple(token.decode() for token in example["tokens"]),
+            entity_name=example["entity_name"].decode(),
+            entity_span=tuple(example["entity_span"].tolist()),
+            object_name=example["object_name"].decode(),
+            box=tuple(example["box"].tolist()),
+            image=example["image"].decode(),
+            label=labels[example["label"]],
+        )
+        for example in examples
+    ]

@@ -1,0 +1,100 @@
+"""Reading a photo: whatever a file holds becomes eight-bit RGB, upright.
+
+All that looks at a photo comes through here, so that what is checked is what is trained on, sampled
+from, rated, evaluated, predicted on and shown.
+
+- EXIF's orientation is applied: a box is a fraction of the photo as people see it.  MORE does not
+  say how its boxes were made; they have the form of detectors of the YOLO family, which read
+  through OpenCV, and that turns photos upright, as viewers and `transformers`' `load_image` do.
+  EXIF that cannot be read is passed over, as by viewers.
+- What is transparent shows white, as with `transformers` and qwen-vl-utils.
+- Sixteen-bit grayscale is scaled, 65535 to 255; of a file with several pictures the first is read.
+"""
+
+import io
+import os
+
+import numpy as np
+from etils import epath
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from morer1_jax.task.fact import DataError, one_line
+
+# Others that Pillow knows are no photos, or run programs to be read.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# What undoes an orientation of EXIF (CIPA DC-008, tag 274); 1 is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+    """Reads a photo whole.
+
+    Args:
+        source: a path, of a bucket too (`gs://…`), or the bytes of a file.
+        name: what errors call it; by default the path.
+
+    Returns:
+        The photo, RGB of 8 bits, upright.
+
+    Raises:
+        DataError: it cannot be read, is damaged, is larger than Pillow's guard against
+            decompression bombs allows, or has pixels without an agreed white.
+    """
+    if name is None:
+        name = "photo" if isinstance(source, bytes) else str(source)
+    try:
+        data = source if isinstance(source, bytes) else epath.Path(source).read_bytes()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as stored:
+            stored.load()
+            photo = _to_rgb(stored)
+            if (turn := _UPRIGHT.get(_orientation(stored))) is not None:
+                photo = photo.transpose(turn)
+    except Image.DecompressionBombError as e:
+        raise DataError(f"{name}: {one_line(e)}; expected a smaller photo, scale it down") from e
+    except UnidentifiedImageError as e:
+        raise DataError(
+            f"{name}: cannot be read, no photo in one of the formats {', '.join(FORMATS)}; "
+            "expected a whole photo, copy it anew"
+        ) from e
+    except DataError as e:
+        raise DataError(f"{name}: {e}") from e
+    except Exception as e:  # There is no list of what decoders raise on a damaged file.
+        raise DataError(
+            f"{name}: cannot be read: {one_line(e)}; expected a whole photo, copy it anew"
+        ) from e
+    photo.info.clear()  # Its orientation, for one, holds no more.
+    return photo
+
+
+def _to_rgb(photo: Image.Image) -> Image.Image:
+    if photo.mode.startswith("I;16"):
+        # Pillow's own conversion would cut off at 255.
+        pixels = np.asarray(photo).astype(np.uint32)
+        gray = ((pixels + 128) // 257).astype(np.uint8)
+        gray[pixels == photo.info.get("transparency", -1)] = 255
+        return Image.fromarray(gray).convert("RGB")
+    if photo.mode in ("I", "F"):
+        raise DataError(
+            f"pixels of 32 bits (mode {photo.mode!r}), of which none is white by agreement; "
+            "expected 8 or 16 bits, save it anew"
+        )
+    if photo.has_transparency_data:
+        white = Image.new("RGBA", photo.size, "white")
+        return Image.alpha_composite(white, photo.convert("RGBA")).convert("RGB")
+    return photo.convert("RGB")
+
+
+def _orientation(photo: Image.Image) -> int | None:
+    try:
+        value = photo.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # As above; a viewer shows such a photo as it is stored.
+        return None
+    return value if isinstance(value, int) else None

@@ -1,0 +1,100 @@
+"""Batches as functions of the step: the same on any number of hosts, from any kind of worker."""
+
+import functools
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from morer1_jax.data.batch import Buckets, Encoder
+from morer1_jax.data.curriculum import MixConfig, Mixer, Pool
+from morer1_jax.data.feed import Host, PromptFeed, SequenceFeed, noise_ids
+from morer1_jax.data.images import ImageConfig
+from morer1_jax.data.loader import load_ahead
+from morer1_jax.task import more
+from morer1_jax.task.fact import DataError
+
+ROWS, STEPS = 8, 3
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30))
+def test_no_two_rows_of_a_batch_share_their_noise(drawn):
+    ids = noise_ids(np.asarray(drawn), 10)
+    assert len(set(ids.tolist())) == len(drawn)
+    # A fact's first row is keyed by the fact alone, wherever it stands.
+    assert [ids[drawn.index(fact)] for fact in set(drawn)] == list(set(drawn))
+    assert (ids % 10).tolist() == drawn
+
+
+def test_rows_that_do_not_divide_among_the_hosts_are_an_error():
+    with pytest.raises(DataError, match=r"^a batch of 8 rows does not divide among 3 hosts$"):
+        Host(0, 3).rows(range(8))
+
+
+@pytest.fixture(scope="module")
+def feeds(small_world, small_tokenizer):
+    """What makes the feed of a host: of samples, and of prompts from an easy and a hard pool."""
+    ontology = more.read_ontology(small_world)
+    facts = more.read_split(small_world, "train", ontology)
+    texts = more.read_reasoning(small_world / "reasoning.jsonl", facts, ontology)
+    written = [fact for fact in facts if fact.id in texts]
+    images, buckets = ImageConfig(max_pixels=84 * 84), Buckets(512, 512, 12)
+    encoder = Encoder(small_world, small_tokenizer, ontology, images, 112, buckets)
+    # Fewer facts than rows, so that batches cross epochs and repeat facts.
+    pool = Pool("training", np.arange(6), (1,))
+    mixer = Mixer(range(5), range(5, 12), MixConfig(until=2), ROWS, STEPS, seed=1)
+    return {
+        "sequences": functools.partial(
+            SequenceFeed, encoder, written, texts, functools.partial(pool.batch, size=ROWS)
+        ),
+        "prompts": functools.partial(PromptFeed, encoder, facts, mixer.batch),
+    }
+
+
+def equal(ours, theirs):
+    if isinstance(ours, tuple):
+        assert type(ours) is type(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            equal(a, b)
+    else:
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def joined(parts):
+    """The rows of some batches, one after another."""
+    if isinstance(parts[0], tuple):
+        return type(parts[0])(*(joined(field) for field in zip(*parts, strict=True)))
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("name", ["sequences", "prompts"])
+def test_the_hosts_rows_are_the_batch_of_one_host(feeds, name):
+    whole = feeds[name](Host())
+    for hosts in (2, 4):
+        shares = [feeds[name](Host(index, hosts)) for index in range(hosts)]
+        for step in range(STEPS):
+            parts = [share(step) for share in shares]
+            assert {len(part.tokens) for part in parts} == {ROWS // hosts}
+            equal(joined(parts), whole(step))
+
+
+@pytest.mark.parametrize("name", ["sequences", "prompts"])
+def test_a_feed_and_its_copy_give_the_same(feeds, name):
+    feed = feeds[name](Host())
+    equal(pickle.loads(pickle.dumps(feed))(1), feed(1))
+    assert (feed(0).tokens != feed(1).tokens).any()
+
+
+def test_worker_processes_give_what_threads_give(feeds):
+    both = [feeds[name](Host(1, 2)) for name in ("sequences", "prompts")]
+
+    def make(step):
+        return tuple(feed(step) for feed in both)
+
+    batches = list(load_ahead(make, 0, STEPS, workers=1, kind="process"))
+    assert len(batches) == STEPS
+    for step, batch in enumerate(batches):
+        equal(batch, make(step))

@@ -1,0 +1,58 @@
+"""The bench's folder has MORE's form, and what is measured is right, small and at MORE's size."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from morer1_jax.run import bench_data
+from morer1_jax.run.settings import settings
+from morer1_jax.task import more
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.fixture
+def config():
+    spec = importlib.util.spec_from_file_location("tiny_config", TINY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def check(results, facts, photos):
+    assert results["reading"]["facts"] == sum(facts.values())
+    assert results["reading"]["photos"] == sum(photos.values())
+    assert results["tfds"]["equal"]
+    assert results["loading"]["samples_per_second"] > 0
+    assert len(results["loading"]["megabytes"]) == 3
+
+
+def test_a_small_bench_measures_everything(config, tmp_path):
+    facts = {"train": 31, "valid": 7, "test": 5}
+    photos = {"train": 6, "valid": 7, "test": 1}
+    results = bench_data.run_bench(settings(config), tmp_path, facts, photos)
+    check(results, facts, photos)
+    assert results["loading"]["samples_an_epoch"] == 12
+    # Facts of a photo share its title, and every photo has one.
+    folder = tmp_path / "released"
+    read = more.read_split(folder, "train", more.read_ontology(folder))
+    assert len({fact.image for fact in read}) == len({(f.image, f.tokens) for f in read}) == 6
+    sizes = [path.stat().st_size for path in folder.rglob("*.jpg")]
+    assert 50_000 < min(sizes) <= max(sizes) < 70_000
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_at_mores_size_facts_are_equal_and_memory_is_flat(config, tmp_path, kind):
+    config.world.update(train=1200, written=0.75)
+    config.data.update(workers=2, worker_kind=kind)
+    config.sft.batch = 16
+    results = bench_data.run_bench(settings(config), tmp_path)
+    check(results, bench_data.FACTS, bench_data.PHOTOS)
+    assert (results["reading"]["facts"], results["reading"]["photos"]) == (20_264, 3_559)
+    assert results["loading"]["samples_an_epoch"] == 912
+    # A batch is 12 MB and an epoch 57 batches: one kept in ten would be 70 MB an epoch.
+    first, _, last = results["loading"]["megabytes"]
+    assert last - first < 40

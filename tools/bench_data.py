@@ -1,0 +1,40 @@
+"""Measures how fast a dataset of MORE's size is read, and a config's batches are made.
+
+python tools/bench_data.py --config=configs/demo.py --config.data.workers=2
+
+Writes its data into a temporary folder. The loader's figures are those of `--config.data.workers`
+and `--config.data.worker_kind`, with nothing else to do for the processor.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from morer1_jax.files import atomic_write
+from morer1_jax.run.bench_data import run_bench
+from morer1_jax.run.config import run_main
+from morer1_jax.run.settings import settings
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
+_JSON = flags.DEFINE_string("json", None, "A file to write the figures to, as JSON.")
+
+
+def main(argv: list[str]) -> None:
+    """The command line's entry."""
+    del argv
+    with tempfile.TemporaryDirectory() as workdir:
+        results = run_bench(settings(_CONFIG.value), Path(workdir))
+    for name, figures in results.items():
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    if _JSON.value is not None:
+        atomic_write(_JSON.value, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    run_main(main)

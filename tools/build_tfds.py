@@ -1,0 +1,17 @@
+"""Builds the TensorFlow dataset `more` from a folder in MORE's released form.
+
+python tools/build_tfds.py --folder=data/MORE --data_dir=data/tfds
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from morer1_jax.data.more_tfds import build
+from morer1_jax.run.config import run_main
+
+_FOLDER = flags.DEFINE_string("folder", None, "MORE's folder, local or in a bucket.", required=True)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to write the dataset.", required=True)
+
+if __name__ == "__main__":
+    run_main(lambda argv: build(_FOLDER.value, _DATA_DIR.value))
