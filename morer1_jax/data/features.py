@@ -47,11 +47,6 @@ class FeatureStore:
         # A worker process opens the file itself; the array would be copied to it.
         return FeatureStore, (self.folder, self._merge_size)
 
-    @property
-    def width(self) -> int:
-        """Numbers of one image token."""
-        return self._features.shape[1]
-
     def images(self, fact: Fact) -> Patches:
         """A fact's photo and crop: features [tokens, d] in place of patches, and their grids.
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from morer1_jax.data.images import open_photo
 from morer1_jax.run.answers import Answer, Asker
 from morer1_jax.run.student import Student
 from morer1_jax.task import more
 from morer1_jax.task.answer import read_steps
 from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.ontology import NONE
+from morer1_jax.task.photo import open_photo
 
 _KEYS = ("image", "box", "title", "entity")
 
