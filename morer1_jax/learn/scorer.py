@@ -58,13 +58,17 @@ def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float
 def sequence_logprobs(
     model: Qwen25VL, params: Params, batch: SequenceBatch, config: ScoreConfig
 ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-    """Log-probability of each token's successor, and the entropy there, in nats, float32."""
+    """Log-probability of each target that has a weight, and the entropy there; 0 elsewhere.
+
+    Both float32, in nats.
+    """
 
     def run(module: Qwen25VL) -> tuple[Array, Array]:
         x = embed_prompts(module, batch)
         positions = jnp.moveaxis(batch.positions, 1, 0)
         hidden = module.forward(x, positions, PackedCausal(batch.segment_ids))
-        return module.logprobs(hidden, batch.targets, chunk=config.chunk)
+        counted = batch.weights > 0
+        return module.logprobs(hidden, batch.targets, counted=counted, chunk=config.chunk)
 
     return model.apply({"params": params}, method=run)
 
@@ -90,7 +94,7 @@ def group_logprobs(
       allowed: ids that can be sampled; the rest are left out of the distribution.
 
     Returns:
-      Two float32 arrays in nats; their values where `mask` is False mean nothing.
+      Two float32 arrays in nats, 0 where `mask` is False.
     """
     b, g, t = completions.shape
     s = prompts.tokens.shape[1]
@@ -110,6 +114,7 @@ def group_logprobs(
         return module.logprobs(
             before.reshape(b, g * t, -1),
             completions.reshape(b, g * t),
+            counted=mask.reshape(b, g * t),
             allowed=allowed,
             temperature=config.temperature,
             chunk=config.chunk,

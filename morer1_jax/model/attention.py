@@ -20,6 +20,8 @@ for a platform belongs inside a pattern's `__call__`, behind the same signature.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -29,6 +31,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a token which may see nothing (padding) gets a finite output and no NaN.
 _UNSEEN = -1e30
+# Blocks of queries that a causal pattern is cut into: three save a third of the scores, six little
+# more at twice the compiling.
+_BLOCKS = 3
 
 Queries = Float[Array, "b s h e"]
 Keys = Float[Array, "b s k e"]
@@ -51,9 +56,12 @@ class PackedCausal:
     segment_ids: Int[Array, "b s"]
 
     def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any = None) -> tuple[Queries, Any]:
-        length = self.segment_ids.shape[1]
-        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
-        return masked_attention(q, k, v, same & _causal(length)), cache
+        ids, causal = self.segment_ids, _causal(self.segment_ids.shape[1])
+
+        def visible(here: slice, seen: slice) -> Bool[Array, "b s u"]:
+            return (ids[:, here, None] == ids[:, None, seen]) & causal[here, seen]
+
+        return causal_attention(q, k, v, visible), cache
 
 
 @struct.dataclass
@@ -75,8 +83,13 @@ class SharedPrefix:
         prompt_k, prompt_v = k[:, :s], v[:, :s]
         own_k, own_v = (x[:, s:].reshape(b, g, t, -1, e) for x in (k, v))
         # Causality alone hides padding on the right, but it may be on the left.
-        visible = self.prompt_mask[:, None, :] & _causal(s)
-        prompt_out = masked_attention(q[:, :s], prompt_k, prompt_v, visible)
+        causal = _causal(s)
+        prompt_out = causal_attention(
+            q[:, :s],
+            prompt_k,
+            prompt_v,
+            lambda here, seen: self.prompt_mask[:, None, seen] & causal[here, seen],
+        )
 
         queries = _group_heads(q[:, s:].reshape(b, g, t, -1, e), own_k.shape[-2])
         to_prompt = _scores("bgtkre,bske->bgkrts", queries, prompt_k)
@@ -150,10 +163,36 @@ def masked_attention(
     visible: Bool[Array, "b s u"],
 ) -> Float[Array, "b s h e"]:
     """Grouped-query attention under a dense mask; repeated keys are never materialised."""
-    scores = _scores("bskre,buke->bkrsu", _group_heads(q, k.shape[-2]), k)
+    # Heads lead, so that both products are plain batches of matrices: on a CPU a quarter faster.
+    q, k, v = _heads_first(_group_heads(q, k.shape[-2])), _heads_first(k), _heads_first(v)
+    scores = _scores("bkrse,bkue->bkrsu", q, k)
     scores = jnp.where(visible[:, None, None], scores, _UNSEEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkrsu,buke->bskre", weights, v).reshape(q.shape)
+    out = jnp.einsum("bkrsu,bkue->bkrse", weights, v)
+    b, _, _, s, e = out.shape
+    return jnp.moveaxis(out, 3, 1).reshape(b, s, -1, e)
+
+
+def causal_attention(
+    q: Queries, k: Keys, v: Keys, visible: Callable[[slice, slice], Bool[Array, "b s u"]]
+) -> Queries:
+    """`masked_attention` where no token sees a later one: blocks of queries, each with the keys up
+    to its end, so that most scores that a mask would hide are never computed.
+
+    Args:
+        visible: the mask between a block of queries and of keys, causality included.
+    """
+    length = q.shape[1]
+    edges = sorted({round(i * length / _BLOCKS) for i in range(_BLOCKS + 1)})
+    blocks = []
+    for start, stop in itertools.pairwise(edges):
+        here, seen = slice(start, stop), slice(0, stop)
+        blocks.append(masked_attention(q[:, here], k[:, seen], v[:, seen], visible(here, seen)))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _heads_first(x: Float[Array, "b s *k e"]) -> Float[Array, "b *k s e"]:
+    return jnp.moveaxis(x, 1, -2)
 
 
 def _group_heads(q: Float[Array, "*s h e"], kv_heads: int) -> Float[Array, "*s k r e"]:

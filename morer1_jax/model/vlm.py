@@ -150,6 +150,7 @@ class Qwen25VL(nn.Module):
         hidden: Float[Array, "b s d"],
         targets: Int[Array, "b s"],
         *,
+        counted: Bool[Array, "b s"] | None = None,
         allowed: Bool[Array, " v"] | None = None,
         temperature: float | Float[Array, ""] = 1.0,
         chunk: int = 128,
@@ -157,23 +158,44 @@ class Qwen25VL(nn.Module):
         """Float32 log-probability of each target and entropy of its distribution, in nats.
 
         Worked out `chunk` places at a time, forward and backward, so that logits of the whole
-        sequence never exist.  Logits are divided by `temperature`, then ids that are not
-        `allowed` are left out of the distribution; the log-probability of such a target is
-        about -1e30, finite so that a mask can take it out.
+        sequence never exist.  Places that are not `counted` (prompts, padding; by default all
+        are) get 0 for both, and no logits but to fill the last chunk.  Logits are divided by
+        `temperature`, then ids that are not `allowed` are left out of the distribution; the
+        log-probability of such a target is about -1e30, finite so that a mask can take it out.
         """
-        b, s, d = hidden.shape
+        b, s, _ = hidden.shape
         chunk = min(chunk, s)
-        chunks = -(-s // chunk)
-        pad = chunks * chunk - s
-        hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(b, chunks, chunk, d)
-        targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(b, chunks, chunk)
-        one = functools.partial(
-            _chunk_logprobs, head=self._head(), allowed=allowed, temperature=temperature
+        if counted is None:
+            counted = jnp.ones((b, s), bool)
+        # What counts goes first in each row, so that only the first chunks have work.
+        order = jnp.argsort(~counted, axis=1, stable=True)
+        hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+        targets, some = (jnp.take_along_axis(x, order, axis=1) for x in (targets, counted))
+
+        def chunked(x: Array) -> Array:
+            x = jnp.pad(x, ((0, 0), (0, -s % chunk), *((0, 0),) * (x.ndim - 2)))
+            return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
+        one = jax.checkpoint(
+            functools.partial(
+                _chunk_logprobs, head=self._head(), allowed=allowed, temperature=temperature
+            )
         )
-        pairs = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
-        results = jax.lax.map(jax.checkpoint(lambda pair: one(*pair)), pairs)
-        logprob, entropy = (jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :s] for x in results)
-        return logprob, entropy
+
+        def nothing(hidden: Array, targets: Array) -> tuple[Array, Array]:
+            zeros = jnp.zeros(targets.shape, jnp.float32)
+            return zeros, zeros
+
+        results = jax.lax.map(
+            lambda part: jax.lax.cond(jnp.any(part[2]), one, nothing, part[0], part[1]),
+            (chunked(hidden), chunked(targets), chunked(some)),
+        )
+        back = jnp.argsort(order, axis=1)
+        logprob, entropy = (
+            jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :s], back, axis=1)
+            for x in results
+        )
+        return jnp.where(counted, logprob, 0.0), jnp.where(counted, entropy, 0.0)
 
     def _head(self) -> Float[Array, "v d"]:
         return self.embedding if self.config.tie_word_embeddings else self.head

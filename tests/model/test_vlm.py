@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from morer1_jax.model import vlm
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.config import Runtime
 from morer1_jax.model.vlm import Qwen25VL, init_cache, init_params
@@ -169,14 +171,21 @@ def test_cache_is_allocated_in_buckets():
         assert int(cache.index) == 0
 
 
+@pytest.mark.parametrize("counted", ["all", "some", "one row", "none"])
 @pytest.mark.parametrize("chunk", [1, 5, 12, 99])
-def test_chunked_logprobs(small_case, chunk):
+def test_chunked_logprobs(small_case, chunk, counted):
     """Equal plain ones in value, entropy and gradients of both the hidden states and the head."""
     rng = np.random.default_rng(0)
     head = small_case.params["head"]
     hidden = jnp.asarray(rng.standard_normal((2, 12, head.shape[1])), jnp.float32)
     targets = jnp.asarray(rng.integers(0, 91, (2, 12)), jnp.int32)
     allowed = jnp.arange(len(head)) < 91 if chunk != 5 else None
+    mask = {
+        "all": np.ones((2, 12), bool),
+        "some": rng.random((2, 12)) < 0.5,
+        "one row": np.arange(2)[:, None] == np.ones(12),
+        "none": np.zeros((2, 12), bool),
+    }[counted]
     weights = rng.standard_normal((2, 2, 12))
 
     def total(*results):
@@ -185,12 +194,15 @@ def test_chunked_logprobs(small_case, chunk):
     def ours(head, hidden):
         params = small_case.params | {"head": head}
         options = {"allowed": allowed, "temperature": 0.7, "chunk": chunk}
+        if counted != "all":
+            options["counted"] = mask
         return total(*verb(small_case, "logprobs", hidden, targets, params=params, **options))
 
     def theirs(head, hidden):
         logps = jax.nn.log_softmax(hidden @ (head if allowed is None else head[:91]).T / 0.7)
         logprob = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
-        return total(logprob, -jnp.sum(jnp.exp(logps) * logps, axis=-1))
+        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+        return total(logprob * mask, entropy * mask)
 
     got, wanted = (
         jax.jit(jax.value_and_grad(way, argnums=(0, 1), has_aux=True))(head, hidden)
@@ -198,6 +210,30 @@ def test_chunked_logprobs(small_case, chunk):
     )
     for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(np.abs(b).max())))
+
+
+def test_logits_only_where_counted(small_case):
+    """Chunks that are run, by a callback in what each of them takes."""
+    hidden, targets = jnp.ones((3, 20, 24)), jnp.zeros((3, 20), jnp.int32)
+    counted = np.zeros((3, 20), bool)
+    counted[0, [0, 7, 19]] = counted[2, 3:12] = True  # at most nine of a row
+
+    def chunks(chunk):
+        seen = []
+        real = vlm._chunk_logprobs
+
+        def counting(hidden, *args, **kwargs):
+            jax.debug.callback(lambda shape: seen.append(tuple(shape)), np.array(hidden.shape))
+            return real(hidden, *args, **kwargs)
+
+        with mock.patch.object(vlm, "_chunk_logprobs", counting):
+            verb(small_case, "logprobs", hidden, targets, counted=counted, chunk=chunk)
+        jax.effects_barrier()
+        return seen
+
+    assert chunks(4) == [(3, 4, 24)] * 3
+    assert chunks(9) == [(3, 9, 24)]
+    assert chunks(20) == [(3, 20, 24)]
 
 
 def test_whole_logits_never_exist(small_case):
