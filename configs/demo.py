@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         dict(
             folder=placeholder(str),  # none: what `synthesise` wrote; a path: MORE's own files
+            reasoning=placeholder(str),  # none: the folder's; or JSONL, Parquet, a hub name
             vocabulary=1024,
             prompt_length=208,
             completion_length=128,

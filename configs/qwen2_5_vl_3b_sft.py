@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         dict(
             folder="data/MORE",
+            reasoning=placeholder(str),  # none: the folder's; or JSONL, Parquet, a hub name
             vocabulary=151_936,  # of a tokenizer trained here; the checkpoint brings its own
             prompt_length=1536,  # two images of 512 tokens each at most, labels, title
             completion_length=1024,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from morer1_jax.data.batch import Buckets, Encoder
 from morer1_jax.data.features import FeatureStore
 from morer1_jax.data.images import ImageConfig
+from morer1_jax.data.reasoning import read_reasoning_dataset
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
 from morer1_jax.files import atomic_dir, atomic_write
 from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
@@ -36,6 +38,7 @@ from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.prompt import student_prompt
 
 SPLITS = ("train", "valid", "test")
+REASONING = "reasoning.jsonl"
 # The embedding's rows are a multiple of this, so that a mesh can split them.
 _ROWS = 64
 
@@ -75,11 +78,15 @@ class Job:
     @functools.cached_property
     def reasoning(self) -> dict[str, str]:
         """Written reasoning and answer by training fact's id."""
-        path = self.data / "reasoning.jsonl"
+        source = self.settings.data.reasoning
+        if source is not None:
+            return read_reasoning_dataset(source, self.facts["train"], self.ontology)
+        path = self.data / REASONING
         if not path.exists():
             raise DataError(
                 f"{path}: no such file; SFT learns from written reasoning, a line "
-                '{"fact": "train:1", "text": "<think>…</answer>"} each'
+                '{"fact": "train:1", "text": "<think>…</answer>"} each; put it there, or say '
+                "where with data.reasoning"
             )
         return more.read_reasoning(path, self.facts["train"], self.ontology)
 
@@ -289,14 +296,26 @@ class Job:
                 )
         if config.data.keep_features:
             check_frozen(self.parts)
-        encoder = self.new_encoder(pixels=True)
+        encoder, reasoning = self.new_encoder(pixels=True), self._known_reasoning()
         for facts in self.facts.values():
-            encoder.check(facts, self.sizes, self.reasoning)
-        self._check_digests()
+            encoder.check(facts, self.sizes, reasoning)
+        self._check_digests(reasoning)
 
-    def _check_digests(self) -> None:
-        """Keeps the digests of the data's files, so that a run goes on with the same data only."""
+    def _known_reasoning(self) -> dict[str, str]:
+        """The written reasoning; none is an error only where a stage learns from it."""
+        stages, config = self.settings.stages.split(","), self.settings
+        learnt = {"sft", "control"} & {*stages} or (
+            "baselines" in stages and config.baselines.facts == "written"
+        )
+        there = config.data.reasoning is not None or (self.data / REASONING).exists()
+        return self.reasoning if learnt or there else {}
+
+    def _check_digests(self, reasoning: dict[str, str]) -> None:
+        """Keeps digests of the data, so that a run goes on with the same data only."""
         path, found = self.workdir / "data.json", more.digests(self.data)
+        if self.settings.data.reasoning is not None:
+            texts = json.dumps(reasoning, sort_keys=True).encode()
+            found[self.settings.data.reasoning] = hashlib.sha256(texts).hexdigest()
         if not path.exists():
             atomic_write(path, json.dumps(found, indent=1) + "\n")
         kept = json.loads(path.read_text())

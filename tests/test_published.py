@@ -1,0 +1,113 @@
+"""A published checkpoint with the real vocabulary, through every stage, by its adapters alone."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.model.config import ModelConfig, Runtime
+from morer1_jax.model.vlm import Qwen25VL, init_params
+from morer1_jax.run import weights
+from morer1_jax.run.config import read_config
+from morer1_jax.run.rate import read_ratings
+from morer1_jax.run.settings import settings
+from morer1_jax.run.student import open_student
+from morer1_jax.task.fact import DataError
+from morer1_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+ROWS = 151_936
+
+
+@pytest.fixture(scope="module")
+def parquet(small_world, tmp_path_factory):
+    """The written reasoning as a Parquet file, and the dataset without it."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for name in ("txt", "img_org", "rel2id.json"):
+        (folder / name).symlink_to(small_world / name)
+    lines = (small_world / "reasoning.jsonl").read_text().splitlines()
+    path = folder / "written.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist([json.loads(line) for line in lines]), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(parquet, qwen_tokenizer, tmp_path_factory):
+    """Of a run on a tiny checkpoint of bfloat16 in the published form."""
+    config = read_config(ROOT / "tests" / "configs" / "tiny.py")
+    config.mesh.update(data=1, fsdp=2, tensor=-1)
+    config.model.text.update(vocab_size=ROWS, hidden_size=16)
+    folder = tmp_path_factory.mktemp("published")
+    sizes, special = settings(config).model, SpecialIds.of(qwen_tokenizer)
+    shapes = ModelConfig(
+        text=sizes.text.config(ROWS),
+        vision=sizes.vision.config(sizes.text.hidden_size),
+        image_token_id=special.image,
+        video_token_id=special.video,
+        vision_start_token_id=special.vision_start,
+        vision_end_token_id=special.vision_end,
+        tie_word_embeddings=sizes.text.tie_word_embeddings,
+    )
+    params = init_params(Qwen25VL(shapes, Runtime()), jax.random.key(0))
+    qwen_tokenizer.save_pretrained(folder)
+    weights.save_tensors(folder, params, shapes, dtype="bfloat16")
+    (folder / weights.CONFIG).write_text(json.dumps(shapes.to_hf() | {"dtype": "bfloat16"}))
+
+    config.stages = "sft,rate,grpo,evaluate"
+    config.model.path = str(folder)
+    config.data.update(folder=str(parquet.parent), reasoning=str(parquet), keep_features=True)
+    config.tune.update(vision=0.0, merger=0.0, frozen_dtype="bfloat16")
+    config.tune.lora.rank = 2
+    config.sft.update(steps=2, eval_every=2, save_every=2)
+    config.grpo.update(steps=2, eval_every=2, save_every=2)
+    config.rate.samples = 1
+    return config
+
+
+def test_every_stage(config, tmp_path):
+    train(config, tmp_path)
+    base = open_student(config.model.path, labels=Path(config.data.folder) / "rel2id.json")
+    assert base.model.config.text.vocab_size == ROWS
+    trained = {name: open_student(str(tmp_path / name)) for name in ("sft", "grpo")}
+    for student in trained.values():
+        assert student.policy.reader.token_class.shape == (ROWS,)
+        for path, value in jax.tree_util.tree_leaves_with_path(base.params):
+            ours = student.params
+            for key in path:
+                ours = ours[key.key]
+            assert ours.dtype == value.dtype == np.dtype("bfloat16")
+            np.testing.assert_array_equal(ours, value)
+    first, second = (
+        student.params["language"]["layers"]["q"]["lora_b"] for student in trained.values()
+    )
+    assert np.abs(first).max() > 0
+    assert np.abs(first - second).max() > 0
+    assert len(read_ratings(tmp_path / "rate" / "ratings.jsonl")) == 48
+    assert "grpo" in json.dumps(json.loads((tmp_path / "eval" / "grpo.json").read_text()))
+    # Going on with other reasoning is refused, though its place is the same.
+    changed = config.copy_and_resolve_references()
+    changed.grpo.steps = 3
+    rows = pyarrow.parquet.read_table(config.data.reasoning)
+    pyarrow.parquet.write_table(rows.slice(1), config.data.reasoning)
+    try:
+        with pytest.raises(DataError, match=r"written\.parquet changed since the run began"):
+            train(changed, tmp_path)
+    finally:
+        pyarrow.parquet.write_table(rows, config.data.reasoning)
+
+
+def test_grpo_alone_needs_no_reasoning(config, tmp_path):
+    alone = config.copy_and_resolve_references()
+    alone.stages = "rate"
+    alone.data.update(reasoning=None, keep_features=False)
+    alone.rate.batch = 48
+    train(alone, tmp_path)
+    assert len(read_ratings(tmp_path / "rate" / "ratings.jsonl")) == 48
+    alone.stages = "sft"
+    with pytest.raises(DataError, match=r"reasoning\.jsonl: no such file.*data\.reasoning"):
+        train(alone, tmp_path)
