@@ -91,17 +91,21 @@ class SharedPrefix:
             lambda here, seen: self.prompt_mask[:, None, seen] & causal[here, seen],
         )
 
+        # As in `masked_attention`, heads lead.
         queries = _group_heads(q[:, s:].reshape(b, g, t, -1, e), own_k.shape[-2])
-        to_prompt = _scores("bgtkre,bske->bgkrts", queries, prompt_k)
-        to_own = _scores("bgtkre,bguke->bgkrtu", queries, own_k)
+        queries = jnp.transpose(queries, (0, 3, 1, 4, 2, 5))
+        prompt_k, prompt_v = _heads_first(prompt_k), _heads_first(prompt_v)
+        own_k, own_v = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (own_k, own_v))
+        to_prompt = _scores("bkgrte,bkse->bkgrts", queries, prompt_k)
+        to_own = _scores("bkgrte,bkgue->bkgrtu", queries, own_k)
         causal = self.completion_mask[:, :, None, :] & _causal(t)
         to_prompt = jnp.where(self.prompt_mask[:, None, None, None, None], to_prompt, _UNSEEN)
-        to_own = jnp.where(causal[:, :, None, None], to_own, _UNSEEN)
+        to_own = jnp.where(causal[:, None, :, None], to_own, _UNSEEN)
         weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
         weights = weights.astype(q.dtype)
-        out = jnp.einsum("bgkrts,bske->bgtkre", weights[..., :s], prompt_v)
-        out += jnp.einsum("bgkrtu,bguke->bgtkre", weights[..., s:], own_v)
-        out = out.reshape(b, g * t, *q.shape[2:])
+        out = jnp.einsum("bkgrts,bkse->bkgrte", weights[..., :s], prompt_v)
+        out += jnp.einsum("bkgrtu,bkgue->bkgrte", weights[..., s:], own_v)
+        out = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, g * t, *q.shape[2:])
         return jnp.concatenate([prompt_out, out], axis=1), cache
 
 
