@@ -32,8 +32,8 @@ class DataSettings:
 
     Attributes:
       folder: a dataset in MORE's released form; None: the synthetic one in the workdir.
-      reasoning: what SFT learns from, if not the folder's `reasoning.jsonl`: a JSONL or Parquet file
-        or a dataset on the hub; see `data.reasoning`.
+      reasoning: what SFT learns from, if not the folder's `reasoning.jsonl`: a JSONL or Parquet
+        file or a dataset on the hub; see `data.reasoning`.
       vocabulary: size of the tokenizer that is trained on the training split's texts.
       prompt_length, completion_length: tokens, vision and end-of-turn tokens among them.
       windows: attention windows of the vision tower a row's images may fill.
