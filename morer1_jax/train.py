@@ -47,7 +47,7 @@ _DEPENDS = {
     "baselines": (*_DATA, "model", "runtime", "score", "baselines"),
     "rate": (*_SFT, "rate"),
     "grpo": (*_SFT, "rate", "grpo"),
-    "control": (*_SFT, "rate", "grpo"),
+    "control": (*_SFT, "rate", "grpo", "control"),
     "evaluate": (*_SFT, "rate", "grpo", "baselines", "evaluate"),
 }
 
