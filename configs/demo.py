@@ -172,6 +172,7 @@ def get_config() -> ConfigDict:
             optimizer=_adamw(lr=3e-4, schedule="cosine", warmup=2, weight_decay=0.0),
         )
     )
+    config.control = ConfigDict(dict(steps=placeholder(int)))  # none: as long as GRPO took
     config.evaluate = ConfigDict(dict(batch=128))
     return config
 

@@ -48,7 +48,7 @@ _DEPENDS = {
     "baselines": (*_DATA, *_MODEL, "baselines"),
     "rate": (*_SFT, "rate"),
     "grpo": (*_SFT, "rate", "grpo"),
-    "control": (*_SFT, "rate", "grpo"),
+    "control": (*_SFT, "rate", "grpo", "control"),
     "evaluate": (*_SFT, "rate", "grpo", "baselines", "evaluate"),
 }
 

@@ -1,4 +1,5 @@
-"""The stage `control`: SFT that goes on from its best checkpoint for as long as GRPO took.
+"""The stage `control`: SFT that goes on from its best checkpoint for as long as GRPO took, or for
+as many steps as the config says.
 
 What GRPO gains over this is not owed to the time it was given. Rating the facts is part of the
 method's price, so its time counts as GRPO's.
@@ -25,10 +26,7 @@ def run_control(job: Job, params: Any, rating_seconds: float) -> Checkpointer:
       rating_seconds: how long rating the training facts took.
     """
     sft = job.settings.sft
-    # Medians leave out the steps that compiled, of which a resumed run has several.
-    grpo_seconds = job.settings.grpo.steps * statistics.median(_step_times(job.workdir, "grpo"))
-    sft_step_seconds = statistics.median(_step_times(job.workdir, "sft"))
-    steps = max(round((rating_seconds + grpo_seconds) / sft_step_seconds), 1)
+    steps = job.settings.control.steps or _affordable_steps(job, rating_seconds)
     rate = float(sft.optimizer.learning_rate(sft.steps)(sft.steps))
     return train_sft(
         job,
@@ -43,6 +41,14 @@ def run_control(job: Job, params: Any, rating_seconds: float) -> Checkpointer:
         eval_facts=sft.eval_facts,
         stream=9,
     )
+
+
+def _affordable_steps(job: Job, rating_seconds: float) -> int:
+    """Steps of SFT in the time that rating and GRPO took."""
+    # Medians leave out the steps that compiled, of which a resumed run has several.
+    grpo_seconds = job.settings.grpo.steps * statistics.median(_step_times(job.workdir, "grpo"))
+    sft_step_seconds = statistics.median(_step_times(job.workdir, "sft"))
+    return max(round((rating_seconds + grpo_seconds) / sft_step_seconds), 1)
 
 
 def _step_times(workdir: Path, stage: str) -> list[float]:

@@ -307,6 +307,13 @@ class GRPOSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ControlSettings:
+    """SFT that goes on, for `steps`; None: for as long as rating and GRPO took."""
+
+    steps: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
     """Greedy scoring on the test split, `batch` facts at once."""
 
@@ -335,6 +342,7 @@ class Settings:
     baselines: BaselineSettings
     rate: RateSettings
     grpo: GRPOSettings
+    control: ControlSettings
     evaluate: EvaluateSettings
 
     def __post_init__(self) -> None:

@@ -52,7 +52,8 @@ def steps(monkeypatch, tmp_path):
         settings=types.SimpleNamespace(sft=sft, grpo=types.SimpleNamespace(steps=100)),
     )
 
-    def steps(rating_seconds=0.0):
+    def steps(rating_seconds=0.0, configured=None):
+        job.settings.control = types.SimpleNamespace(steps=configured)
         control.run_control(job, None, rating_seconds)
         return loops.pop()
 
@@ -85,3 +86,7 @@ def test_without_a_log_of_grpo_it_says_what_to_run(steps, tmp_path):
     write(tmp_path, sft={1: 1.0})
     with pytest.raises(ConfigError, match="no step times of stage grpo; run it before"):
         steps()
+
+
+def test_the_config_may_say_how_long(steps):
+    assert steps(configured=7) == 7
