@@ -164,6 +164,7 @@ def get_config() -> ConfigDict:
             optimizer=_adamw(lr=1e-6, schedule="constant", warmup=5),  # full; 1e-5 with LoRA
         )
     )
+    config.control = ConfigDict(dict(steps=placeholder(int)))  # none: as long as GRPO took
     config.evaluate = ConfigDict(dict(batch=64))
     return config
 

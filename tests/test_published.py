@@ -93,7 +93,7 @@ def test_every_stage(config, tmp_path):
     assert json.loads((tmp_path / "eval" / "grpo.json").read_text())["facts"] == 16
     # Going on with other reasoning is refused, though its place is the same.
     changed = config.copy_and_resolve_references()
-    changed.grpo.steps = 3
+    changed.stages = "baselines"
     rows = pyarrow.parquet.read_table(config.data.reasoning)
     pyarrow.parquet.write_table(rows.slice(1), config.data.reasoning)
     try:
