@@ -78,4 +78,5 @@ def test_three_billion_parameters(qwen_tokenizer, small_world, tmp_path, capsys)
     assert out["peak_bytes"] < 24e9
     assert np.isfinite(out["loss"])
     assert out["grad_norm"] > 0
+    assert out["moved"] > 0
     assert all(0 < tokens <= 16 for tokens in out["rollout_tokens"])
