@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from absl import flags, logging
+from etils import epath
 
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.config import run_main
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    data, out, split = Path(_DATA.value), Path(_OUT.value), _SPLIT.value
+    data, out, split = epath.Path(_DATA.value), Path(_OUT.value), _SPLIT.value
     labels = data / LABELS
     facts = more.read_split(data, split, more.read_ontology(data))
     sizes = more.check_photos(facts, data)

@@ -16,8 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from morer1_jax.files import atomic_write
-from morer1_jax.run.bench_data import run_bench
-from morer1_jax.run.config import run_main
+from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.settings import settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
@@ -27,6 +26,10 @@ _JSON = flags.DEFINE_string("json", None, "A file to write the figures to, as JS
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    try:
+        from morer1_jax.run.bench_data import run_bench
+    except ImportError as error:
+        raise ConfigError(f"{error}; pip install 'morer1-jax[bench]'") from None
     with tempfile.TemporaryDirectory() as workdir:
         results = run_bench(settings(_CONFIG.value), Path(workdir))
     for name, figures in results.items():

@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from absl import flags
 
-from morer1_jax.data.more_tfds import build
-from morer1_jax.run.config import run_main
+from morer1_jax.run.config import ConfigError, run_main
 
 _FOLDER = flags.DEFINE_string("folder", None, "MORE's folder, local or in a bucket.", required=True)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to write the dataset.", required=True)
 
+
+def main(argv: list[str]) -> None:
+    """The command line's entry."""
+    del argv
+    try:
+        from morer1_jax.data.more_tfds import build
+    except ImportError as error:
+        raise ConfigError(f"{error}; pip install 'morer1-jax[tfds]'") from None
+    build(_FOLDER.value, _DATA_DIR.value)
+
+
 if __name__ == "__main__":
-    run_main(lambda argv: build(_FOLDER.value, _DATA_DIR.value))
+    run_main(main)

@@ -3,9 +3,11 @@
 python tools/convert.py --checkpoint=runs/demo --out=exported
 """
 
+from pathlib import Path
+
 from absl import flags
 
-from morer1_jax.run.config import run_main
+from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.export import export
 from morer1_jax.run.student import open_student
 
@@ -25,6 +27,8 @@ _SHARD = flags.DEFINE_integer("shard_mb", 5000, "Most megabytes of tensors in a 
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    if Path(_OUT.value).exists():
+        raise ConfigError(f"--out={_OUT.value}: exists already; delete it or name another folder")
     student = open_student(_CHECKPOINT.value, labels=_LABELS.value)
     export(student, _OUT.value, dtype=_DTYPE.value, shard_bytes=_SHARD.value * 1_000_000)
     print(f"written: {_OUT.value}")

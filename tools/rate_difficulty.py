@@ -8,6 +8,7 @@ A GRPO run takes the file by `--config.rate.file=ratings.jsonl`.
 from pathlib import Path
 
 from absl import flags, logging
+from etils import epath
 
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.config import run_main
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    data = Path(_DATA.value)
+    data = epath.Path(_DATA.value)
     facts = more.read_split(data, "train", more.read_ontology(data))
     sizes = more.check_photos(facts, data)
     config = RateSettings(

@@ -26,44 +26,48 @@ def dense(
     axis: int | tuple[int, ...] = -1,
     bias: bool = False,
     lora: LoRA | None = None,
-) -> nn.DenseGeneral:
+) -> nn.Module:
     """A linear map in `runtime.dtype`; its kernel is [*contracted axes, *features].
 
     Where `lora` has this name among its targets, an adapter stands beside the kernel.
     """
-    adapter = {"lora": lora} if lora is not None and name in lora.targets else {}
-    return (AdaptedDense if adapter else nn.DenseGeneral)(
-        features,
-        axis=axis,
-        use_bias=bias,
-        dtype=runtime.dtype,
-        param_dtype=runtime.param_dtype,
-        kernel_init=nn.initializers.normal(std),
-        name=name,
-        **adapter,
-    )
+    plain = {
+        "axis": axis,
+        "use_bias": bias,
+        "dtype": runtime.dtype,
+        "param_dtype": runtime.param_dtype,
+        "kernel_init": nn.initializers.normal(std),
+    }
+    if lora is None or name not in lora.targets:
+        return nn.DenseGeneral(features, **plain, name=name)
+    return AdaptedDense(nn.DenseGeneral(features, **plain, parent=None), lora, name=name)
 
 
-class AdaptedDense(nn.DenseGeneral):
+class AdaptedDense(nn.Module):
     """A linear map and its adapter: `x W + b + scale · (x A) B`, with B = 0 at first.
 
-    A is [*contracted axes, rank], B [rank, *features].
+    A is [*contracted axes, rank], B [rank, *features]; they lie beside the map's own parameters.
     """
 
-    lora: LoRA | None = None
+    base: nn.DenseGeneral
+    lora: LoRA
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.base)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        out = super().__call__(x)
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        features = self.features if isinstance(self.features, tuple) else (self.features,)
+        base = self.base
+        out = base(x)
+        axes = base.axis if isinstance(base.axis, tuple) else (base.axis,)
+        features = base.features if isinstance(base.features, tuple) else (base.features,)
         inputs = tuple(x.shape[axis] for axis in axes)
         std = math.prod(inputs) ** -0.5
         down = self.param(
-            "lora_a", nn.initializers.normal(std), (*inputs, self.lora.rank), self.param_dtype
+            "lora_a", nn.initializers.normal(std), (*inputs, self.lora.rank), base.param_dtype
         )
         up = self.param(
-            "lora_b", nn.initializers.zeros, (self.lora.rank, *features), self.param_dtype
+            "lora_b", nn.initializers.zeros, (self.lora.rank, *features), base.param_dtype
         )
         x, down, up = (value.astype(out.dtype) for value in (x, down, up))
         narrow = jnp.tensordot(x, down, (axes, tuple(range(len(axes)))))

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.model.config import ModelConfig
+from morer1_jax.task.fact import DataError
 
 Params = dict[str, Any]
 
 
-class WeightsError(ValueError):
+class WeightsError(DataError):
     """A checkpoint whose tensors are not those the config calls for."""
 
 

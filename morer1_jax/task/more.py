@@ -37,7 +37,7 @@ BOX_SLOP = 1e-3
 # rounding in `centre ± size / 2` does not change boxes that touch the edge.
 _ROUNDING = 1e-6
 # Photos read at once: more than there are cores, for a bucket keeps its readers waiting.
-_READERS = 2 * (os.cpu_count() or 1) + 6
+_READERS = min(32, 2 * (os.cpu_count() or 1) + 6)
 
 
 def split_path(folder: epath.PathLike, split: str) -> epath.Path:
@@ -153,14 +153,14 @@ def check_photos(
         first.setdefault(fact.photo, fact)
     with ThreadPoolExecutor(_READERS) as pool:
         sizes = tqdm(
-            pool.map(lambda fact: read_photo(folder, fact).size, first.values()),
+            pool.map(lambda fact: read_photo(folder, fact, photo_path).size, first.values()),
             "photos",
             len(first),
             unit="photo",
         )
         try:
             return dict(zip(first, sizes, strict=True))
-        except DataError:
+        except BaseException:  # an interrupt, too, waits for no other photo
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -24,11 +24,15 @@ def gradients_of(monkeypatch):
     The scorer is replaced by the numbers themselves, which stand in for the parameters.
     """
     monkeypatch.setattr(
-        grpo, "group_logprobs", lambda model, params, *rest: (params, jnp.full_like(params, 0.5))
+        grpo,
+        "group_logprobs",
+        lambda model, params, *rest: (params["new"], jnp.full_like(params["new"], 0.5)),
     )
 
     def run(batch, new, config):
-        return grpo_gradients(None, jnp.asarray(new), batch, None, config, ScoreConfig())
+        params = {"new": jnp.asarray(new)}
+        gradients, metrics = grpo_gradients(None, params, batch, None, config, ScoreConfig())
+        return gradients["new"], metrics
 
     return run
 

@@ -47,7 +47,7 @@ def _quick_to_compile_and_exact():
 
 
 @pytest.fixture(scope="session")
-def checked():
+def checked(reference):
     """The package's model modules, imported once more with every annotation checked at run time.
 
     Their classes are not those the other tests know, so what goes in must be made of them.

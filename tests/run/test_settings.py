@@ -81,7 +81,7 @@ def test_an_unknown_key_is_named(config, key):
 
 @pytest.mark.parametrize("wrong", ["text", True, None, [1], {"a": 1}])
 def test_each_value_of_another_type_is_named(config, wrong):
-    paths = ("data.folder", "model.path", "rate.file")
+    paths = ("data.folder", "data.reasoning", "model.path", "rate.file")
     optional = (*paths, "model.text.vocab_size", "grpo.loss.importance_cap")
     for path in paths:
         put(config, path, "a path")
