@@ -131,6 +131,7 @@ def get_config() -> ConfigDict:
     )
     config.rate = ConfigDict(
         dict(
+            begin="sft",  # what is rated and GRPO begins with; or "checkpoint", model.path as it is
             file=placeholder(str),  # none: rated here; or what tools/rate_difficulty.py wrote
             samples=1,
             batch=128,

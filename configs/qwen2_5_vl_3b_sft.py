@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             vocabulary=151_936,  # of a tokenizer trained here; the checkpoint brings its own
             prompt_length=1536,  # two images of 512 tokens each at most, labels, title
             completion_length=1024,
-            windows=112,  # a 640 x 480 photo has 30; room for two images of any usual shape
+            windows=80,  # a 640 x 480 photo has 30; room for two images of any usual shape
             min_pixels=56 * 56,
             max_pixels=512 * 28 * 28,  # about 401k, 512 vision tokens
             crop_margin=0.1,
@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
             merger=1.0,
             language=1.0,
             frozen_dtype="bfloat16",  # as published
-            # LoRA: rank=64, and ten times the learning rates below.
+            # LoRA: rank=64, ten times the learning rates below, and merger=0.1 (or 0) for it.
             lora=ConfigDict(
                 dict(rank=0, alpha=128.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
             ),
@@ -121,7 +121,8 @@ def get_config() -> ConfigDict:
     )
     config.rate = ConfigDict(
         dict(
-            file=placeholder(str),
+            begin="sft",  # what is rated, and GRPO begins with; "checkpoint": model.path as it is
+            file=placeholder(str),  # none: rated here; or what tools/rate_difficulty.py wrote
             samples=8,  # as many as GRPO draws: a fact is easy if its group mostly is right
             batch=64,
             temperature=1.0,

@@ -3,8 +3,9 @@
     python -m morer1_jax.train --config=configs/qwen2_5_vl_7b_grpo.py \\
         --workdir=runs/7b --config.data.folder=data/MORE
 
-In the workdir of `qwen2_5_vl_7b_sft.py` it begins with what that trained; in a new one with
-`--config.model.path=…`, an SFT model's folder as `tools/convert.py` writes it.
+In the workdir of `qwen2_5_vl_7b_sft.py` it begins with what that trained. In a new one it can begin
+with an SFT model's folder, as `tools/convert.py` writes it: `--config.rate.begin=checkpoint
+--config.model.path=…`.
 """
 
 from pathlib import Path

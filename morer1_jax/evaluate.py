@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
     data, out, split = epath.Path(_DATA.value), Path(_OUT.value), _SPLIT.value
     labels = data / LABELS
     facts = more.read_split(data, split, more.read_ontology(data))
-    sizes = more.check_photos(facts, data)
     student = open_student(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
+    sizes = more.check_photos(facts, data)
     encoder = student.encoder(data, facts, sizes)
     batch = min(_BATCH.value, len(facts))
     asker = Asker(

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from absl import flags, logging
+from PIL import Image
 
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.predict import (
@@ -50,6 +51,9 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     facts = _questions()
+    suffix = Path(_PICTURE.value or "box.png").suffix
+    if suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"--picture: {suffix!r} found, an image's suffix such as .png expected")
     student = open_student(_CHECKPOINT.value, labels=_LABELS.value, completion=_LENGTH.value)
     batch = min(_BATCH.value, len(facts))
     answers = predict(student, facts, batch=batch, guided=_GUIDED.value)

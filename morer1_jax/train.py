@@ -58,19 +58,21 @@ def best_params(job: Job, stage: str) -> Any:
     return Checkpointer(job.workdir / stage / "checkpoints").restore_best(job.like[0])[0]
 
 
-def sft_params(job: Job) -> Any:
-    """What GRPO begins with: what SFT trained, or where there was none, the config's checkpoint.
+def first_params(job: Job) -> Any:
+    """What is rated, and what GRPO begins with: those that train.
 
     Raises:
-      ConfigError: there is neither.
+      ConfigError: there is no such thing.
     """
-    if (job.workdir / "sft" / MARKER).exists():
+    if job.settings.rate.begin == "sft":
+        if not (job.workdir / "sft" / MARKER).exists():
+            raise ConfigError(
+                f"{job.workdir}: stage sft is not done; run it first, or begin with an SFT model's "
+                "folder: --config.model.path=… --config.rate.begin=checkpoint"
+            )
         return best_params(job, "sft")
     if job.checkpoint is None:
-        raise ConfigError(
-            f"{job.workdir}: stage sft is not done; run it first, or name an SFT model's folder by "
-            "--config.model.path"
-        )
+        raise ConfigError("config.rate.begin: 'checkpoint' found, but config.model.path names none")
     return job.init_params(0)
 
 
@@ -103,6 +105,7 @@ def train(config: Any, workdir: Path) -> None:
             f"{processes} processes found, one expected: several hosts are not supported yet"
         )
     job = Job(settings(config), workdir)
+    job.checkpoint  # noqa: B018  (looked at before anything is written)
     load(config, workdir, write=jax.process_index() == 0)
 
     def stage_of(name: str) -> Stage:
@@ -112,10 +115,10 @@ def train(config: Any, workdir: Path) -> None:
         "synthesise": lambda: run_synthesise(job),
         "sft": lambda: run_sft(job),
         "baselines": lambda: run_baselines(job),
-        "rate": lambda: run_rate(job, job.whole(sft_params(job))),
-        "grpo": lambda: run_grpo(job, sft_params(job)),
+        "rate": lambda: run_rate(job, job.whole(first_params(job))),
+        "grpo": lambda: run_grpo(job, lambda: first_params(job)),
         "control": lambda: run_control(
-            job, best_params(job, "sft"), stage_of("rate").results()["seconds"]
+            job, lambda: best_params(job, "sft"), stage_of("rate").results()["seconds"]
         ),
         "evaluate": lambda: run_evaluate(job),
     }

@@ -79,7 +79,8 @@ def main(model, data, workdir):
     policy = job.policy
     with Peak("VmRSS") as running:
         optimizer = job.settings.sft.optimizer.build(1, job.parts)
-        state, shardings = job.new_state(adapters, optimizer)
+        state = job.new_state(adapters, optimizer)
+        shardings = shardings_of(state)
         step = jax.jit(
             make_sft_step(policy.model, optimizer, job.score),
             in_shardings=(shardings, shardings_of(frozen), policy.rows),

@@ -113,7 +113,7 @@ def test_grpo_alone_needs_no_reasoning(config, tmp_path):
     alone = config.copy_and_resolve_references()
     alone.stages = "rate"
     alone.data.update(reasoning=None, keep_features=False)
-    alone.rate.batch = 48
+    alone.rate.update(batch=48, begin="checkpoint")
     train(alone, tmp_path)
     assert len(read_ratings(tmp_path / "rate" / "ratings.jsonl")) == 48
     alone.stages = "sft"

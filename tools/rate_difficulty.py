@@ -11,7 +11,7 @@ from absl import flags, logging
 from etils import epath
 
 from morer1_jax.run.answers import Asker
-from morer1_jax.run.config import run_main
+from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.rate import rate
 from morer1_jax.run.settings import RateSettings
 from morer1_jax.run.student import LABELS, open_student
@@ -39,17 +39,20 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     data = epath.Path(_DATA.value)
     facts = more.read_split(data, "train", more.read_ontology(data))
+    try:
+        config = RateSettings(
+            samples=_SAMPLES.value,
+            batch=min(_BATCH.value, len(facts)),
+            temperature=_TEMPERATURE.value,
+            easy_from=_EASY_FROM.value,
+            never=_NEVER.value,
+            file=None,
+            begin="checkpoint",
+        )
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+    student = open_student(_CHECKPOINT.value, labels=data / LABELS, completion=_LENGTH.value)
     sizes = more.check_photos(facts, data)
-    config = RateSettings(
-        samples=_SAMPLES.value,
-        batch=min(_BATCH.value, len(facts)),
-        temperature=_TEMPERATURE.value,
-        easy_from=_EASY_FROM.value,
-        never=_NEVER.value,
-        file=None,
-    )
-    checkpoint = _CHECKPOINT.value
-    student = open_student(checkpoint, labels=data / LABELS, completion=_LENGTH.value)
     asker = Asker(
         student.policy,
         student.encoder(data, facts, sizes),
@@ -58,8 +61,9 @@ def main(argv: list[str]) -> None:
         temperature=config.temperature,
         seed=_SEED.value,
     )
-    names = ("checkpoint", "data", "samples", "temperature", "easy_from", "never", "seed", "length")
+    names = ("samples", "temperature", "easy_from", "never", "seed", "length")
     identity = {name: flags.FLAGS[name].value for name in names}
+    identity |= {"checkpoint": student.digest, "data": more.digests(data)}
     rate(asker, student.params, facts, config, Path(_OUT.value), identity)
     print(f"written: {_OUT.value}")
 

@@ -36,6 +36,11 @@ class Parts:
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
+        if self.lora is not None and not self.language:
+            raise ValueError(
+                "language: 0 found, but adapters train at its share of the learning rate; give it "
+                "one (they train in the decoder's stead), or set lora.rank to 0"
+            )
         for name in ("vision", "merger", "language"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} found, at least 0 expected")
@@ -96,16 +101,10 @@ def factors(trained: Params, parts: Parts) -> Any:
     )
 
 
-def merge(params: Params, lora: LoRA) -> Params:
-    """The same model without adapters: `W + scale · A B`, in the kernel's dtype."""
-    if "lora_a" in params:
-        rest = {name: leaf for name, leaf in params.items() if name not in ADAPTER}
-        return {**rest, "kernel": merged_kernel(params, lora)}
-    return {k: merge(v, lora) if isinstance(v, dict) else v for k, v in params.items()}
-
-
 def merged_kernel(layer: Params, lora: LoRA) -> jax.Array:
-    """The kernel of one linear map, stacked over layers [l, …], with its adapter added to it."""
+    """The kernel of one linear map, stacked over layers [l, …], with its adapter added to it:
+    `W + scale · A B` in float32, because what an adapter adds is often less than a rounding of a
+    kernel held in bfloat16."""
     kernel, down, up = layer["kernel"], layer["lora_a"], layer["lora_b"]
     layers, rank = kernel.shape[0], down.shape[-1]
     product = jnp.matmul(
@@ -113,5 +112,4 @@ def merged_kernel(layer: Params, lora: LoRA) -> jax.Array:
         up.reshape(layers, rank, -1).astype(jnp.float32),
         precision="highest",
     )
-    added = kernel.astype(jnp.float32) + lora.scale * product.reshape(kernel.shape)
-    return added.astype(kernel.dtype)
+    return kernel.astype(jnp.float32) + lora.scale * product.reshape(kernel.shape)

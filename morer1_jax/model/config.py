@@ -193,6 +193,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"rank: found {self.rank}, expected at least 1")
+        if self.alpha <= 0:
+            raise ConfigError(f"alpha: found {self.alpha:g}, expected above 0")
         if not self.targets:
             raise ConfigError(f"targets: none found, expected some of {', '.join(LORA_TARGETS)}")
         for target in self.targets:

@@ -16,7 +16,7 @@ from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sa
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import progress
-from morer1_jax.run.mesh import fetch, this_host
+from morer1_jax.run.mesh import batch_parts, fetch, this_host
 from morer1_jax.run.policy import Policy
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
@@ -50,7 +50,7 @@ class Asker:
 
     Args:
       encoder: what the model sees; a blind baseline's leaves something out.
-      batch: facts at once.
+      batch: facts at once; as many more as the mesh needs to split them evenly.
       group: answers to each.
       temperature: 0 for the likeliest answer.
       guided: whether only tokens that still lead to a readable answer may be drawn.
@@ -71,7 +71,8 @@ class Asker:
         workers: int = 1,
     ) -> None:
         self._policy, self._encoder = policy, encoder
-        self._batch, self._workers = batch, workers
+        parts = batch_parts(policy.mesh)
+        self.batch, self._workers = -(-batch // parts) * parts, workers
         config = SampleConfig(
             group=group,
             length=encoder.buckets.completion,
@@ -112,7 +113,7 @@ class Asker:
           params: of the whole model.
           start: facts that are passed over, a multiple of the batch.
         """
-        policy, size = self._policy, self._batch
+        policy, size = self._policy, self.batch
 
         def make(number: int) -> PromptBatch:
             places = list(range(number * size, min((number + 1) * size, len(facts))))

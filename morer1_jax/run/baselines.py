@@ -6,6 +6,8 @@ the label directly, of the facts that SFT learns from or of all; a third baselin
 
 from __future__ import annotations
 
+import functools
+
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.evaluate import evaluate, evaluate_majority
 from morer1_jax.run.job import Job
@@ -32,7 +34,7 @@ def run_baselines(job: Job) -> None:
             f"baselines/{name}",
             encoder=encoder,
             targets=targets,
-            params=job.init_params(stream),
+            params=functools.partial(job.init_params, stream),
             optimizer=config.optimizer,
             loop=LoopConfig(
                 steps=config.steps,

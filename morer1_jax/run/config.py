@@ -26,6 +26,7 @@ from morer1_jax.task.fact import DataError, one_line
 OPERATIONAL = (
     "mesh",
     "stages",
+    "model.path",  # what is in it is compared, not where it is
     "*.workers",
     "*.worker_kind",
     "*.save_every",

@@ -10,19 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from morer1_jax.learn.parts import Params
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.job import Job
 from morer1_jax.run.sft import loop_config, train_sft
 
 
-def run_control(job: Job, params: Any, rating_seconds: float) -> Checkpointer:
+def run_control(job: Job, params: Callable[[], Params], rating_seconds: float) -> Checkpointer:
     """Goes on with SFT at its last learning rate, constant; validated and kept like SFT.
 
     Args:
+      params: makes those that SFT ended with.
       rating_seconds: how long rating the training facts took.
     """
     sft = job.settings.sft

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,10 @@ def export(
     Raises:
       FileExistsError: the folder is there already.
     """
-    dtype = dtype or student.dtype
+    dtypes = dtype or student.dtypes
     with atomic_dir(folder) as partial:
         weights.copy_others(student.source, partial)
-        _write_config(partial / weights.CONFIG, student.model.config.to_hf(), dtype)
+        _write_config(partial / weights.CONFIG, student.model.config.to_hf(), dtypes)
         _write_processor(partial / PROCESSOR, student.images)
         _write_generation(partial, load_tokenizer(student.source))
         _write_task(partial, student)
@@ -66,17 +68,20 @@ def export(
             partial,
             student.params,
             student.model.config,
-            dtype=dtype,
+            dtype=dtypes,
             lora=student.model.lora,
             shard_bytes=shard_bytes,
         )
 
 
-def _write_config(path: Path, ours: dict[str, Any], dtype: str) -> None:
+def _write_config(path: Path, ours: dict[str, Any], dtypes: str | Mapping[str, str]) -> None:
     # A config that is there already says more than ours.
     described = json.loads(path.read_text()) if path.exists() else ours
     described.pop("torch_dtype", None)  # the older name of dtype
-    _write(path, {**described, "dtype": dtype})
+    if not isinstance(dtypes, str):
+        # Of several, the one that most tensors have, as `transformers` would load them.
+        dtypes = Counter(dtypes.values()).most_common(1)[0][0]
+    _write(path, {**described, "dtype": dtypes})
 
 
 def _write_processor(path: Path, images: ImageConfig) -> None:

@@ -14,6 +14,7 @@ from morer1_jax.data.batch import PromptBatch
 from morer1_jax.data.curriculum import Mixer, Pool
 from morer1_jax.data.feed import Draw, PromptFeed
 from morer1_jax.learn.grpo import GroupBatch, make_grpo_update, token_weights
+from morer1_jax.learn.parts import Params
 from morer1_jax.learn.scorer import group_logprobs
 from morer1_jax.learn.state import TrainState
 from morer1_jax.rollout.program import Scored, make_rollout
@@ -78,8 +79,8 @@ def grpo_step(
     The update's metrics are means over the rollout's updates.
 
     Args:
-      reference: parameters the KL is taken to, those that train: what is frozen is shared; not
-        read where beta is 0.
+      reference: parameters the KL is taken to, those that train: what is frozen is shared; None
+        where beta is 0.
     """
     grpo, policy = job.settings.grpo, job.policy
 
@@ -115,11 +116,14 @@ def grpo_step(
     return step
 
 
-def run_grpo(job: Job, params: Any) -> Checkpointer:
-    """Trains from `params`, which are also the reference, on the pools of the stage `rate`.
+def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
+    """Trains on the pools of the stage `rate`.
 
     Metrics are those of `rollout_metrics` and `grpo_gradients`, with `curriculum/easy_share` and
     `curriculum/hard_share`; every `rollouts_every` steps `rollouts.jsonl` gets the completions.
+
+    Args:
+      params: makes those that train as they are at the start, which are also the reference.
     """
     grpo = job.settings.grpo
     facts = job.facts["train"]
@@ -127,9 +131,9 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
     draw = _schedule(job, pools)
     easy = set(pools["easy"])
     transform = grpo.optimizer.build(grpo.steps * grpo.updates, job.parts)
-    # The update gives its state away, and the reference must outlive it.
-    state, shardings = job.new_state(params, transform)
-    step = grpo_step(job, Programs(job, shardings, transform), params)
+    like = job.like_state(transform)
+    reference = params() if grpo.loss.beta else None
+    step = grpo_step(job, Programs(job, shardings_of(like), transform), reference)
     records = RecordLog(job.workdir / "rollouts.jsonl", "grpo")
 
     def train_step(state: TrainState, prompts: PromptBatch, number: int):
@@ -152,8 +156,9 @@ def run_grpo(job: Job, params: Any) -> Checkpointer:
     return train(
         "grpo",
         job.workdir,
-        state,
-        shardings,
+        # The update gives its state away, and the reference must outlive it: `new_state` copies.
+        lambda: job.new_state(params() if reference is None else reference, transform),
+        like,
         hooks,
         loop_config(grpo),
         **job.loading,

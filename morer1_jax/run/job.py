@@ -23,7 +23,7 @@ from morer1_jax.files import atomic_dir, atomic_write
 from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
 from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
-from morer1_jax.model.config import ModelConfig
+from morer1_jax.model.config import ModelConfig, VisionConfig
 from morer1_jax.model.names import WeightsError
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
@@ -31,7 +31,7 @@ from morer1_jax.run import weights
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.features import check_frozen, feature_store
 from morer1_jax.run.policy import Policy
-from morer1_jax.run.settings import ModelSettings, Settings
+from morer1_jax.run.settings import Settings, VisionSettings
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.ontology import Ontology
@@ -102,7 +102,12 @@ class Job:
         if path is None:
             return None
         checkpoint = weights.Checkpoint(path)
-        check_sizes(self.settings.model, checkpoint)
+        held = self.settings.tune.frozen_dtype
+        if held != "float32" and (wider := {*checkpoint.dtypes.values()} - {held}):
+            raise ConfigError(
+                f"config.tune.frozen_dtype: {held!r} would round what {checkpoint.folder} has in "
+                f"{', '.join(sorted(wider))}; 'float32' expected"
+            )
         return checkpoint
 
     @functools.cached_property
@@ -125,9 +130,16 @@ class Job:
         return load_tokenizer(folder)
 
     @property
+    def _vision(self) -> VisionSettings | VisionConfig:
+        """The vision tower's sizes."""
+        if self.checkpoint is not None:
+            return self.checkpoint.config.vision
+        return self.settings.model.vision
+
+    @property
     def images(self) -> ImageConfig:
         """How photos and crops are cut to patches, everywhere."""
-        data, vision = self.settings.data, self.settings.model.vision
+        data, vision = self.settings.data, self._vision
         return ImageConfig(
             min_pixels=data.min_pixels,
             max_pixels=data.max_pixels,
@@ -154,7 +166,7 @@ class Job:
         Args:
           pixels: whether to read photos even where features are kept.
         """
-        data, window = self.settings.data, self.settings.model.vision.window_size
+        data, window = self.settings.data, self._vision.window_size
         sees = blind.get("show_photo", True)
         buckets = Buckets(
             prompt=data.prompt_length,
@@ -194,9 +206,7 @@ class Job:
         else:
             rows = -(-len(self.tokenizer) // _ROWS) * _ROWS
             config = ModelConfig(
-                text=sizes.text.config(
-                    sizes.text.vocab_size or -(-len(self.tokenizer) // _ROWS) * _ROWS
-                ),
+                text=sizes.text.config(sizes.text.vocab_size or rows),
                 vision=sizes.vision.config(sizes.text.hidden_size),
                 image_token_id=special.image,
                 video_token_id=special.video,
@@ -254,17 +264,21 @@ class Job:
         """A whole model's parameters, from those that train."""
         return join(params, self.frozen)
 
-    def new_state(self, params: Any, optimizer: Any) -> tuple[TrainState, Any]:
-        """A state at step 0 around a copy of `params`, on the mesh, and its shardings.
+    def like_state(self, optimizer: Any) -> TrainState:
+        """Shapes, dtypes and shardings of a train state."""
+        abstract = jax.eval_shape(lambda p: new_state(p, optimizer), self.like[0])
+        return like(abstract, meshes.state_shardings(self.mesh, abstract, abstract.params))
+
+    def new_state(self, params: Params, optimizer: Any) -> TrainState:
+        """A state at step 0 around a copy of `params`, on the mesh.
 
         A copy, because a train step gives its state's buffers away and `params` may be needed on.
         """
-        abstract = jax.eval_shape(lambda p: new_state(p, optimizer), params)
-        shardings = meshes.state_shardings(self.mesh, abstract, abstract.params)
         make = jax.jit(
-            lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
+            lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer),
+            out_shardings=meshes.shardings_of(self.like_state(optimizer)),
         )
-        return make(params), shardings
+        return make(params)
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -313,6 +327,8 @@ class Job:
     def _check_digests(self, reasoning: dict[str, str]) -> None:
         """Keeps digests of the data, so that a run goes on with the same data only."""
         path, found = self.workdir / "data.json", more.digests(self.data)
+        if self.checkpoint is not None:
+            found["model.path"] = self.checkpoint.digest
         if self.settings.data.reasoning is not None:
             texts = json.dumps(reasoning, sort_keys=True).encode()
             found[self.settings.data.reasoning] = hashlib.sha256(texts).hexdigest()
@@ -322,35 +338,9 @@ class Job:
         names = sorted({*kept, *found})
         if changed := [name for name in names if kept.get(name) != found.get(name)]:
             raise DataError(
-                f"{self.data}: {', '.join(changed)} changed since the run began ({path}); put it "
-                "back, or use a new --workdir"
+                f"{self.data}: {', '.join(changed)} changed since the run began ({path}); put what "
+                "was there back, or use a new --workdir"
             )
-
-
-def check_sizes(sizes: ModelSettings, checkpoint: weights.Checkpoint) -> None:
-    """Compares the config's sizes of a model with those of a checkpoint.
-
-    Raises:
-      ConfigError: some differ; all are named.
-    """
-    wrong = []
-    for half in ("text", "vision"):
-        theirs = getattr(checkpoint.config, half)
-        for name, ours in dataclasses.asdict(getattr(sizes, half)).items():
-            # How a model was initialised is of no account once it is trained.
-            if name in ("initializer_range", "tie_word_embeddings") or ours is None:
-                continue
-            if ours != (found := getattr(theirs, name)):
-                wrong.append(f"{half}.{name}: {ours} in the config, {found} there")
-    if sizes.text.tie_word_embeddings != (tied := checkpoint.config.tie_word_embeddings):
-        wrong.append(
-            f"text.tie_word_embeddings: {sizes.text.tie_word_embeddings} in the config, {tied} "
-            "there"
-        )
-    if wrong:
-        raise ConfigError(
-            f"config.model: not of the sizes of {checkpoint.folder}: {'; '.join(wrong)}; set them"
-        )
 
 
 def like(state: Any, shardings: Any) -> Any:

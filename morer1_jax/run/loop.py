@@ -14,7 +14,6 @@ import jax
 from morer1_jax.data.loader import WorkerKind, load_ahead
 from morer1_jax.learn.state import TrainState
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.job import like
 from morer1_jax.run.log import MetricLog, progress
 
 Metrics = Mapping[str, Any]
@@ -54,8 +53,8 @@ class Hooks:
 def train(
     name: str,
     workdir: Path,
-    state: TrainState,
-    shardings: Any,
+    begin: Callable[[], TrainState],
+    like: TrainState,
     hooks: Hooks,
     config: LoopConfig,
     *,
@@ -70,8 +69,9 @@ def train(
     parameters, and with every logged step in the log once.
 
     Args:
-      state: where training starts; not read if there is a checkpoint.
-      shardings: the state's.
+      begin: makes the state that training starts from; not called if there is a checkpoint, so
+        that no state is held beside the one restored.
+      like: the state's shapes, dtypes and shardings.
       workers, kind: what prepares the batches; see `load_ahead`.
 
     Returns:
@@ -82,8 +82,7 @@ def train(
     start = checkpoints.latest()
     log.resume_at(start)
     hooks.resume(start)
-    if start is not None:
-        state, _ = checkpoints.restore(start, like(state, shardings))
+    state = begin() if start is None else checkpoints.restore(start, like)[0]
     start = start or 0
     batches = load_ahead(hooks.batch, start, config.steps, workers=workers, kind=kind)
     bar = progress(desc=name, total=config.steps, initial=start)

@@ -49,7 +49,7 @@ def run_rate(job: Job, params: Any) -> dict[str, int]:
     """
     config, out = job.settings.rate, job.workdir / "rate" / FILE
     if config.file is not None:
-        given = read_ratings(Path(config.file))
+        given = _given(Path(config.file), job.facts["train"], config)
         atomic_write(out, "".join(map(_line, given)))
         print(histogram(given))
         return dict(Counter(rating.pool for rating in given))
@@ -83,10 +83,10 @@ def rate(
       The pools' sizes.
     """
     unfinished = out.with_suffix(".unfinished")
-    head = json.dumps({"batch": config.batch, **(identity or {})}) + "\n"
+    head = json.dumps({"batch": asker.batch, **(identity or {})}) + "\n"
     done = _begun(unfinished, head)
     # Whole batches, so that each fact is asked in the company and with the noise it would have had.
-    done = done[: len(done) // config.batch * config.batch]
+    done = done[: len(done) // asker.batch * asker.batch]
     atomic_write(unfinished, head + "".join(map(_line, done)))
     with open(unfinished, "a", buffering=1) as file:
         for fact, drawn in asker.ask(params, facts, "rate", start=len(done)):
@@ -112,17 +112,36 @@ def _begun(path: Path, head: str) -> list[Rating]:
     return [Rating(**json.loads(line)) for line in whole]
 
 
+def _given(path: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating]:
+    """Ratings made before, of exactly these facts; the pools are the config's."""
+    given = {rating.fact: rating for rating in read_ratings(path)}
+    wanted = {fact.id for fact in facts}
+    if given.keys() != wanted:
+        lacking, foreign = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
+        raise DataError(
+            f"{path}: ratings of {len(given)} facts found, of the {len(wanted)} training facts "
+            f"expected; {len(lacking)} missing, such as {lacking[:1]}, {len(foreign)} of no such "
+            f"fact, such as {foreign[:1]}; rate the training split again"
+        )
+    return [
+        dataclasses.replace(rating, pool=classify(rating.pass_rate, config))
+        for rating in (given[fact.id] for fact in facts)
+    ]
+
+
 def read_ratings(path: Path) -> list[Rating]:
     """Reads what `run_rate` wrote.
 
     Raises:
-      DataError: the file is missing, or a line is not a rating.
+      DataError: the file is missing or empty, a line is not a rating, or a fact is there twice.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
         raise DataError(f"{path}: no ratings; run the stage `rate` first") from None
-    ratings = []
+    if not lines:
+        raise DataError(f"{path}: empty, expected a rating a line")
+    ratings, seen = [], set()
     for number, line in enumerate(lines, start=1):
         try:
             rating = Rating(**json.loads(line))
@@ -135,6 +154,9 @@ def read_ratings(path: Path) -> list[Rating]:
                 f"{path}:{number}: {found!r} found, a rating "
                 '{"fact": …, "pass_rate": …, "pool": …} expected'
             )
+        if rating.fact in seen:
+            raise DataError(f"{path}:{number}: {rating.fact} is rated twice, expected once")
+        seen.add(rating.fact)
         ratings.append(rating)
     return ratings
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from morer1_jax.data.images import ImageConfig, ImageReader
 from morer1_jax.files import atomic_write
 from morer1_jax.run.curves import Metrics, curriculum, learning_curves, pass_rates, read_metrics
@@ -56,7 +58,7 @@ def write_report(
     Returns:
       The page's path.
     """
-    workdir, data = Path(workdir), Path(data)
+    workdir, data = Path(workdir), epath.Path(data)
     problems: list[str] = []
     trained = "curves" in sections
     config = _read_json(workdir / "config.json", problems) if trained else {}

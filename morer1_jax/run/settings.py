@@ -132,7 +132,8 @@ class ModelSettings:
 
     Attributes:
       path: a published checkpoint to begin with: a folder, a bucket's folder (`gs://…`) or a name
-        on the hub; None: from scratch. The sizes must be the checkpoint's.
+        on the hub; None: from scratch.
+      text, vision: sizes of a model from scratch; a checkpoint has its own.
     """
 
     path: str | None
@@ -243,6 +244,8 @@ class RateSettings:
     """Rating difficulty by sampling the SFT model.
 
     Attributes:
+      begin: whose answers are rated, and what GRPO begins with: "sft", what that stage trained, or
+        "checkpoint", `model.path` as it is.
       file: ratings made before, as `tools/rate_difficulty.py` writes them; None: they are made now.
       samples: k, answers drawn to each training fact.
       batch: facts at once.
@@ -251,6 +254,7 @@ class RateSettings:
       never: what becomes of facts never solved: "hard" keeps them, "drop" leaves them out.
     """
 
+    begin: Literal["sft", "checkpoint"]
     file: str | None
     samples: int
     batch: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from morer1_jax.data.batch import Encoder
 from morer1_jax.data.curriculum import Pool
 from morer1_jax.data.feed import SequenceFeed
+from morer1_jax.learn.parts import Params
 from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.run.answers import greedy_asker, validator
@@ -28,7 +29,7 @@ def train_sft(
     *,
     encoder: Encoder,
     targets: Mapping[str, str],
-    params: Any,
+    params: Callable[[], Params],
     optimizer: OptimizerConfig,
     loop: LoopConfig,
     batch: int,
@@ -41,7 +42,7 @@ def train_sft(
     Args:
       name: of the stage's folder and of its metrics.
       targets: what the assistant says, by training fact's id.
-      params: where to start; those that train.
+      params: makes those that train as they are at the start; not called where training goes on.
       stream: tells this training's shuffles from another's of the same run.
 
     Returns:
@@ -51,7 +52,8 @@ def train_sft(
     pool = Pool("training", np.arange(len(facts)), (job.settings.seed, 10, stream))
     policy = job.policy
     transform = optimizer.build(loop.steps, job.parts)
-    state, shardings = job.new_state(params, transform)
+    like = job.like_state(transform)
+    shardings = shardings_of(like)
     # Plain cross-entropy: the temperature is that of GRPO's sampling.
     score = dataclasses.replace(job.score, temperature=1.0)
     step = jax.jit(
@@ -69,7 +71,15 @@ def train_sft(
         step=lambda state, arrays, _: step(state, job.frozen, policy.put(arrays)),
         validate=validator(asker, job, job.facts["valid"][:eval_facts]),
     )
-    return train(name, job.workdir, state, shardings, hooks, loop, **job.loading)
+    return train(
+        name,
+        job.workdir,
+        lambda: job.new_state(params(), transform),
+        like,
+        hooks,
+        loop,
+        **job.loading,
+    )
 
 
 def run_sft(job: Job) -> None:
@@ -80,7 +90,7 @@ def run_sft(job: Job) -> None:
         "sft",
         encoder=job.encoder,
         targets=job.reasoning,
-        params=job.init_params(0),
+        params=lambda: job.init_params(0),
         optimizer=sft.optimizer,
         loop=loop_config(sft),
         batch=sft.batch,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from morer1_jax.data.batch import Buckets, Encoder
@@ -37,7 +38,8 @@ TASK = "more_r1.json"
 LABELS = "rel2id.json"
 # Which stage of a workdir is meant if none is named.
 _NEWEST_FIRST = ("grpo", "control", "sft")
-_MESH = {"data": -1, "fsdp": 1, "tensor": 1}
+# Parameters are split, so that a model that was trained fits where it is asked.
+_MESH = {"data": 1, "fsdp": -1, "tensor": 1}
 # A prompt of photo, crop and question has some hundred tokens; buckets are rounded up to this.
 _ROUND = 16
 
@@ -51,8 +53,11 @@ class Student:
       images: pixel limits and crop as in training.
       completion: most tokens of an answer, as in training.
       source: the folder of its tokenizer and whatever else is published beside tensors.
-      dtype: what its parameters are saved in.
+      dtypes: what its tensors are saved in, one or by name.
       ontology: the labels it answers with; None if they are not known.
+      digest: tells it from another model.
+      checkpoint: the one it is, or was trained from, if any; what was copied from a bucket lasts as
+        long.
     """
 
     model: Qwen25VL
@@ -61,8 +66,10 @@ class Student:
     images: ImageConfig
     completion: int
     source: Path
-    dtype: str
+    dtypes: str | Mapping[str, str]
     ontology: Ontology | None
+    digest: str
+    checkpoint: weights.Checkpoint | None
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -73,7 +80,13 @@ class Student:
         """
         if self.ontology is None:
             raise ConfigError(f"{self.source}: no {LABELS} in it; say --labels=, a {LABELS}")
-        return Policy(self.model, load_tokenizer(self.source), self.ontology, self.mesh)
+        tokenizer, rows = load_tokenizer(self.source), self.model.config.text.vocab_size
+        if len(tokenizer) > rows:
+            raise WeightsError(
+                f"{self.source}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} "
+                "rows; expected tokenizer and model of one kind"
+            )
+        return Policy(self.model, tokenizer, self.ontology, self.mesh)
 
     def encoder(
         self,
@@ -112,7 +125,7 @@ def open_student(
     Raises:
       ConfigError, WeightsError, CheckpointError, DataError: what is missing or does not fit.
     """
-    ontology = None if labels is None else read_ontology_file(Path(labels))
+    ontology = None if labels is None else read_ontology_file(epath.Path(labels))
     if (stage := _stage(Path(path))) is not None:
         return _trained(stage, ontology, completion)
     return _published(path, ontology, completion)
@@ -140,7 +153,8 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     # It was trained on devices that need not be here.
     config["mesh"] = _MESH
     job = Job(settings(config), workdir, ontology)
-    params, _ = Checkpointer(stage / "checkpoints").restore_best(job.like[0])
+    checkpoints = Checkpointer(stage / "checkpoints")
+    params, _ = checkpoints.restore_best(job.like[0])
     return Student(
         model=job.policy.model,
         params=job.whole(params),
@@ -148,14 +162,16 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
         images=job.images,
         completion=completion or job.settings.data.completion_length,
         source=workdir / "tokenizer",
-        dtype="float32" if job.checkpoint is None else job.checkpoint.dtype,
+        dtypes="float32" if job.checkpoint is None else job.checkpoint.dtypes,
         ontology=job.ontology,
+        digest=f"{stage.name} {checkpoints.best()}",
+        checkpoint=job.checkpoint,
     )
 
 
 def _published(path: str, ontology: Ontology | None, completion: int | None) -> Student:
     checkpoint = weights.Checkpoint(path)
-    folder = checkpoint.local_files()
+    folder = checkpoint.local_files
     if ontology is None and (folder / LABELS).exists():
         ontology = read_ontology_file(folder / LABELS)
     runtime = Runtime(param_dtype=checkpoint.dtype, dtype=checkpoint.dtype)
@@ -170,8 +186,10 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
         images=_image_config(folder, task),
         completion=completion or task.get("completion_length", 1024),
         source=folder,
-        dtype=checkpoint.dtype,
+        dtypes=checkpoint.dtypes,
         ontology=ontology,
+        digest=checkpoint.digest,
+        checkpoint=checkpoint,
     )
 
 

@@ -16,9 +16,8 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ("*.json", "*.txt", "*.jinja", "*.safetensors")
+_SUFFIXES = (".json", ".txt", ".jinja")
+_WANTED = ("*.safetensors", *(f"*{suffix}" for suffix in _SUFFIXES))
+# Bytes of each tensor that tell it from another.
+_SAMPLE = 4096
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -63,7 +65,8 @@ class Checkpoint:
     Attributes:
       folder: where it is.
       config: the model's.
-      dtype: of the embedding, as a rule of all tensors.
+      dtypes: of the tensors, by name.
+      dtype: what holds all of them without rounding: the one they have, or float32.
 
     Raises:
       WeightsError: there is no such folder; a file is missing or damaged; tensors are missing,
@@ -76,6 +79,7 @@ class Checkpoint:
         self.config = ModelConfig.from_hf(_read_json(self.folder / CONFIG))
         self.specs = tensor_specs(self.config)
         shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._files: dict[str, dict[str, str]] = {}
         for file in _files(self.folder):
             with self._open(file) as tensors:
@@ -90,8 +94,7 @@ class Checkpoint:
                     if ours in shapes:
                         raise WeightsError(f"{self.folder / file}: {theirs} is in two files")
                     shapes[ours] = tuple(part.get_shape())
-                    if ours == _EMBEDDING:
-                        self.dtype = _DTYPES[part.get_dtype()]
+                    self.dtypes[ours] = _DTYPES[part.get_dtype()]
         if self.config.tie_word_embeddings:
             # Some savers write a tied head out; `load` sees to it that it is the embedding.
             shapes.pop(_HEAD, None)
@@ -99,6 +102,30 @@ class Checkpoint:
             check_tensors(shapes, self.specs)
         except WeightsError as e:
             raise WeightsError(f"{self.folder}: {e}") from None
+        found = {*self.dtypes.values()}
+        self.dtype = found.pop() if len(found) == 1 else "float32"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of config, tokenizer and the beginning of every tensor.
+
+        It tells a model from another, one that was trained on included, in far less time than
+        reading them whole.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(_others(self.folder), key=lambda path: path.name):
+            digest.update(path.name.encode() + path.read_bytes())
+        for file in sorted(self._files):
+            with self._file(file).open("rb") as content:
+                header = content.read(int.from_bytes(content.read(8), "little"))
+                digest.update(header)
+                start = 8 + len(header)
+                described = json.loads(header)
+                for name in sorted(described.keys() - {"__metadata__"}):
+                    begin, end = described[name]["data_offsets"]
+                    content.seek(start + begin)
+                    digest.update(content.read(min(end - begin, _SAMPLE)))
+        return digest.hexdigest()
 
     def load(self, like: Params) -> Params:
         """Parameters on the mesh.
@@ -140,31 +167,40 @@ class Checkpoint:
             lambda path, _: leaves[tuple(key.key for key in path)], like
         )
 
+    @functools.cached_property
     def local_files(self) -> Path:
-        """A local folder with whatever there is beside the tensors."""
+        """A local folder with whatever there is beside the tensors; for a bucket's, a copy that
+        lasts as long as the checkpoint."""
         if isinstance(self.folder, Path):
             return self.folder
-        self._local = tempfile.TemporaryDirectory()  # gone with the checkpoint
-        copy_others(self.folder, Path(self._local.name))
-        return Path(self._local.name)
+        copy_others(self.folder, self._copies)
+        return self._copies
+
+    @functools.cached_property
+    def _copies(self) -> Path:
+        self._temporary = tempfile.TemporaryDirectory()  # gone with the checkpoint
+        return Path(self._temporary.name)
+
+    def _file(self, file: str) -> Path:
+        """The file on this machine: a bucket's cannot be mapped into memory, so it is copied."""
+        path = self.folder / file
+        if isinstance(path, Path):
+            return path
+        if not (local := self._copies / file).exists():
+            path.copy(local)
+        return local
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
-        with contextlib.ExitStack() as stack:
-            path = self.folder / file
-            try:
-                if not isinstance(path, Path):
-                    # A bucket's file cannot be mapped into memory: one at a time is copied.
-                    local = Path(stack.enter_context(tempfile.TemporaryDirectory())) / file
-                    path.copy(local)
-                    path = local
-                opened = stack.enter_context(safe_open(path, "numpy"))
-            except (OSError, SafetensorError) as e:
-                raise WeightsError(
-                    f"{self.folder / file}: {one_line(e)}; expected a whole safetensors file, "
-                    "copy it anew"
-                ) from e
-            yield opened
+        try:
+            opened = safe_open(self._file(file), "numpy")
+        except (OSError, SafetensorError) as e:
+            raise WeightsError(
+                f"{self.folder / file}: {one_line(e)}; expected a whole safetensors file, "
+                "copy it anew"
+            ) from e
+        with opened as tensors:
+            yield tensors
 
 
 def save_tensors(
@@ -172,7 +208,7 @@ def save_tensors(
     params: Params,
     config: ModelConfig,
     *,
-    dtype: str,
+    dtype: str | Mapping[str, str],
     lora: LoRA | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -181,15 +217,15 @@ def save_tensors(
     Args:
       folder: is there already.
       params: the whole tree, on the mesh or the host; adapters are merged into their kernels.
-      dtype: of the written tensors.
+      dtype: of the written tensors, one or by name.
       shard_bytes: most bytes of tensors in a file.
     """
     specs = tensor_specs(config)
-    size = jnp.dtype(dtype).itemsize
+    dtypes = {name: jnp.dtype(dtype if isinstance(dtype, str) else dtype[name]) for name in specs}
+    sizes = {name: math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items()}
     shards: list[list[str]] = [[]]
     room = shard_bytes
-    for name, spec in specs.items():
-        needed = math.prod(spec.shape) * size
+    for name, needed in sizes.items():
         if needed > room and shards[-1]:
             shards.append([])
             room = shard_bytes
@@ -202,14 +238,13 @@ def save_tensors(
         for file, names in zip(files, shards, strict=True):
             tensors = {}
             for name in names:
-                value = _slice(params, specs[name], lora).astype(jnp.dtype(dtype))
+                value = _slice(params, specs[name], lora).astype(dtypes[name])
                 tensors[name] = specs[name].to_theirs(value)
                 bar.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if count > 1:
-        total = sum(math.prod(spec.shape) for spec in specs.values()) * size
         places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -238,7 +273,11 @@ def _find(path: str) -> Path:
             ) from e
     else:
         folder = Path(path)
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except ImportError as e:
+        raise WeightsError(f"{path}: {one_line(e)}; pip install 'morer1-jax[gcs]'") from None
+    if not there:
         raise WeightsError(f"{path}: no such folder; expected one with a {CONFIG}")
     return folder
 
@@ -266,12 +305,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def copy_others(source: Path, folder: Path) -> None:
-    """Copies everything but the tensors: config, tokenizer, processor, chat template, …"""
-    for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
-            path.copy(folder / path.name) if not isinstance(path, Path) else shutil.copy2(
-                path, folder / path.name
-            )
+    """Copies what is published beside tensors: config, tokenizer, processor, chat template, …"""
+    for path in _others(source):
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def _others(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix in _SUFFIXES and path.name != INDEX:
+            yield path
 
 
 def _insert(

@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.job import Job
+from morer1_jax.run.mesh import shardings_of
 from morer1_jax.run.settings import settings
 from morer1_jax.task.fact import DataError
 
@@ -68,10 +68,9 @@ def test_embedding_rows_cover_the_tokenizer_and_divide_over_a_mesh(job):
 
 
 def test_a_new_state_outlives_the_parameters_it_was_made_from_and_they_it(job):
-    params = {"q": {"kernel": jnp.ones((4, 2, 2)), "bias": jnp.ones((2, 2))}}
-    params = jax.device_put(params, job.policy.replicated)
-    state, shardings = job.new_state(params, job.settings.sft.optimizer.build(3))
-    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    params, optimizer = job.init_params(0), job.settings.sft.optimizer.build(3)
+    state, like = job.new_state(params, optimizer), job.like_state(optimizer)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings_of(like)
     before = jax.tree.map(np.asarray, params)
     # As the train step does with the state it is given.
     jax.tree.map(lambda leaf: leaf.delete(), state)

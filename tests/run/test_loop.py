@@ -48,7 +48,15 @@ class Toy:
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, {"w": zero}, ())
         hooks = Hooks(self.batch, self.step, self.validate, self.resumed.append)
-        return train("toy", workdir, state, jax.tree.map(lambda _: SHARDING, state), hooks, config)
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SHARDING), state
+        )
+
+        def begin():
+            assert Checkpointer(workdir / "toy" / "checkpoints").latest() is None
+            return state
+
+        return train("toy", workdir, begin, like, hooks, config)
 
 
 def values(steps):

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import types
 
+import numpy as np
 import pytest
 
-from morer1_jax.run.rate import Rating, classify, histogram, read_ratings
+from morer1_jax.run.rate import FILE, Rating, classify, histogram, rate, read_ratings, run_rate
 from morer1_jax.run.settings import RateSettings
 from morer1_jax.task.fact import DataError
 
-RATE = RateSettings(file=None, samples=4, batch=8, temperature=1.0, easy_from=0.5, never="hard")
+RATE = RateSettings(
+    begin="sft", file=None, samples=4, batch=8, temperature=1.0, easy_from=0.5, never="hard"
+)
 RATINGS = [
     Rating("train:1", 1.0, "easy"),
     Rating("train:2", 0.5, "easy"),
@@ -90,3 +94,81 @@ def test_histogram_counts_facts_by_pass_rate():
         (0.5, 2, 1),
         (1.0, 8, 4),
     ]
+
+
+FACTS = [types.SimpleNamespace(id=rating.fact, label="none") for rating in RATINGS]
+
+
+def given(tmp_path, ratings, **changes):
+    """The stage, with ratings made before."""
+    lines = [json.dumps(dataclasses.asdict(rating)) for rating in ratings]
+    path = write(tmp_path / "given.jsonl", *lines)
+    config = dataclasses.replace(RATE, file=str(path), **changes)
+    job = types.SimpleNamespace(
+        workdir=tmp_path,
+        facts={"train": FACTS},
+        settings=types.SimpleNamespace(rate=config),
+    )
+    (tmp_path / "rate").mkdir(exist_ok=True)
+    run_rate(job, None)
+    return read_ratings(tmp_path / "rate" / FILE)
+
+
+def test_ratings_made_before_get_the_configs_pools_and_the_facts_order(tmp_path):
+    assert [rating.pool for rating in given(tmp_path, RATINGS[::-1], easy_from=0.25)] == [
+        "easy",
+        "easy",
+        "easy",
+        "hard",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratings", "message"),
+    [
+        (RATINGS[1:], r"of 3 facts found, of the 4 .* 1 missing, such as \['train:1'\]"),
+        ([*RATINGS, Rating("train:9", 1.0, "easy")], r"1 of no such fact, such as \['train:9'\]"),
+        ([*RATINGS, RATINGS[1]], r"given\.jsonl:5: train:2 is rated twice, expected once"),
+        ([], r"given\.jsonl: empty, expected a rating a line"),
+    ],
+)
+def test_ratings_of_other_facts_are_refused(tmp_path, ratings, message):
+    with pytest.raises(DataError, match=message):
+        given(tmp_path, ratings)
+
+
+class Asked:
+    """Answers a fact rightly in as many of four samples as its number says; may die."""
+
+    batch = 2
+    ontology = types.SimpleNamespace(ids={"none": 0})
+
+    def __init__(self, die_at=None):
+        self.die_at, self.seen = die_at, []
+
+    def ask(self, params, facts, desc, start=0):
+        for number, fact in enumerate(facts[start:], start=start):
+            if number == self.die_at:
+                raise KeyboardInterrupt
+            self.seen.append(fact.id)
+            yield fact, types.SimpleNamespace(answer=np.where(np.arange(4) < number, 0, -1))
+
+
+def test_a_rating_that_was_killed_goes_on_at_its_last_whole_batch(tmp_path):
+    out = tmp_path / "ratings.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        rate(Asked(die_at=3), None, FACTS, RATE, out, {"checkpoint": "a"})
+    assert not out.exists()
+    again = Asked()
+    rate(again, None, FACTS, RATE, out, {"checkpoint": "a"})
+    assert again.seen == ["train:3", "train:4"]
+    assert [rating.pass_rate for rating in read_ratings(out)] == [0, 0.25, 0.5, 0.75]
+
+
+def test_a_rating_of_another_checkpoint_begins_anew(tmp_path):
+    out = tmp_path / "ratings.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        rate(Asked(die_at=3), None, FACTS, RATE, out, {"checkpoint": "a"})
+    again = Asked()
+    rate(again, None, FACTS, RATE, out, {"checkpoint": "b"})
+    assert again.seen == [fact.id for fact in FACTS]

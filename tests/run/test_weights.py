@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from etils import epath
 from jax.sharding import NamedSharding
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -23,6 +24,7 @@ from morer1_jax.model.config import Runtime
 from morer1_jax.model.names import WeightsError
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
+from morer1_jax.run import weights
 from morer1_jax.run.export import export
 from morer1_jax.run.job import like
 from morer1_jax.run.student import open_student
@@ -266,3 +268,44 @@ def test_shards_hold_what_they_may_and_the_index_says_where(published, tmp_path)
         with safe_open(file, "numpy") as opened:
             assert opened.metadata() == {"format": "pt"}
     assert index["metadata"]["total_size"] == total
+
+
+def test_tensors_of_two_dtypes_are_loaded_unrounded_and_go_back_as_they_came(published, tmp_path):
+    _, source = published("untied", "bfloat16")
+    folder = shutil.copytree(source, tmp_path / "mixed")
+    tensors = load_file(folder / SINGLE)
+    (name,) = [name for name in tensors if name.endswith(("model.norm.weight",))]
+    tensors[name] = np.full(tensors[name].shape, 1.001, np.float32)
+    save_file(tensors, folder / SINGLE)
+    assert Checkpoint(folder).dtype == "float32"
+    export(open_student(str(folder)), tmp_path / "out")
+    theirs, ours = tensors_of(folder), tensors_of(tmp_path / "out")
+    assert {str(value.dtype) for value in ours.values()} == {"bfloat16", "float32"}
+    for ours_name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[ours_name], ours_name)
+
+
+def test_a_buckets_checkpoint_can_be_asked_and_exported(published, tmp_path, monkeypatch):
+    """A path that is not this machine's: each file is copied once, and kept."""
+    _, folder = published("untied", "float32", "30KB")
+    monkeypatch.setattr(weights, "_find", lambda path: epath.Path(path))
+    copied = []
+    real = type(epath.Path(folder)).copy
+    monkeypatch.setattr(
+        type(epath.Path(folder)), "copy", lambda *args: copied.append(args[0].name) or real(*args)
+    )
+    student = open_student(str(folder))
+    assert student.policy.allowed.any()
+    export(student, tmp_path / "out")
+    assert len(copied) == len(set(copied)) == len(list(folder.glob("*.safetensors")))
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(folder).keys()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_named(published, tmp_path):
+    _, source = published("untied", "float32")
+    folder = shutil.copytree(source, tmp_path / "grown")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<more {k}>" for k in range(100)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(WeightsError, match=r"tokenizer has 6\d\d tokens, its embedding 576 rows"):
+        open_student(str(folder)).policy  # noqa: B018
