@@ -10,6 +10,12 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import pytest
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One worker a core; the long counts alone, because they fill memory and watch the clock."""
+    alone = config.option.markexpr == "soak"
+    return 0 if alone else min(os.cpu_count() or 1, 8)
+
+
 def _beside(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)

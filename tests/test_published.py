@@ -68,6 +68,8 @@ def config(parquet, request, tmp_path_factory):
     config.stages = "sft,rate,grpo,evaluate"
     config.model.path = str(folder)
     config.data.update(folder=str(parquet.parent), reasoning=str(parquet), keep_features=True)
+    # Room for a vocabulary of 512.
+    config.data.update(prompt_length=256, completion_length=168)
     config.tune.update(vision=0.0, merger=0.0, frozen_dtype="bfloat16")
     config.tune.lora.rank = 2
     config.sft.update(steps=2, eval_every=2, save_every=2)
