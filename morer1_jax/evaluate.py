@@ -7,13 +7,14 @@ Writes `eval/<name>.json`, `eval/<name>.answers.jsonl` and `report.html` into `-
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from absl import flags, logging
 from etils import epath
 
 from morer1_jax.run.answers import Asker
-from morer1_jax.run.config import run_main
+from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.evaluate import read_scores, write_scores
 from morer1_jax.run.report import write_report
 from morer1_jax.run.student import LABELS, open_student
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     data, out, split = epath.Path(_DATA.value), Path(_OUT.value), _SPLIT.value
+    _check_split(out, split)
     labels = data / LABELS
     facts = more.read_split(data, split, more.read_ontology(data))
     student = open_student(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
@@ -51,8 +53,25 @@ def main(argv: list[str]) -> None:
     answers = asker.answers(student.params, facts, f"evaluate {name}")
     write_scores(out, name, facts, answers, student.policy.ontology)
     print(metrics.format_table(read_scores(out)))
-    page = write_report(out, data, split=split, sections=("scores", "gallery"))
+    page = write_report(
+        out, data, split=split, sections=("scores", "gallery"), images=student.images
+    )
     print(f"report: {page}")
+
+
+def _check_split(out: Path, split: str) -> None:
+    """A page and its table are of one split.
+
+    Raises:
+      ConfigError: the folder has answers to another's facts.
+    """
+    for path in sorted((out / "eval").glob("*.answers.jsonl")):
+        with path.open() as answers:
+            first = json.loads(answers.readline())["fact"]
+        if first.partition(":")[0] != split:
+            raise ConfigError(
+                f"--out={out}: {path.name} is of {first}, not of {split}; name another"
+            )
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def test_evaluate_writes_tables_and_page(exported, small_world, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Valid scores" in page
     assert "untrained on the valid facts" in page
+    error = command(*args, "--split=test", "--out", tmp_path, code=2).stderr
+    assert "untrained.answers.jsonl is of valid:1, not of test; name another" in error
 
 
 def test_rating_by_command_is_what_grpo_reads(workdir, small_world, tmp_path):

@@ -40,6 +40,7 @@ def write_report(
     *,
     split: str = "test",
     sections: Sequence[str] = SECTIONS,
+    images: ImageConfig | None = None,
     gallery: int = 24,
     seed: int = 0,
 ) -> Path:
@@ -52,6 +53,7 @@ def write_report(
       data: the dataset's folder.
       split: which one the scores are of.
       sections: of `SECTIONS`, which the page has.
+      images: how photos are cropped; None: as the run's config says.
       gallery: how many test facts are shown with their photos.
       seed: of their choice.
 
@@ -70,7 +72,9 @@ def write_report(
         "curriculum": ("Curriculum", lambda: _curriculum_section(workdir, metrics)),
         "gallery": (
             "Gallery",
-            lambda: _gallery_section(workdir, data, split, config, gallery, seed),
+            lambda: _gallery_section(
+                workdir, data, split, images or _images(config), gallery, seed
+            ),
         ),
     }
     parts = {anchor: parts[anchor] for anchor in sections}
@@ -199,7 +203,7 @@ def _curriculum_section(workdir: Path, metrics: Metrics) -> Html:
 
 
 def _gallery_section(
-    workdir: Path, data: Path, split: str, config: Mapping[str, Any], count: int, seed: int
+    workdir: Path, data: Path, split: str, images: ImageConfig, count: int, seed: int
 ) -> Html:
     found = {p.name.removesuffix(_ANSWERS): p for p in (workdir / "eval").glob(f"*{_ANSWERS}")}
     # What a run trained last; or else a model that no run of ours trained.
@@ -209,11 +213,6 @@ def _gallery_section(
         raise DataError("No answers of a trained model in this workdir; run the stage `evaluate`.")
     facts = more.read_split(data, split, more.read_ontology(data))
     pairs = read_answers(found[system], facts)
-    crop = {
-        key: value
-        for key in ("crop_margin", "crop_least")
-        if (value := number_in(config, f"data.{key}")) is not None
-    }
     chosen = choose(pairs, count, seed)
     (rights, wrongs), (some, others) = map(_count, (pairs, chosen))
     note = (
@@ -221,8 +220,16 @@ def _gallery_section(
         f"{some} and {others} of them, spread over the gold labels. The frame is the object's "
         "box; the asked entity is marked in the title."
     )
-    images = ImageReader(data, ImageConfig(**crop))
-    return join([tag("p", note, class_="note"), show(chosen, images)])
+    return join([tag("p", note, class_="note"), show(chosen, ImageReader(data, images))])
+
+
+def _images(config: Mapping[str, Any]) -> ImageConfig:
+    crop = {
+        key: value
+        for key in ("crop_margin", "crop_least")
+        if (value := number_in(config, f"data.{key}")) is not None
+    }
+    return ImageConfig(**crop)
 
 
 def _count(pairs: Sequence[Pair]) -> tuple[int, int]:
