@@ -4,7 +4,8 @@ export OPENAI_API_KEY=…
 python tools/write_reasoning.py --data=more --count=2000 --model=gpt-4o \
     --price-in=2.50 --price-out=10 --budget-dollars=30 --dry-run
 
-Without --dry-run it asks. Killed at any time and started again, it goes on.
+Without --dry-run it asks. Killed at any time and started again, it goes on. Ctrl-C lets what is on
+its way arrive, and a second one gives it up.
 
 Costs are those of the answers that came. A request whose answer was late (--timeout) or cut off is
 sent again; as the provider may bill both, the budget is charged with the most it can have cost.

@@ -61,7 +61,7 @@ _THE = r"(?:the|this|an?|which|what)\s+(?:\w+\s+){0,2}?"
 # What one may do who speaks of an answer in the first person: find it.
 _FINDS = r"""(?:choose|chose|pick|conclude|decide|infer|select|settle|list|keep|find|found|see|read
     |exclude|rule|get|reach|deduce|derive|consider|give|assign|obtain|drop|prefer|take|arrive|look
-    |check|compare|think|believe|narrow|go|seek|search|stay
+    |check|compare|think|believe|narrow|go|seek|search|label|answer
     |(?:am|are)\s+(?:left|sure|certain|confident|looking))"""
 _MAY = r"""(?:can|could|may|might|must|would|should|will|now|thus|therefore|then|finally|also|do
     |have|not|cannot)"""

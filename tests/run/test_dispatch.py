@@ -218,8 +218,9 @@ def test_five_facts_refused_alike_end_the_run_and_are_asked_for_again(attempt):
 
 def test_a_fatal_reply_waits_for_what_is_on_its_way(attempt):
     fatal = Reply("fatal", problem="HTTP 401", advice="correct it", usage=Usage())
-    script = {"train:1": [fatal], "train:2": [(0.1, good)], "train:3": [(9.0, good)]}
-    run = attempt(9, {**script, "train:2": [(0.1, Reply(problem="empty", usage=Usage(1, 1)))]}, 4)
+    empty = Reply(problem="empty", usage=Usage(1, 1))
+    script = {"train:1": [fatal], "train:2": [(0.1, empty)], "train:3": [(9.0, empty)]}
+    run = attempt(9, script, in_flight=4)
     assert str(run.result) == "correct it, then start again (train:1: HTTP 401)"
     ends = {(fact, outcome) for fact, outcome, _ in run.ends}
     assert ends == {("train:1", "unanswered"), ("train:2", "rejected"), ("train:4", "kept")}

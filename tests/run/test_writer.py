@@ -132,10 +132,16 @@ def test_the_budget_stops_a_run_cleanly(teacher, teachable, settings, capsys, un
 def test_the_budget_holds_against_the_bill_for_what_never_arrived(
     teacher, teachable, settings, capsys, written
 ):
-    folder, facts = teachable(100)
+    folder, facts = teachable(80)
     teacher.set(facts, fates={"good": 12, "cut": 3, "late": 1, "busy": 2})
     config = settings(
-        folder, count=100, in_flight=8, retries=4, timeout=0.3, max_tokens=200, budget_dollars=0.4
+        folder,
+        count=80,
+        in_flight=12,
+        retries=4,
+        timeout=0.2,
+        max_tokens=200,
+        budget_dollars=0.25,
     )
     # A first answer tells what requests cost, without which few can be in flight.
     assert Writer(dataclasses.replace(config, count=1, budget_dollars=None)).run() == 0
@@ -143,7 +149,7 @@ def test_the_budget_holds_against_the_bill_for_what_never_arrived(
     assert "which the budget cannot bear" in capsys.readouterr().out
     log = teacher.log()
     _, bill = written.bill(log, config.prices)
-    assert 0.5 * 0.4 < bill <= 0.4
+    assert 0.5 * 0.25 < bill <= 0.25
     # Each try has its line, and each that was billed and did not arrive is of unknown cost.
     assert len(log) == sum("sent" in line for line in written.journal(folder))
     silent = Counter(entry["fact"] for entry in log if entry["fate"] in ("cut", "late"))

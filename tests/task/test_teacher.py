@@ -65,6 +65,7 @@ ORDINARY = (
     "I conclude that the label is '/per/org/opposed_to'.",
     "We are left with the label '/per/org/opposed_to', and I'm sure that the answer is right.",
     "We can't see a label on the bottle, so we are looking for another answer.",
+    "We can label the object 'misc', and so I answer 'none' with the label that stays.",
     *lines_of("held_out_ordinary.txt"),
 )
 LEAKS = (
