@@ -4,10 +4,11 @@ export OPENAI_API_KEY=…
 python tools/write_reasoning.py --data=more --count=2000 --model=gpt-4o \
     --price-in=2.50 --price-out=10 --budget-dollars=30 --dry-run
 
-Without --dry-run it asks. Killed at any time and started again, it goes on.
+Without --dry-run it asks. Killed at any time and started again, it goes on. Ctrl-C lets what is on
+its way arrive, and a second one gives it up.
 
 Costs are those of the answers that came. A request whose answer was late (--timeout) or cut off is
-sent again by the client, and the provider may bill both.
+sent again; as the provider may bill both, the budget is charged with the most it can have cost.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 # Nothing is computed here, and an accelerator may be another process's.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from absl import logging
+from etils import epath
 
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.run.budget import Prices
@@ -35,6 +36,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help shows the flags")
 
 
+def _path(text: str) -> epath.Path:
+    try:
+        return epath.Path(text)
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} found, a path or gs://… expected") from None
+
+
 def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
     """The config, and whether to ask nothing."""
     parser = _Parser(
@@ -43,10 +51,10 @@ def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
         allow_abbrev=False,
     )
     add, images = parser.add_argument, ImageConfig()
-    add("--data", type=Path, required=True, help="a folder in MORE's released form")
-    add("--out", type=Path, help="where to write, by default --data")
+    add("--data", type=_path, required=True, help="a folder in MORE's released form")
+    add("--out", type=_path, help="where to write, on a local disk; by default --data")
     add("--count", type=int, help="training facts, balanced over the labels")
-    add("--facts", type=Path, help="instead of --count: a file of fact ids, one a line")
+    add("--facts", type=_path, help="instead of --count: a file of fact ids, one a line")
     add("--seed", type=int, default=0, help="of the choice")
     add("--model", required=True)
     add("--base-url", help="of the endpoint; else OPENAI_BASE_URL, else OpenAI's")

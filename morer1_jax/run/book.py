@@ -6,50 +6,76 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from morer1_jax.run.budget import Ledger, money
-from morer1_jax.run.journal import Entry, Sent
+from morer1_jax.run.journal import Began, Entry, Sent
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.teacher import unwrapped
+
+# Facts refused in a row after which the endpoint's refusals are in doubt.
+_DOUBT = 5
 
 
 class Book:
     """The state that a journal's lines add up to.
 
+    A refusal lasts only if something shows that the endpoint works: an answer after it in the same
+    run, or one before it, with less than five facts refused since. Else the next run asks again.
+
     Attributes:
       ledger: the requests' cost.
+      runs: how many began.
       requests: how many were sent.
       kept: fact id to its reasoning.
       rejected: fact id to why each of its answers was not kept.
       refused: fact id to why the endpoint will never answer for it.
       unanswered: the same for facts that this run gave up and the next asks for again.
-      outcomes: how many requests ended in each (outcome, reason).
+      outcomes: how many requests ended in each (outcome, reason up to its first colon).
     """
 
     def __init__(self, attempts: int, ledger: Ledger) -> None:
         """Args: `attempts`: rejected answers after which a fact is set aside."""
         self.attempts = attempts
         self.ledger = ledger
+        self.runs = 0
         self.requests = 0
         self.kept: dict[str, str] = {}
         self.rejected: dict[str, list[str]] = {}
         self.refused: dict[str, str] = {}
         self.unanswered: dict[str, str] = {}
         self.outcomes: Counter[tuple[str, str]] = Counter()
+        self._works = False
+        self._streak: list[str] = []
 
     def apply(self, entry: Entry) -> None:
         """Takes in a line of the journal."""
+        if isinstance(entry, Began):
+            self.doubt()
+            self.runs, self._works = entry.number, False
+            self.unanswered.clear()
+            return
         if isinstance(entry, Sent):
             self.requests = entry.number
             self.ledger.send(entry.number, entry.size)
             return
         self.ledger.settle(entry.number, entry.usage)
         reason = entry.reason or ""
-        self.outcomes[entry.outcome, reason] += 1
+        self.outcomes[entry.outcome, reason.partition(":")[0]] += 1
+        if entry.outcome in ("kept", "rejected"):
+            self._works = True
+            self._streak.clear()
         if entry.outcome == "kept":
             self.kept[entry.fact] = unwrapped(entry.text or "")
         elif entry.outcome == "rejected":
             self.rejected.setdefault(entry.fact, []).append(reason)
         elif entry.outcome == "refused":
             self.refused[entry.fact] = reason
+            self._streak.append(entry.fact)
+
+    def doubt(self) -> None:
+        """Ends a run: what was refused for a reason that may not last counts as unanswered."""
+        if not self._works or len(self._streak) >= _DOUBT:
+            for fact in self._streak:
+                self.unanswered[fact] = self.refused.pop(fact)
+        self._streak.clear()
 
     def is_open(self, fact: str) -> bool:
         """Whether the fact is to be asked for, for the first time or again."""

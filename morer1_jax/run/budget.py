@@ -8,7 +8,7 @@ import math
 # More than any provider known bills for one image (GPT-4o mini: 48,169 for the largest).
 _IMAGE_TOKENS = 50_000
 _IMAGES = 2
-# On what a request must cost by another's usage: tokenizers do not count in proportion.
+# On what a request may cost, judged by another's usage: tokenizers do not count in proportion.
 _MARGIN = 1.25
 
 
@@ -20,7 +20,7 @@ class Size:
       text: bytes of its text in UTF-8.
       pixels: of its images.
       tiles: squares of 512 pixels' side, also parts of one, that cover its images.
-      answer: most tokens of the answer.
+      answer: most tokens of the answer, as the endpoint was asked to keep to.
     """
 
     text: int
@@ -69,6 +69,8 @@ class Ledger:
     tokens an image. Afterwards the dearest prompt so far is the measure: a provider whose count is
     a sum of text, pixels and tiles, each at a price of its own that is not negative, bills no other
     prompt more than that one times the largest of the three ratios, and a quarter is added.
+    An answer is taken to cost what the endpoint was asked to keep to, or a quarter more than the
+    dearest so far: some endpoints do not keep to it, or bill thoughts that they do not show.
 
     Attributes:
       spent: tokens of the requests whose usage is known.
@@ -87,6 +89,7 @@ class Ledger:
         self._limit_dollars = math.inf if dollars is None else dollars
         self._limit_tokens = math.inf if tokens is None else tokens
         self._dearest: tuple[int, Size] | None = None
+        self._longest = 0
 
     def send(self, number: int, size: Size) -> None:
         """Reserves the most a request can cost."""
@@ -98,6 +101,7 @@ class Ledger:
             return
         size = self.unsettled.pop(number)
         self.spent += usage
+        self._longest = max(self._longest, usage.answer)
         if usage.prompt:
             self.answered += 1
             if self._dearest is None or usage.prompt > self._dearest[0]:
@@ -105,11 +109,12 @@ class Ledger:
 
     def most(self, size: Size) -> Usage:
         """The most tokens a request of this size can cost."""
+        answer = max(size.answer, math.ceil(_MARGIN * self._longest))
         if self._dearest is None:
-            return Usage(size.text + _IMAGES * _IMAGE_TOKENS, size.answer)
+            return Usage(size.text + _IMAGES * _IMAGE_TOKENS, answer)
         prompt, seen = self._dearest
         ratio = max(1.0, size.text / seen.text, size.pixels / seen.pixels, size.tiles / seen.tiles)
-        return Usage(math.ceil(_MARGIN * ratio * prompt), size.answer)
+        return Usage(math.ceil(_MARGIN * ratio * prompt), answer)
 
     def reserved(self) -> Usage:
         """The most that the unsettled requests can cost."""

@@ -1,6 +1,7 @@
 """The writer's journal: every request sent and every answer, a line each, in this order.
 
     {"journal": {"model": …, "temperature": …, …}}        what the answers depend on
+    {"run": 1}                                            a run begins
     {"sent": 1, "fact": "train:7", "text": …, …}          a request, written before it is sent
     {"answered": 1, "fact": "train:7", "outcome": …, …}   what became of it
 
@@ -28,14 +29,24 @@ Outcome = Literal["kept", "rejected", "refused", "unanswered"]
 _OUTCOMES = ("kept", "rejected", "refused", "unanswered")
 _EXPECTED = (
     'a line {"journal": {"model": …}}',
-    "the next request sent, or the only answer to one",
+    "the next run or request, or the only answer to a request",
 )
 _ABSENT = object()
 
 
 @dataclasses.dataclass(frozen=True)
+class Began:
+    """A run began; runs are numbered 1, 2, 3, …"""
+
+    number: int
+
+    def line(self) -> dict[str, Any]:
+        return {"run": self.number}
+
+
+@dataclasses.dataclass(frozen=True)
 class Sent:
-    """A request.
+    """A request, of a fact's first try or a later one.
 
     Attributes:
       number: 1, 2, 3, … in the journal's order.
@@ -58,7 +69,7 @@ class Answered:
     Attributes:
       number, fact: the request's.
       outcome: `kept`; `rejected`: an answer that cannot be learnt from; `refused`: the endpoint
-        will never answer for this fact; `unanswered`: it failed to, after all retries.
+        will not answer for this fact; `unanswered`: it failed to.
       reason: why it was not kept, in a few words; None if it was.
       usage: tokens billed; None: not known.
       text: the answer as it came; None if there was none.
@@ -83,7 +94,7 @@ class Answered:
         }
 
 
-Entry = Sent | Answered
+Entry = Began | Sent | Answered
 
 
 class Journal:
@@ -102,36 +113,40 @@ class Journal:
 
         Raises:
           ConfigError: another process writes it, or it belongs to another identity.
-          DataError: a whole line is damaged, or the file cannot be written.
+          DataError: a whole line is damaged, or the file cannot be written or locked.
         """
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise DataError(f"{one_line(error)}; give an --out that can be written") from None
-        try:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.path}: another run is writing it; wait until it ends, or use another "
-                    "--out"
-                ) from None
-            data = self.path.read_bytes()
-            self.entries, self._length = _parse(data, self.path, identity)
-            self.repaired: str | None = None
-            if self._length < len(data):
-                lines = data.count(b"\n", 0, self._length)
-                self.repaired = f"{self.path}:{lines + 1}"
-                os.ftruncate(self._file, self._length)
-            if not self._length:
-                self._write({"journal": dict(identity)})
-            os.fsync(self._file)
-            sync_path(self.path.parent)
-        except BaseException:
-            os.close(self._file)
-            raise
+                self._open(identity)
+            except BaseException:
+                os.close(self._file)
+                raise
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: {one_line(error)}; give an --out on a local disk that can be written"
+            ) from None
+
+    def _open(self, identity: Mapping[str, Any]) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.path}: another run is writing it; wait until it ends, or use another --out"
+            ) from None
+        data = self.path.read_bytes()
+        self.entries, self._length = _parse(data, self.path, identity)
+        self.repaired: str | None = None
+        if self._length < len(data):
+            lines = data.count(b"\n", 0, self._length)
+            self.repaired = f"{self.path}:{lines + 1}"
+            os.ftruncate(self._file, self._length)
+        if not self._length:
+            self._write({"journal": dict(identity)})
+        os.fsync(self._file)
+        sync_path(self.path.parent)
 
     def __enter__(self) -> Journal:
         return self
@@ -147,18 +162,21 @@ class Journal:
         Raises:
           DataError: it cannot be written; the journal is as it was.
         """
-        self._write(entry.line())
-        if isinstance(entry, Answered):
-            os.fsync(self._file)
+        self._write(entry.line(), sync=isinstance(entry, Answered))
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def _write(self, line: Mapping[str, Any], sync: bool = False) -> None:
         data = json.dumps(line).encode() + b"\n"
         try:
-            written = os.write(self._file, data)
-            if written < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            try:
+                written = os.write(self._file, data)
+                if written < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if sync:
+                    os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, self._length)
+                raise
         except OSError as error:
-            os.ftruncate(self._file, self._length)
             raise DataError(
                 f"{self.path}: {one_line(error)}; make room and start again, what was answered "
                 "is kept"
@@ -181,7 +199,7 @@ def _parse(data: bytes, path: Path, identity: Mapping[str, Any]) -> tuple[list[E
     """The entries and the length of the whole lines, in bytes."""
     entries: list[Entry] = []
     open_: dict[int, str] = {}
-    last = 0
+    runs = last = 0
     *lines, torn = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
@@ -190,7 +208,11 @@ def _parse(data: bytes, path: Path, identity: Mapping[str, Any]) -> tuple[list[E
                 _check_identity(value["journal"], identity, path)
                 continue
             entry = _entry(value)
-            if isinstance(entry, Sent):
+            if isinstance(entry, Began):
+                runs += 1
+                if entry.number != runs:
+                    raise ValueError
+            elif isinstance(entry, Sent):
                 last += 1
                 if entry.number != last:
                     raise ValueError
@@ -211,7 +233,9 @@ def _parse(data: bytes, path: Path, identity: Mapping[str, Any]) -> tuple[list[E
 def _entry(value: Any) -> Entry:
     """Raises KeyError, TypeError or ValueError if it is not an entry's `line`."""
     entry: Entry
-    if "sent" in value:
+    if "run" in value:
+        entry = Began(value["run"])
+    elif "sent" in value:
         size = Size(*(value[field.name] for field in dataclasses.fields(Size)))
         if not all(type(n) is int and n > 0 for n in dataclasses.astuple(size)):
             raise ValueError
@@ -236,7 +260,9 @@ def _entry(value: Any) -> Entry:
             entry.outcome == "kept" and entry.text is None
         ):
             raise ValueError
-    if type(entry.number) is not int or not isinstance(entry.fact, str):
+    if type(entry.number) is not int:
+        raise ValueError
+    if not isinstance(entry, Began) and not isinstance(entry.fact, str):
         raise ValueError
     return entry
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from morer1_jax.data.images import ImageConfig, ImageReader
 from morer1_jax.files import atomic_write
 from morer1_jax.run.book import Book
 from morer1_jax.run.budget import Ledger, Prices, Size, Usage, money
 from morer1_jax.run.config import ConfigError
-from morer1_jax.run.dispatch import Desk, dispatch
+from morer1_jax.run.dispatch import Desk, Dispatch
 from morer1_jax.run.endpoint import Endpoint, EndpointConfig
-from morer1_jax.run.journal import Entry, Journal, read_journal
+from morer1_jax.run.journal import Began, Entry, Journal, read_journal
 from morer1_jax.run.log import progress
 from morer1_jax.run.request import JPEG_QUALITY, Request, build_request
 from morer1_jax.task import more
@@ -38,9 +42,9 @@ class WriterConfig:
     """What to ask for, and how much it may cost.
 
     Attributes:
-      data: a folder in MORE's released form.
+      data: a folder in MORE's released form, local or in a bucket (`gs://…`).
       endpoint, images, prices: whom to ask, what the pictures are like, what it costs.
-      out: where to write; None: to `data`.
+      out: where to write, on a local disk; None: to `data`.
       count: how many training facts, balanced over the labels.
       facts: a file of fact ids, one a line, instead of `count`.
       seed: of the choice.
@@ -49,13 +53,13 @@ class WriterConfig:
       budget_dollars, budget_tokens: for all in the journal, earlier runs included; None: no limit.
     """
 
-    data: Path
+    data: epath.Path
     endpoint: EndpointConfig
     images: ImageConfig
     prices: Prices
-    out: Path | None = None
+    out: epath.Path | None = None
     count: int | None = None
-    facts: Path | None = None
+    facts: epath.Path | None = None
     seed: int = 0
     attempts: int = 3
     in_flight: int = 16
@@ -87,11 +91,16 @@ class WriterConfig:
             raise ConfigError(f"--timeout: {self.endpoint.timeout} found, seconds above 0 expected")
         if self.budget_dollars is not None and not (self.prices.prompt and self.prices.answer):
             raise ConfigError("--budget-dollars: needs the endpoint's --price-in and --price-out")
+        if "://" in os.fspath(self.data if self.out is None else self.out):
+            found = "none, and --data in a bucket" if self.out is None else os.fspath(self.out)
+            raise ConfigError(
+                f"--out: {found} found, a folder on a local disk expected, which the journal needs"
+            )
 
     @property
     def folder(self) -> Path:
         """Where everything is written."""
-        return self.data if self.out is None else self.out
+        return Path(self.data if self.out is None else self.out)
 
 
 class Writer:
@@ -146,12 +155,13 @@ class Writer:
 
         Raises:
           EndpointError: the endpoint refuses all, or is down; what was answered is kept.
+          ConfigError, DataError: what the user can put right, in one line.
         """
         endpoint = Endpoint(self.config.endpoint)
         with Journal(self.config.folder / JOURNAL, self.identity) as journal:
             if journal.repaired:
                 print(f"{journal.repaired}: torn when a run was killed; cut off")
-            self._replay(journal.entries)
+            journal.add(self._replay(journal.entries))
             facts = self.open_facts()
             for fact in facts:
                 teacher_prompt(fact, self.ontology)  # A bad title is found before the first dollar.
@@ -159,8 +169,13 @@ class Writer:
                 more.check_photos(facts, self.config.data)
             try:
                 refused = asyncio.run(self._ask(endpoint, journal, facts))
-            finally:
-                self._write_outputs()
+            except BaseException:
+                try:
+                    self._write_outputs()
+                except DataError as error:  # Not in place of the one on its way.
+                    print(f"error: {error}", file=sys.stderr)
+                raise
+            self._write_outputs()
         if unanswered := len(self.book.unanswered):
             print(f"{unanswered:,} facts were not answered; start again to ask for them anew")
         if self.signal is not None:
@@ -218,9 +233,10 @@ class Writer:
             raise DataError(f"{config.facts}: empty, expected a fact's id a line")
         return [self.by_id[name] for name in ids]
 
-    def _replay(self, entries: Sequence[Entry]) -> None:
+    def _replay(self, entries: Sequence[Entry]) -> Began:
+        """Takes in the journal, and that this run begins, which is returned."""
         for entry in entries:
-            if entry.fact not in self.by_id:
+            if not isinstance(entry, Began) and entry.fact not in self.by_id:
                 raise DataError(
                     f"{self.config.folder / JOURNAL}: {entry.fact!r} is no training fact of "
                     f"{self.config.data}; restore the file, or use another --out"
@@ -228,6 +244,9 @@ class Writer:
             self.book.apply(entry)
         if unsettled := self.book.unsettled():
             print(f"from earlier runs: {unsettled}")
+        began = Began(self.book.runs + 1)
+        self.book.apply(began)
+        return began
 
     def _build(self, fact: Fact) -> Request:
         return build_request(fact, self.ontology, self.reader)
@@ -235,7 +254,10 @@ class Writer:
     async def _ask(
         self, endpoint: Endpoint, journal: Journal, facts: Sequence[Fact]
     ) -> Size | None:
-        """Asks for the facts, until a signal comes; see `dispatch`."""
+        """Asks for the facts; see `Dispatch.run`.
+
+        The first signal lets what is on its way arrive, the second gives it up.
+        """
         total = len(self.chosen)
         bar = progress(desc="reasoning", total=total, initial=total - len(facts), unit="fact")
         desk = Desk(
@@ -245,15 +267,21 @@ class Writer:
             ontology=self.ontology,
             build=self._build,
             in_flight=self.config.in_flight,
-            max_tokens=self.config.endpoint.max_tokens,
             bar=bar,
         )
-        asking = asyncio.ensure_future(dispatch(desk, facts))
+        dispatch = Dispatch(desk, facts)
+        asking = asyncio.create_task(dispatch.run())
 
         def stop(number: signal.Signals) -> None:
-            if self.signal is None:
-                self.signal = number
+            if self.signal is not None:
                 asking.cancel()
+                return
+            self.signal = number
+            dispatch.stop()
+            bar.write(
+                f"{number.name}: waits for {dispatch.in_flight:,} requests on their way, up to "
+                f"{self.config.endpoint.timeout:g} s; a second signal gives them up"
+            )
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -264,12 +292,15 @@ class Writer:
         return None if asking.cancelled() else asking.result()
 
     def _write_outputs(self) -> None:
-        """Writes what the journal holds, in the facts' order, and prints the closing table."""
+        """Writes what the journal holds, in the facts' order, and prints the closing table.
+
+        Raises:
+          DataError: a file cannot be written; the journal holds it all the same.
+        """
+        self.book.doubt()
         kept = {
             fact.id: self.book.kept[fact.id] for fact in self.facts if fact.id in self.book.kept
         }
-        if kept:
-            more.write_reasoning(self.config.folder / KEPT, kept)
         lines = [
             {
                 "fact": fact.id,
@@ -280,7 +311,15 @@ class Writer:
             if (reasons := self.book.why_set_aside(fact.id)) is not None
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        atomic_write(self.config.folder / SET_ASIDE, text)
+        try:
+            if kept:
+                more.write_reasoning(self.config.folder / KEPT, kept)
+            atomic_write(self.config.folder / SET_ASIDE, text)
+        except OSError as error:
+            raise DataError(
+                f"{self.config.folder}: {one_line(error)}; make room and start again, what was "
+                "answered is kept in the journal"
+            ) from None
         print(self.book.table(self.facts, self.chosen, self.ontology.labels))
 
     def _estimate(self, requests: Sequence[Request], count: int) -> str:

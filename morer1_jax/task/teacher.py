@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from morer1_jax.task.answer import STEPS, Special, read
+from morer1_jax.task.answer import STEPS, Special, read, read_steps
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import NONE, Ontology, label_types
 from morer1_jax.task.prompt import SPECIAL_TOKEN, question
@@ -32,8 +32,9 @@ Step 6: Decide among them from photo and title."""
 
 _GOLD = """\
 For your eyes only: {types_given}the answer is '{label}'.
-Reason towards it as if you did not know it. Never mention or hint that an answer was given to \
-you. Use single quotes, no double ones. Write nothing but this:
+Reason towards it as if you did not know it, and before step 5 name no label but 'none'. Never \
+mention or hint that an answer was given to you. Use single quotes, no double ones. Write nothing \
+but this:
 <think>
 {lines}
 </think>
@@ -44,47 +45,93 @@ _NOT_LIST = (
     r"\b(?![-\s]+(?:labels?|lists?|sets?|options?|types?|choices?|candidates?|categor|spaces?|names?"
     r"|schema|inventory|formats?|tags?|blocks?|lines?)\b)"
 )
-_PASSIVE = r"(?:is|was|were|am|are|has\s+been|have\s+been|had\s+been)\s+(?:already\s+)?"
+_GIVEN = (
+    r"(?:pre-?)?(?:given|told|provided|supplied|specified|stated|mentioned|indicated|shown|handed"
+    r"|assigned|fixed|determined|confirmed|revealed|disclosed)"
+)
+_PASSIVE = (
+    r"(?:is|was|were|am|are|(?:has|have|had)\s+been)\s+(?:(?:already|also|just|only|all)\s+)*"
+)
+_PROMPT = (
+    r"(?:task|question|prompt|request|instructions?|user|hint|dataset|(?:system\s+)?message|system)"
+)
+_ANSWER = rf"(?:answer|label|solution){_NOT_LIST}"
+_OR_RELATION = rf"(?:answer|label|solution|relation){_NOT_LIST}"
+_THE = r"(?:the|this|an?|which|what)\s+(?:\w+\s+){0,2}?"
+# What one may do who speaks of an answer in the first person: find it.
+_FINDS = r"""(?:choose|chose|pick|conclude|decide|infer|select|settle|list|keep|find|found|see|read
+    |exclude|rule|get|reach|deduce|derive|consider|give|assign|obtain|drop|prefer|take|arrive|look
+    |check|compare|think|believe|narrow|go|seek|search|label|answer
+    |(?:am|are)\s+(?:left|sure|certain|confident|looking))"""
+_MAY = r"""(?:can|could|may|might|must|would|should|will|now|thus|therefore|then|finally|also|do
+    |have|not|cannot)"""
+_SENTENCE = r"(?:(?!\bstep\s+[1-6]:)[^.!?<])*"
 # Ways to say that one was told. Each needs its object ('the given label'): what photo, title, types
 # and list give or leave is said in the same words.
 _TOLD = re.compile(
     rf"""
-      \b(?:given|provided|supplied)\s+(?:answer|label|solution){_NOT_LIST}
-    | \b(?:the|this|that)\s+(?:given|provided|supplied)\s+relation{_NOT_LIST}
-    | \b(?:gold|golden|gold[-\s]standard|predetermined|pre-?given|pre-?assigned)\s+
-        (?:answer|label|relation|solution){_NOT_LIST}
-    | \b(?:known|expected|target|reference|annotated)\s+(?:answer|label|solution){_NOT_LIST}
+      \b(?:{_GIVEN}|required|desired|intended|expected|official|known|target|reference|annotated
+        |gold|golden|gold[-\s]standard)\s+(?:output|{_ANSWER}){_NOT_LIST}
+    | \b(?:the|this|that)\s+(?:gold|{_GIVEN})\s+relation{_NOT_LIST}
+    | \bpre-?{_GIVEN}\s+relation{_NOT_LIST}
     | \bground[-\s]truth\b
     | \banswer\s+key\b
-    | \b(?:i|we)\s+{_PASSIVE}(?:told|given|informed|provided|shown)\s+
-        (?:(?:with|of|that)\s+)*(?:the|this|an?|which|what)\s+(?:\w+\s+){{0,2}}?
-        (?:answer|label|solution){_NOT_LIST}
+    | \bannotat(?:ions?|ors?)\b
+    | \b(?:i|we|you)\s+(?!(?:{_MAY}\s+)*{_FINDS}\b){_SENTENCE}\b{_ANSWER}
     | \b(?:i|we)\s+(?:was|were|have\s+been)\s+(?:told|informed)\b(?!\s+(?:by|in|about)\b)
     | \b(?:i|we)\s+{_PASSIVE}instructed\b
-    | \b(?:answer|label|relation|solution)\s+(?:(?:that|which)\s+)?(?:i|we)\s+{_PASSIVE}
-        (?:given|told|provided|supplied)\b
-    | \b(?:answer|label|relation|solution)\s+(?:(?:that|which)\s+)?{_PASSIVE}
-        (?:given|provided|supplied|specified|told|known)\s+
-        (?:to\s+(?:me|us)\b|beforehand|in\s+advance|in\s+the\s+(?:prompt|instructions?|request))
-    | \b(?:answer|label)\s+{_PASSIVE}(?:given|provided|supplied|specified)\s+(?:as|to\s+be)\b
-    | \b(?:answer|label)\s+(?:is|was)\s+(?:already\s+)?known\s*[.,;:]
-    | \bi\s+(?:already\s+)?know\s+(?:that\s+)?the\s+(?:\w+\s+)?(?:answer|label)\b
+    | \b(?:i|we)\s+{_PASSIVE}(?:supposed|asked|expected|meant|required|told)\s+to\s+
+        (?:conclude|arrive|reach|end|justify|support|argue|reason|explain)\b
+    | \b(?:you|(?:the|this|your|my)\s+{_PROMPT})\s+(?:(?:have|has|had|already|also)\s+)*
+        (?:tell|told|sa[iy]|state|give|gave|provide|indicate|specif|inform|mention|reveal|show
+        |contain)\w*\s+(?:(?:me|us|that|with|of|about)\s+)*{_THE}{_OR_RELATION}
+    | \bit\s+{_PASSIVE}{_GIVEN}\s+that\s+{_THE}{_OR_RELATION}
+    | \b{_OR_RELATION}(?:,?\s+(?:that|which))?\s+(?:i|we|you)\s+(?:{_PASSIVE}|have\s+|had\s+)?
+        (?:gave|{_GIVEN})\b
+    | \b{_OR_RELATION}\s+(?:(?:that|which)\s+)?{_PASSIVE}(?:{_GIVEN}|known)\s+
+        (?:to\s+(?:me|us)\b|beforehand|in\s+advance|in\s+the\s+{_PROMPT})
+    | \b{_ANSWER}(?:,?\s+(?:that|which))?\s+{_PASSIVE}{_GIVEN}\b(?!\s+(?:by|in|on|at|from)\b)
+    | \b{_ANSWER}\s+{_GIVEN}
+        (?:\s*[.,;:!)]|\s+(?:is|was|as|above|here|to|must|should|matches|fits)\b)
+    | \b{_ANSWER},?\s+as\s+{_GIVEN}\b(?!\s+(?:by|in)\b)
+    | \b{_ANSWER}(?:\s+(?:of|for)(?:\s+\w+){{1,3}})?\s+(?:is|was)\s+(?:already\s+)?known\s*
+        (?:[.,;:]|to\s+be\b)
     | \bgiven\s+(?:that\s+)?the\s+(?:(?:correct|right|true|final)\s+)?(?:answer|label)
-        (?:\s*[,.;:]|\s+['"]?/|\s+is\s+['"]?/|\s+is\s+['"]?none\b)
+        (?:\s*[.,;:]|\s+['"]?/|\s+is\s+['"]?/|\s+is\s+['"]?none\b)
+    | \b(?:not|never|without|avoid)\s+(?:to\s+)?(?:reveal|disclos|mention|divulg|hint|admit)\w*\s+
+        (?:(?:at|to|that)\s+)*{_THE}{_ANSWER}
     | \bas\s+(?:instructed|requested)\b(?!\s+(?:by|in)\b)
+    | \bas\s+(?:\w+\s+)?(?:instructed|requested|required|said|{_GIVEN})\s+(?:by|in)\s+
+        (?:the|this|your|my)\s+{_PROMPT}\b
+    | \baccording\s+to\s+the\s+{_GIVEN}\s+\w+,?\s+the\s+{_OR_RELATION}\s+is\b
     | \b(?:per|following|according\s+to)\s+(?:the|my|your|these)\s+instructions?\b
         (?!\s+(?:of|from|by)\b)
     | \b(?:the|this|your)\s+(?:prompt|instructions?)\s+
         (?:say|state|tell|give|indicate|specif|mention|ask|require|provide)
     | \bin\s+(?:the|this|your)\s+prompt\b
-    | \b(?:as\s+if|as\s+though|pretend\w*)\s+(?:that\s+)?(?:i|we)\s+(?:do|did)
-        (?:\s+not|n't)\s+know\b
+    | \b(?:as\s+if|as\s+though|pretend\w*)\s+(?:that\s+)?(?:i|we)\s+(?:do|did)\s+not\s+know\b
     | \b(?:as\s+if|as\s+though)\s+(?:it|the\s+(?:answer|label))\s+(?:is|was|were)\s+
         (?:unknown|not\s+(?:known|given))\b
     | \bfor\s+(?:my|your)\s+eyes\s+only\b
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+_CONTRACTED = tuple(
+    (re.compile(short, re.IGNORECASE), long)
+    for short, long in (
+        (r"\bwon't\b", "will not"),
+        (r"\bcan't\b", "can not"),
+        (r"n't\b", " not"),
+        (r"'ve\b", " have"),
+        (r"'m\b", " am"),
+        (r"'re\b", " are"),
+        (r"\b(i|we|you)'d\b", r"\1 had"),
+        (r"'s(?=\s+been\b)", " has"),
+        (r"\b(answer|label|solution)'s\b", r"\1 is"),
+    )
+)
+# The first step that may name a label; before it the types that leave it are not yet known.
+_LABELS_STEP = 5
 _FENCED = re.compile(r"```[\w-]*[ \t]*\r?\n(.*)```", re.DOTALL)
 _MARKUP = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "*": "", "_": "", "`": ""})
 
@@ -137,7 +184,8 @@ def fault(text: str, fact: Fact, ontology: Ontology) -> str | None:
     """Why a written answer cannot be learnt from, in a few words; None if it can.
 
     It can if the plain reader accepts its format and reads the fact's label, it holds no special
-    token, and it does not say that its writer was told. What it quotes of the title is not held
+    token, does not name that label before its types have left it in step 5 ('none' may be named at
+    any time), and does not say that its writer was told. What it quotes of the title is not held
     against it.
     """
     try:
@@ -153,9 +201,25 @@ def fault(text: str, fact: Fact, ontology: Ontology) -> str | None:
         return "another label"
     title = r"\s*".join(map(re.escape, fact.tokens))
     said = re.sub(rf"(?<!\w){title}(?!\w)", "...", text, flags=re.IGNORECASE)
-    if _TOLD.search(said.translate(_MARKUP)):
+    if _TOLD.search(_plain(said)):
         return "says that it was told"
+    early = "\n".join((read_steps(data) or [])[: _LABELS_STEP - 1])
+    if fact.label != NONE and re.search(rf"{re.escape(_bare(fact.label))}(?!\w)", _bare(early)):
+        return "names the label too early"
     return None
+
+
+def _plain(text: str) -> str:
+    """Text without markup and contractions."""
+    text = text.translate(_MARKUP)
+    for short, long in _CONTRACTED:
+        text = short.sub(long, text)
+    return text
+
+
+def _bare(text: str) -> str:
+    """What a label and its namings have in common, whatever the marks around and within it."""
+    return re.sub(r"\s*/\s*", "/", text.translate(_MARKUP)).lower().strip("/")
 
 
 def balanced(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:

@@ -1,5 +1,6 @@
 """A dataset in MORE's form with a few photos, and a teacher of ill will to ask about it."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from morer1_jax.data.images import ImageConfig
+from morer1_jax.run.budget import Prices, Usage
+from morer1_jax.run.endpoint import EndpointConfig
+from morer1_jax.run.writer import WriterConfig
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
@@ -139,7 +144,33 @@ class Written:
         """The requests that the server billed."""
         return [entry for entry in log if "tokens" in entry]
 
+    @staticmethod
+    def bill(log, prices):
+        """What the server wants for them: tokens, and dollars at these prices."""
+        tokens = [entry["tokens"] for entry in Written.paid(log)]
+        usage = Usage(sum(t[0] for t in tokens), sum(t[1] for t in tokens))
+        return usage.total, prices.dollars(usage)
+
 
 @pytest.fixture(scope="session")
 def written():
     return Written
+
+
+@pytest.fixture
+def settings(teacher, monkeypatch):
+    """A config for a folder; fields of the config and of the endpoint's may be given."""
+    monkeypatch.setenv("OPENAI_API_KEY", teacher.key)
+
+    def make(folder, **fields):
+        names = {field.name for field in dataclasses.fields(EndpointConfig)}
+        endpoint = {"model": "teacher", "base_url": teacher.url, "retries": 2}
+        endpoint |= {name: fields.pop(name) for name in names & fields.keys()}
+        return WriterConfig(
+            data=folder,
+            endpoint=EndpointConfig(**endpoint),
+            images=ImageConfig(),
+            **({"prices": Prices(2.5, 10.0)} | fields),
+        )
+
+    return make

@@ -135,6 +135,9 @@ class Handler(BaseHTTPRequestHandler):
         if fate == "blocked":
             self.error(400, "The response was filtered", "content_filter")
             return
+        if fate == "unfit":
+            self.error(400, f"Invalid image, {KEY}", "invalid_image")
+            return
         text, finish = answer(fate, label)
         message = {"role": "assistant", "content": text}
         if fate == "refusal":
@@ -149,16 +152,10 @@ class Handler(BaseHTTPRequestHandler):
         tokens = {"prompt_tokens": 700 + length // 4, "completion_tokens": 40 + len(text) // 4}
         if mode.get("usage", True):
             reply["usage"] = {**tokens, "total_tokens": sum(tokens.values())}
-        if fate == "cut":
-            self.send(200, reply, whole=False)
-            return
-        if fate == "late":
-            time.sleep(2.0)
-        else:
-            # Billed from here on, whether or not somebody still listens.
-            entry["tokens"] = [*tokens.values()]
-            entry["text"] = text
-        self.send(200, reply)
+        # Billed from here on, whether or not it arrives, or somebody still listens.
+        entry.update(text=text, tokens=[*tokens.values()])
+        time.sleep(2.0 * (fate == "late"))
+        self.send(200, reply, whole=fate != "cut")
 
 
 class Server(ThreadingHTTPServer):

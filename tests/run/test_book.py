@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import pytest
+
 from morer1_jax.run.book import Book
 from morer1_jax.run.budget import Ledger, Prices, Size, Usage
-from morer1_jax.run.journal import Answered, Sent
+from morer1_jax.run.journal import Answered, Began, Sent
 from morer1_jax.task.fact import Fact
 
 SIZE = Size(text=1000, pixels=5000, tiles=2, answer=100)
@@ -27,6 +29,7 @@ FACTS = [
 def book(*ends, attempts=2, prices=Prices()):  # noqa: B008
     """A book of requests that were sent and ended so: (fact's number, outcome, reason)."""
     made = Book(attempts, Ledger(prices))
+    made.apply(Began(1))
     for number, (fact, outcome, reason) in enumerate(ends, start=1):
         made.apply(Sent(number, f"train:{fact}", SIZE))
         if outcome is not None:
@@ -67,6 +70,37 @@ def test_a_fact_is_open_until_it_is_kept_or_set_aside():
     assert state(made, 6) == (False, None, ["HTTP 500"])
 
 
+def refused(*facts):
+    return [(fact, "refused", "HTTP 400: no") for fact in facts]
+
+
+@pytest.mark.parametrize(
+    ("ends", "lasting"),
+    [
+        (refused(1, 2), []),  # Nothing shows that the endpoint answers at all.
+        ([*refused(1, 2), (3, "unanswered", "HTTP 500")], []),
+        ([*refused(1, 2, 3, 4, 5, 6), (7, "kept", None)], [1, 2, 3, 4, 5, 6]),
+        ([*refused(1, 2), (7, "rejected", "format")], [1, 2]),
+        ([(7, "kept", None), *refused(1, 2, 3, 4)], [1, 2, 3, 4]),
+        ([(7, "kept", None), *refused(1, 2, 3, 4, 5)], []),
+        ([*refused(1), (7, "kept", None), *refused(2, 3, 4, 5, 6)], [1]),
+    ],
+)
+def test_a_refusal_lasts_if_the_endpoint_was_seen_to_work(ends, lasting):
+    made = book(*ends)
+    seen = {fact for fact, outcome, _ in ends if outcome == "refused"}
+    assert not any(made.is_open(f"train:{fact}") for fact in seen)  # In this run.
+    made.doubt()
+    assert made.refused.keys() == {f"train:{fact}" for fact in lasting}
+    assert not any(made.is_open(f"train:{fact}") for fact in seen)
+    # The next run asks for the others again, and an answer to it says nothing of this one.
+    made.apply(Began(2))
+    made.apply(Sent(99, "train:7", SIZE))
+    made.apply(Answered(99, "train:7", "kept", None, Usage(1, 1), "text"))
+    made.apply(Began(3))
+    assert {fact for fact in seen if made.is_open(f"train:{fact}")} == seen - set(lasting)
+
+
 def test_more_attempts_open_a_fact_again():
     ends = [(1, "rejected", "format")] * 2
     assert not book(*ends).is_open("train:1")
@@ -79,24 +113,25 @@ def test_the_table_counts_requests_and_facts():
         (2, "rejected", "format"),
         (2, "rejected", "format"),
         (4, "rejected", "refusal"),
-        (5, "refused", "HTTP 400"),
+        (5, "refused", "HTTP 400: this"),
+        (7, "refused", "HTTP 400: that"),
         (6, None, None),
         prices=Prices(2.5, 10.0),
     )
     text = made.table(FACTS, FACTS[:6], ("none", "/a/b/c", "/x/y/z"))
     assert text.splitlines() == [
-        "requests: 6, kept: 1",
+        "requests: 7, kept: 1",
         "  rejected: format: 2",
+        "  refused: HTTP 400: 2",
         "  rejected: refusal: 1",
-        "  refused: HTTP 400: 1",
         "1,600 tokens in, 200 out; cost: $0.0060",
         "requests of unknown cost: 1, at most $0.0022",
         "",
         "label     kept  set aside    left",
         "none         1          1       1",
-        "/a/b/c       0          1       2",
+        "/a/b/c       0          2       2",
         "/x/y/z       0          0       0",
-        "total        1          2       3",
+        "total        1          3       3",
     ]
 
 

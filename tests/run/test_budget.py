@@ -1,6 +1,7 @@
 """Whatever requests turn out to cost, the budget holds."""
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -53,6 +54,17 @@ def test_an_answer_tells_what_others_can_cost():
     assert ledger.most(SIZE) == Usage(2000, 1000)
 
 
+def test_an_answer_above_what_was_asked_for_raises_what_others_can_cost():
+    ledger = Ledger(PRICES)
+    for number in range(3):
+        ledger.send(number, SIZE)
+    ledger.settle(0, Usage(1600, 900))
+    assert ledger.most(SIZE).answer == 1125
+    ledger.settle(1, Usage(1600, 3001))
+    assert ledger.most(SIZE) == ledger.reserved() == Usage(2000, 3752)
+    assert ledger.most(dataclasses.replace(SIZE, answer=5000)).answer == 5000
+
+
 def test_a_request_without_usage_stays_reserved_and_an_error_costs_nothing():
     ledger = Ledger(PRICES)
     for number in (1, 2):
@@ -80,15 +92,24 @@ def test_no_prompt_is_dearer_than_was_reserved(tokens, asked, rng):
     st.floats(0, 1),
     st.integers(0, 2**32),
     st.booleans(),
+    st.sampled_from([0.5, 1, 3, 40]),
 )
 @settings(deadline=None)
-def test_the_budget_holds(tokens, queue, share, seed, in_dollars):
-    """Eight on their way, landing in any order; some are lost, and were billed all the same."""
+def test_the_budget_holds(tokens, queue, share, seed, in_dollars, length):
+    """Eight on their way, landing in any order; some are lost, and were billed all the same.
+
+    Where answers are longer than was asked for, they differ by a quarter at most.
+    """
     rng = random.Random(seed)
     first = queue.pop()
-    billed = Usage(tokens(first), 100)
+
+    def answer(size):
+        return rng.randint(math.ceil(0.8 * length * size.answer), int(length * size.answer))
+
+    billed = Usage(tokens(first), answer(first))
     # What the first costs, and a share of all the others at their dearest.
-    total = billed + sum((Usage(tokens(size), size.answer) for size in queue), Usage())
+    dearest = int(max(1, length) * 1000)
+    total = billed + sum((Usage(tokens(size), dearest) for size in queue), Usage())
     dollars = PRICES.dollars(billed) + share * PRICES.dollars(total) if in_dollars else None
     most = None if in_dollars else int(billed.total + share * total.total)
     ledger = Ledger(PRICES, dollars, most)
@@ -105,7 +126,7 @@ def test_the_budget_holds(tokens, queue, share, seed, in_dollars):
             break
         landed = rng.choice(list(flights))
         size = flights.pop(landed)
-        usage = Usage(tokens(size), rng.randint(size.answer // 2, size.answer))
+        usage = Usage(tokens(size), answer(size))
         billed += usage
         ledger.settle(landed, usage if rng.random() < 0.9 else None)
         assert most is None or billed.total <= most

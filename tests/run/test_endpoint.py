@@ -3,8 +3,11 @@
 import asyncio
 import dataclasses
 import json
+import math
 import re
 import sys
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 
@@ -31,7 +34,7 @@ def asked(teachable):
 def ask(teacher, asked, monkeypatch):
     """Sets the server's mode, asks once with the real client, gives the reply."""
     monkeypatch.setenv("OPENAI_API_KEY", teacher.key)
-    config = EndpointConfig(model="teacher", base_url=teacher.url, retries=2, timeout=0.5)
+    config = EndpointConfig(model="teacher", base_url=teacher.url, timeout=0.5)
 
     def run(times=1, settings=config, **mode):
         facts, messages = asked
@@ -58,6 +61,11 @@ def completion(content="text", finish="stop", usage=USAGE, **message):
         (completion(usage=None), Reply(text="text")),
         (completion(usage={"prompt_tokens": "9"}), Reply(text="text")),
         (completion(usage={**USAGE, "prompt_tokens": -1}), Reply(text="text")),
+        # Hidden thoughts are billed, whether or not they are counted as the answer's.
+        (completion(usage={**USAGE, "total_tokens": 30}), Reply(text="text", usage=Usage(9, 21))),
+        (completion(usage={**USAGE, "total_tokens": 13}), Reply(text="text", usage=Usage(9, 4))),
+        (completion(usage={**USAGE, "total_tokens": 2}), Reply(text="text", usage=Usage(9, 4))),
+        (completion(usage={**USAGE, "total_tokens": None}), Reply(text="text", usage=Usage(9, 4))),
         (completion(" \n"), Reply(text=" \n", problem="empty", usage=Usage(9, 4))),
         (completion(None), Reply(problem="empty", usage=Usage(9, 4))),
         (completion([{"type": "text"}]), Reply(problem="empty", usage=Usage(9, 4))),
@@ -67,12 +75,12 @@ def completion(content="text", finish="stop", usage=USAGE, **message):
             completion(finish="content_filter"),
             Reply(text="text", problem="content filter", usage=Usage(9, 4)),
         ),
-        ({"choices": []}, Reply(problem="no chat completion", answered=False)),
-        ({"error": {"message": "x"}}, Reply(problem="no chat completion", answered=False)),
-        ({"choices": [{"message": None}]}, Reply(problem="no chat completion", answered=False)),
-        ([], Reply(problem="no chat completion", answered=False)),
-        ("<html>Welcome</html>", Reply(problem="no chat completion", answered=False)),
-        ('{"choices": [', Reply(problem="no chat completion", answered=False)),
+        ({"choices": []}, Reply("failed", problem="no chat completion")),
+        ({"error": {"message": "x"}}, Reply("failed", problem="no chat completion")),
+        ({"choices": [{"message": None}]}, Reply("failed", problem="no chat completion")),
+        ([], Reply("failed", problem="no chat completion")),
+        ("<html>Welcome</html>", Reply("failed", problem="no chat completion")),
+        ('{"choices": [', Reply("failed", problem="no chat completion")),
     ],
 )
 def test_an_answer_is_read_whatever_it_holds(ask, body, reply):
@@ -84,31 +92,62 @@ def test_a_lone_surrogate_arrives(ask):
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503, 529])
-def test_what_passes_is_tried_again_and_then_left(ask, teacher, status):
-    reply = ask(reply={"status": status, "body": {}, "headers": {"retry-after-ms": "10"}})
-    assert reply == Reply(problem=f"HTTP {status}", answered=False, usage=Usage())
-    assert len(teacher.log()) == 3
+def test_what_passes_is_sent_once_and_may_be_again(ask, teacher, status):
+    reply = ask(reply={"status": status, "body": {}})
+    assert reply == Reply("failed", problem=f"HTTP {status}", retry=True, usage=Usage())
+    assert len(teacher.log()) == 1
 
 
-def test_the_time_that_the_endpoint_asks_for_is_waited(ask, teacher):
-    config = EndpointConfig(model="teacher", base_url=teacher.url, retries=5)
-    ask(settings=config, fates={"busy": 1})
-    times = [entry["at"] for entry in teacher.log()]
-    assert len(times) == 6
-    # Five times 0.05 s; of its own accord the client waits 11 s at least.
-    assert 0.25 <= times[-1] - times[0] < 8
+@pytest.mark.parametrize(
+    ("headers", "after"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"Retry-After": "0.05"}, 0.05),
+        ({"Retry-After": "-3"}, 0.0),
+        ({"Retry-After": "9", "retry-after-ms": "250"}, 0.25),
+        ({"Retry-After": "1e999"}, math.inf),
+        ({"Retry-After": "Sun, 06 Nov 1994 08:49:37 GMT"}, 0.0),
+        ({"Retry-After": "soon"}, None),
+        ({"Retry-After": "nan"}, None),
+        ({"Retry-After": "Sun, 06 Nov 1994 08:49:37"}, None),
+        ({}, None),
+    ],
+)
+def test_the_time_that_the_endpoint_asks_for_is_read(ask, headers, after):
+    assert ask(reply={"status": 429, "body": {}, "headers": headers}).after == after
 
 
-@pytest.mark.parametrize(("fate", "problem"), [("cut", "no connection: "), ("late", "time-out")])
-def test_what_may_have_been_billed_has_no_usage(ask, fate, problem):
+def test_a_moment_that_the_endpoint_asks_for_is_seconds_from_now(ask):
+    moment = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    reply = ask(reply={"status": 503, "body": {}, "headers": {"Retry-After": moment}})
+    assert 50 < reply.after <= 60
+
+
+@pytest.mark.parametrize(
+    ("fate", "problem"), [("cut", "cut off by the network"), ("late", "time-out")]
+)
+def test_what_was_billed_and_did_not_arrive_has_no_usage(ask, teacher, fate, problem):
     reply = ask(fates={fate: 1})
-    assert reply.problem.startswith(problem)
-    assert dataclasses.replace(reply, problem=None) == Reply(answered=False)
+    assert reply.problem.partition(":")[0] == problem
+    assert dataclasses.replace(reply, problem=None) == Reply("failed", retry=True)
+    assert [len(entry["tokens"]) for entry in teacher.log()] == [2]
 
 
-def test_an_endpoint_that_is_not_there_is_said_to_be(ask, teacher):
-    config = EndpointConfig(model="x", base_url="http://127.0.0.1:9/v1", retries=0)
-    assert ask(settings=config).problem.startswith("no connection: ")
+@pytest.mark.parametrize(
+    ("url", "proxy"),
+    [
+        ("http://127.0.0.1:9/v1", None),
+        ("http://nowhere.invalid/v1", None),
+        ("http://127.0.0.1:9/v1", "http://127.0.0.1:9"),
+    ],
+)
+def test_what_was_never_sent_costs_nothing(ask, monkeypatch, url, proxy):
+    if proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        monkeypatch.setenv("NO_PROXY", "")
+    reply = ask(settings=EndpointConfig(model="x", base_url=url))
+    assert reply.problem.startswith("not reached: ")
+    assert dataclasses.replace(reply, problem=None) == Reply("failed", retry=True, usage=Usage())
 
 
 def error(message="Said the server.", **more):
@@ -116,30 +155,46 @@ def error(message="Said the server.", **more):
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "fatal"),
+    ("status", "body", "advice"),
     [
-        (401, error(), r"refuses the key \(HTTP 401\); correct OPENAI_API_KEY"),
-        (
-            403,
-            error(),
-            r"may not use 'teacher' \(HTTP 403: .*Said the server.*; choose another --m",
-        ),
-        (404, error(code="model_not_found"), r"no model 'teacher' there \(HTTP 404, model_not_fou"),
-        (404, "<html>", r"correct --model or --base-url, then start again$"),
+        (401, error(), r"refuses the key; correct OPENAI_API_KEY"),
+        (403, error(), r"may not use 'teacher'; choose another --model or OPENAI_API_KEY"),
+        (403, error("Blocked by a policy: safety, moderation"), r"may not use 'teacher'"),
+        (404, error(code="model_not_found"), r"no model 'teacher' there; correct --model"),
+        (404, "<html>", r"correct --model or --base-url"),
+        (404, error("No moderation here"), r"correct --model or --base-url"),
         (402, error(), "no credit is left at the endpoint"),
         (429, error(code="insufficient_quota"), "no credit is left at the endpoint"),
-        (400, error(param="temperature"), r"refuses the request \(HTTP 400: .*Said the server"),
-        (400, error("line 1\nline 2"), "line 1 line 2"),
-        (413, error(), "refuses the request"),
-        (422, {"detail": [{"loc": ["model"]}]}, "refuses the request"),
+        (400, error(param="temperature"), "refuses the request; change the setting it names"),
+        (400, error(param="max_completion_tokens"), "change the setting it names"),
+        (422, error("Unsafe: safety", param="model"), "change the setting it names"),
+        (405, error(), "refuses the request; correct --base-url"),
     ],
 )
-def test_what_holds_for_all_requests_is_fatal(ask, teacher, status, body, fatal):
-    reply = ask(reply={"status": status, "body": body, "headers": {"retry-after-ms": "1"}})
-    assert (reply.answered, reply.lasting, reply.usage) == (False, False, Usage())
-    assert re.search(fatal, reply.fatal)
-    assert "\n" not in reply.fatal
-    assert len(teacher.log()) == (3 if status == 429 else 1)
+def test_what_holds_for_all_requests_is_fatal(ask, teacher, status, body, advice):
+    reply = ask(reply={"status": status, "body": body})
+    assert (reply.outcome, reply.retry, reply.usage) == ("fatal", False, Usage())
+    assert re.search(advice, reply.advice)
+    assert reply.problem.startswith(f"HTTP {status}")
+    assert "\n" not in reply.problem
+    assert len(teacher.log()) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "problem"),
+    [
+        (400, error("line 1\nline 2", param="messages"), "^HTTP 400: line 1 line 2$"),
+        (400, error(code="invalid_image"), r"^HTTP 400, invalid_image: Said the server\.$"),
+        (413, "<html>", "^HTTP 413: <html>$"),
+        (413, "", "^HTTP 413$"),
+        (422, {"detail": [{"loc": ["messages"]}]}, "^HTTP 422: .*loc"),
+    ],
+)
+def test_what_may_lie_in_this_fact_alone_is_refused(ask, status, body, problem):
+    reply = ask(reply={"status": status, "body": body})
+    assert dataclasses.replace(reply, problem=None) == Reply("refused", usage=Usage())
+    assert re.search(problem, reply.problem)
+    assert "\n" not in reply.problem
 
 
 @pytest.mark.parametrize(
@@ -149,14 +204,13 @@ def test_what_holds_for_all_requests_is_fatal(ask, teacher, status, body, fatal)
         (400, error(code="content_policy_violation")),
         (400, error("Rejected by our safety system", type="invalid_request_error")),
         (400, error(code="data_inspection_failed")),
-        (403, error("Your input was flagged by moderation")),
+        (403, error(code="moderation_blocked")),
         (422, error(code="ResponsibleAIPolicyViolation")),
     ],
 )
-def test_what_a_content_filter_refuses_is_for_this_fact_alone(ask, status, body):
+def test_what_a_content_filter_refuses_is_told_apart(ask, status, body):
     reply = ask(reply={"status": status, "body": body})
-    assert (reply.answered, reply.lasting, reply.fatal) == (False, True, None)
-    assert reply.usage == Usage()
+    assert dataclasses.replace(reply, problem=None) == Reply("filtered", usage=Usage())
     assert reply.problem.startswith(f"HTTP {status}")
 
 
@@ -166,7 +220,8 @@ def test_a_model_that_wants_the_other_name_for_the_limit_gets_it(ask, teacher):
     limits = [entry["limits"] for entry in teacher.log()]
     assert limits == [["max_tokens"], ["max_completion_tokens"], ["max_completion_tokens"]]
     reply = ask(refuse="temperature")
-    assert "Unsupported parameter: temperature" in reply.fatal
+    assert reply.outcome == "fatal"
+    assert "Unsupported parameter: temperature" in reply.problem
 
 
 def test_the_key_shows_in_nothing_that_comes_back(ask, teacher):

@@ -1,5 +1,7 @@
 """The journal holds every answer, whatever moment its writer died at."""
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -12,17 +14,19 @@ from hypothesis import strategies as st
 
 from morer1_jax.run.budget import Size, Usage
 from morer1_jax.run.config import ConfigError
-from morer1_jax.run.journal import Answered, Journal, Sent, read_journal
+from morer1_jax.run.journal import Answered, Began, Journal, Sent, read_journal
 from morer1_jax.task.fact import DataError
 
 IDENTITY = {"model": "teacher", "temperature": 1.0, "images": {"max_pixels": 100, "margin": 0.1}}
 SIZE = Size(text=10, pixels=20, tiles=2, answer=30)
 ENTRIES = (
+    Began(1),
     Sent(1, "train:7", SIZE),
     Sent(2, "train:8", SIZE),
     Answered(2, "train:8", "kept", None, Usage(5, 6), "Schöne\n\u2028 \ud800 \x00 text"),
     Sent(3, "train:7", SIZE),
     Answered(1, "train:7", "rejected", "format", None, "no"),
+    Began(2),
     Sent(4, "train:9", SIZE),
     Answered(4, "train:9", "refused", "HTTP 400", Usage()),
     Answered(3, "train:7", "unanswered", "time-out"),
@@ -43,11 +47,11 @@ def test_a_journal_gives_back_what_was_added(tmp_path):
         assert journal.entries == list(ENTRIES)
         assert journal.repaired is None
         journal.add(Sent(5, "train:1", SIZE))
-    assert len(read_journal(path, IDENTITY)) == 9
+    assert len(read_journal(path, IDENTITY)) == 11
     # The header, and one JSON object a line.
     lines = [json.loads(line) for line in path.read_bytes().decode("ascii").splitlines()]
     assert lines[0] == {"journal": IDENTITY}
-    assert len(lines) == 10
+    assert len(lines) == 12
 
 
 def test_there_is_nothing_in_a_journal_that_is_not_there(tmp_path):
@@ -102,7 +106,7 @@ def test_an_answer_is_on_the_disk_when_it_counts(tmp_path, monkeypatch):
     with Journal(tmp_path / "journal.jsonl", IDENTITY) as journal:
         real = os.fsync
         monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
-        for entry in ENTRIES[:3]:
+        for entry in ENTRIES[:4]:
             journal.add(entry)
         monkeypatch.setattr(os, "fsync", real)
         assert synced == [journal.path.stat().st_size]
@@ -129,33 +133,36 @@ def drop(name):
         (1, lambda line: line[1:]),
         (1, lambda line: "[]"),
         (1, lambda line: '{"journal": 3}'),
-        (1, lambda line: json.dumps(ENTRIES[0].line())),
-        (2, lambda line: line[:-1]),
-        (2, lambda line: ""),
-        (2, lambda line: "\0" * 20),
-        (2, lambda line: "[" * 100_000),
-        (2, lambda line: "7"),
-        (2, put(sent=2)),
-        (2, put(sent=True)),
-        (2, put(fact=3)),
-        (2, put(pixels=0)),
-        (2, put(tiles=2.0)),
-        (2, drop("answer")),
-        (4, put(answered=3)),  # Not sent yet.
-        (4, put(answered=1)),  # Another's.
-        (4, put(answered="2")),
-        (4, put(fact="train:1")),
-        (4, put(outcome="lost")),
-        (4, put(outcome=["kept"])),
-        (4, put(reason="format")),
-        (4, put(text=None)),
-        (4, put(text=5)),
-        (4, put(prompt_tokens=None)),
-        (4, put(prompt_tokens=-1)),
-        (4, put(prompt_tokens="5")),
-        (4, drop("text")),
-        (6, put(reason=None)),
-        (9, put(answered=2, fact="train:8")),  # Answered before.
+        (1, lambda line: json.dumps(ENTRIES[1].line())),
+        (3, lambda line: line[:-1]),
+        (3, lambda line: ""),
+        (3, lambda line: "\0" * 20),
+        (3, lambda line: "[" * 100_000),
+        (3, lambda line: "7"),
+        (3, put(sent=2)),
+        (3, put(sent=True)),
+        (3, put(fact=3)),
+        (3, put(pixels=0)),
+        (3, put(tiles=2.0)),
+        (3, drop("answer")),
+        (5, put(answered=3)),  # Not sent yet.
+        (5, put(answered=1)),  # Another's.
+        (5, put(answered="2")),
+        (5, put(fact="train:1")),
+        (5, put(outcome="lost")),
+        (5, put(outcome=["kept"])),
+        (5, put(reason="format")),
+        (5, put(text=None)),
+        (5, put(text=5)),
+        (5, put(prompt_tokens=None)),
+        (5, put(prompt_tokens=-1)),
+        (5, put(prompt_tokens="5")),
+        (5, drop("text")),
+        (7, put(reason=None)),
+        (11, put(answered=2, fact="train:8")),  # Answered before.
+        (2, put(run=2)),
+        (2, put(run="1")),
+        (8, lambda line: '{"run": 1}'),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, number, change):
@@ -197,22 +204,49 @@ def test_two_do_not_write_one_journal(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="--out that can be written"):
+    with pytest.raises(DataError, match="--out on a local disk that can be written"):
         Journal(tmp_path / "file" / "journal.jsonl", IDENTITY)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "journal.jsonl"
+    with pytest.raises(DataError, match=r"journal\.jsonl: .*No locks available; .* local disk"):
+        Journal(path, IDENTITY)
+
+
+@pytest.mark.parametrize("broken", ["fsync", "ftruncate"])
+def test_a_disk_that_fails_is_one_line(tmp_path, monkeypatch, broken):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Journal(tmp_path / "journal.jsonl", IDENTITY) as journal, monkeypatch.context() as patch:
+        for entry in ENTRIES[:3]:
+            journal.add(entry)
+        size = journal.path.stat().st_size
+        patch.setattr(os, broken, fail)
+        if broken == "ftruncate":
+            patch.setattr(os, "write", fail)
+        with pytest.raises(DataError, match=r"journal\.jsonl: .*Input/output error; make room"):
+            journal.add(ENTRIES[3])
+        assert journal.path.stat().st_size == size
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):
     path = tmp_path / "journal.jsonl"
     with Journal(path, IDENTITY) as journal:
-        journal.add(ENTRIES[0])
+        journal.add(ENTRIES[1])
         size = path.stat().st_size
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, limits[1]))
         try:
             with pytest.raises(DataError, match=r"journal\.jsonl: .*; make room and start again"):
-                journal.add(ENTRIES[1])
+                journal.add(ENTRIES[2])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.stat().st_size == size
-        journal.add(ENTRIES[1])
-    assert read_journal(path, IDENTITY) == list(ENTRIES[:2])
+        journal.add(ENTRIES[2])
+    assert read_journal(path, IDENTITY) == list(ENTRIES[1:3])

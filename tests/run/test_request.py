@@ -75,5 +75,5 @@ def test_the_size_counts_bytes_pixels_and_tiles():
 def test_a_photo_that_is_gone_is_named(data):
     folder, facts, ontology = data
     fact = dataclasses.replace(facts[0], image="gone.jpg")
-    with pytest.raises(DataError, match=r"gone\.jpg: photo of train:1 cannot be read"):
+    with pytest.raises(DataError, match=r"gone\.jpg \(fact train:1\): cannot be read"):
         build_request(fact, ontology, ImageReader(folder, ImageConfig()))

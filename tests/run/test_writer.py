@@ -1,43 +1,24 @@
 """The writer, in this process, against a server that does as each test says."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
-import signal
 import sys
-import threading
-import time
 from collections import Counter
 
+import fsspec
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
 from morer1_jax.data.images import ImageConfig
-from morer1_jax.run.budget import Prices
 from morer1_jax.run.config import ConfigError
-from morer1_jax.run.endpoint import EndpointConfig, EndpointError
-from morer1_jax.run.writer import Writer, WriterConfig
+from morer1_jax.run.endpoint import EndpointError
+from morer1_jax.run.writer import Writer
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError
-
-
-@pytest.fixture
-def settings(teacher, monkeypatch):
-    """A config for a folder; fields of the config and of the endpoint's may be given."""
-    monkeypatch.setenv("OPENAI_API_KEY", teacher.key)
-
-    def make(folder, **fields):
-        names = {field.name for field in dataclasses.fields(EndpointConfig)}
-        endpoint = {"model": "teacher", "base_url": teacher.url, "retries": 2}
-        endpoint |= {name: fields.pop(name) for name in names & fields.keys()}
-        return WriterConfig(
-            data=folder,
-            endpoint=EndpointConfig(**endpoint),
-            images=ImageConfig(),
-            **({"prices": Prices(2.5, 10.0)} | fields),
-        )
-
-    return make
 
 
 def test_every_answer_is_kept_or_rejected_with_its_reason(
@@ -135,9 +116,7 @@ def test_the_budget_stops_a_run_cleanly(teacher, teachable, settings, capsys, un
     assert Writer(config).run() == 0
     shown = capsys.readouterr().out
     left = int(re.search(r"the budget cannot bear; (\d+) facts are left", shown)[1])
-    tokens = [entry["tokens"] for entry in written.paid(teacher.log())]
-    total = sum(map(sum, tokens))
-    cost = (2.5 * sum(t[0] for t in tokens) + 10 * sum(t[1] for t in tokens)) / 1e6
+    total, cost = written.bill(teacher.log(), config.prices)
     share = {"dollars": cost, "tokens": total}[unit] / budget
     assert 0.9 < share <= 1  # It is used, too: what is left would not do for one more.
     kept, aside = written.outputs(folder)
@@ -148,6 +127,34 @@ def test_the_budget_stops_a_run_cleanly(teacher, teachable, settings, capsys, un
     assert len(teacher.log()) == asked
     assert Writer(dataclasses.replace(config, **{f"budget_{unit}": None})).run() == 0
     assert sum(map(len, written.outputs(folder))) == 100
+
+
+def test_the_budget_holds_against_the_bill_for_what_never_arrived(
+    teacher, teachable, settings, capsys, written
+):
+    folder, facts = teachable(80)
+    teacher.set(facts, fates={"good": 12, "cut": 3, "late": 1, "busy": 2})
+    config = settings(
+        folder,
+        count=80,
+        in_flight=12,
+        retries=4,
+        timeout=0.2,
+        max_tokens=200,
+        budget_dollars=0.25,
+    )
+    # A first answer tells what requests cost, without which few can be in flight.
+    assert Writer(dataclasses.replace(config, count=1, budget_dollars=None)).run() == 0
+    assert Writer(config).run() == 0
+    assert "which the budget cannot bear" in capsys.readouterr().out
+    log = teacher.log()
+    _, bill = written.bill(log, config.prices)
+    assert 0.5 * 0.25 < bill <= 0.25
+    # Each try has its line, and each that was billed and did not arrive is of unknown cost.
+    assert len(log) == sum("sent" in line for line in written.journal(folder))
+    silent = Counter(entry["fact"] for entry in log if entry["fate"] in ("cut", "late"))
+    assert silent.total() > 5
+    assert silent == Counter(line["fact"] for line in written.lost(folder))
 
 
 def test_a_budget_that_bears_no_request_sends_none(teacher, teachable, settings, capsys):
@@ -170,82 +177,49 @@ def test_an_answer_without_usage_is_counted_at_its_most(
     assert "requests of unknown cost: 2, at most $0.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_cleanly(teacher, teachable, settings, capsys, number, written):
-    folder, facts = teachable(40)
-    teacher.set(facts, fates={"good": 1, "slow": 1})
-
-    def interrupt():
-        while len(written.answers(folder)) < 8:
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert Writer(settings(folder, count=40, in_flight=4)).run() == 128 + number
-    thread.join()
-    kept, _ = written.outputs(folder)
-    assert 8 <= len(kept) == len(written.answers(folder)) < 40
-    assert len(written.lost(folder)) <= 4
-    shown = capsys.readouterr().out
-    assert f"stopped by {number.name}; start again to go on" in shown
-    assert re.search(rf"^total +{len(kept)} +0 +{40 - len(kept)}$", shown, re.MULTILINE)
-    assert Writer(settings(folder, count=40)).run() == 0
-    assert written.outputs(folder)[0].items() > kept.items()
-    assert len(written.paid(teacher.log())) <= 40 + 4
-
-
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [(401, "correct OPENAI_API_KEY"), (404, "correct --model or --base-url"), (400, "it names")],
-)
-def test_what_holds_for_all_requests_ends_the_run(
-    teacher, teachable, settings, status, message, written
+def test_a_full_disk_is_one_line_and_hides_no_other_error(
+    teacher, teachable, settings, monkeypatch, capsys, written
 ):
-    folder, facts = teachable(30)
-    teacher.set(facts, reply={"status": status, "body": {"error": {"message": teacher.key}}})
-    config = settings(folder, count=30, in_flight=4, budget_dollars=1.2)
-    with pytest.raises(EndpointError, match=message) as error:
-        Writer(config).run()
-    assert teacher.key not in str(error.value)
-    assert len(teacher.log()) <= 4
-    assert (
-        written.lost(folder) == []
-    )  # An error is not billed, also of those sent at the same time.
-    assert written.outputs(folder) == ({}, {})
+    folder, facts = teachable(6)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     teacher.set(facts)
-    assert Writer(config).run() == 0
-    assert len(written.outputs(folder)[0]) == 30
-
-
-def test_an_endpoint_that_is_down_ends_the_run_and_costs_no_fact(
-    teacher, teachable, settings, written
-):
-    folder, facts = teachable(30)
-    teacher.set(facts, reply={"status": 503, "body": {}})
-    config = settings(folder, count=30, in_flight=4, retries=0)
-    with pytest.raises(EndpointError, match=r"10 requests in a row .* \(last: HTTP 503\)"):
-        Writer(config).run()
-    assert 10 <= len(teacher.log()) <= 14
+    with monkeypatch.context() as patch:
+        patch.setattr(more, "write_reasoning", full)
+        with pytest.raises(DataError, match=r"data: .*No space left on device; make room"):
+            Writer(settings(folder, count=4)).run()
+        teacher.set(facts, reply={"status": 404, "body": {}})
+        with pytest.raises(EndpointError, match="no model 'teacher' there"):
+            Writer(settings(folder, count=6)).run()
+        assert "error: " in capsys.readouterr().err
     teacher.set(facts)
-    assert Writer(config).run() == 0
-    assert len(written.outputs(folder)[0]) == 30
+    assert Writer(settings(folder, count=6)).run() == 0
+    assert len(teacher.log()) == 2
+    assert len(written.outputs(folder)[0]) == 6
 
 
-def test_a_fact_that_is_never_answered_is_set_aside_until_the_next_run(
-    teacher, teachable, settings, capsys, written
-):
-    folder, facts = teachable(12)
-    teacher.set(facts, lasting={"": 3, "broken": 1})
-    assert Writer(settings(folder, count=12, retries=1)).run() == 0
-    kept, aside = written.outputs(folder)
-    assert len(kept) + len(aside) == 12
-    assert {tuple(line["reasons"]) for line in aside.values()} == {("HTTP 500",)}
-    assert f"{len(aside)} facts were not answered; start again" in capsys.readouterr().out
+def test_data_in_a_bucket_needs_a_local_out(teacher, teachable, settings, monkeypatch, written):
+    folder, facts = teachable(4)
     teacher.set(facts)
-    assert Writer(settings(folder, count=12)).run() == 0
-    assert {entry["fact"] for entry in teacher.log()} == aside.keys()
-    assert len(written.outputs(folder)[0]) == 12
+    bucket = MemoryFileSystem()
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(fsspec, "filesystem", lambda *args, **options: bucket)
+    monkeypatch.setattr(
+        bucket, "_strip_protocol", lambda path: "/" + path.removeprefix("az://").strip("/")
+    )
+    for path in folder.rglob("*.*"):
+        bucket.pipe_file(f"az://team/more/{path.relative_to(folder)}", path.read_bytes())
+    there, out = epath.Path("az://team/more"), folder.parent / "out"
+    assert Writer(settings(there, count=4, out=out)).run() == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("journal.jsonl", "reasoning.jsonl", "set_aside.jsonl")
+    ]
+    assert len(out.joinpath("reasoning.jsonl").read_text().splitlines()) == 4
+    for where in (None, epath.Path("gs://team/out")):
+        with pytest.raises(ConfigError, match=r"--out: .* local disk expected, which the journal"):
+            settings(there, count=4, out=where)
 
 
 def test_a_torn_line_is_cut_by_name(teacher, teachable, settings, capsys, written):
@@ -255,7 +229,7 @@ def test_a_torn_line_is_cut_by_name(teacher, teachable, settings, capsys, writte
     path = folder / "journal.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     Writer(settings(folder, count=3)).run()
-    assert f"{path}:7: torn when a run was killed; cut off" in capsys.readouterr().out
+    assert f"{path}:8: torn when a run was killed; cut off" in capsys.readouterr().out
     assert len(teacher.log()) == 4
     assert len(written.outputs(folder)[0]) == 3
 

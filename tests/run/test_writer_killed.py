@@ -1,5 +1,6 @@
 """The command against a server of ill will, killed three times: nothing is lost or paid twice."""
 
+import dataclasses
 import os
 import random
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from morer1_jax.run.budget import Prices
+from morer1_jax.run.budget import Ledger, Prices, Size, Usage
 
 TOOL = Path(__file__).parents[2] / "tools" / "write_reasoning.py"
 # A third of the requests meets with something that is not a good answer.
@@ -24,6 +25,7 @@ FATES = {
 }
 LASTING = {"": 90, "other": 4, "leak": 2, "blocked": 3, "broken": 1}
 TIMEOUT = 300.0
+PRICES = Prices(2.5, 10)
 
 
 def command(folder, teacher, *flags):
@@ -54,6 +56,24 @@ def kill_after(process, folder, count, written):
     assert process.wait() == -signal.SIGKILL, f"ended before it was killed at {count} answers"
 
 
+def unanswered(journal):
+    """The requests of which nothing is known, for a run was killed meanwhile."""
+    known = {line.get("answered") for line in journal}
+    return [line for line in journal if "sent" in line and line["sent"] not in known]
+
+
+def ledger(journal):
+    """Dollars that a journal knows to be spent, and the most that the other requests cost."""
+    kept = Ledger(PRICES)
+    for line in journal:
+        if "sent" in line:
+            size = {field.name: line[field.name] for field in dataclasses.fields(Size)}
+            kept.send(line["sent"], Size(**size))
+        elif line.get("prompt_tokens") is not None:
+            kept.settle(line["answered"], Usage(line["prompt_tokens"], line["answer_tokens"]))
+    return PRICES.dollars(kept.spent), PRICES.dollars(kept.reserved())
+
+
 def check_killed(teacher, teachable, written, count, in_flight):
     """Three kills, a budget that ends a run, and a run without one."""
     folder, facts = teachable(count)
@@ -67,17 +87,15 @@ def check_killed(teacher, teachable, written, count, in_flight):
     for share, run in ((0.12, flags), (0.25, limited), (0.38, limited)):
         moment = int(share * count) + rng.randint(0, 3)
         kill_after(command(folder, teacher, *run), folder, moment, written)
-    after_kills = len(written.lost(folder))
+    after_kills = len(unanswered(written.journal(folder)))
     assert 3 <= after_kills <= 3 * in_flight + 2
     assert command(folder, teacher, *limited).wait(TIMEOUT) == 0
     said = folder.with_name("log.txt").read_text()
     left = int(re.search(r"the budget cannot bear; ([\d,]+) facts are left", said)[1])
     assert 0 < left < count
-    prices = Prices(2.5, 10)
-    log = teacher.log()
-    billed = [sum(entry["tokens"][k] for entry in written.paid(log)) for k in (0, 1)]
-    spent = (billed[0] * prices.prompt + billed[1] * prices.answer) / 1e6
-    assert 0.4 * dollars < spent <= dollars
+    _, bill = written.bill(teacher.log(), PRICES)
+    spent, unknown = ledger(written.journal(folder))
+    assert 0.4 * dollars < bill <= spent + unknown <= dollars
     assert command(folder, teacher, *flags).wait(TIMEOUT) == 0
 
     kept, aside = written.outputs(folder)
@@ -87,7 +105,10 @@ def check_killed(teacher, teachable, written, count, in_flight):
     entries, log = written.answers(folder), teacher.log()
     ends = Counter(line["fact"] for line in entries if line["outcome"] in ("kept", "refused"))
     assert max(ends.values()) == 1
-    # Each answer that was billed is in the journal once, but those on their way at a kill.
+    _, whole = written.bill(log, PRICES)
+    assert ledger(written.journal(folder))[0] <= whole <= sum(ledger(written.journal(folder)))
+    # Each answer that was billed is in the journal once, but those on their way at a kill, and
+    # those that were sent and did not arrive: each of these has a line that says so.
     known = Counter((line["fact"], line["text"]) for line in entries if line["text"] is not None)
     known += Counter((line["fact"], None) for line in entries if line["reason"] == "refusal")
     billed = Counter(
@@ -97,11 +118,16 @@ def check_killed(teacher, teachable, written, count, in_flight):
         for entry in written.paid(log)
     )
     assert not known - billed
-    open_, unknown = Counter(line["fact"] for line in written.lost(folder)), Counter()
-    for (fact, _), number in (billed - known).items():
-        unknown[fact] += number
-    assert not unknown - open_
-    assert unknown.total() <= 3 * in_flight
+    paid_for_nothing = billed - known
+    silent = Counter(entry["fact"] for entry in log if entry.get("fate") in ("cut", "late"))
+    lost = Counter()
+    for (fact, _), number in paid_for_nothing.items():
+        lost[fact] += number
+    assert silent.total() > 0
+    assert not lost - Counter(line["fact"] for line in written.lost(folder))
+    at_kills = Counter(line["fact"] for line in unanswered(written.journal(folder)))
+    twice = lost - silent - at_kills
+    assert not twice
     # No fact was asked for after it was kept, nor more often than three times.
     done = set()
     for line in written.journal(folder):
@@ -109,22 +135,25 @@ def check_killed(teacher, teachable, written, count, in_flight):
         done |= {line["fact"]} if line.get("outcome") in ("kept", "refused") else set()
     rejected = Counter(line["fact"] for line in entries if line["outcome"] == "rejected")
     assert max(rejected.values()) == 3
-    final = "HTTP 400, content_filter|HTTP 500|no connection|time-out"
+    final = "HTTP 400, content_filter|HTTP 500"
     for fact, line in aside.items():
         assert line["attempts"] == rejected[fact]
         assert re.match(final, line["reasons"][-1]) or len(line["reasons"]) == rejected[fact] == 3
-    reasons = {line["reason"] for line in entries}
+    last = Counter(line["reasons"][-1].partition(":")[0] for line in aside.values())
     return folder, {
         "facts": count,
         "kept": len(kept),
-        "set aside": len(aside),
-        "requests billed": len(written.paid(log)),
-        "answers in the journal": len(entries),
-        "requests on their way at three kills": after_kills,
-        "answers billed and lost": unknown.total(),
+        "set aside, by last reason": dict(last),
+        "requests": sum("sent" in line for line in written.journal(folder)),
+        "billed by the server": len(written.paid(log)),
+        "billed and cut off or late": silent.total(),
+        "on their way at three kills": after_kills,
+        "paid for twice, but these": twice.total(),
         "budget": round(dollars, 4),
-        "spent when it ended the run": round(spent, 4),
-        "reasons": sorted(filter(None, reasons)),
+        "when it ended the run: spent, of unknown cost at most, server's bill": [
+            round(x, 4) for x in (spent, unknown, bill)
+        ],
+        "at the end, the same": [round(x, 4) for x in (*ledger(written.journal(folder)), whole)],
     }
 
 

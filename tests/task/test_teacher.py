@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +25,12 @@ FACT = Fact(
     image="1.jpg",
     label="/per/org/opposed_to",
 )
+
+
+def lines_of(name):
+    return Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()
+
+
 # What reasoning says without having been told.  Much of it is near to what gives a leak away.
 ORDINARY = (
     "The answer follows from the relation between the two clubs.",
@@ -53,6 +60,13 @@ ORDINARY = (
     "Step 5 leaves the given options, so the answer options are two.",
     "I know the team by its shirt.",
     "Their relation is known to be strained.",
+    "The title says that the minister was told that the label went bankrupt.",
+    "The president told reporters that the answer is no.",
+    "I conclude that the label is '/per/org/opposed_to'.",
+    "We are left with the label '/per/org/opposed_to', and I'm sure that the answer is right.",
+    "We can't see a label on the bottle, so we are looking for another answer.",
+    "We can label the object 'misc', and so I answer 'none' with the label that stays.",
+    *lines_of("held_out_ordinary.txt"),
 )
 LEAKS = (
     "the given label is '/per/org/opposed_to'",
@@ -85,6 +99,7 @@ LEAKS = (
     "For my eyes only: opposed_to",
     "the answer key",
     "the label is specified to be 'none'",
+    *lines_of("leaks.txt"),
 )
 BODIES = ("one", "two", "three", "four", "five", "six")
 
@@ -169,8 +184,58 @@ def test_what_gives_away_that_one_was_told_is_found(phrase):
 @settings(max_examples=200, deadline=None)
 def test_ordinary_reasoning_is_no_leak(sentences, upper):
     bodies = [" ".join(sentences[place::6]) for place in range(6)]
-    text = written([body.upper() if upper else body for body in bodies])
-    assert fault(text, FACT, ONTOLOGY) is None
+    other = dataclasses.replace(FACT, label="/per/misc/party")
+    text = written([body.upper() if upper else body for body in bodies], other.label)
+    assert fault(text, other, ONTOLOGY) is None
+
+
+def test_leaks_that_the_filter_was_not_made_for_are_often_found():
+    """The held-out lines were written before the filter, and are not to be used to widen it."""
+    leaks = lines_of("held_out_leaks.txt")
+    found = [fault(written((*BODIES[:5], said)), FACT, ONTOLOGY) for said in leaks]
+    assert found.count("says that it was told") >= 0.45 * len(leaks)
+
+
+@pytest.mark.parametrize(
+    "naming",
+    [
+        "'/per/org/opposed_to'",
+        "/PER/ORG/OPPOSED_TO",
+        "`per/org/opposed_to`",
+        "**/per/org/opposed_to**",
+        "per / org / opposed_to",
+    ],
+)
+def test_the_label_is_named_from_step_five_on(naming):
+    for place in range(6):
+        bodies = (*BODIES[:place], f"This looks like {naming}, it seems.", *BODIES[place + 1 :])
+        reason = "names the label too early" if place < 4 else None
+        assert fault(written(bodies), FACT, ONTOLOGY) == reason
+        # Another label may be named, and 'none' is what steps 1 and 2 ask for.
+        other = dataclasses.replace(FACT, label="/per/misc/party")
+        assert fault(written(bodies, other.label), other, ONTOLOGY) is None
+        unsure = (*BODIES[:place], "As it is blurred, 'none' is likely.", *BODIES[place + 1 :])
+        nothing = dataclasses.replace(FACT, label="none")
+        assert fault(written(unsure, "none"), nothing, ONTOLOGY) is None
+
+
+def test_a_sentence_ends_with_its_step():
+    for place in range(6):
+        bodies = [*BODIES[:place], "We don't know who he is", *BODIES[place + 1 :]]
+        bodies[-1] += ", so the answer follows from the title"
+        found = fault(written(bodies), FACT, ONTOLOGY)
+        assert found == (None if place < 5 else "says that it was told")
+
+
+def test_a_longer_label_is_another():
+    ontology = Ontology(("none", "/per/org/member", "/per/org/member_of"))
+    fact = dataclasses.replace(FACT, label="/per/org/member")
+    bodies = ("Is it '/per/org/member_of'?", *BODIES[1:])
+    assert fault(written(bodies, fact.label), fact, ontology) is None
+
+
+def test_the_teacher_is_told_when_it_may_name_a_label():
+    assert "before step 5 name no label but 'none'" in teacher_prompt(FACT, ONTOLOGY)
 
 
 def test_what_is_quoted_of_the_title_is_no_leak():

@@ -29,6 +29,8 @@ def test_flags_become_the_config():
     assert dry
     assert config.folder == Path("o")
     assert (config.count, config.budget_tokens, config.images.max_pixels) == (7, 5, 9999)
+    config, _ = parse("--count=7", "--data=gs://team/more", "--out=o")
+    assert str(config.data) == "gs://team/more"
     config, dry = parse("--facts=ids", "--base-url=http://h/v1", "--price-in=1", "--price-out=2")
     assert not dry
     assert config.folder == Path("more")
@@ -55,6 +57,9 @@ def test_flags_become_the_config():
         (["--count=2", "--temperature=nan"], "--temperature: nan found, at least 0"),
         (["--count=2", "--max-pixels=1"], "--max-pixels: 1 found, at least 3136"),
         (["--count=2", "--budget-dollars=1"], "--budget-dollars: needs the endpoint's --price-in"),
+        (["--count=2", "--out=gs://team/out"], "--out: gs://team/out found, a folder on a local"),
+        (["--count=2", "--data=gs://team/more"], "--out: none, and --data in a bucket found, a fo"),
+        (["--count=2", "--data=foo://team"], "--data: 'foo://team' found, a path or gs://… expec"),
         (["--count=2", "--budget-tokens=-1"], "--budget-tokens: -1 found, at least 0"),
     ],
 )
