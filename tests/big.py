@@ -55,6 +55,10 @@ def bytes_of(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+def temporary_bytes(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def main(model, data, workdir):
     config = read_config(ROOT / "configs" / "qwen2_5_vl_3b_sft.py")
     config.model.path = model
@@ -89,8 +93,15 @@ def main(model, data, workdir):
         )
         sample = job.encoder.sample(facts[0], "<answer>none</answer>")
         batch = policy.put(job.encoder.sequences([[sample]]))
+        lowered = step.lower(state, frozen, batch)
+        # No pass has this name: all passes run, whatever XLA_FLAGS says.
+        every_pass = lowered.compile(compiler_options={"xla_disable_hlo_passes": "none"})
+        out["step_temporary_bytes_without_flag"] = temporary_bytes(every_pass)
+        del every_pass
+        compiled = lowered.compile()
+        out["step_temporary_bytes"] = temporary_bytes(compiled)
         began = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, frozen, batch))
+        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
         out["step_seconds"] = time.perf_counter() - began
         out["loss"], out["grad_norm"] = float(metrics["loss"]), float(metrics["grad_norm"])
         out["step_peak_bytes"] = running.most

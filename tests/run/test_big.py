@@ -76,6 +76,8 @@ def test_three_billion_parameters(qwen_tokenizer, small_world, tmp_path, capsys)
     assert size <= out["parameter_bytes"] < 1.02 * size
     assert out["load_peak_bytes"] <= 1.25 * out["parameter_bytes"]
     assert out["peak_bytes"] < 24e9
+    spared = out["step_temporary_bytes_without_flag"] - out["step_temporary_bytes"]
+    assert spared > 2 * out["parameter_bytes"] * 0.5
     assert np.isfinite(out["loss"])
     assert out["grad_norm"] > 0
     assert out["moved"] > 0
