@@ -60,9 +60,12 @@ def export(
     dtypes = dtype or student.dtypes
     with atomic_dir(folder) as partial:
         weights.copy_others(student.source, partial)
-        _write_config(partial / weights.CONFIG, student.model.config.to_hf(), dtypes)
+        special = SpecialIds.of(tokenizer := load_tokenizer(student.source))
+        # What a model of other sizes would take by default is no token of a small vocabulary.
+        ids = {"bos_token_id": None, "eos_token_id": special.end_of_turn}
+        _write_config(partial / weights.CONFIG, student.model.config.to_hf() | ids, dtypes)
         _write_processor(partial / PROCESSOR, student.images)
-        _write_generation(partial, load_tokenizer(student.source))
+        _write_generation(partial, tokenizer, special)
         _write_task(partial, student)
         weights.save_tensors(
             partial,
@@ -100,8 +103,9 @@ def _write_processor(path: Path, images: ImageConfig) -> None:
     _write(path, {**described, "size": limits})
 
 
-def _write_generation(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    special = SpecialIds.of(tokenizer)
+def _write_generation(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, special: SpecialIds
+) -> None:
     if not (folder / GENERATION).exists():
         ids = {"eos_token_id": [special.end_of_turn, special.pad], "pad_token_id": special.pad}
         _write(folder / GENERATION, {**ids, "do_sample": False})

@@ -166,6 +166,8 @@ def test_its_generation_ends_with_the_turn(whole):
     tokenizer = transformers.AutoTokenizer.from_pretrained(whole[1])
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in generation.eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == generation.pad_token_id
+    text = transformers.AutoConfig.from_pretrained(whole[1]).text_config
+    assert (text.bos_token_id, text.eos_token_id) == (None, generation.eos_token_id[0])
 
 
 def test_an_export_never_overwrites(whole):
