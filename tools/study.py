@@ -11,7 +11,8 @@ from pathlib import Path
 from morer1_jax.run.study import run_study
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    # An abbreviation would take what is meant for the run, such as a misspelt key.
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", default="configs/demo.py")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2,3,4")
