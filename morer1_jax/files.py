@@ -6,8 +6,10 @@ process leaves behind is overwritten by the next attempt and never accumulates.
 """
 
 import contextlib
+import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,34 @@ def temporary_path(path: str | os.PathLike[str]) -> Path:
     """The hidden sibling that `path` is written to before it is renamed."""
     path = Path(path)
     return path.with_name(f".{path.name}.tmp")
+
+
+def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Finds out whether `path` can be written, before the work is spent that is to go there.
+
+    It makes and changes nothing; missing parent folders are made by whoever writes.
+
+    Args:
+      folder: whether a folder is to be written; else a file.
+
+    Raises:
+      OSError: a folder is where a file is to be, or the other way round, or nothing may be written
+        there; it has `filename`, and its `strerror` says what to do.
+    """
+    path = Path(path)
+    kinds = ("a file", "a folder")
+    if path.exists() and path.is_dir() != folder:
+        problem = f"{kinds[not folder]} found, {kinds[folder]} to write expected; name another"
+        raise OSError(errno.EEXIST, problem, str(path))
+    above = path if path.is_dir() else path.parent
+    there = next(parent for parent in (above, *above.parents) if parent.exists())
+    try:
+        # Permissions do not tell: of a file system that takes no files root has all of them.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        problem = f"cannot be written: {there}: {error.strerror}; name another"
+        raise OSError(error.errno, problem, str(path)) from None
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:

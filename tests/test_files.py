@@ -1,8 +1,9 @@
 import os
+import tempfile
 
 import pytest
 
-from morer1_jax.files import atomic_dir, atomic_write
+from morer1_jax.files import atomic_dir, atomic_write, check_writable
 
 
 def test_atomic_write_makes_parents_and_replaces(tmp_path):
@@ -63,3 +64,46 @@ def test_atomic_dir_refuses_a_folder_with_content(tmp_path):
     with pytest.raises(FileExistsError, match="data exists already"), atomic_dir(tmp_path / "data"):
         pass
     assert os.listdir(tmp_path / "data") == ["mine"]
+
+
+def test_what_can_be_written_is_said_to_be_and_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "new", "folder/new", "folder/more/new"):
+        check_writable(name)
+    for name in ("folder", "new", "folder/more/new"):
+        check_writable(name, folder=True)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "problem"),
+    [
+        ("folder", False, "a folder found, a file to write expected; name another"),
+        ("file", True, "a file found, a folder to write expected; name another"),
+        ("file/new", False, "cannot be written: {}/file: Not a directory; name another"),
+        ("file/new/deep", True, "cannot be written: {}/file: Not a directory; name another"),
+    ],
+)
+def test_what_is_in_the_way_is_named(tmp_path, name, folder, problem):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="name another") as error:
+        check_writable(tmp_path / name, folder=folder)
+    assert error.value.filename == str(tmp_path / name)
+    assert error.value.strerror == problem.format(tmp_path)
+
+
+def test_a_folder_that_takes_no_file_is_named(tmp_path, monkeypatch):
+    def full(dir):
+        raise OSError(30, "Read-only file system", f"{dir}/tmp0")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match="Read-only") as error:
+        check_writable(tmp_path / "a" / "b", folder=True)
+    assert error.value.filename == str(tmp_path / "a" / "b")
+    assert error.value.strerror == (
+        f"cannot be written: {tmp_path}: Read-only file system; name another"
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from morer1_jax.files import atomic_write
+from morer1_jax.files import atomic_write, check_writable
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.settings import settings
 
@@ -26,6 +26,8 @@ _JSON = flags.DEFINE_string("json", None, "A file to write the figures to, as JS
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    if _JSON.value is not None:
+        check_writable(_JSON.value)
     try:
         from morer1_jax.run.bench_data import run_bench
     except ImportError as error:

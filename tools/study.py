@@ -6,17 +6,33 @@ python tools/study.py --config=configs/demo.py --folder=runs/study --seeds=0,1,2
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from morer1_jax.files import check_writable
+from morer1_jax.run.config import ArgumentParser, run_main
 from morer1_jax.run.study import run_study
 
-if __name__ == "__main__":
-    # An abbreviation would take what is meant for the run, such as a misspelt key.
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} found, whole numbers such as 0,1,2 expected"
+        ) from None
+
+
+def main(_: list[str]) -> None:
+    """The command line's entry."""
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--config", default="configs/demo.py")
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seeds", default="0,1,2,3,4")
-    arguments, overrides = parser.parse_known_args()
-    run_study(
-        arguments.config, arguments.folder, [int(s) for s in arguments.seeds.split(",")], overrides
-    )
+    parser.add_argument("--seeds", type=_seeds, default="0,1,2,3,4")
+    arguments, overrides = parser.parse_known_args(sys.argv[1:])
+    check_writable(arguments.folder, folder=True)
+    run_study(arguments.config, arguments.folder, arguments.seeds, overrides)
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[:1], interrupted="interrupted; the same command goes on where it was")

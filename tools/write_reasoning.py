@@ -16,24 +16,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NoReturn
 
 # Nothing is computed here, and an accelerator may be another process's.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from absl import logging
 from etils import epath
 
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.run.budget import Prices
-from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.config import ArgumentParser, run_main
 from morer1_jax.run.endpoint import EndpointConfig
 from morer1_jax.run.writer import Writer, WriterConfig
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help shows the flags")
 
 
 def _path(text: str) -> epath.Path:
@@ -45,11 +38,7 @@ def _path(text: str) -> epath.Path:
 
 def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
     """The config, and whether to ask nothing."""
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(__doc__)
     add, images = parser.add_argument, ImageConfig()
     add("--data", type=_path, required=True, help="a folder in MORE's released form")
     add("--out", type=_path, help="where to write, on a local disk; by default --data")
@@ -102,7 +91,6 @@ def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
 
 
 def main(_: list[str]) -> int:
-    logging.set_verbosity(logging.WARNING)  # The client reports every request.
     config, dry = parse(sys.argv[1:])
     writer = Writer(config)
     return writer.dry_run() if dry else writer.run()

@@ -1,5 +1,6 @@
 """A run's configuration: what may change on resume, what is allowed, and the command line."""
 
+import argparse
 import difflib
 import importlib.util
 import json
@@ -10,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
@@ -230,22 +231,61 @@ def read_config(path: str | os.PathLike[str]) -> ConfigDict:
     return module.get_config()
 
 
-def run_main(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> None:
+def run_main(
+    main: Callable[[list[str]], Any],
+    argv: Sequence[str] | None = None,
+    *,
+    interrupted: str = "interrupted",
+) -> None:
     """Parses the absl flags, runs `main` and exits, telling the user's errors from the program's.
 
-    `ConfigError`, `DataError` and whatever is wrong with the flags (an unknown `--config.` key, a
-    value of the wrong type, a missing config file) become one line on stderr and exit code 2.
-    Everything else keeps its traceback, errors inside a config file included.
+    `ConfigError`, `DataError`, an error of the system about a file, and whatever is wrong with the
+    flags (an unknown `--config.` key, a value of the wrong type, a missing config file) become one
+    line on stderr and exit code 2. So does Ctrl-C, with exit code 130. Everything else keeps its
+    traceback, errors inside a config file included. Libraries' logs are shown from warnings on,
+    unless `--verbosity` says otherwise.
 
     Args:
       main: gets what is left of the command line after the flags: the program's name alone.
       argv: the command line; by default `sys.argv`.
+      interrupted: what is said after Ctrl-C.
     """
+
+    def quiet_main(rest: list[str]) -> Any:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax reports every file it touches
+        return main(rest)
+
     try:
-        app.run(main, list(sys.argv if argv is None else argv), flags_parser=_parse_flags)
+        app.run(quiet_main, list(sys.argv if argv is None else argv), flags_parser=_parse_flags)
     except (ConfigError, DataError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2, f"error: {one_line(error)}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _exit(2, f"error: {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        _exit(130, interrupted)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An `argparse` parser whose errors `run_main` knows. It takes no abbreviation for a flag."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(f"{message}; --help shows the flags")
+
+
+def _exit(code: int, line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -254,6 +294,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         path = source.split(":", 1)[0]
         if not os.path.isfile(path):
             raise ConfigError(f"--{name}={path}: no such file; give the path of a config file")
+        if not path.endswith(".py"):
+            raise ConfigError(f"--{name}={path}: a Python file such as configs/demo.py expected")
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from morer1_jax.files import atomic_dir, atomic_write
+from morer1_jax.run.config import ConfigError
 from morer1_jax.run.evaluate import read_scores
 
 MAIN_STAGES = "synthesise,sft,rate,grpo,control,baselines,evaluate"
@@ -42,7 +43,7 @@ def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequen
       overrides: further `--config.key=value` arguments for every run.
 
     Raises:
-      subprocess.CalledProcessError: a run failed; its own message is on stderr.
+      ConfigError: a run failed; its own message is on stderr.
     """
     for seed in seeds:
         main, plain = folder / f"seed{seed}", folder / f"seed{seed}-no-mixing"
@@ -63,7 +64,11 @@ def _train(config: str, workdir: Path, stages: str, given: Sequence[str]) -> Non
     command = [sys.executable, "-m", "morer1_jax.train", f"--config={config}"]
     command += [f"--workdir={workdir}", f"--config.stages={stages}", *given]
     print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command, check=False).returncode:
+        raise ConfigError(
+            f"{workdir}: this run ended with exit code {code}, as said above; put that right and "
+            "start again, what is done stays"
+        )
 
 
 def collect(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:

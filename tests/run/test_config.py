@@ -5,9 +5,18 @@ import sys
 import textwrap
 
 import pytest
+from absl import logging
 from ml_collections import ConfigDict
 
-from morer1_jax.run.config import ConfigError, Rule, check_config, flatten, identity, load
+from morer1_jax.run.config import (
+    ConfigError,
+    Rule,
+    check_config,
+    flatten,
+    identity,
+    load,
+    run_main,
+)
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -201,6 +210,7 @@ def test_a_value_outside_the_choices_is_named():
 def command(tmp_path):
     (tmp_path / "main.py").write_text(textwrap.dedent(MAIN))
     (tmp_path / "demo.py").write_text(CONFIG)
+    (tmp_path / "run.json").write_text('{"seed": null}')
     (tmp_path / "value.py").write_text("def get_config():\n    return int('x')\n")
     (tmp_path / "name.py").write_text("def get_config():\n    return nowhere\n")
 
@@ -240,6 +250,7 @@ def test_the_command_line_overrides_the_config(command):
         (["--config=demo.py", "stray"], "unexpected argument 'stray'"),
         (["--config=none.py"], "--config=none.py: no such file"),
         (["--config=none.py", "--config.seed=3"], "--config=none.py: no such file"),
+        (["--config=run.json"], "--config=run.json: a Python file such as configs/demo.py exp"),
         (["--config.seed=3"], "config.seed"),
         ([], "--config"),
         (["--config=demo.py", "--workdir=config"], "config.learn.lr: too high"),
@@ -268,3 +279,38 @@ def test_errors_of_the_program_keep_their_traceback(command, args, message):
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; start again"),
+        (FileNotFoundError(2, "No such file", "here/x"), 2, "error: here/x: No such file"),
+    ],
+)
+def test_what_is_no_ones_bug_is_one_line(capsys, error, code, line):
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit) as done:
+        run_main(main, ["command"], interrupted="stopped; start again")
+    assert done.value.code == code
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_an_error_of_the_system_about_no_file_keeps_its_traceback():
+    def main(_):
+        raise OSError("a bug")
+
+    with pytest.raises(OSError, match="a bug"):
+        run_main(main, ["command"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "level"), [([], logging.WARNING), (["--verbosity=0"], logging.INFO)]
+)
+def test_libraries_are_heard_from_warnings_on_unless_the_user_says_otherwise(argv, level):
+    seen = []
+    with pytest.raises(SystemExit):
+        run_main(lambda _: seen.append(logging.get_verbosity()), ["command", *argv])
+    assert seen == [level]

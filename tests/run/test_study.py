@@ -61,7 +61,6 @@ def test_runs_are_started_in_order_and_share_what_does_not_depend_on_mixing(tmp_
     commands = []
 
     def fake_run(command, check):
-        assert check
         commands.append(command)
         workdir = next(arg for arg in command if arg.startswith("--workdir=")).partition("=")[2]
         for name in ("data", "tokenizer", "sft", "rate"):
@@ -71,6 +70,7 @@ def test_runs_are_started_in_order_and_share_what_does_not_depend_on_mixing(tmp_
                 (path / "from").write_text(workdir)
         for name in SCORES:
             _write(tmp_path / workdir / "eval", name, 1.0)
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", fake_run)
     study.run_study("some.py", tmp_path / "study", [3], ["--config.grpo.steps=2"])
