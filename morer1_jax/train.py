@@ -8,24 +8,29 @@ that was killed goes on from its last checkpoint. Any other key is set the same 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from morer1_jax.files import check_writable
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.config import FILE as CONFIG_FILE
 from morer1_jax.run.config import ConfigError, identity, load, run_main
 from morer1_jax.run.control import run_control
 from morer1_jax.run.evaluate import evaluate, read_scores
 from morer1_jax.run.grpo import run_grpo
 from morer1_jax.run.job import Job
-from morer1_jax.run.rate import run_rate
+from morer1_jax.run.rate import check_given, run_rate
 from morer1_jax.run.report import write_report
 from morer1_jax.run.settings import settings
 from morer1_jax.run.sft import run_sft
@@ -65,11 +70,6 @@ def first_params(job: Job) -> Any:
       ConfigError: there is no such thing.
     """
     if job.settings.rate.begin == "sft":
-        if not (job.workdir / "sft" / MARKER).exists():
-            raise ConfigError(
-                f"{job.workdir}: stage sft is not done; run it first, or begin with an SFT model's "
-                "folder: --config.model.path=… --config.rate.begin=checkpoint"
-            )
         return best_params(job, "sft")
     if job.checkpoint is None:
         raise ConfigError("config.rate.begin: 'checkpoint' found, but config.model.path names none")
@@ -98,15 +98,16 @@ def train(config: Any, workdir: Path) -> None:
     """Runs the config's stages in a workdir.
 
     Raises:
-      ConfigError, DataError: what the user can put right, in one line.
+      ConfigError, DataError, OSError: what the user can put right, in one line. What is found
+        before the first step leaves a new workdir as it was, so that another config may follow.
     """
     if (processes := jax.process_count()) > 1:
         raise ConfigError(
             f"{processes} processes found, one expected: several hosts are not supported yet"
         )
     job = Job(settings(config), workdir)
+    check_writable(workdir, folder=True)
     job.checkpoint  # noqa: B018  (looked at before anything is written)
-    load(config, workdir, write=jax.process_index() == 0)
 
     def stage_of(name: str) -> Stage:
         return Stage(workdir, name, identity(config, _DEPENDS[name]))
@@ -122,31 +123,99 @@ def train(config: Any, workdir: Path) -> None:
         ),
         "evaluate": lambda: run_evaluate(job),
     }
-    checked = False
-    for name in job.settings.stages.split(","):
-        stage = stage_of(name)
-        if name != "evaluate" and stage.done():
+
+    def to_run(name: str) -> bool:
+        return name == "evaluate" or not stage_of(name).done()
+
+    def run(name: str) -> None:
+        if not to_run(name):
             print(f"stage {name}: done before")
-            continue
-        if name != "synthesise" and not checked:
-            job.check()
-            checked = True
+            return
         print(f"stage {name}", flush=True)
         before = time.perf_counter()
         runners[name]()
         seconds = time.perf_counter() - before
-        stage.finish({"seconds": round(seconds, 1)})
+        stage_of(name).finish({"seconds": round(seconds, 1)})
         print(f"stage {name}: {seconds:.0f} s", flush=True)
+
+    names = job.settings.stages.split(",")
+    first = list(itertools.takewhile(lambda name: name == "synthesise", names))
+    rest = names[len(first) :]
+    with _start(workdir):
+        load(config, workdir, write=jax.process_index() == 0)
+        _check_order(job, lambda name: stage_of(name).done())
+        for name in first:
+            run(name)
+        if any(map(to_run, rest)):
+            if "rate" in filter(to_run, rest):
+                check_given(job)
+            job.check()
+    for name in rest:
+        run(name)
+
+
+@contextlib.contextmanager
+def _start(workdir: Path) -> Iterator[None]:
+    """If the block fails in a workdir that was not bound to a config before, what was made is gone.
+
+    Otherwise the command could not be corrected: the workdir would belong to the one that failed.
+    """
+    bound = (workdir / CONFIG_FILE).exists()
+    made, before = not workdir.exists(), set(workdir.glob("*"))
+    try:
+        yield
+    except BaseException:
+        if not bound:
+            for path in set(workdir.glob("*")) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if made and workdir.exists():
+                workdir.rmdir()
+        raise
+
+
+def _check_order(job: Job, done: Callable[[str], bool]) -> None:
+    """Finds out whether what each stage works with is there, or made by a stage before it.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    names = job.settings.stages.split(",")
+    for place, name in enumerate(names):
+        needed = [] if name == "synthesise" or done(name) else _needed(job, name)
+        missing = [n for n in needed if n not in names[:place] and not done(n)]
+        if not missing:
+            continue
+        ways = f"--config.stages={','.join([*missing, name])} runs them in order"
+        if "synthesise" in missing:
+            ways += "; for data of your own, --config.data.folder=…"
+        if "sft" in missing:
+            ways += (
+                "; to begin with an SFT model's folder, --config.model.path=… "
+                "--config.rate.begin=checkpoint"
+            )
+        raise ConfigError(
+            f"config.stages: {name} found, which goes on from {' and '.join(missing)}, not done in "
+            f"{job.workdir}; {ways}"
+        )
+
+
+def _needed(job: Job, name: str) -> list[str]:
+    """The stages whose output a stage takes."""
+    config = job.settings
+    data = [] if config.data.folder or job.data.exists() else ["synthesise"]
+    sft = ["sft"] if config.rate.begin == "sft" or name == "control" else []
+    grpo = ["grpo"] if config.control.steps is None else []
+    stages = {"rate": sft, "grpo": [*sft, "rate"], "control": [*sft, "rate", *grpo]}
+    return data + stages.get(name, [])
 
 
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
-    logging.set_verbosity(logging.WARNING)  # orbax reports every file it touches
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    run_main(main)
+    run_main(main, interrupted="interrupted; the same command goes on from the last checkpoint")

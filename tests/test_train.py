@@ -61,17 +61,14 @@ def put_line(data, number, **changes):
 
 
 def check_refused(config, workdir, error, *parts):
-    """The run ends in one line that holds `parts`, and leaves nothing half-done."""
+    """The run ends in one line that holds `parts`, and leaves nothing."""
     with pytest.raises(error) as raised:
         train(config, workdir)
     message = str(raised.value)
     assert "\n" not in message
     for part in parts:
         assert part in message, message
-    left = {path.relative_to(workdir).parts[0] for path in workdir.rglob("*")}
-    assert left <= {"config.json", "tokenizer", "synthesise"}
-    for path in workdir.rglob("*"):
-        assert not path.name.endswith((".tmp", ".part"))
+    assert not workdir.exists()
 
 
 def test_good_data_is_not_refused(config, workdir):
@@ -171,6 +168,93 @@ def test_an_unknown_key_is_named_and_makes_no_workdir(config, workdir):
     assert not workdir.exists()
 
 
+def absent_reasoning(config, tmp_path):
+    config.data.reasoning = str(tmp_path / "absent.jsonl")
+    return "absent.jsonl: no such file"
+
+
+def absent_reasoning_of_the_synthetic_world(config, tmp_path):
+    config.data.folder = None
+    return absent_reasoning(config, tmp_path)
+
+
+def absent_data(config, tmp_path):
+    config.data.folder = str(tmp_path / "absent")
+    return "rel2id.json"
+
+
+def absent_ratings(config, tmp_path):
+    config.stages = "synthesise,sft,rate"
+    config.rate.file = str(tmp_path / "absent.jsonl")
+    return "absent.jsonl: no such file; expected ratings"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        absent_reasoning,
+        absent_reasoning_of_the_synthetic_world,
+        absent_data,
+        absent_ratings,
+    ],
+)
+def test_a_command_may_be_corrected_after_a_start_that_failed(
+    config, workdir, tmp_path, monkeypatch, spoil
+):
+    monkeypatch.setattr("morer1_jax.train.run_sft", lambda job: None)
+    good = config.copy_and_resolve_references()
+    workdir.mkdir()
+    (workdir / "notes").write_text("mine")
+    with pytest.raises((ConfigError, DataError), match=spoil(config, tmp_path)):
+        train(config, workdir)
+    assert [path.name for path in workdir.iterdir()] == ["notes"]
+    train(good, workdir)
+    kept = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    assert {"config.json", "data.json", "sft"} <= {path.name for path in kept}
+    # Now it is a run's, and what fails takes nothing away.
+    good.stages = "sft,rate"
+    monkeypatch.setattr(Job, "check", lambda job: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(good, workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}.keys() == kept.keys()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("stages", "folder", "changes", "named"),
+    [
+        ("sft", False, {}, ["sft found, which goes on from synthesise,", "stages=synthesise,sft "]),
+        ("sft,synthesise", False, {}, ["sft found, which goes on from synthesise,"]),
+        ("evaluate", False, {}, ["evaluate found, which goes on from synthesise,", "data.folder"]),
+        ("grpo", False, {}, ["synthesise and sft and rate,", "=synthesise,sft,rate,grpo runs"]),
+        ("synthesise,rate", False, {}, ["rate found, which goes on from sft,", "model.path=…"]),
+        ("grpo", True, {}, ["grpo found, which goes on from sft and rate,"]),
+        ("grpo", True, {"rate.begin": "checkpoint"}, ["which goes on from rate,"]),
+        ("sft,rate,control", True, {}, ["control found, which goes on from grpo,"]),
+        ("sft,control", True, {"control.steps": 3}, ["control found, which goes on from rate,"]),
+    ],
+)
+def test_a_stage_before_what_it_goes_on_from_is_named(
+    config, workdir, stages, folder, changes, named
+):
+    config.stages = stages
+    config.update_from_flattened_dict(changes)
+    if not folder:
+        config.data.folder = None
+    check_refused(config, workdir, ConfigError, f"not done in {workdir}; ", *named)
+
+
+def test_a_workdir_that_is_a_file_is_named(config, workdir):
+    workdir.write_text("mine")
+    with pytest.raises(OSError, match="a file found, a folder to write expected") as error:
+        train(config, workdir)
+    assert error.value.filename == str(workdir)
+    assert workdir.read_text() == "mine"
+
+
 def test_a_workdir_of_another_run_is_left_as_it_was(config, workdir):
     config.stages = "synthesise"
     train(config, workdir)
@@ -226,13 +310,25 @@ def rating(fact, pool):
     return json.dumps({"fact": fact, "pass_rate": 0.5, "pool": pool})
 
 
-@pytest.mark.parametrize(("there", "empty"), [("easy", "hard"), ("hard", "easy")])
-def test_an_empty_pool_is_named_before_a_rollout(config, workdir, there, empty):
+@pytest.mark.parametrize(
+    ("there", "empty", "mixing", "way"),
+    [
+        ("easy", "hard", True, "raise rate.easy_from = 0.5, "),
+        ("hard", "easy", True, "lower rate.easy_from = 0.5, .*sft.steps.*grpo.mixing=False"),
+        ("dropped", "training", False, "rate.never=hard"),
+    ],
+)
+def test_an_empty_pool_is_named_with_the_ways_out_before_a_rollout(
+    config, workdir, there, empty, mixing, way
+):
     config.grpo.mix.update(start=0.5, end=0.0)
+    config.grpo.mixing = mixing
     job = Job(settings(config), workdir)
     rate_as(workdir, *(rating(fact.id, there) for fact in job.facts["train"]))
-    with pytest.raises(DataError, match=f"the pool of {empty} facts is empty") as error:
+    with pytest.raises(DataError, match=f"the pool of {empty} facts is empty.*{way}") as error:
         run_grpo(job, None)
+    assert f"48 {there}" in str(error.value)
+    assert "with a new --workdir" in str(error.value)
     assert "\n" not in str(error.value)
     assert [p.name for p in workdir.iterdir()] == ["rate"]
 

@@ -20,6 +20,18 @@ from morer1_jax.task.fact import DataError
 _STREAM = 0x504F4F4C
 
 
+class EmptyPoolError(DataError):
+    """A pool that facts are drawn from has none.
+
+    Attributes:
+      pool: its name.
+    """
+
+    def __init__(self, pool: str) -> None:
+        super().__init__(f"the pool of {pool} facts is empty; expected at least one")
+        self.pool = pool
+
+
 class Pool:
     """An endless sequence over some facts: epoch after epoch, each in a new order.
 
@@ -30,15 +42,12 @@ class Pool:
       seed: numbers that name this pool's shuffles.
 
     Raises:
-      DataError: there are no items.
+      EmptyPoolError: there are no items.
     """
 
     def __init__(self, name: str, items: Sequence[int], seed: Sequence[int]) -> None:
         if not len(items):
-            raise DataError(
-                f"the pool of {name} facts is empty; expected at least one: check the data, or the "
-                "rating and its thresholds"
-            )
+            raise EmptyPoolError(name)
         self.name = name
         self.items = np.asarray(items)
         self._seed = (_STREAM, *seed)
@@ -107,7 +116,7 @@ class Mixer:
       batch: facts a batch.
 
     Raises:
-      DataError: a pool the schedule draws from within `steps` is empty.
+      EmptyPoolError: a pool the schedule draws from within `steps` is empty.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.data.batch import PromptBatch
-from morer1_jax.data.curriculum import Mixer, Pool
+from morer1_jax.data.curriculum import EmptyPoolError, Mixer, Pool
 from morer1_jax.data.feed import Draw, PromptFeed
 from morer1_jax.learn.grpo import GroupBatch, make_grpo_update, token_weights
 from morer1_jax.learn.parts import Params
@@ -28,6 +28,15 @@ from morer1_jax.run.mesh import fetch, shardings_of, this_host
 from morer1_jax.run.rate import FILE, POOLS, read_ratings
 from morer1_jax.run.sft import loop_config
 from morer1_jax.task.fact import DataError
+
+# What to change where no fact was rated so. All of it is the run's identity.
+_WAYS = {
+    "easy": "lower rate.easy_from = {easy_from:g}, train SFT longer (sft.steps), draw hard facts "
+    "alone (grpo.mix.start=0, grpo.mix.end=0), or do not mix (grpo.mixing=False)",
+    "hard": "raise rate.easy_from = {easy_from:g}, keep facts never solved (rate.never=hard), draw "
+    "easy facts alone (grpo.mix.start=1, grpo.mix.end=1), or do not mix (grpo.mixing=False)",
+    "training": "keep facts never solved (rate.never=hard)",
+}
 
 
 class Programs:
@@ -183,10 +192,19 @@ def _pools(job: Job) -> dict[str, list[int]]:
 def _schedule(job: Job, pools: dict[str, list[int]]) -> Draw:
     """The facts of each step."""
     grpo, seed = job.settings.grpo, job.settings.seed
-    if grpo.mixing:
-        return Mixer(pools["easy"], pools["hard"], grpo.mix, grpo.prompts, grpo.steps, seed).batch
-    everything = Pool("training", sorted(pools["easy"] + pools["hard"]), (seed, 2))
-    return functools.partial(everything.batch, size=grpo.prompts)
+    easy, hard = pools["easy"], pools["hard"]
+    try:
+        if grpo.mixing:
+            return Mixer(easy, hard, grpo.mix, grpo.prompts, grpo.steps, seed).batch
+        return functools.partial(
+            Pool("training", sorted(easy + hard), (seed, 2)).batch, size=grpo.prompts
+        )
+    except EmptyPoolError as error:
+        ways = _WAYS[error.pool].format(easy_from=job.settings.rate.easy_from)
+        raise DataError(
+            f"{error} (rated {len(easy)} easy, {len(hard)} hard, {len(pools['dropped'])} dropped); "
+            f"with a new --workdir, {ways}"
+        ) from None
 
 
 def _records(job: Job, indices: np.ndarray, scored: Scored) -> Iterator[dict[str, Any]]:

@@ -65,6 +65,17 @@ def run_rate(job: Job, params: Any) -> dict[str, int]:
     return rate(asker, params, job.facts["train"], config, out)
 
 
+def check_given(job: Job) -> None:
+    """Finds out whether the ratings that the config names, if any, are those of its facts.
+
+    Raises:
+      DataError: they are not.
+    """
+    config = job.settings.rate
+    if config.file is not None:
+        _given(Path(config.file), job.facts["train"], config)
+
+
 def rate(
     asker: Asker,
     params: Any,
@@ -137,8 +148,11 @@ def read_ratings(path: Path) -> list[Rating]:
     """
     try:
         lines = path.read_bytes().splitlines()
-    except OSError:
-        raise DataError(f"{path}: no ratings; run the stage `rate` first") from None
+    except OSError as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DataError(
+            f"{path}: {found}; expected ratings, from the stage `rate` or tools/rate_difficulty.py"
+        ) from None
     if not lines:
         raise DataError(f"{path}: empty, expected a rating a line")
     ratings, seen = [], set()

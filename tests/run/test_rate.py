@@ -79,9 +79,11 @@ def test_bytes_that_are_no_text_are_a_malformed_line(tmp_path):
         read_ratings(path)
 
 
-def test_a_missing_file_says_which_stage_to_run(tmp_path):
-    with pytest.raises(DataError, match=r"ratings\.jsonl: no ratings; run the stage `rate` first"):
+def test_a_missing_file_says_where_ratings_are_from(tmp_path):
+    with pytest.raises(DataError, match=r"ratings\.jsonl: no such file; .* the stage `rate` or to"):
         read_ratings(tmp_path / "ratings.jsonl")
+    with pytest.raises(DataError, match=r": Is a directory; expected ratings"):
+        read_ratings(tmp_path)
 
 
 def test_histogram_counts_facts_by_pass_rate():
