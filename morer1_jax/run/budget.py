@@ -122,7 +122,11 @@ class Ledger:
 
     def fits(self, size: Size) -> bool:
         """Whether the budget holds though this request, and all unsettled, cost their most."""
-        total = self.spent + self.reserved() + self.most(size)
+        return self.bears(self.most(size))
+
+    def bears(self, usage: Usage) -> bool:
+        """Whether the budget holds though this is spent, and all unsettled cost their most."""
+        total = self.spent + self.reserved() + usage
         return (
             total.total <= self._limit_tokens and self.prices.dollars(total) <= self._limit_dollars
         )

@@ -119,7 +119,7 @@ class Dispatch:
             return None
         if self._last and not self._answered:
             raise EndpointError(
-                f"no request was answered (last: {self._last}); correct the endpoint's settings, "
+                f"no request was answered (last: {self._last}); correct --base-url or --model, "
                 "or start again later"
             )
         return self._size(self._ready[0][1]) if self._ready else None

@@ -166,6 +166,9 @@ class Endpoint:
 
     def _reply(self, answer: Any) -> Reply:
         """Reads an answer; the client leaves its fields unchecked."""
+        if isinstance(answer, str):  # The client's way with what is not JSON.
+            advice = "a text such as a web page; correct --base-url"
+            return Reply("failed", problem=f"no chat completion: {advice}")
         try:
             choice = answer.choices[0]
             text, refusal = choice.message.content, getattr(choice.message, "refusal", None)

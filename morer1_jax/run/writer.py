@@ -82,13 +82,14 @@ class WriterConfig:
             ("temperature", self.endpoint.temperature, 0),
             ("price-in", self.prices.prompt, 0),
             ("price-out", self.prices.answer, 0),
-            ("budget-dollars", self.budget_dollars, 0),
-            ("budget-tokens", self.budget_tokens, 0),
+            ("budget-tokens", self.budget_tokens, 1),
         ):
             if value is not None and not value >= least:
                 raise ConfigError(f"--{name}: {value} found, at least {least} expected")
         if not self.endpoint.timeout > 0:
             raise ConfigError(f"--timeout: {self.endpoint.timeout} found, seconds above 0 expected")
+        if self.budget_dollars is not None and not self.budget_dollars > 0:
+            raise ConfigError(f"--budget-dollars: {self.budget_dollars} found, above 0 expected")
         if self.budget_dollars is not None and not (self.prices.prompt and self.prices.answer):
             raise ConfigError("--budget-dollars: needs the endpoint's --price-in and --price-out")
         if "://" in os.fspath(self.data if self.out is None else self.out):
@@ -339,9 +340,16 @@ class Writer:
             source = "images counted as GPT-4o does"
         once = Usage(each.prompt * count, each.answer * count)
         worst = Usage(each.prompt * count * times, most * count * times)
+        first, short = requests[0].size(most), ""
+        if not ledger.fits(first):
+            dear = money(ledger.prices, ledger.most(first))
+            short = f"\nthe budget cannot bear the first request, which may cost {dear}; raise it"
+        elif not ledger.bears(once):
+            short = "\nthe budget ends before each is asked once; raise it, or ask for fewer"
         return (
             f"{count:,} facts to ask for of {len(self.chosen):,}; a request about {each.prompt:,} "
             f"tokens in and {each.answer:,} out ({source})\n"
             f"about {money(ledger.prices, once)} if each is asked once; "
             f"{money(ledger.prices, worst)} if each is asked {times} times for {most:,} tokens"
+            f"{short}"
         )

@@ -67,12 +67,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, body, headers=(), whole=True):
         data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        lines = [
-            f"HTTP/1.1 {status} Whatever",
-            "Content-Type: application/json",
-            f"Content-Length: {len(data)}",
-            *(f"{name}: {value}" for name, value in dict(headers).items()),
-        ]
+        said = {"Content-Type": "application/json", "Content-Length": len(data), **dict(headers)}
+        lines = [f"HTTP/1.1 {status} Whatever", *(f"{name}: {said[name]}" for name in said)]
         data = data if whole else data[: len(data) // 2]
         self.wfile.write("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
         if not whole:

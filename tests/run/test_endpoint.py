@@ -87,6 +87,14 @@ def test_an_answer_is_read_whatever_it_holds(ask, body, reply):
     assert ask(reply={"status": 200, "body": body}) == reply
 
 
+def test_a_web_page_points_to_the_url(ask):
+    page = {"status": 200, "body": "<html>Hi</html>", "headers": {"Content-Type": "text/html"}}
+    reply = ask(reply=page)
+    assert (reply.outcome, reply.retry) == ("failed", False)
+    assert reply.problem.startswith("no chat completion: ")
+    assert "correct --base-url" in reply.problem
+
+
 def test_a_lone_surrogate_arrives(ask):
     assert ask(reply={"status": 200, "body": json.dumps(completion("a\ud800"))}).text == "a\ud800"
 

@@ -263,6 +263,24 @@ def test_a_dry_run_asks_and_writes_nothing(teacher, teachable, settings, monkeyp
     assert teacher.log() == []
 
 
+@pytest.mark.parametrize(
+    ("count", "budget", "told"),
+    [
+        (1, 0.2, "the budget cannot bear the first request, which may cost $0.26"),
+        (60, 0.3, "the budget ends before each is asked once; raise it, or ask for fewer"),
+        (1, 0.3, None),
+    ],
+)
+def test_a_dry_run_says_what_the_budget_cannot_bear(
+    teachable, settings, capsys, count, budget, told
+):
+    folder, _ = teachable(60)
+    assert Writer(settings(folder, count=count, budget_dollars=budget)).dry_run() == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the budget")]
+    assert len(shown) == (told is not None)
+    assert not shown or shown[0].startswith(told)
+
+
 def test_a_dry_run_goes_by_what_was_asked(teacher, teachable, settings, capsys):
     folder, facts = teachable(9)
     teacher.set(facts)

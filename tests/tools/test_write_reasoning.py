@@ -60,7 +60,9 @@ def test_flags_become_the_config():
         (["--count=2", "--out=gs://team/out"], "--out: gs://team/out found, a folder on a local"),
         (["--count=2", "--data=gs://team/more"], "--out: none, and --data in a bucket found, a fo"),
         (["--count=2", "--data=foo://team"], "--data: 'foo://team' found, a path or gs://… expec"),
-        (["--count=2", "--budget-tokens=-1"], "--budget-tokens: -1 found, at least 0"),
+        (["--count=2", "--budget-tokens=-1"], "--budget-tokens: -1 found, at least 1"),
+        (["--count=2", "--budget-tokens=0"], "--budget-tokens: 0 found, at least 1 expected"),
+        (["--count=2", "--budget-dollars=0"], "--budget-dollars: 0.0 found, above 0 expected"),
     ],
 )
 def test_bad_flags_are_named_in_one_line(flags, message):
