@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from morer1_jax.task.fact import DataError, Fact, one_line
 from morer1_jax.task.more import check_reasoning
@@ -27,16 +29,18 @@ def read_reasoning_dataset(
       Fact id to text, in the rows' order.
 
     Raises:
-      DataError: the `datasets` library is not installed, the source cannot be loaded or is empty,
-        or, naming the row counted from 0, see `check_reasoning`.
+      DataError: there is no such file, the `datasets` library is not installed, the source cannot
+        be loaded or is empty, or, naming the row counted from 0, see `check_reasoning`.
     """
+    builder = next((name for suffix, name in _BUILDERS if re.search(suffix, source)), None)
+    if builder and "://" not in source and not (Path(source).exists() or glob.glob(source)):
+        raise DataError(f"{source}: no such file; expected rows of fact and text")
     try:
         import datasets
     except ImportError:
         raise DataError(
             f"{source}: to read it takes the datasets library; pip install 'morer1-jax[datasets]'"
         ) from None
-    builder = next((name for suffix, name in _BUILDERS if re.search(suffix, source)), None)
     try:
         if builder is None:
             rows = datasets.load_dataset(source, split=split)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# What to do where a bucket's client is not installed.
+GET_CLIENT = "pip install 'morer1-jax[gcs]'"
+
 
 class DataError(ValueError):
     """Bad data.  The message is one line: where it was found, what it is, what was expected."""

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from morer1_jax.task.answer import Special, read
-from morer1_jax.task.fact import DataError, Fact, one_line
+from morer1_jax.task.fact import GET_CLIENT, DataError, Fact, one_line
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
 from morer1_jax.task.photo import open_photo
 from morer1_jax.task.prompt import SPECIAL_TOKEN
@@ -358,7 +358,9 @@ def _read_lines(path: epath.PathLike) -> list[str]:
     """Lines of a UTF-8 file, split at newlines only: a title may hold U+2028 and the like."""
     try:
         text = epath.Path(path).read_bytes().decode("utf-8")
-    except (OSError, ImportError) as e:  # A bucket's client may not be installed.
+    except ImportError as e:
+        raise DataError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
+    except OSError as e:
         raise DataError(f"{path}: {one_line(e)}; expected a text file") from e
     except UnicodeDecodeError as e:
         number = e.object.count(b"\n", 0, e.start) + 1

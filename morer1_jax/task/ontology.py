@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from morer1_jax.task.fact import DataError, one_line
+from morer1_jax.task.fact import GET_CLIENT, DataError, one_line
 
 NONE = "none"
 ENTITY_TYPES = ("per", "org", "loc", "misc")
@@ -80,7 +80,9 @@ def read_ontology_file(path: Path) -> Ontology:
     """
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
-    except (OSError, ImportError, ValueError, RecursionError) as e:
+    except ImportError as e:  # A bucket's client is not installed.
+        raise DataError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
+    except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"{path}: {one_line(e)}; expected a JSON object, label to id") from e
     if not isinstance(pairs, _Pairs):
         raise DataError(f"{path}: {type(pairs).__name__}, expected a JSON object, label to id")

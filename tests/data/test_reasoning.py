@@ -119,7 +119,6 @@ def test_bad_sources_are_named(world, tmp_path):
         (str(tmp_path / "empty.jsonl"), "train", "is empty"),
         (str(tmp_path / "none.json"), "train", "no data"),
         (str(tmp_path / "no.parquet"), "train", "Parquet magic bytes not found"),
-        (str(tmp_path / "absent.jsonl"), "train", "Unable to find"),
         (str(tmp_path / "absent"), "train", "Couldn't find"),
         (good, "valid", 'Unknown split "valid"'),
         ("team/absent", "train", "Couldn't reach 'team/absent' on the Hub"),
@@ -130,7 +129,9 @@ def test_bad_sources_are_named(world, tmp_path):
         assert "expected rows of fact and text" in found
 
 
-def test_without_the_library_it_is_named(world, monkeypatch):
+def test_a_file_that_is_not_there_is_named_before_a_library_that_is_not(
+    world, tmp_path, monkeypatch
+):
     real = builtins.__import__
 
     def without(name, *args, **options):
@@ -139,4 +140,9 @@ def test_without_the_library_it_is_named(world, monkeypatch):
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install 'morer1-jax[datasets]'" in error_of("r.jsonl", *world[:2])
+    assert "pip install 'morer1-jax[datasets]'" in error_of(
+        write(tmp_path / "r.jsonl", []), *world[:2]
+    )
+    for source in (str(tmp_path / "absent.jsonl"), str(tmp_path / "*.parquet")):
+        assert error_of(source, *world[:2]).startswith(f"{source}: no such file; expected rows of")
+    assert "[datasets]" in error_of(str(tmp_path / "*.jsonl"), *world[:2])

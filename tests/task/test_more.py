@@ -356,6 +356,19 @@ def test_bad_reasoning_is_named_in_one_line(tmp_path, line, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_bucket_without_its_client_says_what_to_install(monkeypatch):
+    def no_client(*args, **kwargs):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "filesystem", no_client)
+    with pytest.raises(DataError, match=r"rel2id\.json: Install s3fs.*; pip install 'morer1-jax\["):
+        read_ontology("s3://here")
+    with pytest.raises(
+        DataError, match=r"train\.txt: Install s3fs.*; pip install 'morer1-jax\[gcs"
+    ):
+        read_split("s3://here", "train", ONTOLOGY)
+
+
 def test_digests_tell_changed_files_from_others(folder):
     before = digests(folder)
     assert set(before) == {"rel2id.json", "txt/train.txt"}
