@@ -41,6 +41,9 @@ _CUTS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# A tokenizer's folder has one of these.
+_FILES = ("tokenizer.json", "vocab.json")
+
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
@@ -128,8 +131,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Loads a tokenizer folder.
 
     Raises:
-      DataError: it cannot be read.
+      DataError: it is not there, or cannot be read.
     """
+    if not any((Path(path) / name).exists() for name in _FILES):  # transformers makes one up.
+        raise DataError(f"{path}: no tokenizer: none of {', '.join(_FILES)} found; copy it anew")
     try:
         return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:

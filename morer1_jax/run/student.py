@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Student:
     """A model with all that is known of how to ask it.
 
     Attributes:
-      params: whole, adapters among them; on the mesh.
+      load: reads the parameters; see `params`.
       images: pixel limits and crop as in training.
       completion: most tokens of an answer, as in training.
       source: the folder of its tokenizer and whatever else is published beside tensors.
@@ -61,7 +61,7 @@ class Student:
     """
 
     model: Qwen25VL
-    params: Params
+    load: Callable[[], Params]
     mesh: Mesh
     images: ImageConfig
     completion: int
@@ -70,6 +70,12 @@ class Student:
     ontology: Ontology | None
     digest: str
     checkpoint: weights.Checkpoint | None
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """Whole, adapters among them; on the mesh. Read when first used: what else is wrong with
+        the checkpoint, or with what it is asked, is found before that."""
+        return self.load()
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -128,6 +134,14 @@ def open_student(
     ontology = None if labels is None else read_ontology_file(epath.Path(labels))
     if (stage := _stage(Path(path))) is not None:
         return _trained(stage, ontology, completion)
+    folder = Path(path)
+    bucket_or_hub = "://" in path or (weights.is_hub_name(path) and not folder.exists())
+    if not bucket_or_hub and not (folder / weights.CONFIG).exists():
+        raise WeightsError(
+            f"{path}: {'no checkpoint' if folder.is_dir() else 'no such folder'}; expected a run's "
+            f"workdir, one of its stages {', '.join(_NEWEST_FIRST)}, a published folder (with a "
+            f"{weights.CONFIG}), or a name on the hub"
+        )
     return _published(path, ontology, completion)
 
 
@@ -139,7 +153,7 @@ def _stage(path: Path) -> Path | None:
         described = json.loads((path / RUN_CONFIG).read_text())
     except (OSError, ValueError):
         return None
-    if "model_type" in described or "stages" not in described:
+    if not isinstance(described, dict) or {"model_type", "stages"} & described.keys() != {"stages"}:
         return None
     for name in _NEWEST_FIRST:
         if Checkpointer(path / name / "checkpoints").best() is not None:
@@ -149,15 +163,19 @@ def _stage(path: Path) -> Path | None:
 
 def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> Student:
     workdir = stage.parent
-    config = json.loads((workdir / RUN_CONFIG).read_text())
+    config = _read(workdir / RUN_CONFIG)
     # It was trained on devices that need not be here.
     config["mesh"] = _MESH
-    job = Job(settings(config), workdir, ontology)
+    try:
+        job = Job(settings(config), workdir, ontology)
+    except ConfigError as error:
+        raise ConfigError(f"{workdir / RUN_CONFIG}: {error}") from None
+    if not (workdir / "tokenizer").is_dir():  # A run would make another one.
+        raise WeightsError(f"{workdir / 'tokenizer'}: no such folder; copy the run's workdir anew")
     checkpoints = Checkpointer(stage / "checkpoints")
-    params, _ = checkpoints.restore_best(job.like[0])
     return Student(
         model=job.policy.model,
-        params=job.whole(params),
+        load=lambda: job.whole(checkpoints.restore_best(job.like[0])[0]),
         mesh=job.policy.mesh,
         images=job.images,
         completion=completion or job.settings.data.completion_length,
@@ -178,10 +196,11 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     model = Qwen25VL(checkpoint.config, runtime)
     mesh = meshes.make_mesh(_MESH)
     abstract = abstract_params(model)
+    wanted = like(abstract, meshes.param_shardings(mesh, abstract))
     task = _read(folder / TASK)
     return Student(
         model=model,
-        params=checkpoint.load(like(abstract, meshes.param_shardings(mesh, abstract))),
+        load=lambda: checkpoint.load(wanted),
         mesh=mesh,
         images=_image_config(folder, task),
         completion=completion or task.get("completion_length", 1024),

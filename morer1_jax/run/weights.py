@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from morer1_jax.learn.parts import merged_kernel
-from morer1_jax.model.config import LoRA, ModelConfig
+from morer1_jax.model.config import ConfigError, LoRA, ModelConfig
 from morer1_jax.model.names import (
     Params,
     TensorSpec,
@@ -42,7 +42,7 @@ from morer1_jax.model.names import (
     tensor_specs,
 )
 from morer1_jax.run.log import progress
-from morer1_jax.task.fact import one_line
+from morer1_jax.task.fact import GET_CLIENT, one_line
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -76,7 +76,15 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = _find(str(path))
-        self.config = ModelConfig.from_hf(_read_json(self.folder / CONFIG))
+        described = _read_json(self.folder / CONFIG)
+        try:
+            self.config = ModelConfig.from_hf(described)
+        except ConfigError as e:
+            raise ConfigError(f"{self.folder / CONFIG}: {e}") from None
+        except (AttributeError, TypeError) as e:  # Of a value of another type than expected.
+            raise ConfigError(
+                f"{self.folder / CONFIG}: {one_line(e)}; expected Qwen2.5-VL's, copy it anew"
+            ) from e
         self.specs = tensor_specs(self.config)
         shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -259,12 +267,18 @@ def _slice(params: Params, spec: TensorSpec, lora: LoRA | None) -> np.ndarray:
     return np.asarray(jax.device_get(merged_kernel(one, lora)[0]))
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a path is a name on the hub (`owner/name`), and none of this machine, mistyped."""
+    local = Path(path)
+    return bool(_HUB_NAME.fullmatch(path)) and not (path.startswith(".") or local.parent.exists())
+
+
 def _find(path: str) -> Path:
     if "://" in path:
         folder = epath.Path(path)
     elif Path(path).is_dir():
         return Path(path)
-    elif _HUB_NAME.fullmatch(path):
+    elif is_hub_name(path):
         try:
             return Path(snapshot_download(path, allow_patterns=list(_WANTED)))
         except (OSError, ValueError) as e:
@@ -276,9 +290,11 @@ def _find(path: str) -> Path:
     try:
         there = folder.is_dir()
     except ImportError as e:
-        raise WeightsError(f"{path}: {one_line(e)}; pip install 'morer1-jax[gcs]'") from None
+        raise WeightsError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
     if not there:
-        raise WeightsError(f"{path}: no such folder; expected one with a {CONFIG}")
+        raise WeightsError(
+            f"{path}: no such folder; expected one with a {CONFIG}, or a name on the hub"
+        )
     return folder
 
 

@@ -1,6 +1,7 @@
 """What was trained, published: `transformers` loads it, and it says the same."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from morer1_jax.data.images import ImageReader
 from morer1_jax.learn.parts import ADAPTER
 from morer1_jax.learn.scorer import embed_prompts
 from morer1_jax.model.attention import PackedCausal
+from morer1_jax.model.names import WeightsError
+from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.export import export
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import settings
 from morer1_jax.run.student import LABELS, TASK, open_student
+from morer1_jax.run.weights import Checkpoint
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError
 from morer1_jax.task.prompt import student_prompt
@@ -236,7 +240,43 @@ def test_a_folder_without_labels_says_how_to_give_them(whole, tmp_path):
     student = open_student(str(folder))
     with pytest.raises(ConfigError, match=r"no rel2id\.json in it; say --labels="):
         student.policy  # noqa: B018
+    assert "params" not in vars(student)  # No tensor was read for that.
     assert open_student(str(folder), labels=whole[1] / LABELS).policy.ontology
+
+
+def test_a_tokenizer_that_is_gone_is_named_before_a_tensor_is_read(whole, tmp_path, monkeypatch):
+    def read(*_):
+        raise AssertionError("tensors were read")
+
+    monkeypatch.setattr(Checkpoint, "load", read)
+    monkeypatch.setattr(Checkpointer, "restore_best", read)
+    published = shutil.copytree(whole[1], tmp_path / "published")
+    (published / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=rf"^{published}: no tokenizer: none of tokenizer\.json, "):
+        export(open_student(str(published)), tmp_path / "out")
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(WeightsError, match=rf"^{run / 'tokenizer'}: no such folder; copy the run"):
+        open_student(str(run))
+    assert not (run / "tokenizer").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "found"),
+    [
+        ("{", "run/sft", "not a JSON object; copy it anew"),
+        ("{", "run", ".*expected a JSON object"),
+        ("3", "run", "int found, a JSON object expected"),
+        ('{"stages": "sft"}', "run/sft", r"config\.\w+: the key is missing"),
+    ],
+)
+def test_a_runs_config_that_is_none_is_named(tmp_path, text, path, found):
+    (tmp_path / "run" / "sft" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises((ConfigError, WeightsError), match=rf"run/config\.json: {found}") as error:
+        open_student(str(tmp_path / path))
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_that_trained_nothing(config, tmp_path):

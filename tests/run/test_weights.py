@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from morer1_jax.data.tokenizer import SpecialIds
 from morer1_jax.learn.state import abstract_params
-from morer1_jax.model.config import Runtime
+from morer1_jax.model.config import ConfigError, Runtime
 from morer1_jax.model.names import WeightsError
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
@@ -222,6 +222,27 @@ class TestFaults:
     def test_a_config_that_is_none(self, copy, text):
         (copy / CONFIG).write_text(text)
         self.refused(copy, r"config\.json: .*a JSON object")
+
+    @pytest.mark.parametrize(
+        ("changes", "found"),
+        [
+            ({"model_type": "llama"}, r"model_type: found 'llama', expected 'qwen2_5_vl'"),
+            ({"vision_config": None}, r"vision_config: missing"),
+            ({"vision_config": 3}, r"'int' object"),
+            (
+                {"hidden_size": "wide", "text_config": None},
+                r"; expected Qwen2\.5-VL's, copy it anew",
+            ),
+        ],
+    )
+    def test_a_config_of_something_else(self, copy, changes, found):
+        described = json.loads((copy / CONFIG).read_text())
+        text = described.get("text_config") or {}
+        (copy / CONFIG).write_text(json.dumps(text | described | changes))
+        with pytest.raises(ConfigError, match=found) as error:
+            Checkpoint(copy)
+        assert str(error.value).startswith(f"{copy / CONFIG}: ")
+        assert "\n" not in str(error.value)
 
     def test_an_index_without_a_map(self, copy):
         (copy / INDEX).write_text("{}")
