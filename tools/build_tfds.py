@@ -20,7 +20,9 @@ def main(argv: list[str]) -> None:
         from morer1_jax.data.more_tfds import build
     except ImportError as error:
         raise ConfigError(f"{error}; pip install 'morer1-jax[tfds]'") from None
-    build(_FOLDER.value, _DATA_DIR.value)
+    folders = build(_FOLDER.value, _DATA_DIR.value)
+    print(f"written: {' and '.join(folders)}")
+    print(f"to load: tfds.builder_from_directory({folders[0]!r}).as_data_source(split='train')")
 
 
 if __name__ == "__main__":

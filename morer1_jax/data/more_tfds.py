@@ -16,6 +16,9 @@ no EXIF, so leave it to `open_photo`, which is what training sees.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from morer1_jax.files import check_writable
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact, one_line
 
@@ -97,16 +101,22 @@ class MORE(tfds.core.GeneratorBasedBuilder):
             yield number, example
 
 
-def build(folder: epath.PathLike, data_dir: epath.PathLike) -> None:
+def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
     """Checks a folder in MORE's released form, its photos too, and builds the dataset from it.
 
     Args:
       folder: local or in a bucket.
       data_dir: where `more/facts` and `more/photos` are written.
 
+    Returns:
+      The folders of the two, as `tfds.builder_from_directory` takes them.
+
     Raises:
       DataError: anything is wrong with the folder, or a dataset is there already.
+      OSError: nothing can be written to `data_dir`.
     """
+    if "://" not in os.fspath(data_dir):
+        check_writable(data_dir, folder=True)
     builders = [
         MORE(data_dir=data_dir, config=name, file_format="array_record") for name in (FACTS, PHOTOS)
     ]
@@ -119,8 +129,11 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> None:
     facts = [f for split in more.SPLITS for f in more.read_split(folder, split, ontology)]
     more.check_photos(facts, folder)
     options = tfds.download.DownloadConfig(manual_dir=folder)
-    for builder in builders:
-        builder.download_and_prepare(download_config=options)
+    # TFDS says at length that it downloads, which it does not.
+    with contextlib.redirect_stdout(io.StringIO()):
+        for builder in builders:
+            builder.download_and_prepare(download_config=options)
+    return [os.fspath(builder.data_path) for builder in builders]
 
 
 def read_facts(data_dir: epath.PathLike, split: str) -> list[Fact]:
