@@ -2,7 +2,8 @@
 
     python -m morer1_jax.evaluate --checkpoint=runs/demo/sft --data=runs/demo/data --out=scores
 
-Writes `eval/<name>.json`, `eval/<name>.answers.jsonl` and `report.html` into `--out`.
+Writes `eval/<name>.json`, `eval/<name>.answers.jsonl` and `report.html` into `--out`, a folder that
+may hold the scores of several checkpoints, each under a name of its own.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
+from morer1_jax.files import check_writable
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.evaluate import read_scores, write_scores
@@ -37,9 +39,11 @@ _BATCH = flags.DEFINE_integer("batch", 64, "Facts at once.", 1)
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
-    logging.set_verbosity(logging.WARNING)
     data, out, split = epath.Path(_DATA.value), Path(_OUT.value), _SPLIT.value
-    _check_split(out, split)
+    name = _NAME.value
+    if name is None:
+        name = Path(_CHECKPOINT.value).resolve().name
+    _check_out(out, split, name)
     labels = data / LABELS
     facts = more.read_split(data, split, more.read_ontology(data))
     student = open_student(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
@@ -49,7 +53,6 @@ def main(argv: list[str]) -> None:
     asker = Asker(
         student.policy, encoder, batch=batch, group=1, temperature=0.0, guided=_GUIDED.value
     )
-    name = _NAME.value or Path(_CHECKPOINT.value).name
     answers = asker.answers(student.params, facts, f"evaluate {name}")
     write_scores(out, name, facts, answers, student.policy.ontology)
     print(metrics.format_table(read_scores(out)))
@@ -59,12 +62,19 @@ def main(argv: list[str]) -> None:
     print(f"report: {page}")
 
 
-def _check_split(out: Path, split: str) -> None:
-    """A page and its table are of one split.
+def _check_out(out: Path, split: str, name: str) -> None:
+    """A page and its table are of one split, and each name in it is of one system.
 
     Raises:
-      ConfigError: the folder has answers to another's facts.
+      ConfigError: the folder has answers to another split's facts, or scores of this name.
+      OSError: nothing can be written there.
     """
+    if not name or name != Path(name).name:
+        raise ConfigError(f"--name={name}: a name without / expected, it becomes a file's")
+    check_writable(out / "eval", folder=True)
+    scores = out / "eval" / f"{name}.json"
+    if scores.exists():
+        raise ConfigError(f"{scores}: exists already; delete it, or give another --name or --out")
     for path in sorted((out / "eval").glob("*.answers.jsonl")):
         with path.open() as answers:
             first = json.loads(answers.readline())["fact"]

@@ -13,12 +13,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 from PIL import Image
 
+from morer1_jax.files import check_writable
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.predict import (
     as_json,
+    as_question,
     as_text,
     draw_box,
     predict,
@@ -26,7 +28,8 @@ from morer1_jax.run.predict import (
     read_questions,
 )
 from morer1_jax.run.student import open_student
-from morer1_jax.task.fact import DataError
+from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.photo import FORMATS
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
@@ -49,11 +52,9 @@ _BATCH = flags.DEFINE_integer("batch", 16, "Questions at once.", 1)
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
-    logging.set_verbosity(logging.WARNING)
     facts = _questions()
-    suffix = Path(_PICTURE.value or "box.png").suffix
-    if suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"--picture: {suffix!r} found, an image's suffix such as .png expected")
+    if _PICTURE.value:
+        _check_picture(Path(_PICTURE.value), Path(_IMAGE.value))
     student = open_student(_CHECKPOINT.value, labels=_LABELS.value, completion=_LENGTH.value)
     batch = min(_BATCH.value, len(facts))
     answers = predict(student, facts, batch=batch, guided=_GUIDED.value)
@@ -61,13 +62,24 @@ def main(argv: list[str]) -> None:
         if _JSON.value:
             print(as_json(fact, answer))
         else:
-            print((f"{fact.image}: " if _JSONL.value else "") + as_text(answer))
+            print(f"{as_question(fact)}\n{as_text(answer)}\n" if _JSONL.value else as_text(answer))
     if _PICTURE.value:
         draw_box(facts[0]).save(_PICTURE.value)
         print(f"picture: {_PICTURE.value}", file=sys.stderr)
 
 
-def _questions() -> list:
+def _check_picture(picture: Path, image: Path) -> None:
+    suffix = picture.suffix
+    if Image.registered_extensions().get(suffix.lower()) not in FORMATS:
+        raise ConfigError(f"--picture: {suffix!r} found, an image's suffix such as .png expected")
+    if not picture.parent.is_dir():
+        raise ConfigError(f"--picture={picture}: no such folder {picture.parent}; make it first")
+    check_writable(picture)
+    if picture.exists() and picture.samefile(image):
+        raise ConfigError(f"--picture={picture}: is --image itself; name another file")
+
+
+def _questions() -> list[Fact]:
     one = {"image": _IMAGE, "box": _BOX, "title": _TITLE, "entity": _ENTITY}
     given = {name: flag.value for name, flag in one.items() if flag.value is not None}
     if _JSONL.value:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from morer1_jax.run.config import read_config
+from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.export import export
 from morer1_jax.run.predict import predict, read_questions
 from morer1_jax.run.rate import read_ratings
@@ -106,6 +106,15 @@ def guided_answers(exported, questions, count):
 
 def test_guided_answers_of_an_untrained_model_are_readable(exported, questions):
     guided_answers(exported, questions, 12)
+
+
+def test_a_length_too_short_for_a_guided_answer_is_named(exported, questions):
+    student = open_student(str(exported), completion=20)
+    with pytest.raises(
+        ConfigError, match=r"^--length: 20 found, at least \d+ expected: the tokens"
+    ):
+        next(predict(student, read_questions(questions), batch=1, guided=True))
+    assert "params" not in vars(student)
 
 
 @pytest.mark.soak

@@ -7,9 +7,10 @@ A GRPO run takes the file by `--config.rate.file=ratings.jsonl`.
 
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
+from morer1_jax.files import check_writable
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.rate import rate
@@ -21,7 +22,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
 )
 _DATA = flags.DEFINE_string("data", None, "A dataset's folder.")
-_OUT = flags.DEFINE_string("out", None, "The file to write.")
+_OUT = flags.DEFINE_string("out", None, "The file to write; must not exist.")
 _SAMPLES = flags.DEFINE_integer("samples", 8, "Answers drawn to each fact.", 1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of sampling.", 0.0)
 _EASY_FROM = flags.DEFINE_float("easy_from", 0.5, "Pass rate from which a fact is easy.", 0.0, 1.0)
@@ -36,7 +37,10 @@ _LENGTH = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
-    logging.set_verbosity(logging.WARNING)
+    out = Path(_OUT.value)
+    check_writable(out)
+    if out.exists():
+        raise ConfigError(f"--out={out}: exists already; delete it or name another file")
     data = epath.Path(_DATA.value)
     facts = more.read_split(data, "train", more.read_ontology(data))
     try:
@@ -64,10 +68,10 @@ def main(argv: list[str]) -> None:
     names = ("samples", "temperature", "easy_from", "never", "seed", "length")
     identity = {name: flags.FLAGS[name].value for name in names}
     identity |= {"checkpoint": student.digest, "data": more.digests(data)}
-    rate(asker, student.params, facts, config, Path(_OUT.value), identity)
-    print(f"written: {_OUT.value}")
+    rate(asker, student.params, facts, config, out, identity)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["checkpoint", "data", "out"])
-    run_main(main)
+    run_main(main, interrupted="interrupted; the same command goes on where it was")

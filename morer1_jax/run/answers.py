@@ -84,8 +84,8 @@ class Asker:
         shortest = int(policy.reader.steps_distance[0])
         if guided and shortest > config.length:
             raise ConfigError(
-                f"data.completion_length: {config.length} found, at least {shortest} expected: the "
-                "tokens of the shortest guided answer"
+                f"--length: {config.length} found, at least {shortest} expected: the tokens of the "
+                "shortest guided answer"
             )
 
         def rollout(params: Any, prompts: PromptBatch, reader: Reader, allowed: Any) -> Rollout:

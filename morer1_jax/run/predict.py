@@ -26,7 +26,8 @@ def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
     """A fact without a known label, from its photo, box, title and entity.
 
     Args:
-      number: which question it is, from 1; its id is `question:<number>`.
+      number: which question it is, from 1; its id is `question:<number>`. Errors leave it to the
+        caller to say where the question is from.
       given: `image`, a path; `box`, four fractions of the photo (x centre, y centre, width,
         height); `title`; `entity`, as the title has it.
       folder: what a relative path starts from.
@@ -35,26 +36,25 @@ def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
       DataError: a key is missing, unknown or of another type, the box is empty or leaves the photo,
         there is no photo, or the entity is not in the title.
     """
-    name = f"question:{number}"
     if missing := [key for key in _KEYS if key not in given]:
-        raise DataError(f"{name}: no {', '.join(missing)}, expected {', '.join(_KEYS)}")
+        raise DataError(f"no {', '.join(missing)}, expected {', '.join(_KEYS)}")
     if unknown := sorted(given.keys() - set(_KEYS)):
-        raise DataError(f"{name}: unexpected {', '.join(unknown)}, expected {', '.join(_KEYS)}")
+        raise DataError(f"unexpected {', '.join(unknown)}, expected {', '.join(_KEYS)}")
     for key in ("image", "title", "entity"):
         if not isinstance(given[key], str) or not given[key].strip():
-            raise DataError(f"{name}: {key} is {given[key]!r}, expected text")
+            raise DataError(f"{key} is {given[key]!r}, expected text")
     if not isinstance(given["box"], list | tuple):
-        raise DataError(f"{name}: box is {given['box']!r}, expected four numbers")
+        raise DataError(f"box is {given['box']!r}, expected four numbers")
     path = folder / given["image"]
     if not path.is_file():
-        raise DataError(f"{name}: no photo {path}")
-    try:
-        box = more.check_box(given["box"])
-        tokens, span = _words(given["title"], given["entity"])
-    except DataError as e:
-        raise DataError(f"{name}: {e}") from None
+        raise DataError(
+            f"no photo {given['image']!r} in {folder.absolute()}; give its path from there, or a "
+            "whole one"
+        )
+    box = more.check_box(given["box"])
+    tokens, span = _words(given["title"], given["entity"])
     entity = " ".join(tokens[slice(*span)])
-    return Fact(name, tokens, entity, span, "object", box, str(path), NONE)
+    return Fact(f"question:{number}", tokens, entity, span, "object", box, str(path), NONE)
 
 
 def _words(title: str, entity: str) -> tuple[tuple[str, ...], tuple[int, int]]:
@@ -118,6 +118,12 @@ def photo_path(folder: Path, fact: Fact) -> Path:
     return folder / fact.image
 
 
+def as_question(fact: Fact) -> str:
+    """What was asked, in a line: photo, box, entity and title."""
+    box = ",".join(f"{value:g}" for value in fact.box)
+    return f"{fact.image} [{box}] {fact.entity_text!r} in {fact.title!r}:"
+
+
 def as_text(answer: Answer) -> str:
     """The reasoning step by step and the label, for a person."""
     steps = read_steps(answer.text.encode())
@@ -132,6 +138,7 @@ def as_json(fact: Fact, answer: Answer) -> str:
     return json.dumps(
         {
             "image": fact.image,
+            "box": fact.box,
             "title": fact.title,
             "entity": fact.entity_text,
             "label": answer.label,

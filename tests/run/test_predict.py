@@ -7,7 +7,14 @@ import pytest
 from PIL import Image
 
 from morer1_jax.run.answers import Answer
-from morer1_jax.run.predict import as_json, as_text, draw_box, question, read_questions
+from morer1_jax.run.predict import (
+    as_json,
+    as_question,
+    as_text,
+    draw_box,
+    question,
+    read_questions,
+)
 from morer1_jax.task.answer import format_answer
 from morer1_jax.task.fact import DataError
 
@@ -48,11 +55,14 @@ def test_an_entity_is_found_in_its_title(folder, title, entity, words, span):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"entity": "Bulls"}, "question:1: entity 'Bulls' is not in the title"),
+        ({"entity": "Bulls"}, "^entity 'Bulls' is not in the title"),
         ({"entity": "elt"}, "entity 'elt' is not in the title"),
         ({"entity": " "}, "entity is ' ', expected text"),
         ({"title": 3}, "title is 3, expected text"),
-        ({"image": "none.jpg"}, "question:1: no photo .*none.jpg"),
+        (
+            {"image": "none.jpg"},
+            "^no photo 'none.jpg' in /.*; give its path from there, or a whole",
+        ),
         ({"box": "middle"}, "box is 'middle', expected four numbers"),
         ({"box": [0.5, 0.5, 0.2]}, "expected four numbers"),
         ({"box": [0.5, 0.5, 0.0, 0.2]}, "is empty"),
@@ -68,7 +78,7 @@ def test_a_bad_question_is_named(folder, change, message):
 
 def test_a_key_that_is_missing_is_named(folder):
     given = {k: v for k, v in GIVEN.items() if k not in ("box", "title")}
-    with pytest.raises(DataError, match="question:1: no box, title, expected image, box, title"):
+    with pytest.raises(DataError, match=r"^no box, title, expected image, box, title"):
         question(1, given, folder)
 
 
@@ -87,7 +97,7 @@ def test_questions_of_a_file(folder):
         ("", "empty, expected a question a line"),
         ("\n[1]\n", r"jsonl:2: '\[1\]' found, a JSON object expected"),
         ("{\n", "jsonl:1: '{' found"),
-        (json.dumps(GIVEN | {"entity": "Bulls"}), "jsonl:1: question:1: entity 'Bulls'"),
+        (json.dumps(GIVEN | {"entity": "Bulls"}), "jsonl:1: entity 'Bulls'"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(folder, text, message):
@@ -112,6 +122,7 @@ def test_how_an_answer_is_shown(folder):
     shown = json.loads(as_json(fact, answer))
     assert shown == {
         "image": str(folder / "photo.jpg"),
+        "box": [0.5, 0.5, 0.2, 0.4],
         "title": "After 4 Lopsided Games, Heat and Celtics Are Tied Up",
         "entity": "Heat",
         "label": "/per/org/opposed_to",
@@ -120,6 +131,13 @@ def test_how_an_answer_is_shown(folder):
         "format": True,
         "effort": 30,
     }
+
+
+def test_questions_about_one_photo_are_told_apart(folder):
+    changes = ({}, {"box": [0.5, 0.5, 0.25, 0.4]}, {"entity": "Celtics"}, {"title": "Heat win"})
+    shown = [as_question(question(1, GIVEN | change, folder)) for change in changes]
+    assert shown[0].endswith(f"photo.jpg [0.5,0.5,0.2,0.4] 'Heat' in {GIVEN['title']!r}:")
+    assert len(set(shown)) == len(shown)
 
 
 def test_an_answer_that_cannot_be_read_is_shown_as_it_is(folder):

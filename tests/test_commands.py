@@ -1,0 +1,150 @@
+"""The commands as typed, given what cannot work: one line, exit code 2, and nothing is touched."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+PREDICT, EVALUATE = "morer1_jax.predict", "morer1_jax.evaluate"
+RATE, CONVERT, TFDS, STUDY = (
+    str(ROOT / "tools" / f"{name}.py")
+    for name in ("rate_difficulty", "convert", "build_tfds", "study")
+)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command in this process, which has imported already what takes seconds."""
+
+    def run(target, *args, code):
+        monkeypatch.setattr(sys, "argv", [target, *map(str, args)])
+        start = runpy.run_path if target.endswith(".py") else runpy.run_module
+        try:
+            with pytest.raises(SystemExit) as done:
+                start(target, run_name="__main__")
+        finally:
+            for flag in list(flags.FLAGS.flags_by_module_dict().get(target, ())):
+                delattr(flags.FLAGS, flag.name)
+        out, err = capsys.readouterr()
+        assert (done.value.code or 0) == code, err
+        return out, err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where commands are typed: a photo, a file, a folder with scores, what is no checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), (9, 9, 9)).save("photo.jpg")
+    for name in ("file", "scores/eval/sft.json", "runs/demo/config.json", "runs/old/notes"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("{}")
+    return tmp_path
+
+
+def tree(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+ASK = (PREDICT, "--checkpoint=none", "--image=photo.jpg", "--box=.5,.5,.2,.2", "--title=Heat win")
+ASK = (*ASK, "--entity=Heat")
+SCORE = (EVALUATE, "--checkpoint=runs/a/sft", "--data=none")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((*ASK, "--picture=none/x.png"), "--picture=none/x.png: no such folder none; make it"),
+        ((*ASK, "--picture=file/x.png"), "--picture=file/x.png: no such folder file; make it"),
+        ((*ASK, "--picture=/proc/x.png"), "/proc/x.png: cannot be written: /proc: "),
+        ((*ASK, "--picture=./photo.jpg"), "--picture=photo.jpg: is --image itself"),
+        ((*ASK, "--picture=photo.psd"), "--picture: '.psd' found, an image's suffix"),
+        ((*SCORE, "--out=file"), "file/eval: cannot be written: file: Not a directory"),
+        ((*SCORE, "--out=/proc/x"), "/proc/x/eval: cannot be written: /proc: "),
+        ((*SCORE, "--out=out", "--name=a/b"), "--name=a/b: a name without / expected"),
+        ((*SCORE, "--out=out", "--name="), "--name=: a name without / expected"),
+        ((*SCORE, "--out=scores"), "scores/eval/sft.json: exists already; delete it, or"),
+        ((RATE, "--checkpoint=none", "--data=none", "--out=runs"), "runs: a folder found, a file"),
+        ((RATE, "--checkpoint=none", "--data=none", "--out=file"), "--out=file: exists already"),
+        ((CONVERT, "--checkpoint=none", "--out=/proc/x"), "/proc/x: cannot be written: /proc: "),
+        ((CONVERT, "--checkpoint=none", "--out=file"), "file: a file found, a folder to write exp"),
+        ((CONVERT, "--checkpoint=none", "--out=runs"), "--out=runs: exists already"),
+        ((TFDS, "--folder=none", "--data_dir=file"), "file: a file found, a folder to write exp"),
+        ((STUDY, "--folder=s", "--seeds=0,a"), "--seeds: '0,a' found, whole numbers"),
+        ((STUDY, "--folder=file"), "file: a file found, a folder to write expected"),
+        ((CONVERT, "--checkpoint=runs", "--out=x"), "runs: no checkpoint; expected a run's work"),
+        ((CONVERT, "--checkpoint=runs/old", "--out=x"), "runs/old: no checkpoint; expected a run"),
+        ((CONVERT, "--checkpoint=runs/dmo", "--out=x"), "runs/dmo: no such folder; expected a ru"),
+        ((CONVERT, "--checkpoint=./dmo", "--out=x"), "./dmo: no such folder; expected a run's"),
+        ((CONVERT, "--checkpoint=/a/b", "--out=x"), "/a/b: no such folder; expected a run's"),
+        ((CONVERT, "--checkpoint=a/b/c", "--out=x"), "a/b/c: no such folder; expected a run's"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_any_work(command, folder, args, message):
+    before = tree(folder)
+    out, err = command(*args, code=2)
+    assert err.startswith(f"error: {message}") or err.startswith("error: argument " + message), err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert tree(folder) == before
+
+
+def test_a_checkpoint_is_sought_on_the_hub_only_where_none_here_is_meant(
+    command, folder, monkeypatch
+):
+    asked = []
+
+    def download(name, **_):
+        asked.append(name)
+        raise OSError("offline")
+
+    monkeypatch.setattr("morer1_jax.run.weights.snapshot_download", download)
+    _, err = command(CONVERT, "--checkpoint=Qwen/Qwen2.5-VL-3B-Instruct", "--out=x", code=2)
+    assert "the hub does not give it: offline" in err
+    command(CONVERT, "--checkpoint=runs/dmo", "--out=x", code=2)
+    assert asked == ["Qwen/Qwen2.5-VL-3B-Instruct"]
+
+
+def test_a_name_for_scores_is_the_checkpoints_last_part(command, folder, monkeypatch):
+    monkeypatch.chdir(folder / "runs" / "old")
+    Path("scores/eval").mkdir(parents=True)
+    Path("scores/eval/old.json").write_text("{}")
+    _, err = command(EVALUATE, "--checkpoint=.", "--data=none", "--out=scores", code=2)
+    assert "scores/eval/old.json: exists already" in err
+
+
+def test_build_tfds_says_what_it_wrote_and_no_more(command, small_world, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    data_dir = tmp_path / "tfds"
+    out, err = command(TFDS, f"--folder={small_world}", f"--data_dir={data_dir}", code=0)
+    written, load = out.splitlines()
+    folders = [f"{data_dir}/more/{name}/1.0.0" for name in ("facts", "photos")]
+    assert written == f"written: {folders[0]} and {folders[1]}"
+    assert "INFO" not in err
+    assert not re.search(r"^[IWE]\d{4} ", err, re.MULTILINE)
+    loaded = eval(load.removeprefix("to load: "), {"tfds": tfds})
+    assert loaded[0]["id"] == b"train:1"
+
+
+def test_transformers_gives_no_advice_where_there_is_no_torch():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS_")}
+    shown = [
+        subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.modules['torch'] = None; {code}"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        for code in ("import transformers", "import morer1_jax, transformers")
+    ]
+    assert ["PyTorch was not found" in done.stdout + done.stderr for done in shown] == [True, False]
