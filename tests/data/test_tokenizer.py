@@ -135,7 +135,7 @@ def test_a_tokenizer_of_another_family_is_refused():
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(DataError, match="no tokenizer: none of tokenizer.json") as error:
+        with pytest.raises(DataError, match=r"no tokenizer: none of tokenizer\.json") as error:
             load_tokenizer(path)
         assert "\n" not in str(error.value)
     (tmp_path / "tokenizer.json").write_text("{")
