@@ -153,7 +153,7 @@ def _stage(path: Path) -> Path | None:
         described = json.loads((path / RUN_CONFIG).read_text())
     except (OSError, ValueError):
         return None
-    if not isinstance(described, dict) or {"model_type", "stages"} & described.keys() != {"stages"}:
+    if not isinstance(described, dict) or "model_type" in described or "stages" not in described:
         return None
     for name in _NEWEST_FIRST:
         if Checkpointer(path / name / "checkpoints").best() is not None:

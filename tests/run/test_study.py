@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from morer1_jax.run import study
+from morer1_jax.run.config import ConfigError
 
 SCORES = {
     "majority": [1.0, 1.0],
@@ -55,6 +56,19 @@ def test_table_gives_means_spreads_and_gains(folder):
 
 def test_one_seed_has_no_spread(folder):
     assert "| 50.0 ± 0.0 |" in study.table(study.collect(folder, [0]))
+
+
+def test_a_run_that_failed_ends_the_study_in_one_line(tmp_path, monkeypatch):
+    started = []
+
+    def fail(command, check):
+        started.append(command)
+        return subprocess.CompletedProcess(command, 2)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(ConfigError, match=r"seed0: this run ended with exit code 2, as said above"):
+        study.run_study("some.py", tmp_path, [0, 1], [])
+    assert len(started) == 1
 
 
 def test_runs_are_started_in_order_and_share_what_does_not_depend_on_mixing(tmp_path, monkeypatch):
