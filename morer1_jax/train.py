@@ -24,7 +24,6 @@ from morer1_jax.files import check_writable
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.config import FILE as CONFIG_FILE
 from morer1_jax.run.config import ConfigError, identity, load, run_main
 from morer1_jax.run.control import run_control
 from morer1_jax.run.evaluate import evaluate, read_scores
@@ -99,7 +98,7 @@ def train(config: Any, workdir: Path) -> None:
 
     Raises:
       ConfigError, DataError, OSError: what the user can put right, in one line. What is found
-        before the first step leaves a new workdir as it was, so that another config may follow.
+        before the first step leaves the workdir as it was, so that another config may follow.
     """
     if (processes := jax.process_count()) > 1:
         raise ConfigError(
@@ -156,20 +155,18 @@ def train(config: Any, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def _start(workdir: Path) -> Iterator[None]:
-    """If the block fails in a workdir that was not bound to a config before, what was made is gone.
+    """If the block fails, what it added to the workdir is gone.
 
     Otherwise the command could not be corrected: the workdir would belong to the one that failed.
     """
-    bound = (workdir / CONFIG_FILE).exists()
     made, before = not workdir.exists(), set(workdir.glob("*"))
     try:
         yield
     except BaseException:
-        if not bound:
-            for path in set(workdir.glob("*")) - before:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if made and workdir.exists():
-                workdir.rmdir()
+        for path in set(workdir.glob("*")) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if made and workdir.exists():
+            workdir.rmdir()
         raise
 
 
