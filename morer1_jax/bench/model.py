@@ -1,0 +1,69 @@
+"""The model both sides load: random weights of a preset's sizes, exported as any trained model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from morer1_jax.bench.cases import LABELS, Preset, make_tokenizer
+from morer1_jax.data.images import ImageConfig
+from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.learn.parts import Params
+from morer1_jax.model.config import ModelConfig, Runtime
+from morer1_jax.model.vlm import Qwen25VL, init_params
+from morer1_jax.run import mesh as meshes
+from morer1_jax.run.export import export
+from morer1_jax.run.student import Student
+from morer1_jax.task.ontology import Ontology
+
+
+def write_model(preset: Preset, folder: Path) -> None:
+    """Writes weights, config, tokenizer and processor into `folder`, which must not exist."""
+    source = folder.with_name(f"{folder.name}-tokenizer")
+    special = SpecialIds.of(make_tokenizer(preset, source))
+    config = ModelConfig(
+        text=preset.text,
+        vision=preset.vision,
+        image_token_id=special.image,
+        video_token_id=special.video,
+        vision_start_token_id=special.vision_start,
+        vision_end_token_id=special.vision_end,
+        tie_word_embeddings=True,
+    )
+    model = Qwen25VL(config, Runtime())
+    student = Student(
+        model=model,
+        load=lambda: _drawn(model),
+        mesh=meshes.make_mesh({"data": 1}, jax.devices()[:1]),
+        images=ImageConfig(),
+        completion=preset.completion,
+        source=source,
+        dtypes="float32",
+        ontology=Ontology(LABELS),
+        digest="random",
+        checkpoint=None,
+    )
+    export(student, folder)
+
+
+def _drawn(model: Qwen25VL) -> Params:
+    """Random parameters by which every layer has its say in the next token.
+
+    As they are drawn for training, a tied head would repeat the last token, whatever is before it.
+    """
+
+    def grown(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        layer_out = {"o", "down"} & {entry.key for entry in path}
+        return 8.0 * leaf if layer_out else leaf
+
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(grown, params)
+
+
+def device_name() -> str:
+    """What the machine computes with."""
+    kind = jax.devices()[0].device_kind
+    return f"{os.cpu_count()} CPU cores" if kind == "cpu" else kind

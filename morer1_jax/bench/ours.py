@@ -1,0 +1,335 @@
+"""Our side: the very programs that training runs.
+
+python -m morer1_jax.bench.ours --folder=model --preset=small
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from morer1_jax.bench.cases import PRESETS, Example, Inputs, Preset, Prompt
+from morer1_jax.bench.task import Numbers, Task, arguments, process_peak, serve
+from morer1_jax.data.batch import PromptBatch, SequenceBatch
+from morer1_jax.data.curriculum import MixConfig
+from morer1_jax.data.encoder import Encoder, Limits, Sample
+from morer1_jax.data.images import ImageReader, Patches
+from morer1_jax.learn.grpo import (
+    GroupBatch,
+    GRPOConfig,
+    grpo_gradients,
+    make_grpo_update,
+    token_weights,
+)
+from morer1_jax.learn.scorer import ScoreConfig, group_logprobs
+from morer1_jax.learn.sft import make_sft_step, sft_gradients
+from morer1_jax.learn.state import OptimizerConfig, TrainState, new_state
+from morer1_jax.model.config import Runtime
+from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.rollout.reward import RewardConfig
+from morer1_jax.rollout.sampler import SampleConfig, sample, sample_keys
+from morer1_jax.run.grpo_step import GRPOStep
+from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.policy import Policy
+from morer1_jax.run.settings import GRPOSettings
+from morer1_jax.run.student import Student, open_student
+
+_SCORE = ScoreConfig(chunk=128)
+_WHOLE = (0.5, 0.5, 1.0, 1.0)
+# No token has it, so that no completion ends before its last place.
+_NEVER = -1
+
+
+class BenchEncoder(Encoder):
+    """The package's encoder over prompts that need no dataset."""
+
+    def __init__(self, student: Student, limits: Limits) -> None:
+        policy = student.policy
+        window = student.model.config.vision.window_size
+        super().__init__(".", policy.tokenizer, policy.ontology, student.images, window, limits)
+        self._pictures = ImageReader(".", student.images)
+
+    def sample(self, fact: Prompt, target: str | None = None) -> Sample:
+        """A prompt, and what is answered, in place of a fact and its reasoning."""
+        made = [self._pictures.encode(p, _WHOLE, fact.id, which=0) for p in fact.pictures()]
+        grids = tuple(grid for picture in made for grid in picture.grids)
+        images = Patches(np.concatenate([picture.values for picture in made]), grids)
+        tokens = np.zeros(0, np.int32) if target is None else self.target_tokens(target)
+        text = fact.text(self.tokenizer)
+        return Sample(fact.id, self.expand(text, grids), tokens, images)
+
+
+class Ours:
+    """This package, as `task.Side`.
+
+    Args:
+      folder: the model's.
+    """
+
+    def __init__(self, folder: Path, preset: Preset) -> None:
+        self.folder, self.preset = folder, preset
+        self.student = open_student(str(folder))
+        self.inputs = Inputs(preset, self.student.policy.tokenizer)
+        runtime = Runtime(
+            dtype=preset.dtype,
+            remat=preset.remat,
+            decode_unroll=jax.default_backend() == "cpu",
+        )
+        self.model = Qwen25VL(self.student.model.config, runtime)
+        student = self.student.policy
+        self.policy = Policy(self.model, student.tokenizer, student.ontology, self.student.mesh)
+        self.optimizer = OptimizerConfig(lr=1e-6).build(1)
+
+    def peak_bytes(self) -> int:
+        if jax.default_backend() == "cpu":
+            return process_peak()
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+    def task(self, name: str) -> Task:
+        kind, *sizes = name.split("/")
+        return _TASKS[kind](self, *map(int, sizes))
+
+    def state(self) -> TrainState:
+        """A new one around a copy of the folder's parameters."""
+        make = jax.jit(lambda p: new_state(jax.tree.map(jnp.copy, p), self.optimizer))
+        return make(self.student.params)
+
+    def encoder(self, prompt: int, completion: int, windows: int) -> BenchEncoder:
+        return BenchEncoder(self.student, Limits(prompt, completion, windows))
+
+    def prompts(self, length: int) -> PromptBatch:
+        prompts = self.inputs.prompts(length, self.preset.batch)
+        encoder = self.encoder(length, self.preset.completion, _windows(self, prompts))
+        return jax.device_put(encoder.prompts(prompts, range(len(prompts))))
+
+
+def _windows(side: Ours, prompts: list[Prompt]) -> int:
+    """Attention windows that the images of any of the prompts fill."""
+    unit = side.student.model.config.vision.window_size
+    return max(
+        sum(-(-h // unit) * -(-w // unit) for h, w, _ in (i.shape for i in prompt.images))
+        for prompt in prompts
+    )
+
+
+class SFTTask:
+    """One step of SFT on `examples`."""
+
+    flops: float | None = None
+
+    def __init__(self, side: Ours, examples: list[Example]) -> None:
+        self._side = side
+        prompts = [example.prompt for example in examples]
+        encoder = side.encoder(side.preset.prompt, side.preset.target, _windows(side, prompts))
+        samples = [encoder.sample(example.prompt, example.target) for example in examples]
+        self.batch: SequenceBatch = jax.device_put(encoder.sequences([[s] for s in samples]))
+
+    def numbers(self) -> Numbers:
+        side = self._side
+        gradients = jax.jit(lambda p, batch: sft_gradients(side.model, p, batch, _SCORE))
+        grads, metrics = gradients(side.student.params, self.batch)
+        return {"loss": float(metrics["loss"]), "grad_norm": float(_norm(grads))}
+
+    def prepare(self) -> None:
+        side = self._side
+        step = make_sft_step(side.model, side.optimizer, _SCORE)
+        self._step = jax.jit(step, donate_argnums=0)
+        self._state = side.state()
+        self.run()
+
+    def run(self) -> None:
+        self._state, metrics = self._step(self._state, {}, self.batch)
+        jax.block_until_ready((self._state, metrics))
+
+
+class SampleTask:
+    """A group of completions to each prompt."""
+
+    flops: float | None = None
+
+    def __init__(self, side: Ours, prompt: int) -> None:
+        self._side = side
+        self.prompts = side.prompts(prompt)
+
+    def _sampler(self, **changes: Any) -> Callable[..., Any]:
+        side, preset = self._side, self._side.preset
+        given = {"group": preset.group, "length": preset.completion, "temperature": 1.0}
+        config = SampleConfig(**(given | changes), end_of_turn=_NEVER)
+        reader = side.policy.reader
+
+        def run(params: Any, prompts: PromptBatch, allowed: jax.Array, step: jax.Array) -> Any:
+            keys = sample_keys(0, step, prompts.fact, config.group)
+            return sample(side.model, params, prompts, reader, allowed, keys, config)
+
+        return jax.jit(run)
+
+    def numbers(self) -> Numbers:
+        side = self._side
+        greedy = self._sampler(group=1, length=32, temperature=0.0)
+        allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
+        drawn = greedy(side.student.params, self.prompts, allowed, jnp.int32(0))
+        return {"tokens": drawn.tokens[:, 0].tolist()}
+
+    def prepare(self) -> None:
+        self._run = self._sampler()
+        self._step = 0
+        self.run()
+
+    def run(self) -> None:
+        self._step += 1
+        side = self._side
+        allowed, step = side.policy.allowed, jnp.int32(self._step)
+        jax.block_until_ready(self._run(side.student.params, self.prompts, allowed, step))
+
+
+class GRPOTask:
+    """One step of GRPO with KL: rollout, reference, update."""
+
+    flops: float | None = None
+
+    def __init__(self, side: Ours, prompt: int) -> None:
+        self._side, self._length = side, prompt
+        self.prompts = side.prompts(prompt)
+        self.settings = grpo_settings(side.preset)
+
+    def numbers(self) -> Numbers:
+        """Of the rollout that a peer has written, if it has."""
+        side, loss = self._side, self.settings.loss
+        path = side.folder / f"rollouts-{self._length}.npz"
+        if not path.exists():
+            return {}
+        rollout = np.load(path)
+        shape = (side.preset.batch, side.preset.group, -1)
+        tokens = jnp.asarray(rollout["completion_ids"], jnp.int32).reshape(shape)
+        mask = jnp.asarray(rollout["completion_mask"], bool).reshape(shape)
+        policy = side.policy
+        allowed = jnp.ones_like(policy.allowed)  # As TRL has it.
+
+        def gradients(params: Any, prompts: PromptBatch) -> Any:
+            logps, _ = group_logprobs(side.model, params, prompts, tokens, mask, allowed, _SCORE)
+            batch = GroupBatch(
+                prompts=prompts,
+                tokens=tokens,
+                mask=mask,
+                weights=token_weights(mask, jnp.ones(mask.shape[:2], bool), loss),
+                advantages=jnp.asarray(rollout["advantages"]).reshape(shape[:2]),
+                sampler=logps,
+                reference=logps,
+            )
+            return grpo_gradients(side.model, params, batch, allowed, loss, _SCORE)
+
+        grads, metrics = jax.jit(gradients)(side.student.params, self.prompts)
+        return {
+            "loss": float(metrics["loss"]),
+            "entropy": float(metrics["entropy"]),
+            "grad_norm": float(_norm(grads)),
+        }
+
+    def prepare(self) -> None:
+        side = self._side
+        self._state = side.state()
+        self._step = GRPOStep(
+            side.policy,
+            self.settings,
+            self._state,
+            side.optimizer,
+            {},
+            side.student.params,
+            score=_SCORE,
+            length=side.preset.completion,
+            seed=0,
+            timer=PhaseTimer(),
+            end_of_turn=_NEVER,
+        )
+        self._number = 0
+        self.run()
+
+    def run(self) -> None:
+        self._number += 1
+        self._state, metrics, scored = self._step(self._state, self.prompts, self._number)
+        jax.block_until_ready((self._state, metrics, scored))
+
+
+class UpdateTask:
+    """One update on given completions, `group` to each prompt."""
+
+    flops: float | None = None
+
+    def __init__(self, side: Ours, prompt: int, group: int) -> None:
+        self._side = side
+        prompts, t = side.prompts(prompt), side.preset.completion
+        tokens = np.random.default_rng(0).integers(
+            0, side.preset.tokenizer // 2, (side.preset.batch, group, t)
+        )
+        mask = jnp.ones(tokens.shape, bool)
+        self._config = GRPOConfig(beta=0.0)
+        self.batch = GroupBatch(
+            prompts=prompts,
+            tokens=jnp.asarray(tokens, jnp.int32),
+            mask=mask,
+            weights=token_weights(mask, mask[..., 0], self._config),
+            advantages=jnp.ones(tokens.shape[:2]),
+            sampler=jnp.zeros(tokens.shape),
+        )
+
+    def numbers(self) -> Numbers:
+        return {}
+
+    def prepare(self) -> None:
+        side = self._side
+        update = make_grpo_update(side.model, side.optimizer, self._config, _SCORE)
+        self._update = jax.jit(update, donate_argnums=0)
+        self._state = side.state()
+        self.run()
+
+    def run(self) -> None:
+        allowed = self._side.policy.allowed
+        self._state, metrics = self._update(self._state, {}, self.batch, allowed)
+        jax.block_until_ready((self._state, metrics))
+
+
+_TASKS: dict[str, Callable[..., Task]] = {
+    "sft": lambda side: SFTTask(side, side.inputs.examples()),
+    "sft_mixed": lambda side: SFTTask(side, side.inputs.mixed()),
+    "sample": SampleTask,
+    "grpo": GRPOTask,
+    "update": UpdateTask,
+}
+
+
+def grpo_settings(preset: Preset) -> GRPOSettings:
+    """A GRPO step with KL at the preset's sizes."""
+    return GRPOSettings(
+        steps=1,
+        prompts=preset.batch,
+        group=preset.group,
+        updates=1,
+        micro_batches=preset.micro_batches,
+        temperature=1.0,
+        scale_rewards="group",
+        mixing=False,
+        eval_every=1,
+        eval_facts=1,
+        save_every=1,
+        log_every=1,
+        rollouts_every=1,
+        keep_checkpoints=1,
+        mix=MixConfig(),
+        reward=RewardConfig(),
+        loss=GRPOConfig(beta=0.04, importance_cap=None),
+        optimizer=OptimizerConfig(lr=1e-6),
+    )
+
+
+def _norm(grads: Any) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
+
+
+if __name__ == "__main__":
+    given = arguments()
+    serve(lambda: Ours(given.folder, PRESETS[given.preset]))

@@ -1,0 +1,157 @@
+"""Sides in processes of their own, which compute the same and then take turns.
+
+A machine's speed changes while it is measured, so no side is timed at a stretch: each runs once,
+then the next, and ratios are taken of runs of one round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from morer1_jax.bench.task import Numbers
+from morer1_jax.run.config import ConfigError
+
+
+class SideError(RuntimeError):
+    """A side's process ended, or computed something else."""
+
+
+class Worker:
+    """A side's process.
+
+    Args:
+      name: of the side, in errors.
+      module: the one that serves it; see `task.serve`.
+      arguments: of its command line.
+    """
+
+    def __init__(self, name: str, module: str, arguments: Sequence[str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self._said: deque[str] = deque(maxlen=40)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self._process.stderr:
+            self._said.append(line)
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+          SideError: the process ended; with the last it said.
+        """
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._process.wait()
+            raise SideError(f"{self.name} ended at {do!r}:\n{''.join(self._said)}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@dataclasses.dataclass
+class Timing:
+    """What was seen of one side at one task.
+
+    Attributes:
+      prepare_seconds: until the first run was over, compiling included.
+      seconds: of each run, in the order of the rounds.
+      peak_bytes: most memory held while it ran.
+      flops: of the products of matrices that a run computes, if known.
+    """
+
+    prepare_seconds: float
+    seconds: list[float]
+    peak_bytes: int
+    flops: float | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def take_turns(
+    tasks: Mapping[str, tuple[Worker, str]], rounds: int, tolerance: float
+) -> dict[str, Timing]:
+    """Times the same work on every side.
+
+    Args:
+      tasks: of each side, by its name, the process and what its task is called there.
+      tolerance: by how much, of its size, a number may differ between sides.
+
+    Raises:
+      SideError: two sides compute different numbers, or one ended.
+    """
+    workers = {name: worker for name, (worker, _) in tasks.items()}
+    flops = {name: worker.ask("open", task=task)["flops"] for name, (worker, task) in tasks.items()}
+    check({name: worker.ask("numbers")["numbers"] for name, worker in workers.items()}, tolerance)
+    timings = {
+        name: Timing(worker.ask("prepare")["seconds"], [], 0, flops[name])
+        for name, worker in workers.items()
+    }
+    for number in range(rounds):
+        order = list(workers) if number % 2 == 0 else list(reversed(workers))
+        for name in order:
+            answer, timing = workers[name].ask("run"), timings[name]
+            timing.seconds.append(answer["seconds"])
+            timing.peak_bytes = max(timing.peak_bytes, answer["peak_bytes"])
+    for worker in workers.values():
+        worker.ask("close")
+    return timings
+
+
+def check(numbers: Mapping[str, Numbers], tolerance: float) -> None:
+    """Compares what every two sides have numbers of.
+
+    Raises:
+      SideError: they differ; names the sides, the figure and both values.
+    """
+    sides = list(numbers)
+    for number, first in enumerate(sides):
+        for second in sides[number + 1 :]:
+            for key in numbers[first].keys() & numbers[second].keys():
+                a, b = numbers[first][key], numbers[second][key]
+                if not _near(a, b, tolerance):
+                    raise SideError(f"{key}: {first} has {a}, {second} has {b}")
+
+
+def _near(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, list):
+        return len(a) == len(b) and all(_near(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    return a == b if isinstance(a, int) else math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-6)
+
+
+def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
+    """(least, median, greatest) of how many times faster the second was, round by round.
+
+    Raises:
+      ConfigError: there are no rounds.
+    """
+    if not slow.seconds:
+        raise ConfigError("--rounds: 0 found, at least 1 expected")
+    ratios = sorted(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+    return ratios[0], slow.median / fast.median, ratios[-1]
