@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from morer1_jax.data.batch import Buckets, Encoder, Sample
+from morer1_jax.data.encoder import Encoder, Limits, Sample
 from morer1_jax.data.images import ImageConfig, Patches
 from morer1_jax.data.tokens import build_tables
 from morer1_jax.learn.scorer import ScoreConfig, group_logprobs
@@ -117,8 +117,8 @@ class TinyEncoder(Encoder):
 
     def __init__(self, prompt=32, completion=LENGTH, windows=5):
         tokenizer = types.SimpleNamespace(get_vocab=lambda: _NAMES, name_or_path="tiny")
-        buckets = Buckets(prompt=prompt, completion=completion, windows=windows)
-        super().__init__(".", tokenizer, Ontology(LABELS), _IMAGES, 8, buckets)
+        limits = Limits(prompt=prompt, completion=completion, windows=windows)
+        super().__init__(".", tokenizer, Ontology(LABELS), _IMAGES, 8, limits)
 
     def sample(self, fact, target=None):
         return fact.sample
@@ -158,10 +158,10 @@ def prompts():
     return TinyEncoder().prompts(facts, [100 + number for number in range(len(facts))])
 
 
-def sequences(rows=None, **buckets):
+def sequences(rows=None, **limits):
     """Samples by number, packed as `rows` says; by default a row each."""
     rows = [[number] for number in range(PROMPTS)] if rows is None else rows
-    return TinyEncoder(**buckets).sequences([[samples()[i] for i in row] for row in rows])
+    return TinyEncoder(**limits).sequences([[samples()[i] for i in row] for row in rows])
 
 
 def with_photo(batch, row, seed=5):

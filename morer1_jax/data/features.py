@@ -47,6 +47,11 @@ class FeatureStore:
         # A worker process opens the file itself; the array would be copied to it.
         return FeatureStore, (self.folder, self._merge_size)
 
+    @property
+    def nothing(self) -> np.ndarray:
+        """The features of no image, [0, d]."""
+        return np.asarray(self._features[:0])
+
     def images(self, fact: Fact) -> Patches:
         """A fact's photo and crop: features [tokens, d] in place of patches, and their grids.
 

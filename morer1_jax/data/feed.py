@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from morer1_jax.data.batch import Encoder, PromptBatch, SequenceBatch
+from morer1_jax.data.batch import PromptBatch, SequenceBatch
+from morer1_jax.data.encoder import Encoder, Sample
+from morer1_jax.data.shapes import Need, RowPlan, Shape, smallest, widest
 from morer1_jax.task.fact import DataError, Fact
 
 # Which facts a step sees, as indices.
@@ -40,11 +42,12 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceFeed:
-    """Samples to learn from, a row each: `feed(step)`.
+    """Samples to learn from, packed into rows: `feed(step)`.
 
     Attributes:
       facts: what `draw` points into.
       targets: what the assistant says, by fact's id.
+      needs: of each fact, by which all hosts pack alike.
     """
 
     encoder: Encoder
@@ -52,12 +55,17 @@ class SequenceFeed:
     targets: Mapping[str, str]
     draw: Draw
     host: Host
+    needs: Sequence[Need]
+    plan: RowPlan
 
     def __call__(self, step: int) -> SequenceBatch:
-        facts = [self.facts[i] for i in self.host.rows(self.draw(step))]
-        return self.encoder.sequences(
-            [[self.encoder.sample(fact, self.targets[fact.id])] for fact in facts]
-        )
+        drawn = self.draw(step)
+        rows = self.host.rows(self.plan.rows([self.needs[i] for i in drawn]))
+        samples = [[self._sample(self.facts[drawn[place]]) for place in row] for row in rows]
+        return self.encoder.sequences(samples, self.plan.shape)
+
+    def _sample(self, fact: Fact) -> Sample:
+        return self.encoder.sample(fact, self.targets[fact.id])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +74,22 @@ class PromptFeed:
 
     Attributes:
       facts: what `draw` points into.
+      needs: of each fact.
+      shapes: that a batch may have; it takes the smallest that holds it.
     """
 
     encoder: Encoder
     facts: Sequence[Fact]
     draw: Draw
     host: Host
+    needs: Sequence[Need]
+    shapes: Sequence[Shape]
 
     def __call__(self, step: int) -> PromptBatch:
         drawn = self.draw(step)
+        shape = smallest(self.shapes, widest([self.needs[i] for i in drawn]))
         noise = self.host.rows(noise_ids(drawn, len(self.facts)))
-        return self.encoder.prompts([self.facts[i] for i in self.host.rows(drawn)], noise)
+        return self.encoder.prompts([self.facts[i] for i in self.host.rows(drawn)], noise, shape)
 
 
 def noise_ids(drawn: np.ndarray, total: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from morer1_jax.data.batch import Sample
+from morer1_jax.data.encoder import Sample
 from morer1_jax.learn.scorer import ScoreConfig, last_valid, sequence_logprobs
 
 

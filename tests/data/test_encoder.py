@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from morer1_jax.data import layout
-from morer1_jax.data.batch import Buckets, Encoder
+from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.images import ImageConfig, ImageReader
 from morer1_jax.data.tokenizer import SpecialIds
 from morer1_jax.task import more
@@ -16,7 +16,7 @@ from morer1_jax.task.prompt import student_prompt
 IMAGES = ImageConfig(max_pixels=112 * 112)
 WINDOW = 56
 SIZES = {"patch_size": 14, "merge_size": 2, "window_size": WINDOW}
-BUCKETS = Buckets(prompt=320, completion=256, windows=12)
+LIMITS = Limits(prompt=320, completion=256, windows=12)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def reasoning(small_world, facts):
 
 @pytest.fixture(scope="module")
 def make(small_world, small_tokenizer, ontology):
-    def make(buckets=BUCKETS, **blind):
-        return Encoder(small_world, small_tokenizer, ontology, IMAGES, WINDOW, buckets, **blind)
+    def make(limits=LIMITS, **blind):
+        return Encoder(small_world, small_tokenizer, ontology, IMAGES, WINDOW, limits, **blind)
 
     return make
 
@@ -87,14 +87,14 @@ def test_padded_rows_hold_prompt_then_target(encoder, facts, reasoning, special)
     chosen = [fact for fact in facts if fact.id in ids]
     samples = [encoder.sample(fact, reasoning[fact.id]) for fact in chosen]
     batch = encoder.sequences([[sample] for sample in samples])
-    s = BUCKETS.prompt + BUCKETS.completion
+    s = LIMITS.prompt + LIMITS.completion
     assert batch.tokens.shape == batch.targets.shape == batch.weights.shape == (3, s)
     assert batch.segment_ids.shape == batch.vision_index.shape == (3, s)
     assert batch.positions.shape == (3, 3, s)
     patches = (WINDOW // 14) ** 2
-    assert batch.vision.patches.shape == (3, BUCKETS.windows, patches, 3 * 2 * 14 * 14)
-    assert batch.vision.positions.shape == (3, BUCKETS.windows, patches, 2)
-    assert batch.vision.image_ids.shape == (3, BUCKETS.windows, patches)
+    assert batch.vision.patches.shape == (3, LIMITS.windows, patches, 3 * 2 * 14 * 14)
+    assert batch.vision.positions.shape == (3, LIMITS.windows, patches, 2)
+    assert batch.vision.image_ids.shape == (3, LIMITS.windows, patches)
     assert {a.dtype.name for a in (batch.tokens, batch.targets, batch.segment_ids)} == {"int32"}
     assert batch.positions.dtype == batch.vision_index.dtype == np.int32
     assert batch.weights.dtype == batch.vision.patches.dtype == np.float32
@@ -109,7 +109,7 @@ def test_padded_rows_hold_prompt_then_target(encoder, facts, reasoning, special)
             expected_positions(batch.tokens[row, :n], sample.images.grids, special),
         )
         np.testing.assert_array_equal(batch.targets[row, : n - 1], batch.tokens[row, 1:n])
-        placed = layout.vision_layout(sample.images.grids, **SIZES, pad_to_windows=BUCKETS.windows)
+        placed = layout.vision_layout(sample.images.grids, **SIZES, pad_to_windows=LIMITS.windows)
         is_image = batch.tokens[row] == special.image
         np.testing.assert_array_equal(batch.vision_index[row][is_image], placed.token_slots)
         assert (batch.vision_index[row][~is_image] == -1).all()
@@ -134,7 +134,7 @@ def test_the_loss_counts_the_target_and_its_end_of_turn_alone(
 def test_packed_rows_keep_their_samples_apart(encoder, facts, reasoning, special, make):
     ids = list(reasoning)[:3]
     chosen = [fact for fact in facts if fact.id in ids]
-    packer = make(Buckets(prompt=1000, completion=1000, windows=40))
+    packer = make(Limits(prompt=1000, completion=1000, windows=40))
     samples = [encoder.sample(fact, reasoning[fact.id]) for fact in chosen]
     packed = packer.sequences([samples])
     padded = packer.sequences([[sample] for sample in samples])
@@ -166,13 +166,13 @@ def test_packed_rows_keep_their_samples_apart(encoder, facts, reasoning, special
 def test_prompts_to_sample_from(encoder, facts, ontology, special):
     chosen = facts[3:6]
     batch = encoder.prompts(chosen, [3, 4, 5])
-    assert batch.tokens.shape == batch.mask.shape == (3, BUCKETS.prompt)
+    assert batch.tokens.shape == batch.mask.shape == (3, LIMITS.prompt)
     assert batch.fact.tolist() == [3, 4, 5]
     assert [ontology.labels[i] for i in batch.gold] == [fact.label for fact in chosen]
     for row, fact in enumerate(chosen):
         sample = encoder.sample(fact)
         n = len(sample.prompt)
-        np.testing.assert_array_equal(batch.mask[row], np.arange(BUCKETS.prompt) < n)
+        np.testing.assert_array_equal(batch.mask[row], np.arange(LIMITS.prompt) < n)
         np.testing.assert_array_equal(batch.tokens[row, :n], sample.prompt)
         assert (batch.tokens[row, n:] == special.pad).all()
         # The first sampled token stands where the layout would put one more text token.
@@ -193,7 +193,7 @@ def test_a_row_is_the_same_in_any_batch(encoder, facts):
 
 
 def test_blind_encoders_leave_out_what_they_hide(make, facts, special, small_tokenizer):
-    blind = make(dataclasses.replace(BUCKETS, windows=0), show_photo=False)
+    blind = make(dataclasses.replace(LIMITS, windows=0), show_photo=False)
     batch = blind.prompts(facts[:2], [0, 1])
     assert batch.vision.patches.shape[:2] == (2, 0)
     assert not (batch.tokens == special.image).any()
@@ -208,24 +208,24 @@ def test_blind_encoders_leave_out_what_they_hide(make, facts, special, small_tok
 
 # What is too long, and the key that the message must name.
 TOO_SMALL = [
-    (dataclasses.replace(BUCKETS, prompt=100), "prompt has", "data.prompt_length"),
-    (dataclasses.replace(BUCKETS, completion=20), "target has", "data.completion_length"),
-    (dataclasses.replace(BUCKETS, windows=2), "attention windows", "data.windows"),
+    (dataclasses.replace(LIMITS, prompt=100), "prompt has", "data.prompt_length"),
+    (dataclasses.replace(LIMITS, completion=20), "target has", "data.completion_length"),
+    (dataclasses.replace(LIMITS, windows=2), "attention windows", "data.windows"),
 ]
 
 
-@pytest.mark.parametrize(("buckets", "what", "key"), TOO_SMALL)
-def test_what_does_not_fit_is_found_beforehand(make, facts, sizes, reasoning, buckets, what, key):
-    make().check(facts, sizes, reasoning)
+@pytest.mark.parametrize(("limits", "what", "key"), TOO_SMALL)
+def test_what_does_not_fit_is_found_beforehand(make, facts, sizes, reasoning, limits, what, key):
+    make().needs(facts, sizes, reasoning)
     with pytest.raises(DataError, match=rf"^train:\d+: .*{what}.*{key}") as error:
-        make(buckets).check(facts, sizes, reasoning)
+        make(limits).needs(facts, sizes, reasoning)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("buckets", "what", "key"), TOO_SMALL)
-def test_what_does_not_fit_is_never_cut(make, facts, reasoning, buckets, what, key):
+@pytest.mark.parametrize(("limits", "what", "key"), TOO_SMALL)
+def test_what_does_not_fit_is_never_cut(make, facts, reasoning, limits, what, key):
     (fact,) = [fact for fact in facts if fact.id == next(iter(reasoning))]
-    encoder = make(buckets)
+    encoder = make(limits)
     sample = encoder.sample(fact, reasoning[fact.id])
     with pytest.raises(DataError, match=rf"^{fact.id}: .*{what}.*{key}") as error:
         encoder.sequences([[sample]])
@@ -247,11 +247,11 @@ def test_the_check_counts_what_batching_counts(make, facts, sizes, reasoning):
     samples = [make().sample(fact) for fact in facts]
     longest = max(len(sample.prompt) for sample in samples)
     fact = facts[int(np.argmax([len(sample.prompt) for sample in samples]))]
-    tight = make(dataclasses.replace(BUCKETS, prompt=longest))
-    tight.check(facts, sizes, reasoning)
+    tight = make(dataclasses.replace(LIMITS, prompt=longest))
+    tight.needs(facts, sizes, reasoning)
     assert tight.prompts([fact], [0]).mask.all()
-    small = make(dataclasses.replace(BUCKETS, prompt=longest - 1))
+    small = make(dataclasses.replace(LIMITS, prompt=longest - 1))
     with pytest.raises(DataError, match=r"data\.prompt_length"):
-        small.check(facts, sizes, reasoning)
+        small.needs(facts, sizes, reasoning)
     with pytest.raises(DataError, match=r"data\.prompt_length"):
         small.prompts([fact], [0])
