@@ -5,14 +5,16 @@ A decoder layer computes queries, keys and values and hands them to a pattern,
 s sequence, h query heads, k key-value heads, r = h/k query heads a key-value head, e head size,
 g group (samples of one prompt), t completion.
 
-    PackedCausal          SharedPrefix (G = 2)        Cached (one token of each sample)
-      1 1 2 2 0             p p a a b b                 p p a . .    token of a
-    1 x                   p x                           p p b . .    token of b
+    PackedCausal          SharedPrefix (G = 2)
+      1 1 2 2 0             p p a a b b
+    1 x                   p x
     1 x x                 p x x
-    2     x               a x x x                     prompt keys are held once and read once
-    2     x x             a x x x x                   for all samples of the prompt
+    2     x               a x x x
+    2     x x             a x x x x
     0         x           b x x     x
                           b x x     x x
+
+A third, `Cached`, is in `model.decoding`: one token of each sample.
 
 Softmax is in float32 everywhere.  These are the XLA forms, correct on every backend; a kernel
 for a platform belongs inside a pattern's `__call__`, behind the same signature.
@@ -107,57 +109,6 @@ class SharedPrefix:
         out += jnp.einsum("bkgrtu,bkgue->bkgrte", weights[..., s:], own_v)
         out = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, g * t, *q.shape[2:])
         return jnp.concatenate([prompt_out, out], axis=1), cache
-
-
-@struct.dataclass
-class CompletionKV:
-    """Keys and values of the completions at every layer, and the layer whose turn it is.
-
-    It rides whole in the carry of the scan over layers, so each layer writes one token's
-    slice in place; as a scan's input and output it would be copied every token.
-    """
-
-    k: Float[Array, "l b g t k e"]
-    v: Float[Array, "l b g t k e"]
-    layer: Int[Array, ""]
-
-
-@struct.dataclass
-class Cached:
-    """One new token of each of g samples a prompt; `q`, `k`, `v` carry g in place of s.
-
-    Writes the token's keys and values at completion place `index`, then sees the valid prompt
-    and its own completion up to and including `index`.
-    """
-
-    prompt_k: Float[Array, "l b s k e"]
-    prompt_v: Float[Array, "l b s k e"]
-    prompt_mask: Bool[Array, "b s"]
-    index: Int[Array, ""]
-
-    def __call__(
-        self, q: Queries, k: Keys, v: Keys, cache: CompletionKV
-    ) -> tuple[Queries, CompletionKV]:
-        layer = cache.layer
-        at = (layer, 0, 0, self.index, 0, 0)
-        all_k = jax.lax.dynamic_update_slice(cache.k, k[None, :, :, None].astype(cache.k.dtype), at)
-        all_v = jax.lax.dynamic_update_slice(cache.v, v[None, :, :, None].astype(cache.v.dtype), at)
-        own_k, own_v, prompt_k, prompt_v = (
-            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q.dtype)
-            for x in (all_k, all_v, self.prompt_k, self.prompt_v)
-        )
-        queries = _group_heads(q, k.shape[-2])
-        to_prompt = _scores("bgkre,bske->bkgrs", queries, prompt_k)
-        to_own = _scores("bgkre,bgtke->bkgrt", queries, own_k)
-        written = jnp.arange(own_k.shape[2]) <= self.index
-        to_prompt = jnp.where(self.prompt_mask[:, None, None, None], to_prompt, _UNSEEN)
-        to_own = jnp.where(written, to_own, _UNSEEN)
-        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
-        weights = weights.astype(q.dtype)
-        s = prompt_k.shape[1]
-        out = jnp.einsum("bkgrs,bske->bgkre", weights[..., :s], prompt_v)
-        out += jnp.einsum("bkgrt,bgtke->bgkre", weights[..., s:], own_v)
-        return out.reshape(q.shape), cache.replace(k=all_k, v=all_v, layer=layer + 1)
 
 
 def masked_attention(

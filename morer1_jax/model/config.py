@@ -215,22 +215,23 @@ class Runtime:
         remat: what the backward pass recomputes per layer: "none" keeps all activations, "full"
             keeps only each layer's input, "dots" also keeps the results of weight products.
         scan_unroll: layers a step of the forward scan (at least the layer count: a plain loop).
-        decode_unroll: the same for one-token decoding.
+        decode_unroll: whether one-token decoding is a plain loop over layers whose parameters are
+            copied apart beforehand, not a scan. On a CPU it is the faster by far; elsewhere
+            kernels read a layer's slice where it lies, and the copy is a second model in memory.
     """
 
     param_dtype: str = "float32"
     dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     scan_unroll: int = 1
-    decode_unroll: int = 1
+    decode_unroll: bool = False
 
     def __post_init__(self) -> None:
         for key in ("param_dtype", "dtype"):
             _one_of(key, getattr(self, key), _DTYPES)
         _one_of("remat", self.remat, _REMATS)
-        for key in ("scan_unroll", "decode_unroll"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key}: found {getattr(self, key)}, expected at least 1")
+        if self.scan_unroll < 1:
+            raise ConfigError(f"scan_unroll: found {self.scan_unroll}, expected at least 1")
 
 
 def _text_from_hf(text: Mapping[str, Any]) -> TextConfig:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from morer1_jax.model.attention import Pattern
 from morer1_jax.model.config import LoRA, Runtime, TextConfig
+from morer1_jax.model.decoding import KV
 from morer1_jax.model.layers import (
     Rotary,
     SwiGLU,
@@ -25,9 +26,6 @@ from morer1_jax.model.layers import (
     rotate,
     scanned,
 )
-
-KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
-"""Keys (rotated) and values of every layer."""
 
 
 class DecoderLayer(nn.Module):
@@ -75,16 +73,28 @@ class Decoder(nn.Module):
         cache: Any = None,
         keep_kv: bool = False,
     ) -> tuple[Float[Array, "b s d"], Any, KV | None]:
-        """Hidden states after the final norm, the pattern's cache, and keys and values if kept."""
+        """Hidden states after the final norm, the pattern's cache, and keys and values if kept.
+
+        Where `cache` is a tuple, with an entry for each layer, layers are a plain loop over
+        parameters that are apart (`decoding.separate_layers`).
+        """
         cfg, run = self.config, self.runtime
-        layer = DecoderLayer if cache is not None else rematerialised(DecoderLayer, run)
-        unroll = run.scan_unroll if cache is None else run.decode_unroll
-        layers = scanned(layer, cfg.num_hidden_layers, inputs=2, unroll=unroll)
         rotary = multimodal_rotary(positions, cfg)
+        norm = rms_norm(cfg.rms_norm_eps, run, name="norm")
+        if isinstance(cache, tuple):
+            after = []
+            for i, own in enumerate(cache):
+                layer = DecoderLayer(cfg, run, self.lora, keep_kv, name=f"layer_{i}")
+                (x, own), _ = layer((x, own), rotary, attend)
+                after.append(own)
+            return norm(x), tuple(after), None
+        layer = DecoderLayer if cache is not None else rematerialised(DecoderLayer, run)
+        unroll = run.scan_unroll if cache is None else 1
+        layers = scanned(layer, cfg.num_hidden_layers, inputs=2, unroll=unroll)
         (x, cache), kv = layers(cfg, run, self.lora, keep_kv, name="layers")(
             (x, cache), rotary, attend
         )
-        return rms_norm(cfg.rms_norm_eps, run, name="norm")(x), cache, kv
+        return norm(x), cache, kv
 
 
 def multimodal_rotary(positions: Int[Array, "3 b s"], config: TextConfig) -> Rotary:

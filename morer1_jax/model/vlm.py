@@ -16,56 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from morer1_jax.model.attention import Cached, CompletionKV, PackedCausal, Pattern
+from morer1_jax.model.attention import PackedCausal, Pattern
 from morer1_jax.model.config import LoRA, ModelConfig, Runtime
-from morer1_jax.model.language import KV, Decoder
+from morer1_jax.model.decoding import Cached, KVCache, LayerKV
+from morer1_jax.model.language import Decoder
 from morer1_jax.model.vision import VisionInputs, VisionTower
 
 # Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN,
 # so a masked-out position whose target is not allowed leaves loss and gradient finite.
 DISALLOWED = -1e30
-
-
-@struct.dataclass
-class KVCache:
-    """State of one-token decoding: the prompt once, a completion for each of its g samples.
-
-    `index` is the completion place the next `decode` writes, the same for every sample.
-    """
-
-    prompt_k: Float[Array, "l b s k e"]
-    prompt_v: Float[Array, "l b s k e"]
-    prompt_mask: Bool[Array, "b s"]
-    completion_k: Float[Array, "l b g t k e"]
-    completion_v: Float[Array, "l b g t k e"]
-    index: Int[Array, ""]
-
-
-def init_cache(
-    prompt_kv: KV, prompt_mask: Bool[Array, "b s"], *, group: int, length: int, bucket: int = 64
-) -> KVCache:
-    """An empty cache for `group` samples a prompt of at most `length` tokens each.
-
-    Args:
-        prompt_kv: what `forward(..., keep_kv=True)` returned for the prompts.
-        prompt_mask: the prompts' valid tokens.
-        bucket: the completion part is allocated in multiples of this.
-    """
-    prompt_k, prompt_v = prompt_kv
-    layers, batch, _, kv_heads, head_dim = prompt_k.shape
-    places = -(-length // bucket) * bucket
-    empty = jnp.zeros((layers, batch, group, places, kv_heads, head_dim), prompt_k.dtype)
-    return KVCache(
-        prompt_k=prompt_k,
-        prompt_v=prompt_v,
-        prompt_mask=prompt_mask,
-        completion_k=empty,
-        completion_v=empty,
-        index=jnp.zeros((), jnp.int32),
-    )
 
 
 class Qwen25VL(nn.Module):
@@ -134,12 +95,12 @@ class Qwen25VL(nn.Module):
         Args:
             positions: of the tokens; text, so the same on all three axes.
         """
-        attend = Cached(cache.prompt_k, cache.prompt_v, cache.prompt_mask, cache.index)
-        own = CompletionKV(cache.completion_k, cache.completion_v, jnp.zeros((), jnp.int32))
+        attend = Cached(cache.prompt_mask, cache.index)
         axes = jnp.broadcast_to(positions, (3, *positions.shape))
-        hidden, own, _ = self.language(x, axes, attend, cache=own)
-        cache = cache.replace(completion_k=own.k, completion_v=own.v, index=cache.index + 1)
-        return hidden, cache
+        hidden, layers, _ = self.language(x, axes, attend, cache=cache.layers)
+        if isinstance(layers, LayerKV):
+            layers = layers.replace(layer=jnp.zeros((), jnp.int32))
+        return hidden, cache.replace(layers=layers, index=cache.index + 1)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Float32 logits; for a token or a few a row, never for whole long sequences."""

@@ -72,12 +72,16 @@ def make_rollout(
 
 
 def rollout_metrics(scored: Scored, equal: Bool[Array, " b"]) -> Metrics:
-    """Means over the batch; `reward_std` is the mean of the groups' standard deviations."""
+    """Means over the batch; `reward_std` is the mean of the groups' standard deviations.
+
+    `completions/lengths`, [b, g], alone is not a number.
+    """
     lengths = jnp.sum(scored.rollout.mask, axis=-1)
     metrics = {
         "reward": jnp.mean(scored.reward),
         "reward_std": jnp.mean(deviation(scored.reward, axis=1)),
         "frac_reward_zero_std": jnp.mean(equal.astype(jnp.float32)),
+        "completions/lengths": lengths,
         "completions/mean_length": jnp.mean(lengths.astype(jnp.float32)),
         "completions/min_length": jnp.min(lengths),
         "completions/max_length": jnp.max(lengths),

@@ -20,7 +20,13 @@ from morer1_jax.data.tokenizer import SpecialIds
 from morer1_jax.data.tokens import AnswerTables
 from morer1_jax.learn.scorer import Params, embed_prompts, last_valid
 from morer1_jax.model.attention import PackedCausal
-from morer1_jax.model.vlm import DISALLOWED, KVCache, Qwen25VL, init_cache
+from morer1_jax.model.decoding import KVCache, init_cache, separate_layers
+from morer1_jax.model.vlm import DISALLOWED, Qwen25VL
+
+# The completions' cache begins with room for so many tokens, or for all there can be.
+_LEAST = 64
+# Ids that are summed together on the way to the one drawn.
+_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +153,16 @@ def sample(
       keys: of `sample_keys`; not read when greedy.
     """
     b, g, t = prompts.tokens.shape[0], config.group, config.length
+    lengths, unroll = _lengths(t), model.runtime.decode_unroll
 
     def prefill(module: Qwen25VL) -> tuple[Array, KVCache]:
         x = embed_prompts(module, prompts)
         positions = jnp.moveaxis(prompts.positions, 1, 0)
         attend = PackedCausal(prompts.mask.astype(jnp.int32))
         hidden, kv = module.forward(x, positions, attend, keep_kv=True)
-        return last_valid(hidden, prompts.mask), init_cache(kv, prompts.mask, group=g, length=t)
+        return last_valid(hidden, prompts.mask), init_cache(
+            kv, prompts.mask, group=g, length=lengths[0], stacked=not unroll
+        )
 
     def decode(module: Qwen25VL, tokens: Array, index: Array, cache: KVCache):
         x = module.embed(tokens)
@@ -162,9 +171,7 @@ def sample(
         return hidden, cache
 
     variables = {"params": params}
-
-    def going(state: LoopState) -> Bool[Array, ""]:
-        return (state.index < t) & ~jnp.all(state.ended)
+    apart = {"params": separate_layers(params)} if unroll else variables
 
     def step(state: LoopState) -> LoopState:
         logits = model.apply(variables, state.hidden, method=Qwen25VL.logits)
@@ -177,7 +184,7 @@ def sample(
         alive = ~state.ended
         kind = reader.token_class[token]
         added = reader.effort_added[kind, state.steps].astype(jnp.int32)
-        hidden, cache = model.apply(variables, token, state.index, state.cache, method=decode)
+        hidden, cache = model.apply(apart, token, state.index, state.cache, method=decode)
         at = (0, 0, state.index)
         return LoopState(
             index=state.index + 1,
@@ -207,7 +214,13 @@ def sample(
         answer=jnp.zeros((b, g), reader.answer_next.dtype),
         effort=jnp.zeros((b, g), jnp.int32),
     )
-    end = jax.lax.while_loop(going, step, start)
+    end = start
+    for length in lengths:
+        end = jax.lax.while_loop(
+            lambda state, length=length: (state.index < length) & ~jnp.all(state.ended),
+            step,
+            end.replace(cache=end.cache.grown(length)),
+        )
     answer = reader.answer_label[end.answer].astype(jnp.int32)
     return Rollout(
         tokens=end.tokens,
@@ -231,6 +244,11 @@ def leads_to_end(
     return jnp.moveaxis(distance <= left, 0, -1)[..., reader.token_class]
 
 
+def _lengths(most: int) -> tuple[int, ...]:
+    """Lengths that the completions' cache grows through: attention reads all that is allocated."""
+    return tuple(sorted({min(most, max(_LEAST, most // part)) for part in (4, 2, 1)}))
+
+
 def _draw(
     logits: Float[Array, "b g v"],
     allowed: Bool[Array, "*b v"],
@@ -239,13 +257,46 @@ def _draw(
     temperature: float,
 ) -> tuple[Int[Array, "b g"], Float[Array, "b g"]]:
     """A token of each sample and its log-probability, normalised as the scorer does."""
-    if temperature == 0.0:
-        logits = jnp.where(allowed, logits, DISALLOWED)
-        token = jnp.argmax(logits, axis=-1)
-    else:
-        logits = jnp.where(allowed, logits / temperature, DISALLOWED)
+    scaled = logits / temperature if temperature else logits
+    logits = jnp.where(allowed, scaled, DISALLOWED)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    if temperature:
         at = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(keys)
-        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(at)
-        token = jnp.argmax(logits + noise, axis=-1)
-    logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    return token.astype(jnp.int32), logprob - jax.nn.logsumexp(logits, axis=-1)
+        token = _inverse_cdf(weights, jax.vmap(jax.vmap(jax.random.uniform))(at))
+    else:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
+    logprob = chosen - largest - jnp.log(jnp.sum(weights, axis=-1, keepdims=True))
+    return token, logprob[..., 0]
+
+
+def _inverse_cdf(weights: Float[Array, "b g v"], uniform: Float[Array, "b g"]) -> Int[Array, "b g"]:
+    """The first id up to which the weights' share exceeds the uniform number.
+
+    One number a row in place of one an id, as Gumbel noise would take. The sum runs over blocks of
+    ids, then within the block that is hit.
+    """
+    v = weights.shape[-1]
+    blocks = jnp.pad(weights, ((0, 0), (0, 0), (0, -v % _BLOCK)))
+    blocks = blocks.reshape(*uniform.shape, -1, _BLOCK)
+    sums = jnp.sum(blocks, axis=-1)
+    target = uniform * jnp.sum(sums, axis=-1)
+    block, before = _hit(sums, target)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    place, _ = _hit(inside, target - before)
+    return block * _BLOCK + place
+
+
+def _hit(
+    weights: Float[Array, "b g n"], target: Float[Array, "b g"]
+) -> tuple[Int[Array, "b g"], Float[Array, "b g"]]:
+    """The first place with a weight up to which the sum exceeds the target, and the sum before it;
+    the last place with a weight where rounding leaves none."""
+    total = jnp.cumsum(weights, axis=-1)
+    some = weights > 0
+    beyond = some & (total > target[..., None])
+    last = weights.shape[-1] - 1 - jnp.argmax(some[..., ::-1], axis=-1)
+    place = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), last)
+    before = jnp.take_along_axis(total - weights, place[..., None], axis=-1)[..., 0]
+    return place.astype(jnp.int32), before

@@ -57,7 +57,17 @@ def checked(reference):
     with jaxtyping.install_import_hook(prefix, "beartype.beartype"):
         modules = {
             name: importlib.import_module(f"{prefix}.{name}")
-            for name in ("attention", "config", "language", "layers", "names", "vision", "vlm")
+            for name in (
+                "attention",
+                "config",
+                "decoding",
+                "flops",
+                "language",
+                "layers",
+                "names",
+                "vision",
+                "vlm",
+            )
         }
     sys.modules.update(known)
     morer1_jax.model = sys.modules[prefix]

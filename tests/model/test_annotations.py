@@ -42,7 +42,7 @@ def test_every_verb(checked, parts, small_case):
     assert logprob.shape == entropy.shape == (b, s)
     _, kv = run(model, "forward", params, x, positions, attend, keep_kv=True)
     kv = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kv)
-    cache = checked.vlm.init_cache(kv, jnp.ones((b, s), bool), group=3, length=5)
+    cache = checked.decoding.init_cache(kv, jnp.ones((b, s), bool), group=3, length=5)
     hidden = jax.eval_shape(
         # The cache alone would come back full of shapes, which its own annotations refuse.
         lambda *args: model.apply({"params": params}, *args, cache, method="decode")[0],
@@ -61,14 +61,14 @@ def test_every_verb(checked, parts, small_case):
 def test_every_pattern(checked):
     attention = checked.attention
     q, k = jnp.zeros((2, 7, 6, 4)), jnp.zeros((2, 7, 3, 4))
-    keys, own = jnp.zeros((1, 2, 3, 3, 4)), jnp.zeros((1, 2, 7, 4, 3, 4))
+    keys = jnp.zeros((1, 2, 3, 3, 4))
     mask = jnp.ones((2, 3), bool)
     calls = (
         (attention.PackedCausal(jnp.ones((2, 7), jnp.int32)), None),
         (attention.SharedPrefix(mask, jnp.ones((2, 2, 2), bool)), None),
         (
-            attention.Cached(keys, keys, mask, jnp.asarray(1)),
-            attention.CompletionKV(own, own, jnp.asarray(0)),
+            checked.decoding.Cached(mask, jnp.asarray(1)),
+            checked.decoding.init_cache((keys, keys), mask, group=7, length=4).layers,
         ),
     )
     for pattern, cache in calls:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from morer1_jax.model.attention import Cached, CompletionKV, PackedCausal, SharedPrefix
+from morer1_jax.model.attention import PackedCausal, SharedPrefix
 
 HEADS, KV_HEADS, SIZE = 6, 3, 4
 
@@ -86,29 +86,6 @@ def test_shared_prefix_without_any_valid_token_is_finite():
     pattern = SharedPrefix(jnp.zeros((1, 3), bool), jnp.zeros((1, 2, 2), bool))
     gradients, _ = jax.grad(pattern_value, has_aux=True)(draw(1, 7), pattern, 1.0)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
-
-
-def test_cached_equals_shared_prefix_token_by_token():
-    """At each of two layers, whose keys must not mix."""
-    layers, b, g, s, t = 2, 2, 3, 4, 5
-    prompt = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
-    shared = SharedPrefix(jnp.asarray(prompt), jnp.ones((b, g, t), bool))
-    rows = [draw(b, s + g * t, seed) for seed in range(layers)]
-    expected = [shared(*row, None)[0][:, s:].reshape(b, g, t, HEADS, SIZE) for row in rows]
-    prompt_k, prompt_v = (jnp.stack([row[i][:, :s] for row in rows]) for i in (1, 2))
-    # Longer than needed, and full of what must not be seen.
-    stale = jnp.full((layers, b, g, t + 2, KV_HEADS, SIZE), 7.0)
-    cache = CompletionKV(stale, stale, jnp.zeros((), jnp.int32))
-    step = jax.jit(lambda attend, *inputs: attend(*inputs))
-    for index in range(t):
-        attend = Cached(prompt_k, prompt_v, jnp.asarray(prompt), jnp.asarray(index))
-        cache = cache.replace(layer=jnp.zeros((), jnp.int32))
-        for layer, row in enumerate(rows):
-            q, k, v = (a[:, s:].reshape(b, g, t, -1, SIZE)[:, :, index] for a in row)
-            out, cache = step(attend, q, k, v, cache)
-            np.testing.assert_allclose(out, expected[layer][:, :, index], atol=2e-6)
-        assert int(cache.layer) == layers
-    np.testing.assert_array_equal(cache.k[..., t:, :, :], 7.0)
 
 
 def test_half_precision_keeps_softmax_in_float32():

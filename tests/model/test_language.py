@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from morer1_jax.model.attention import Cached, CompletionKV, PackedCausal
+from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.config import Runtime
+from morer1_jax.model.decoding import Cached, init_cache
 from morer1_jax.model.language import Decoder, multimodal_rotary
 
 
@@ -58,25 +59,23 @@ def test_unrolling_and_rematerialisation_change_nothing(small_case, runtime, rem
         np.testing.assert_allclose(got, wanted, atol=1e-5 * float(np.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("unroll", [1, 99])
-def test_decoding_carries_the_whole_cache(small_case, unroll):
+def test_decoding_carries_the_whole_cache(small_case):
     """No output of the scan over layers is stacked, and every layer writes its own slice."""
     text = small_case.config.text
     layers, kv = text.num_hidden_layers, (text.num_key_value_heads, text.head_dim)
-    keys = jnp.zeros((layers, 2, 3, *kv))
-    own = jnp.zeros((layers, 2, 9, 4, *kv))
+    keys, mask = jnp.zeros((layers, 2, 3, *kv)), jnp.ones((2, 3), bool)
     x, positions, _ = inputs(text)
-    decoder = Decoder(text, Runtime(decode_unroll=unroll))
+    cache = init_cache((keys, keys), mask, group=9, length=4)
+    decoder = Decoder(text, Runtime())
 
-    def step(own):
-        attend = Cached(keys, keys, jnp.ones((2, 3), bool), jnp.asarray(2))
-        cache = CompletionKV(own, own, jnp.zeros((), jnp.int32))
+    def step(cache):
+        attend = Cached(mask, jnp.asarray(2))
         params = {"params": small_case.params["language"]}
         return decoder.apply(params, x, positions, attend, cache=cache)[1]
 
-    scans = [eqn for eqn in jax.make_jaxpr(step)(own).eqns if eqn.primitive.name == "scan"]
+    scans = [e for e in jax.make_jaxpr(step)(cache.layers).eqns if e.primitive.name == "scan"]
     assert [len(scan.outvars) for scan in scans] == [scans[0].params["num_carry"]]
-    cache = step(own)
-    assert int(cache.layer) == layers
-    written = np.abs(cache.k).sum((1, 2, 4, 5)) > 0
+    after = step(cache.layers)
+    assert int(after.layer) == layers
+    written = np.abs(after.k).sum((1, 2, 3, 4)) > 0
     np.testing.assert_array_equal(written, np.arange(4)[None] == np.full((layers, 1), 2))

@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from morer1_jax.model.config import Runtime
-from morer1_jax.model.layers import SwiGLU, rms_norm, rotate
+from morer1_jax.model.layers import SwiGLU, linear_product, rms_norm, rotate
 
 RUNTIME = Runtime(dtype="bfloat16")
 
@@ -42,3 +43,26 @@ def test_swiglu():
     hidden = hidden / (1 + np.exp(-hidden)) * (x @ up["kernel"] + up["bias"])
     expected = hidden @ down["kernel"] + down["bias"]
     np.testing.assert_allclose(mlp.apply({"params": params}, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "axes"),
+    [((5, 3), (3, 4), 1), ((2, 5, 3), (3, 2, 4), 1), ((2, 5, 3, 2), (3, 2, 4), 2)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_linear_product_is_jaxs_own(x, kernel, axes, dtype):
+    x, kernel = draw(*x).astype(dtype), draw(*kernel).astype(dtype)
+    dims = ((tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))), ((), ()))
+
+    def gradients(product):
+        def value(x, kernel):
+            return jnp.sum(jnp.sin(product(x, kernel, dims).astype(jnp.float32)))
+
+        return jax.value_and_grad(value, (0, 1))(x, kernel)
+
+    ours, theirs = gradients(linear_product), gradients(jax.lax.dot_general)
+    bound = 1e-5 if dtype == "float32" else 2e-2
+    for got, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert got.dtype == wanted.dtype
+        got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
+        np.testing.assert_allclose(got, wanted, atol=bound * np.abs(wanted).max())

@@ -10,7 +10,8 @@ import torch
 
 from morer1_jax.model import names
 from morer1_jax.model.attention import PackedCausal
-from morer1_jax.model.vlm import Qwen25VL, init_cache
+from morer1_jax.model.decoding import init_cache
+from morer1_jax.model.vlm import Qwen25VL
 
 VALUE_BOUND = 2e-5
 GRADIENT_BOUND = 1e-4
@@ -124,7 +125,7 @@ def greedy(model, params, rows, *, group, steps, suppressed):
         x = verb("embed", rows.tokens, verb("encode_images", rows.images), rows.vision_index)
         attend = PackedCausal(jnp.asarray(rows.segment_ids))
         hidden, kv = verb("forward", x, rows.positions, attend, keep_kv=True)
-        cache = init_cache(kv, mask, group=group, length=steps, bucket=24)
+        cache = init_cache(kv, mask, group=group, length=steps)
         first = best(jnp.take_along_axis(hidden, last[:, None, None], axis=1))
 
         def step(carry, t):

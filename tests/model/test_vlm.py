@@ -12,7 +12,8 @@ import pytest
 from morer1_jax.model import vlm
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.config import Runtime
-from morer1_jax.model.vlm import Qwen25VL, init_cache, init_params
+from morer1_jax.model.decoding import init_cache, separate_layers
+from morer1_jax.model.vlm import Qwen25VL, init_params
 
 
 def verb(case, name, *args, params=None, **kwargs):
@@ -132,25 +133,24 @@ def test_shared_prefix_equals_each_sequence_by_itself(small_case, group):
         np.testing.assert_allclose(got, wanted, atol=2e-5 * float(np.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("unroll", [1, 99])
+@pytest.mark.parametrize("unroll", [False, True])
 def test_decode_equals_forward(small_case, group, unroll):
     prompts, valid, tokens, mask, following = group
-    case = dataclasses.replace(
-        small_case, model=Qwen25VL(small_case.config, Runtime(decode_unroll=unroll))
-    )
+    case = small_case
 
     @jax.jit
     def decode_all(params):
+        apart = separate_layers(params) if unroll else params
         images = verb(case, "encode_images", prompts.images, params=params)
         x = verb(case, "embed", prompts.tokens, images, prompts.vision_index, params=params)
         attend = PackedCausal(jnp.asarray(valid.astype(np.int32)))
         _, kv = verb(case, "forward", x, prompts.positions, attend, keep_kv=True, params=params)
-        cache = init_cache(kv, jnp.asarray(valid), group=3, length=4, bucket=6)
+        cache = init_cache(kv, jnp.asarray(valid), group=3, length=6, stacked=not unroll)
 
         def step(cache, t):
             x = verb(case, "embed", jnp.asarray(tokens)[:, :, t], params=params)
             positions = jnp.broadcast_to(following[:, None] + t, tokens.shape[:2])
-            hidden, cache = verb(case, "decode", x, positions, cache, params=params)
+            hidden, cache = verb(case, "decode", x, positions, cache, params=apart)
             return cache, hidden
 
         cache, hidden = jax.lax.scan(step, cache, jnp.arange(4))
@@ -160,15 +160,6 @@ def test_decode_equals_forward(small_case, group, unroll):
     expected = jax.jit(lambda params: together(case, params, group))(case.params)
     np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
     assert int(cache.index) == 4
-    assert cache.completion_k.shape[3] == 6
-
-
-def test_cache_is_allocated_in_buckets():
-    kv = (jnp.ones((2, 1, 3, 1, 4)),) * 2
-    for length, places in ((1, 8), (8, 8), (9, 16)):
-        cache = init_cache(kv, jnp.ones((1, 3), bool), group=5, length=length, bucket=8)
-        assert cache.completion_k.shape == cache.completion_v.shape == (2, 1, 5, places, 1, 4)
-        assert int(cache.index) == 0
 
 
 @pytest.mark.parametrize("counted", ["all", "some", "one row", "none"])

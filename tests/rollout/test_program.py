@@ -61,6 +61,7 @@ def test_rewards_advantages_and_metrics(tiny, on_one_device):
     np.testing.assert_allclose(scored.advantages, expected, atol=1e-5)
     lengths = drawn.mask.sum(-1)
     wanted = {
+        "completions/lengths": lengths,
         "reward": reward.mean(),
         "reward_std": reward.std(1, ddof=1).mean(),
         "frac_reward_zero_std": equal.mean(),

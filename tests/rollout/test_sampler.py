@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from morer1_jax.data.tokens import run
 from morer1_jax.model.attention import PackedCausal
@@ -11,6 +13,7 @@ from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.sampler import (
     SampleConfig,
+    _inverse_cdf,
     allowed_ids,
     leads_to_end,
     sample,
@@ -338,3 +341,22 @@ def test_without_a_limit_in_reach_guidance_changes_no_good_answer(tiny, draw):
     assert free.format.all()
     np.testing.assert_array_equal(free.tokens, guided.tokens)
     assert (guided.logprobs >= free.logprobs - 1e-6)[free.mask].all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 5, 127, 128, 129, 300]))
+def test_inverse_cdf_takes_the_first_id_whose_sum_exceeds_the_number(seed, size):
+    """Against a sum over all ids in float64; blocks, gaps of weight 0 and both ends included."""
+    rng = np.random.default_rng(seed)
+    weights = rng.random((2, 3, size)).astype(np.float32) * rng.integers(0, 2, (2, 3, size))
+    weights[..., rng.integers(size)] = 1.0
+    uniform = rng.random((2, 3)).astype(np.float32)
+    uniform[0, 0], uniform[1, 1] = 0.0, np.float32(1 - 2**-24)
+    found = np.asarray(_inverse_cdf(jnp.asarray(weights), jnp.asarray(uniform)))
+    chosen = np.take_along_axis(weights, found[..., None], axis=-1)[..., 0]
+    assert (chosen > 0).all()
+    total = np.cumsum(weights, axis=-1, dtype=np.float64)
+    after = np.take_along_axis(total, found[..., None], axis=-1)[..., 0]
+    target, slack = uniform * total[..., -1], 1e-5 * total[..., -1]
+    assert (after >= target - slack).all()
+    assert (after - chosen <= target + slack).all()

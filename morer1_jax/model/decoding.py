@@ -1,0 +1,179 @@
+"""One-token decoding: what is remembered, and how a new token attends to it.
+
+The prompt's keys and values are held once and read once for all samples of the prompt; each sample
+owns those of its completion. Heads lead and keys lie with their tokens last, values with their
+tokens first, so that both products read memory in order and nothing is transposed in the loop.
+Axes: l layers, b batch, g samples of a prompt, s prompt, t completion, h query heads, k key-value
+heads, r = h/k, e head size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+UNSEEN = -1e30
+KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
+"""Keys (rotated) and values of a sequence at every layer."""
+
+
+@struct.dataclass
+class LayerKV:
+    """Keys and values of one layer, or of all of them stacked and the layer whose turn it is.
+
+    Stacked, they ride whole in the carry of the scan over layers, so that each layer writes one
+    token's slice in place; as a scan's input and output they would be copied every token.
+    """
+
+    prompt_k: Float[Array, "*l b k e s"]
+    prompt_v: Float[Array, "*l b k s e"]
+    k: Float[Array, "*l b k g e t"]
+    v: Float[Array, "*l b k g t e"]
+    layer: Int[Array, ""] | None = None
+
+    def written(
+        self, k: Float[Array, "b k g e"], v: Float[Array, "b k g e"], index: Int[Array, ""]
+    ) -> LayerKV:
+        """With a token's keys and values at completion place `index` of the layer."""
+        lead = () if self.layer is None else (self.layer,)
+        new_k, new_v = k[..., None], v[..., None, :]
+        if lead:
+            new_k, new_v = new_k[None], new_v[None]
+        at = jax.lax.dynamic_update_slice
+        return self.replace(
+            k=at(self.k, new_k.astype(self.k.dtype), (*lead, 0, 0, 0, 0, index)),
+            v=at(self.v, new_v.astype(self.v.dtype), (*lead, 0, 0, 0, index, 0)),
+        )
+
+    def current(self, dtype: jnp.dtype) -> tuple[Array, Array, Array, Array]:
+        """(prompt_k, prompt_v, k, v) of the layer."""
+        arrays = (self.prompt_k, self.prompt_v, self.k, self.v)
+        if self.layer is not None:
+            arrays = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in arrays)
+        return tuple(x.astype(dtype) for x in arrays)
+
+    def following(self) -> LayerKV:
+        """For the next layer."""
+        return self if self.layer is None else self.replace(layer=self.layer + 1)
+
+
+@struct.dataclass
+class KVCache:
+    """All that decoding remembers.
+
+    Attributes:
+        layers: stacked, or one entry a layer.
+        prompt_mask: the prompts' valid tokens.
+        index: the completion place the next token is written to, the same for every sample.
+    """
+
+    layers: LayerKV | tuple[LayerKV, ...]
+    prompt_mask: Bool[Array, "b s"]
+    index: Int[Array, ""]
+
+    def grown(self, length: int) -> KVCache:
+        """With room for completions of `length` tokens."""
+
+        def pad(layer: LayerKV) -> LayerKV:
+            more = length - layer.k.shape[-1]
+            keys = [(0, 0)] * (layer.k.ndim - 1) + [(0, more)]
+            values = [*keys[:-2], keys[-1], keys[-2]]
+            return layer.replace(k=jnp.pad(layer.k, keys), v=jnp.pad(layer.v, values))
+
+        is_layer = lambda x: isinstance(x, LayerKV)  # noqa: E731
+        return self.replace(layers=jax.tree.map(pad, self.layers, is_leaf=is_layer))
+
+
+def init_cache(
+    prompt_kv: KV,
+    prompt_mask: Bool[Array, "b s"],
+    *,
+    group: int,
+    length: int,
+    stacked: bool = True,
+) -> KVCache:
+    """An empty cache for `group` samples a prompt of at most `length` tokens each.
+
+    Args:
+        prompt_kv: what `forward(..., keep_kv=True)` returned for the prompts.
+        prompt_mask: the prompts' valid tokens.
+        stacked: whether layers are stacked, for a scan, or apart, for a plain loop.
+    """
+    k, v = prompt_kv
+    layers, b, _, heads, size = k.shape
+    room = (layers, b, heads, group)
+    whole = LayerKV(
+        prompt_k=jnp.transpose(k, (0, 1, 3, 4, 2)),
+        prompt_v=jnp.transpose(v, (0, 1, 3, 2, 4)),
+        k=jnp.zeros((*room, size, length), k.dtype),
+        v=jnp.zeros((*room, length, size), v.dtype),
+    )
+    if stacked:
+        held = whole.replace(layer=jnp.zeros((), jnp.int32))
+    else:
+        held = tuple(jax.tree.map(lambda x, i=i: x[i], whole) for i in range(layers))
+    return KVCache(held, prompt_mask, jnp.zeros((), jnp.int32))
+
+
+@struct.dataclass
+class Cached:
+    """One new token of each of g samples a prompt; `q`, `k`, `v` carry g in place of s.
+
+    Writes the token's keys and values at completion place `index`, then sees the valid prompt
+    and its own completion up to and including `index`.
+    """
+
+    prompt_mask: Bool[Array, "b s"]
+    index: Int[Array, ""]
+
+    def __call__(
+        self,
+        q: Float[Array, "b g h e"],
+        k: Float[Array, "b g k e"],
+        v: Float[Array, "b g k e"],
+        cache: LayerKV,
+    ) -> tuple[Float[Array, "b g h e"], LayerKV]:
+        b, g, _, e = q.shape
+        kv_heads = k.shape[-2]
+        cache = cache.written(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), self.index)
+        prompt_k, prompt_v, own_k, own_v = cache.current(q.dtype)
+        queries = jnp.moveaxis(q.reshape(b, g, kv_heads, -1, e), 2, 1)
+        to_prompt = _scores("bkgre,bkes->bkgrs", queries, prompt_k)
+        to_own = _scores("bkgre,bkget->bkgrt", queries, own_k)
+        to_prompt = jnp.where(self.prompt_mask[:, None, None, None], to_prompt, UNSEEN)
+        to_own = jnp.where(jnp.arange(own_k.shape[-1]) <= self.index, to_own, UNSEEN)
+        # One softmax over both parts, whose products are never joined.
+        largest = jnp.maximum(
+            jnp.max(to_prompt, axis=-1, keepdims=True), jnp.max(to_own, axis=-1, keepdims=True)
+        )
+        to_prompt, to_own = jnp.exp(to_prompt - largest), jnp.exp(to_own - largest)
+        total = jnp.sum(to_prompt, -1, keepdims=True) + jnp.sum(to_own, -1, keepdims=True)
+        out = _mixed("bkgrs,bkse->bkgre", to_prompt, prompt_v)
+        out += _mixed("bkgrt,bkgte->bkgre", to_own, own_v)
+        out = (out / total).astype(q.dtype)
+        return jnp.moveaxis(out, 1, 2).reshape(q.shape), cache.following()
+
+
+def _scores(axes: str, q: Array, k: Array) -> Array:
+    scale = q.shape[-1] ** -0.5
+    return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
+
+
+def _mixed(axes: str, weights: Array, v: Array) -> Array:
+    return jnp.einsum(axes, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
+def separate_layers(params: dict) -> dict:
+    """A model's parameters with the decoder's layers apart, as decoding without a scan takes them.
+
+    Taken apart once, outside the loop over tokens: inside it a layer's slice of stacked kernels
+    would be copied every token.
+    """
+    language = dict(params["language"])
+    stacked = language.pop("layers")
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    for i in range(count):
+        language[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+    return {**params, "language": language}

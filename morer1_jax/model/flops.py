@@ -1,0 +1,95 @@
+"""Floating-point operations that the model asks for, whatever a program spends on it.
+
+What counts is the products of matrices that the published model defines, 2·m·k·n each: linear maps
+of tower, merger and decoder, logits where a token's probability is asked for, and attention between
+tokens that see each other (queries with keys, weights with values). What does not count: looking up
+embeddings, norms and other element-wise work, padding, and whatever is computed a second time
+(rematerialisation). So that of two programs which compute the same the faster one has the higher
+MFU (PaLM, arXiv 2204.02311, appendix B, with vision and without the look-up).
+
+For a sample of n tokens whose images have windows of p and images of q patches,
+
+    text     2·n·l·(2·d·h·e + 2·d·k·e + 3·d·f) + 4·l·h·e·n(n+1)/2 + 2·d·v·targets
+    vision   2·Σq·(c·d' + l'·(4·d'² + 3·d'·f')) + 4·d'·(windowed·Σp² + full·Σq²)
+             + 2·(Σq/m²)·(m²d')·(m²d' + d)
+
+with l layers, d width, h heads, k key-value heads of size e, f feed-forward, v vocabulary; the same
+primed for the tower, c numbers a patch, m the merge size. A backward pass is twice its forward
+pass where parameters train, once where only the gradient passes through.
+"""
+
+from __future__ import annotations
+
+from morer1_jax.model.config import TextConfig, VisionConfig
+
+# Dense bfloat16 FLOP/s of one device (a TPU chip or core as JAX counts them), from its makers.
+_PEAKS = (
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU7x", 1153.5e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None where it is not known (a CPU)."""
+    return next((peak for name, peak in _PEAKS if name in device_kind), None)
+
+
+def linear_flops(text: TextConfig) -> int:
+    """Of the decoder's linear maps, for one token."""
+    d, kv = text.hidden_size, text.num_key_value_heads * text.head_dim
+    return 2 * text.num_hidden_layers * (2 * d * d + 2 * d * kv + 3 * d * text.intermediate_size)
+
+
+def attention_flops(text: TextConfig) -> int:
+    """Of the decoder's attention, for one pair of a token and one that it sees."""
+    return 4 * text.num_hidden_layers * text.hidden_size
+
+
+def logit_flops(text: TextConfig) -> int:
+    """Of one token's logits."""
+    return 2 * text.hidden_size * text.vocab_size
+
+
+def patch_flops(vision: VisionConfig) -> int:
+    """Of the tower's linear maps, for one patch."""
+    d, f = vision.hidden_size, vision.intermediate_size
+    return 2 * (vision.patch_dim * d + vision.depth * (4 * d * d + 3 * d * f))
+
+
+def text_flops(text: TextConfig, tokens: float, pairs: float, logits: float) -> float:
+    """Of the decoder, forward.
+
+    Args:
+      tokens: that pass through it.
+      pairs: of a token and one that it sees, itself included.
+      logits: tokens whose distribution is asked for.
+    """
+    of_tokens = tokens * linear_flops(text) + logits * logit_flops(text)
+    return of_tokens + pairs * attention_flops(text)
+
+
+def vision_flops(
+    vision: VisionConfig, patches: float, window_pairs: float, image_pairs: float
+) -> float:
+    """Of tower and merger, forward.
+
+    Args:
+      patches: that pass through it.
+      window_pairs, image_pairs: of patches in the same window, and in the same image.
+    """
+    full = len(vision.fullatt_block_indexes)
+    pairs = full * image_pairs + (vision.depth - full) * window_pairs
+    unit = vision.spatial_merge_size**2
+    merged = unit * vision.hidden_size
+    merger = 2 * merged * (merged + vision.out_hidden_size) / unit
+    return patches * (patch_flops(vision) + merger) + 4 * vision.hidden_size * pairs
