@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
             prompt_length=208,
             completion_length=128,
             windows=8,
+            round_to=16,
+            shapes=2,  # programs of a step, each for batches of another size
             min_pixels=56 * 56,
             max_pixels=84 * 84,
             crop_margin=0.1,
@@ -100,7 +102,7 @@ def get_config() -> ConfigDict:
             dtype="float32",
             remat="dots",  # a CPU works attention scores out again sooner than it stores them
             scan_unroll=1,
-            decode_unroll=1,
+            decode_unroll=True,  # on a CPU; see model.config.Runtime
         )
     )
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
@@ -175,6 +177,8 @@ def get_config() -> ConfigDict:
     )
     config.control = ConfigDict(dict(steps=placeholder(int)))  # none: as long as GRPO took
     config.evaluate = ConfigDict(dict(batch=128))
+    # (first, last) step of each training to write a profiler's trace of.
+    config.profile = ConfigDict(dict(steps=()))
     return config
 
 

@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
             prompt_length=1536,  # two images of 512 tokens each at most, labels, title
             completion_length=1024,
             windows=80,  # a 640 x 480 photo has 30; room for two images of any usual shape
+            round_to=128,  # as TPU kernels want it
+            shapes=3,  # programs of a step, each for batches of another size
             min_pixels=56 * 56,
             max_pixels=512 * 28 * 28,  # about 401k, 512 vision tokens
             crop_margin=0.1,
@@ -90,7 +92,7 @@ def get_config() -> ConfigDict:
             dtype="bfloat16",
             remat="full",  # long prompts: activations, not FLOPs, are what a chip runs out of
             scan_unroll=1,
-            decode_unroll=1,
+            decode_unroll=False,  # on accelerators; see model.config.Runtime
         )
     )
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
@@ -167,6 +169,8 @@ def get_config() -> ConfigDict:
     )
     config.control = ConfigDict(dict(steps=placeholder(int)))  # none: as long as GRPO took
     config.evaluate = ConfigDict(dict(batch=64))
+    # (first, last) step of each training to write a profiler's trace of.
+    config.profile = ConfigDict(dict(steps=()))
     return config
 
 

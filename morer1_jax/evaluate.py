@@ -16,6 +16,7 @@ from etils import epath
 
 from morer1_jax.files import check_writable
 from morer1_jax.run.answers import Asker
+from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.evaluate import read_scores, write_scores
 from morer1_jax.run.report import write_report
@@ -39,6 +40,7 @@ _BATCH = flags.DEFINE_integer("batch", 64, "Facts at once.", 1)
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    use_program_cache()
     data, out, split = epath.Path(_DATA.value), Path(_OUT.value), _SPLIT.value
     name = _NAME.value
     if name is None:

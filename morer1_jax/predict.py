@@ -17,6 +17,7 @@ from absl import flags
 from PIL import Image
 
 from morer1_jax.files import check_writable
+from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.predict import (
     as_json,
@@ -52,6 +53,7 @@ _BATCH = flags.DEFINE_integer("batch", 16, "Questions at once.", 1)
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    use_program_cache()
     facts = _questions()
     if _PICTURE.value:
         _check_picture(Path(_PICTURE.value), Path(_IMAGE.value))

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from morer1_jax.files import check_writable
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
+from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.config import ConfigError, identity, load, run_main
 from morer1_jax.run.control import run_control
@@ -209,6 +210,7 @@ def _needed(job: Job, name: str) -> list[str]:
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    use_program_cache()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Nothing is kept from one run of the tests to the next.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 import pytest
 

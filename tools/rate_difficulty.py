@@ -12,6 +12,7 @@ from etils import epath
 
 from morer1_jax.files import check_writable
 from morer1_jax.run.answers import Asker
+from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.rate import rate
 from morer1_jax.run.settings import RateSettings
@@ -37,6 +38,7 @@ _LENGTH = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    use_program_cache()
     out = Path(_OUT.value)
     check_writable(out)
     if out.exists():

@@ -10,14 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from morer1_jax.data.batch import Encoder, PromptBatch
+from morer1_jax.data.batch import PromptBatch
+from morer1_jax.data.encoder import Encoder
 from morer1_jax.data.loader import load_ahead
+from morer1_jax.data.shapes import Shape
 from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sample_keys
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import progress
 from morer1_jax.run.mesh import batch_parts, fetch, this_host
 from morer1_jax.run.policy import Policy
+from morer1_jax.run.shapes import asking_shape
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
@@ -56,6 +59,7 @@ class Asker:
       guided: whether only tokens that still lead to a readable answer may be drawn.
       seed: of the noise.
       workers: threads that prepare batches.
+      shape: of the prompts; None: as the encoder's limits allow.
     """
 
     def __init__(
@@ -69,13 +73,15 @@ class Asker:
         guided: bool = False,
         seed: int = 0,
         workers: int = 1,
+        shape: Shape | None = None,
     ) -> None:
+        self._shape = shape
         self._policy, self._encoder = policy, encoder
         parts = batch_parts(policy.mesh)
         self.batch, self._workers = -(-batch // parts) * parts, workers
         config = SampleConfig(
             group=group,
-            length=encoder.buckets.completion,
+            length=encoder.limits.completion,
             temperature=temperature,
             end_of_turn=policy.special.end_of_turn,
             guided=guided,
@@ -120,7 +126,7 @@ class Asker:
             # The last batch is filled up to the compiled size; the filling is not yielded.
             places += places[-1:] * (size - len(places))
             mine = this_host().rows(places)
-            return self._encoder.prompts([facts[place] for place in mine], mine)
+            return self._encoder.prompts([facts[place] for place in mine], mine, self._shape)
 
         count = -(-len(facts) // size)
         with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
@@ -162,6 +168,7 @@ def greedy_asker(job: Job, encoder: Encoder) -> Asker:
         group=1,
         temperature=0.0,
         workers=job.settings.data.workers,
+        shape=asking_shape(job, encoder),
     )
 
 

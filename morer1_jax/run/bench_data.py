@@ -21,6 +21,7 @@ from morer1_jax.data.loader import load_ahead
 from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import this_host
 from morer1_jax.run.settings import Settings
+from morer1_jax.run.shapes import sequence_plan
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
@@ -138,8 +139,10 @@ def time_loading(job: Job, epochs: int = 3) -> dict[str, Any]:
     batch = job.settings.sft.batch
     pool = Pool("training", np.arange(len(facts)), (job.settings.seed,))
     draw = functools.partial(pool.batch, size=batch)
-    feed = SequenceFeed(job.encoder, facts, job.reasoning, draw, this_host())
     epoch = -(-len(facts) // batch)
+    needs = [job.needs[fact.id] for fact in facts]
+    plan = sequence_plan(job, needs, draw, epochs * epoch, 1)
+    feed = SequenceFeed(job.encoder, facts, job.reasoning, draw, this_host(), needs, plan)
     began = time.perf_counter()
     batches = load_ahead(feed, 0, epochs * epoch + 1, **job.loading)
     next(batches)

@@ -27,7 +27,10 @@ from morer1_jax.task.fact import DataError, one_line
 OPERATIONAL = (
     "mesh",
     "stages",
+    "profile",
     "model.path",  # what is in it is compared, not where it is
+    "data.round_to",  # of padding
+    "data.shapes",
     "*.workers",
     "*.worker_kind",
     "*.save_every",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from morer1_jax.data.batch import Encoder, VisionBatch
+from morer1_jax.data.batch import VisionBatch
+from morer1_jax.data.encoder import Encoder
 from morer1_jax.data.features import FEATURES, FeatureStore, Place, write_index
 from morer1_jax.data.images import crop_box
 from morer1_jax.data.loader import load_ahead

@@ -6,27 +6,26 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.data.batch import PromptBatch
 from morer1_jax.data.curriculum import EmptyPoolError, Mixer, Pool
 from morer1_jax.data.feed import Draw, PromptFeed
-from morer1_jax.learn.grpo import GroupBatch, make_grpo_update, token_weights
 from morer1_jax.learn.parts import Params
-from morer1_jax.learn.scorer import group_logprobs
 from morer1_jax.learn.state import TrainState
-from morer1_jax.rollout.program import Scored, make_rollout
-from morer1_jax.rollout.sampler import SampleConfig
+from morer1_jax.rollout.program import Scored
 from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.grpo_step import GRPOStep
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import RecordLog
-from morer1_jax.run.loop import Hooks, train
-from morer1_jax.run.mesh import fetch, shardings_of, this_host
+from morer1_jax.run.loop import Hooks, Metrics, train
+from morer1_jax.run.mesh import fetch, this_host
+from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.rate import FILE, POOLS, read_ratings
 from morer1_jax.run.sft import loop_config
+from morer1_jax.run.shapes import prompt_shapes
+from morer1_jax.run.throughput import Passes, Work, group_work
 from morer1_jax.task.fact import DataError
 
 # What to change where no fact was rated so. All of it is the run's identity.
@@ -37,92 +36,6 @@ _WAYS = {
     "easy facts alone (grpo.mix.start=1, grpo.mix.end=1), or do not mix (grpo.mixing=False)",
     "training": "keep facts never solved (rate.never=hard)",
 }
-
-
-class Programs:
-    """The compiled programs of a GRPO step: rollout, score, update.
-
-    Args:
-      shardings: of the train state.
-      transform: the optimizer.
-    """
-
-    def __init__(self, job: Job, shardings: Any, transform: Any) -> None:
-        grpo = job.settings.grpo
-        sampling = SampleConfig(
-            group=grpo.group,
-            length=job.encoder.buckets.completion,
-            temperature=grpo.temperature,
-            end_of_turn=job.policy.special.end_of_turn,
-        )
-        policy = job.policy
-        model, rows, whole = policy.model, policy.rows, policy.replicated
-        self.rollout = jax.jit(
-            make_rollout(model, sampling, grpo.reward, grpo.scale_rewards, job.settings.seed),
-            in_shardings=(policy.param_shardings, rows, whole, whole, whole),
-            out_shardings=(rows, whole),
-        )
-        self.score = jax.jit(
-            lambda params, prompts, tokens, mask, allowed: group_logprobs(
-                model, params, prompts, tokens, mask, allowed, job.score
-            )[0],
-            in_shardings=(policy.param_shardings, rows, rows, rows, whole),
-            out_shardings=rows,
-        )
-        self.update = jax.jit(
-            make_grpo_update(model, transform, grpo.loss, job.score, grpo.micro_batches),
-            in_shardings=(shardings, shardings_of(job.frozen), rows, whole),
-            out_shardings=(shardings, whole),
-            donate_argnums=0,
-        )
-        self.weights = jax.jit(
-            lambda mask, ended: token_weights(mask, ended, grpo.loss), out_shardings=rows
-        )
-
-
-def grpo_step(
-    job: Job, programs: Programs, reference: Any
-) -> Callable[[TrainState, PromptBatch, int], tuple[TrainState, dict[str, Any], Scored]]:
-    """One rollout and its updates: `step(state, prompts, number) -> (state, metrics, scored)`.
-
-    The update's metrics are means over the rollout's updates.
-
-    Args:
-      reference: parameters the KL is taken to, those that train: what is frozen is shared; None
-        where beta is 0.
-    """
-    grpo, policy = job.settings.grpo, job.policy
-
-    def step(state: TrainState, prompts: PromptBatch, number: int):
-        prompts = policy.put(prompts)
-        params = job.whole(state.params)
-        scored, metrics = programs.rollout(
-            params, prompts, policy.reader, policy.allowed, jnp.int32(number)
-        )
-        drawn = scored.rollout
-        asked = (prompts, drawn.tokens, drawn.mask, policy.allowed)
-        batch = GroupBatch(
-            prompts=prompts,
-            tokens=drawn.tokens,
-            mask=drawn.mask,
-            weights=programs.weights(drawn.mask, drawn.ended),
-            advantages=scored.advantages,
-            sampler=drawn.logprobs,
-            reference=programs.score(job.whole(reference), *asked) if grpo.loss.beta else None,
-        )
-        # The first update needs no old log-probabilities: they are its own. Later ones take those
-        # of the parameters the rollout began with, so they are scored before the first.
-        old = programs.score(params, *asked) if grpo.updates > 1 else None
-        learned = []
-        for update in range(grpo.updates):
-            state, seen = programs.update(
-                state, job.frozen, batch.replace(old=old if update else None), policy.allowed
-            )
-            learned.append(seen)
-        metrics |= jax.tree.map(lambda *x: sum(x) / len(x), *learned)
-        return state.replace(step=state.step + 1), metrics, scored
-
-    return step
 
 
 def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
@@ -139,10 +52,23 @@ def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
     pools = _pools(job)
     draw = _schedule(job, pools)
     easy = set(pools["easy"])
+    needs = [job.needs[fact.id] for fact in facts]
+    shapes = prompt_shapes(job, needs, draw, grpo.steps)
     transform = grpo.optimizer.build(grpo.steps * grpo.updates, job.parts)
     like = job.like_state(transform)
-    reference = params() if grpo.loss.beta else None
-    step = grpo_step(job, Programs(job, shardings_of(like), transform), reference)
+    reference, timer = params() if grpo.loss.beta else None, PhaseTimer()
+    step = GRPOStep(
+        job.policy,
+        grpo,
+        like,
+        transform,
+        job.frozen,
+        reference,
+        score=job.score,
+        length=job.encoder.limits.completion,
+        seed=job.settings.seed,
+        timer=timer,
+    )
     records = RecordLog(job.workdir / "rollouts.jsonl", "grpo")
 
     def train_step(state: TrainState, prompts: PromptBatch, number: int):
@@ -154,11 +80,20 @@ def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
             records.sync()
         return state, metrics
 
+    config, passes = job.policy.model.config, Passes.of(job.parts)
+    scored = (grpo.loss.beta > 0) + (grpo.updates > 1)
+
+    def work(prompts: PromptBatch, metrics: Metrics) -> Work:
+        lengths = fetch(metrics["completions/lengths"])
+        return group_work(config, passes, prompts, lengths, scored=scored, updates=grpo.updates)
+
     asker = greedy_asker(job, job.encoder)
     hooks = Hooks(
-        batch=PromptFeed(job.encoder, facts, draw, this_host()),
+        batch=PromptFeed(job.encoder, facts, draw, this_host(), needs, shapes),
         step=train_step,
         validate=validator(asker, job, job.facts["valid"][: grpo.eval_facts]),
+        work=work,
+        timer=timer,
         resume=records.resume_at,
         shown=("reward", "rewards/accuracy/mean"),
     )
@@ -171,6 +106,7 @@ def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
         hooks,
         loop_config(grpo),
         **job.loading,
+        profile=job.settings.profile.steps,
     )
 
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.data.batch import Buckets, Encoder
+from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.features import FeatureStore
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.reasoning import read_reasoning_dataset
+from morer1_jax.data.shapes import Need
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
 from morer1_jax.files import atomic_dir, atomic_write
 from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
@@ -96,6 +97,18 @@ class Job:
         return more.check_photos([f for facts in self.facts.values() for f in facts], self.data)
 
     @functools.cached_property
+    def needs(self) -> dict[str, Need]:
+        """What each fact takes, by its id: with its written reasoning, if it has some.
+
+        Raises:
+          DataError: a fact that does not fit its limits.
+        """
+        facts = [fact for facts in self.facts.values() for fact in facts]
+        encoder = self.new_encoder(pixels=True)
+        found = encoder.needs(facts, self.sizes, self._known_reasoning())
+        return {fact.id: need for fact, need in zip(facts, found, strict=True)}
+
+    @functools.cached_property
     def checkpoint(self) -> weights.Checkpoint | None:
         """The published checkpoint the run begins with, if it does."""
         path = self.settings.model.path
@@ -168,7 +181,7 @@ class Job:
         """
         data, window = self.settings.data, self._vision.window_size
         sees = blind.get("show_photo", True)
-        buckets = Buckets(
+        limits = Limits(
             prompt=data.prompt_length,
             completion=blind.pop("completion", data.completion_length),
             windows=data.windows if sees else 0,
@@ -179,7 +192,7 @@ class Job:
             self.ontology,
             self.images,
             window,
-            buckets,
+            limits,
             features=None if pixels or not sees else self.features,
             **blind,
         )
@@ -297,8 +310,6 @@ class Job:
         config = self.settings
         parts = meshes.batch_parts(self.mesh)
         for key, rows in (
-            ("sft.batch", config.sft.batch),
-            ("baselines.batch", config.baselines.batch),
             ("rate.batch", config.rate.batch),
             ("grpo.prompts", config.grpo.prompts),
             ("evaluate.batch", config.evaluate.batch),
@@ -310,10 +321,8 @@ class Job:
                 )
         if config.data.keep_features:
             check_frozen(self.parts)
-        encoder, reasoning = self.new_encoder(pixels=True), self._known_reasoning()
-        for facts in self.facts.values():
-            encoder.check(facts, self.sizes, reasoning)
-        self._check_digests(reasoning)
+        self.needs  # noqa: B018  (finds what does not fit)
+        self._check_digests(self._known_reasoning())
 
     def _known_reasoning(self) -> dict[str, str]:
         """The written reasoning; none is an error only where a stage learns from it."""

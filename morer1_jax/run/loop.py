@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from morer1_jax.data.loader import WorkerKind, load_ahead
 from morer1_jax.learn.state import TrainState
 from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.compiles import CompileWatch
 from morer1_jax.run.log import MetricLog, progress
+from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.throughput import Work, throughput
 
 Metrics = Mapping[str, Any]
 
@@ -37,8 +41,11 @@ class Hooks:
     Attributes:
       batch: the arrays of a step, host side; a pure function of the step, which worker processes
         are sent a copy of.
-      step: `(state, batch, step) -> (state, metrics)`, metrics possibly still being computed.
+      step: `(state, batch, step) -> (state, metrics)`, metrics possibly still being computed;
+        those that are arrays with axes are for `work` and are not logged.
+      work: `(batch, metrics) -> Work`, asked of each step once the next one has begun.
       validate: `params -> metrics`; its `micro_f1` decides which checkpoint is the best.
+      timer: that `step` tells what it starts.
       resume: told the step training is taken up at, before anything is written.
       shown: metrics to show beside the progress bar.
     """
@@ -46,6 +53,8 @@ class Hooks:
     batch: Callable[[int], Any]
     step: Callable[[TrainState, Any, int], tuple[TrainState, Metrics]]
     validate: Callable[[Any], Metrics]
+    work: Callable[[Any, Metrics], Work]
+    timer: PhaseTimer
     resume: Callable[[int | None], None] = lambda step: None
     shown: tuple[str, ...] = ("loss",)
 
@@ -60,12 +69,15 @@ def train(
     *,
     workers: int = 1,
     kind: WorkerKind = "thread",
+    profile: Sequence[int] = (),
 ) -> Checkpointer:
     """Trains to `config.steps`, from the newest whole checkpoint if there is one.
 
     Checkpoints are in `workdir/name/checkpoints`, the best parameters by validation beside them;
     metrics go to `workdir/metrics.jsonl`, with `step_time`: seconds a step since the last record,
-    validation and saving left out. A run that is killed and started again ends with the same
+    validation and saving left out; `time/…`, what of it each of the step's programs took, and
+    `time/host` what none of them did; what was done in that time, as `throughput` has it; and
+    `compilations` of steps so far. A run that is killed and started again ends with the same
     parameters, and with every logged step in the log once.
 
     Args:
@@ -73,6 +85,8 @@ def train(
         that no state is held beside the one restored.
       like: the state's shapes, dtypes and shardings.
       workers, kind: what prepares the batches; see `load_ahead`.
+      profile: the first and the last step that a trace is written of, into
+        `workdir/profile/name`, for TensorBoard or Perfetto.
 
     Returns:
       The checkpointer, which knows the best parameters.
@@ -86,32 +100,68 @@ def train(
     start = start or 0
     batches = load_ahead(hooks.batch, start, config.steps, workers=workers, kind=kind)
     bar = progress(desc=name, total=config.steps, initial=start)
-    pending: tuple[int, Metrics] | None = None
-    watch = _StopWatch(start)
+    pending: tuple[int, Any, Metrics] | None = None
+    watch, compiles = _StopWatch(start), CompileWatch()
+    done, counted = Work(0.0, 0.0), start
+    tracing = False
 
-    def write_pending() -> None:
+    def settle() -> None:
         """Logs the step before: the next one keeps the device busy while it is waited for."""
-        nonlocal pending
-        if pending is not None:
-            step, metrics = pending
-            jax.block_until_ready(metrics)
-            log.write(step, {**metrics, "step_time": watch.seconds_a_step(step)})
-            shown = {k: f"{float(metrics[k]):.3g}" for k in hooks.shown}
-            bar.set_postfix(shown, refresh=False)
+        nonlocal pending, done, counted
+        if pending is None:
+            return
+        step, batch, metrics = pending
         pending = None
+        done += hooks.work(batch, metrics)
+        if step % config.log_every and step != config.steps:
+            return
+        jax.block_until_ready(metrics)
+        seconds = watch.seconds_a_step(step)
+        scalars = {name: value for name, value in metrics.items() if np.ndim(value) == 0}
+        steps = step - counted
+        phases = {name: spent / steps for name, spent in hooks.timer.take().items()}
+        phases["host"] = max(0.0, seconds - sum(phases.values()))
+        log.write(
+            step,
+            {
+                **scalars,
+                "step_time": seconds,
+                **{f"time/{name}": spent for name, spent in phases.items()},
+                **throughput(done, seconds * steps),
+                "compilations": compiles.count,
+            },
+        )
+        bar.set_postfix({k: f"{float(metrics[k]):.3g}" for k in hooks.shown}, refresh=False)
+        done, counted = Work(0.0, 0.0), step
 
-    with contextlib.closing(log), contextlib.closing(batches), bar:
+    with contextlib.closing(log), contextlib.closing(batches), bar, compiles, hooks.timer:
         watch.go_on()
         for step in range(start + 1, config.steps + 1):
-            state, metrics = hooks.step(state, next(batches), step - 1)
-            write_pending()
+            if profile and step == max(profile[0], start + 1) <= profile[1]:
+                settle()
+                jax.block_until_ready(state)
+                jax.profiler.start_trace(workdir / "profile" / name, create_perfetto_trace=True)
+                tracing = True
+            batch = next(batches)
+            with compiles.step(batch) as again:
+                state, metrics = hooks.step(state, batch, step - 1)
+            if again:
+                bar.write(
+                    f"{name} step {step}: compiled again for a batch of shapes that were seen "
+                    f"before ({sum(again):.1f} s); every step should compile once a shape"
+                )
+            settle()
+            pending = (step, batch, metrics)
             last = step == config.steps
-            if step % config.log_every == 0 or last:
-                pending = (step, metrics)
+            if tracing and (last or step == profile[1]):
+                jax.block_until_ready((state, metrics))
+                jax.profiler.stop_trace()
+                tracing = False
+                bar.write(f"{name}: trace of steps to {step} in {workdir / 'profile' / name}")
             validate = step % config.eval_every == 0 or last
             save = step % config.save_every == 0 or last
             if validate or save:
-                write_pending()
+                settle()
                 jax.block_until_ready(state)
                 watch.pause()
             if validate:

@@ -19,6 +19,7 @@ from morer1_jax.files import atomic_write
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import RateSettings
+from morer1_jax.run.shapes import asking_shape
 from morer1_jax.task.fact import DataError, Fact
 
 FILE = "ratings.jsonl"
@@ -61,6 +62,7 @@ def run_rate(job: Job, params: Any) -> dict[str, int]:
         temperature=config.temperature,
         seed=job.settings.seed,
         workers=job.settings.data.workers,
+        shape=asking_shape(job, job.encoder),
     )
     return rate(asker, params, job.facts["train"], config, out)
 

@@ -35,8 +35,12 @@ class DataSettings:
       reasoning: what SFT learns from, if not the folder's `reasoning.jsonl`: a JSONL or Parquet
         file or a dataset on the hub; see `data.reasoning`.
       vocabulary: size of the tokenizer that is trained on the training split's texts.
-      prompt_length, completion_length: tokens, vision and end-of-turn tokens among them.
-      windows: attention windows of the vision tower a row's images may fill.
+      prompt_length, completion_length: most tokens of a fact, vision and end-of-turn tokens among
+        them.
+      windows: most attention windows of the vision tower that a fact's images may fill.
+      round_to: rows of tokens have a multiple of this length.
+      shapes: programs that one kind of step may have, each for batches of another size; what sizes
+        is chosen from the data (`data.shapes`).
       min_pixels, max_pixels, crop_margin, crop_least: see `data.images.ImageConfig`.
       keep_features: whether every image is encoded once and its features kept on disk; only where
         neither vision tower nor merger trains.
@@ -51,6 +55,8 @@ class DataSettings:
     prompt_length: int
     completion_length: int
     windows: int
+    round_to: int
+    shapes: int
     min_pixels: int
     max_pixels: int
     crop_margin: float
@@ -65,6 +71,10 @@ class DataSettings:
             raise ValueError(
                 f"vocabulary: {self.vocabulary} found, at least {least} expected (the bytes and "
                 "the special tokens)"
+            )
+        if self.round_to < 1 or self.shapes < 1:
+            raise ValueError(
+                f"round_to {self.round_to} and shapes {self.shapes}: at least 1 expected of both"
             )
         if self.min_pixels > self.max_pixels:
             raise ValueError(
@@ -217,7 +227,8 @@ class SFTSettings:
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
-        _check_micro_batches(self.micro_batches, self.batch)
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches: {self.micro_batches} found, at least 1 expected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +318,11 @@ class GRPOSettings:
             raise ValueError(f"group: {self.group} found, at least 2 expected: a group is compared")
         if self.temperature == 0.0:
             raise ValueError("temperature: 0 found, above 0 expected: a group must differ")
-        _check_micro_batches(self.micro_batches, self.prompts)
+        if self.prompts % self.micro_batches:
+            raise ValueError(
+                f"micro_batches: {self.micro_batches} found, a divisor of the {self.prompts} "
+                "prompts of a batch expected"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +337,19 @@ class EvaluateSettings:
     """Greedy scoring on the test split, `batch` facts at once."""
 
     batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileSettings:
+    """Which steps of each training are traced, `(first, last)`; none of them: `()`."""
+
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
+            raise ValueError(
+                f"profile.steps: {self.steps} found, () or (first, last) expected, counted from 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +376,7 @@ class Settings:
     grpo: GRPOSettings
     control: ControlSettings
     evaluate: EvaluateSettings
+    profile: ProfileSettings
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.stages.split(",") if name not in STAGES]
@@ -363,14 +392,6 @@ class Settings:
                 f"runtime.param_dtype: {self.runtime.param_dtype!r} found, 'float32' expected: an "
                 "update at a usual learning rate is less than a rounding of a shorter type"
             )
-
-
-def _check_micro_batches(micro_batches: int, rows: int) -> None:
-    if rows % micro_batches:
-        raise ValueError(
-            f"micro_batches: {micro_batches} found, a divisor of the {rows} rows of a batch "
-            "expected"
-        )
 
 
 def settings(config: ConfigDict | Mapping[str, Any]) -> Settings:

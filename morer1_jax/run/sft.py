@@ -10,17 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from morer1_jax.data.batch import Encoder
+from morer1_jax.data.batch import SequenceBatch
 from morer1_jax.data.curriculum import Pool
+from morer1_jax.data.encoder import Encoder
 from morer1_jax.data.feed import SequenceFeed
 from morer1_jax.learn.parts import Params
 from morer1_jax.learn.sft import make_sft_step
-from morer1_jax.learn.state import OptimizerConfig
+from morer1_jax.learn.state import OptimizerConfig, TrainState
 from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.run.loop import Hooks, LoopConfig, train
 from morer1_jax.run.mesh import shardings_of, this_host
+from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.shapes import sequence_plan
+from morer1_jax.run.throughput import Passes, sequence_work
 
 
 def train_sft(
@@ -50,6 +54,9 @@ def train_sft(
     """
     facts = [fact for fact in job.facts["train"] if fact.id in targets]
     pool = Pool("training", np.arange(len(facts)), (job.settings.seed, 10, stream))
+    draw = functools.partial(pool.batch, size=batch)
+    needs = encoder.needs(facts, job.sizes, targets)
+    plan = sequence_plan(job, needs, draw, loop.steps, micro_batches)
     policy = job.policy
     transform = optimizer.build(loop.steps, job.parts)
     like = job.like_state(transform)
@@ -63,13 +70,19 @@ def train_sft(
         donate_argnums=0,
     )
 
-    asker = greedy_asker(job, encoder)
+    asker, passes, timer = greedy_asker(job, encoder), Passes.of(job.parts), PhaseTimer()
+
+    def train_step(state: TrainState, arrays: SequenceBatch, _: int):
+        state, metrics = step(state, job.frozen, policy.put(arrays))
+        timer.phase("update", metrics)
+        return state, metrics
+
     hooks = Hooks(
-        batch=SequenceFeed(
-            encoder, facts, targets, functools.partial(pool.batch, size=batch), this_host()
-        ),
-        step=lambda state, arrays, _: step(state, job.frozen, policy.put(arrays)),
+        batch=SequenceFeed(encoder, facts, targets, draw, this_host(), needs, plan),
+        step=train_step,
         validate=validator(asker, job, job.facts["valid"][:eval_facts]),
+        work=lambda arrays, _: sequence_work(policy.model.config, passes, arrays),
+        timer=timer,
     )
     return train(
         name,
@@ -79,6 +92,7 @@ def train_sft(
         hooks,
         loop,
         **job.loading,
+        profile=job.settings.profile.steps,
     )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from morer1_jax.data.batch import Buckets, Encoder
+from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.images import ImageConfig
+from morer1_jax.data.shapes import widest
 from morer1_jax.data.tokenizer import load_tokenizer
 from morer1_jax.learn.parts import Params
 from morer1_jax.learn.state import abstract_params
@@ -101,7 +102,7 @@ class Student:
         sizes: dict[str, tuple[int, int]],
         photo_path: PhotoPath = more.photo_path,
     ) -> Encoder:
-        """An encoder whose buckets hold these facts.
+        """An encoder whose limits are those of these facts.
 
         Args:
           data: the dataset's folder.
@@ -109,12 +110,13 @@ class Student:
           photo_path: where in the folder a fact's photo is.
         """
         window = self.model.config.vision.window_size
-        empty = Buckets(prompt=0, completion=self.completion, windows=0)
         args = (data, self.policy.tokenizer, self.policy.ontology, self.images, window)
-        prompt, windows = Encoder(*args, empty, photo_path=photo_path).measure(facts, sizes)
-        prompt = -(-prompt // _ROUND) * _ROUND
-        buckets = Buckets(prompt, self.completion, windows)
-        return Encoder(*args, buckets, photo_path=photo_path)
+        nothing = Limits(prompt=0, completion=self.completion, windows=0)
+        measuring = Encoder(*args, nothing, photo_path=photo_path)
+        needed = widest([measuring.need(fact, sizes[fact.photo]) for fact in facts])
+        prompt = -(-needed.length // _ROUND) * _ROUND
+        limits = Limits(prompt, self.completion, needed.windows)
+        return Encoder(*args, limits, photo_path=photo_path)
 
 
 def open_student(

@@ -82,7 +82,7 @@ def test_sft_scores_plainly_and_grpo_at_its_temperature(config, tmp_path):
     assert Job(settings(config), tmp_path).score.temperature == 0.5
 
 
-KEYS = ("sft.batch", "baselines.batch", "rate.batch", "grpo.prompts", "evaluate.batch")
+KEYS = ("rate.batch", "grpo.prompts", "evaluate.batch")
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -105,5 +105,5 @@ def test_good_data_passes_and_a_prompt_beyond_its_bucket_does_not(config, tmp_pa
 
 def test_blind_encoders_share_all_but_what_they_hide(job):
     blind = job.new_encoder(completion=9, show_photo=False)
-    assert blind.buckets == dataclasses.replace(job.encoder.buckets, completion=9, windows=0)
-    assert job.new_encoder(show_title=False).buckets == job.encoder.buckets
+    assert blind.limits == dataclasses.replace(job.encoder.limits, completion=9, windows=0)
+    assert job.new_encoder(show_title=False).limits == job.encoder.limits

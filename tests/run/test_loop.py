@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from morer1_jax.learn.state import TrainState
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.loop import Hooks, LoopConfig, train
+from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.throughput import Work
 from morer1_jax.task.fact import DataError
 
 CONFIG = LoopConfig(steps=11, eval_every=4, save_every=3, log_every=1, keep_checkpoints=2)
@@ -38,16 +40,21 @@ class Toy:
             raise KilledError
         self.steps.append(step)
         w = (2 * state.params["w"] + batch) % 10007
-        metrics = {"loss": w.astype(jnp.float32), "batch": float(batch)}
+        metrics = {"loss": w.astype(jnp.float32), "batch": float(batch), "axes": jnp.ones(3)}
         return TrainState(state.step + 1, {"w": w}, state.opt_state), metrics
+
+    def work(self, batch, metrics):
+        return Work(tokens=10.0, flops=float(batch))
 
     def validate(self, params):
         return {"micro_f1": self.f1(int(params["w"])), "accuracy": 1.0}
 
-    def run(self, workdir, config=CONFIG):
+    def run(self, workdir, config=CONFIG, **options):
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, {"w": zero}, ())
-        hooks = Hooks(self.batch, self.step, self.validate, self.resumed.append)
+        hooks = Hooks(
+            self.batch, self.step, self.validate, self.work, PhaseTimer(), self.resumed.append
+        )
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SHARDING), state
         )
@@ -56,7 +63,7 @@ class Toy:
             assert Checkpointer(workdir / "toy" / "checkpoints").latest() is None
             return state
 
-        return train("toy", workdir, begin, like, hooks, config)
+        return train("toy", workdir, begin, like, hooks, config, **options)
 
 
 def values(steps):
@@ -101,7 +108,16 @@ def test_a_run_does_every_step_and_logs_it(tmp_path):
     assert toy.steps == list(range(11))
     assert heads(tmp_path) == whole()
     assert [r["loss"] for r in lines(tmp_path) if r["kind"] == "train"] == values(11)
-    assert all(r["step_time"] > 0 for r in lines(tmp_path) if r["kind"] == "train")
+    for record in lines(tmp_path):
+        if record["kind"] != "train":
+            continue
+        assert record["step_time"] > 0
+        assert "axes" not in record
+        # Ten tokens a step; on a CPU the peak, and so the MFU, is not known.
+        speed = record["throughput/tokens_per_second_per_device"] * jax.device_count()
+        assert speed == pytest.approx(10.0 / record["step_time"], rel=1e-3)
+        assert "mfu" not in record
+        assert record["time/host"] >= 0
     valid = [r for r in lines(tmp_path) if r["kind"] == "valid"]
     assert [r["validation/micro_f1"] for r in valid] == [
         values(11)[step - 1] for step in (4, 8, 11)
@@ -221,3 +237,17 @@ def test_step_time_is_what_the_steps_took(tmp_path, log, evaluate):
         assert np.median(times) >= Slow.STEP
     validations = sum(r["kind"] == "valid" for r in lines(tmp_path))
     assert Slow.STEP * 9 <= float(np.dot(counts, times)) <= wall - validations * Slow.VALIDATE
+
+
+def test_a_trace_of_some_steps_changes_nothing_else(tmp_path):
+    Toy().run(tmp_path, profile=(3, 4))
+    traces = list((tmp_path / "profile" / "toy").rglob("perfetto_trace.json.gz"))
+    assert len(traces) == 1
+    assert heads(tmp_path) == whole()
+
+
+def test_a_trace_of_what_is_left_of_a_resumed_run(tmp_path):
+    with pytest.raises(KilledError):
+        Toy(die_at=7).run(tmp_path)
+    Toy().run(tmp_path, profile=(2, 99))
+    assert len(list((tmp_path / "profile" / "toy").rglob("perfetto_trace.json.gz"))) == 1

@@ -1,0 +1,115 @@
+"""What a step has done: tokens, and the FLOPs of `model.flops`, from which MFU is taken."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from morer1_jax.data.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
+from morer1_jax.learn.parts import Parts
+from morer1_jax.model.config import ModelConfig
+from morer1_jax.model.flops import peak_flops, text_flops, vision_flops
+
+
+class Work(NamedTuple):
+    """Of one step, or of several.
+
+    Attributes:
+      tokens: of text and images that were trained on, or sampled and trained on; no padding.
+      flops: see `model.flops`.
+    """
+
+    tokens: float
+    flops: float
+
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+        return Work(self.tokens + other.tokens, self.flops + other.flops)
+
+
+class Passes(NamedTuple):
+    """Forward passes that a training step is worth: 1 for the forward pass, 1 for the gradient that
+    passes through, 1 for that of the parameters."""
+
+    text: int
+    vision: int
+
+    @classmethod
+    def of(cls, parts: Parts) -> Passes:
+        """Of a step that trains these parts.
+
+        Adapters' own products are too small to count. A tower behind which only the decoder trains
+        has no backward pass.
+        """
+        through = parts.vision > 0 or parts.merger > 0
+        whole = parts.language > 0 and parts.lora is None
+        return cls(text=2 + whole, vision=1 + through + (parts.vision > 0))
+
+
+def vision_work(config: ModelConfig, vision: VisionBatch | FeatureBatch) -> float:
+    """FLOPs of encoding a batch's images once."""
+    if isinstance(vision, FeatureBatch):
+        return 0.0
+    ids = np.asarray(vision.image_ids)
+    in_window = (ids >= 0).sum(axis=-1)
+    in_image = np.concatenate([np.bincount(row[row >= 0]) for row in ids.reshape(len(ids), -1)])
+    return vision_flops(
+        config.vision,
+        patches=in_window.sum(),
+        window_pairs=(in_window.astype(np.int64) ** 2).sum(),
+        image_pairs=(in_image.astype(np.int64) ** 2).sum(),
+    )
+
+
+def sequence_work(config: ModelConfig, passes: Passes, batch: SequenceBatch) -> Work:
+    """Of a step of SFT."""
+    lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment_ids]).astype(np.int64)
+    text = text_flops(
+        config.text,
+        tokens=lengths.sum(),
+        pairs=(lengths * (lengths + 1) // 2).sum(),
+        logits=np.count_nonzero(batch.weights),
+    )
+    vision = vision_work(config, batch.vision)
+    flops = passes.text * text + passes.vision * vision
+    return Work(float(lengths.sum()), float(flops))
+
+
+def group_work(
+    config: ModelConfig,
+    passes: Passes,
+    prompts: PromptBatch,
+    lengths: np.ndarray,
+    *,
+    scored: int,
+    updates: int,
+) -> Work:
+    """Of a step of GRPO, each prompt computed once for its group.
+
+    Args:
+      lengths: [b, g], tokens of the completions.
+      scored: passes that only take log-probabilities, of a reference or of old parameters.
+      updates: on the rollout.
+    """
+    prompt = np.asarray(prompts.mask).sum(axis=1).astype(np.int64)
+    lengths = np.asarray(lengths, np.int64)
+    pairs = (prompt * (prompt + 1) // 2).sum()
+    pairs += (lengths * prompt[:, None] + lengths * (lengths + 1) // 2).sum()
+    tokens = prompt.sum() + lengths.sum()
+    # The rollout's is the same work as one forward pass: each token passes once.
+    text = text_flops(config.text, tokens, pairs, lengths.sum())
+    vision = vision_work(config, prompts.vision)
+    flops = (1 + scored + updates * passes.text) * text
+    flops += (1 + scored + updates * passes.vision) * vision
+    return Work(float(tokens), float(flops))
+
+
+def throughput(work: Work, seconds: float) -> dict[str, float]:
+    """`throughput/tokens_per_second_per_device`, and `mfu` where the devices' peak is known."""
+    devices = jax.device_count()
+    found = {"throughput/tokens_per_second_per_device": work.tokens / seconds / devices}
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is not None:
+        found["mfu"] = work.flops / seconds / devices / peak
+    return found
