@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -297,29 +298,29 @@ def _encoded_once(
 
 def count_flops(compute: Callable[[], Any]) -> float:
     """FLOPs of the products of matrices in a call, whatever multiplies them."""
-    counter = FlopCounterMode(display=False, custom_mapping=dict(_formulas()))
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    # Operators that PyTorch does not count by itself.
+    formulas = {
+        torch.ops.mkldnn._linear_pointwise: _product_flops,
+        getattr(torch.ops.aten, attention): functools.partial(_attention_flops, 2),
+        getattr(torch.ops.aten, f"{attention}_backward"): _attention_backward_flops,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.compiler.set_stance("force_eager"), counter:
         compute()
     return float(counter.get_total_flops())
 
 
-def _formulas() -> Iterator[tuple[Any, Callable[..., int]]]:
-    """Of operators that PyTorch does not count on a CPU."""
-    attention = "_scaled_dot_product_flash_attention_for_cpu"
-    yield torch.ops.mkldnn._linear_pointwise, _product_flops
-    yield getattr(torch.ops.aten, attention), functools.partial(_attention_flops, 2, 0)
-    yield (
-        getattr(torch.ops.aten, f"{attention}_backward"),
-        functools.partial(_attention_flops, 5, 1),
-    )
-
-
 def _product_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * functools.reduce(int.__mul__, x) * weight[0]
+    return 2 * math.prod(x) * weight[0]
 
 
-def _attention_flops(products: int, skipped: int, *shapes: Any, **_: Any) -> int:
-    """Of products of queries with keys, or of sizes like that; all of them, masked or not."""
-    query, key = shapes[skipped : skipped + 2]
-    b, heads, length, width = query
-    return 2 * products * b * heads * length * key[2] * width
+def _attention_backward_flops(_: Any, *shapes: Any, **__: Any) -> int:
+    return _attention_flops(5, *shapes)
+
+
+def _attention_flops(
+    products: int, query: Sequence[int], key: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Of products of the size of queries by keys; all of them, masked or not."""
+    return 2 * products * math.prod(query) * key[2]

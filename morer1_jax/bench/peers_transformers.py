@@ -81,7 +81,7 @@ class Trained(Measured):
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    def _norm(self) -> float:
+    def _norm(self) -> Tensor:
         """The gradient's norm before it is clipped, which it is."""
         return torch.nn.utils.clip_grad_norm_(self.policy.network.parameters(), MAX_NORM)
 

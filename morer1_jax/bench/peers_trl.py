@@ -49,7 +49,7 @@ class TRLTask:
         self._output = tempfile.TemporaryDirectory()
         self._trainer = _trainer(folder, preset, form, length, self._output.name)
         self._trainer.add_callback(turns)
-        # The thread must not hold the task, which else were never gone, nor its memory.
+        # The thread does not hold the task, so that it ends, and frees its memory, with the task.
         weakref.finalize(self, turns.stop)
         threading.Thread(target=_train, args=(self._trainer, turns), daemon=True).start()
 
