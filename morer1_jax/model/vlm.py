@@ -10,10 +10,8 @@ v vocabulary, l layers, k key-value heads, e head size, t completion.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -22,11 +20,8 @@ from morer1_jax.model.attention import PackedCausal, Pattern
 from morer1_jax.model.config import LoRA, ModelConfig, Runtime
 from morer1_jax.model.decoding import Cached, KVCache, LayerKV
 from morer1_jax.model.language import Decoder
+from morer1_jax.model.logprobs import plain_logits, token_logprobs
 from morer1_jax.model.vision import VisionInputs, VisionTower
-
-# Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN,
-# so a masked-out position whose target is not allowed leaves loss and gradient finite.
-DISALLOWED = -1e30
 
 
 class Qwen25VL(nn.Module):
@@ -104,7 +99,7 @@ class Qwen25VL(nn.Module):
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Float32 logits; for a token or a few a row, never for whole long sequences."""
-        return _logits(hidden, self._head())
+        return plain_logits(hidden, self._head())
 
     def logprobs(
         self,
@@ -116,47 +111,17 @@ class Qwen25VL(nn.Module):
         temperature: float | Float[Array, ""] = 1.0,
         chunk: int = 128,
     ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-        """Float32 log-probability of each target and entropy of its distribution, in nats.
-
-        Worked out `chunk` places at a time, forward and backward, so that logits of the whole
-        sequence never exist.  Places that are not `counted` (prompts, padding; by default all
-        are) get 0 for both, and no logits but to fill the last chunk.  Logits are divided by
-        `temperature`, then ids that are not `allowed` are left out of the distribution; the
-        log-probability of such a target is about -1e30, finite so that a mask can take it out.
-        """
-        b, s, _ = hidden.shape
-        chunk = min(chunk, s)
-        if counted is None:
-            counted = jnp.ones((b, s), bool)
-        # What counts goes first in each row, so that only the first chunks have work.
-        order = jnp.argsort(~counted, axis=1, stable=True)
-        hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
-        targets, some = (jnp.take_along_axis(x, order, axis=1) for x in (targets, counted))
-
-        def chunked(x: Array) -> Array:
-            x = jnp.pad(x, ((0, 0), (0, -s % chunk), *((0, 0),) * (x.ndim - 2)))
-            return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
-
-        one = jax.checkpoint(
-            functools.partial(
-                _chunk_logprobs, head=self._head(), allowed=allowed, temperature=temperature
-            )
+        """Float32 log-probability of each target and entropy of its distribution, in nats;
+        see `model.logprobs.token_logprobs`."""
+        return token_logprobs(
+            hidden,
+            self._head(),
+            targets,
+            counted=counted,
+            allowed=allowed,
+            temperature=temperature,
+            chunk=chunk,
         )
-
-        def nothing(hidden: Array, targets: Array) -> tuple[Array, Array]:
-            zeros = jnp.zeros(targets.shape, jnp.float32)
-            return zeros, zeros
-
-        results = jax.lax.map(
-            lambda part: jax.lax.cond(jnp.any(part[2]), one, nothing, part[0], part[1]),
-            (chunked(hidden), chunked(targets), chunked(some)),
-        )
-        back = jnp.argsort(order, axis=1)
-        logprob, entropy = (
-            jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :s], back, axis=1)
-            for x in results
-        )
-        return jnp.where(counted, logprob, 0.0), jnp.where(counted, entropy, 0.0)
 
     def _head(self) -> Float[Array, "v d"]:
         return self.embedding if self.config.tie_word_embeddings else self.head
@@ -175,25 +140,3 @@ def init_params(model: Qwen25VL, key: PRNGKeyArray) -> dict[str, Any]:
     token = jnp.zeros((1, 1), jnp.int32)
     positions = jnp.zeros((3, 1, 1), jnp.int32)
     return model.init(key, token, positions, PackedCausal(token), images, token)["params"]
-
-
-def _logits(hidden: Float[Array, "*b d"], head: Float[Array, "v d"]) -> Float[Array, "*b v"]:
-    return jnp.einsum(
-        "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
-
-
-def _chunk_logprobs(
-    hidden: Float[Array, "b s d"],
-    targets: Int[Array, "b s"],
-    *,
-    head: Float[Array, "v d"],
-    allowed: Bool[Array, " v"] | None,
-    temperature: float | Float[Array, ""],
-) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-    logits = _logits(hidden, head) / temperature
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, DISALLOWED)
-    logps = jax.nn.log_softmax(logits, axis=-1)
-    logprob = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
-    return logprob, -jnp.sum(jnp.exp(logps) * logps, axis=-1)

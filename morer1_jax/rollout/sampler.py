@@ -21,7 +21,8 @@ from morer1_jax.data.tokens import AnswerTables
 from morer1_jax.learn.scorer import Params, embed_prompts, last_valid
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import KVCache, init_cache, separate_layers
-from morer1_jax.model.vlm import DISALLOWED, Qwen25VL
+from morer1_jax.model.logprobs import DISALLOWED
+from morer1_jax.model.vlm import Qwen25VL
 
 # The completions' cache begins with room for so many tokens, or for all there can be.
 _LEAST = 64

@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from morer1_jax.model import vlm
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.config import Runtime
 from morer1_jax.model.decoding import init_cache, separate_layers
@@ -160,105 +158,6 @@ def test_decode_equals_forward(small_case, group, unroll):
     expected = jax.jit(lambda params: together(case, params, group))(case.params)
     np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
     assert int(cache.index) == 4
-
-
-@pytest.mark.parametrize("counted", ["all", "some", "one row", "none"])
-@pytest.mark.parametrize("chunk", [1, 5, 12, 99])
-def test_chunked_logprobs(small_case, chunk, counted):
-    """Equal plain ones in value, entropy and gradients of both the hidden states and the head."""
-    rng = np.random.default_rng(0)
-    head = small_case.params["head"]
-    hidden = jnp.asarray(rng.standard_normal((2, 12, head.shape[1])), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 91, (2, 12)), jnp.int32)
-    allowed = jnp.arange(len(head)) < 91 if chunk != 5 else None
-    mask = {
-        "all": np.ones((2, 12), bool),
-        "some": rng.random((2, 12)) < 0.5,
-        "one row": np.arange(2)[:, None] == np.ones(12),
-        "none": np.zeros((2, 12), bool),
-    }[counted]
-    weights = rng.standard_normal((2, 2, 12))
-
-    def total(*results):
-        return sum(jnp.sum(w * r) for w, r in zip(weights, results, strict=True)), results
-
-    def ours(head, hidden):
-        params = small_case.params | {"head": head}
-        options = {"allowed": allowed, "temperature": 0.7, "chunk": chunk}
-        if counted != "all":
-            options["counted"] = mask
-        return total(*verb(small_case, "logprobs", hidden, targets, params=params, **options))
-
-    def theirs(head, hidden):
-        logps = jax.nn.log_softmax(hidden @ (head if allowed is None else head[:91]).T / 0.7)
-        logprob = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
-        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-        return total(logprob * mask, entropy * mask)
-
-    got, wanted = (
-        jax.jit(jax.value_and_grad(way, argnums=(0, 1), has_aux=True))(head, hidden)
-        for way in (ours, theirs)
-    )
-    for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(np.abs(b).max())))
-
-
-def test_logits_only_where_counted(small_case):
-    """Chunks that are run, by a callback in what each of them takes."""
-    hidden, targets = jnp.ones((3, 20, 24)), jnp.zeros((3, 20), jnp.int32)
-    counted = np.zeros((3, 20), bool)
-    counted[0, [0, 7, 19]] = counted[2, 3:12] = True  # at most nine of a row
-
-    def chunks(chunk):
-        seen = []
-        real = vlm._chunk_logprobs
-
-        def counting(hidden, *args, **kwargs):
-            jax.debug.callback(lambda shape: seen.append(tuple(shape)), np.array(hidden.shape))
-            return real(hidden, *args, **kwargs)
-
-        with mock.patch.object(vlm, "_chunk_logprobs", counting):
-            verb(small_case, "logprobs", hidden, targets, counted=counted, chunk=chunk)
-        jax.effects_barrier()
-        return seen
-
-    assert chunks(4) == [(3, 4, 24)] * 3
-    assert chunks(9) == [(3, 9, 24)]
-    assert chunks(20) == [(3, 20, 24)]
-
-
-def test_whole_logits_never_exist(small_case):
-    """Neither forward nor backward, neither flat nor stacked by chunk."""
-    hidden, targets = jnp.ones((2, 12, 24)), jnp.zeros((2, 12), jnp.int32)
-
-    def text(chunk):
-        def loss(params):
-            return verb(small_case, "logprobs", hidden, targets, params=params, chunk=chunk)[
-                0
-            ].sum()
-
-        return jax.jit(jax.grad(loss)).lower(small_case.params).as_text()
-
-    whole = ("2x12x101x", "3x2x4x101x", "1x2x12x101x")
-    assert not any(shape in text(4) for shape in whole)
-    assert any(shape in text(12) for shape in whole)
-
-
-def test_target_that_is_not_allowed_is_finite(small_case):
-    """So that a masked-out position with a padding target leaves value and gradient whole."""
-    hidden = jnp.ones((1, 3, 24))
-    targets = jnp.array([[1, 95, 2]])
-    mask = jnp.array([[1, 0, 1]])
-
-    def loss(hidden):
-        allowed = jnp.arange(101) < 91
-        logprob, _ = verb(small_case, "logprobs", hidden, targets, allowed=allowed)
-        return jnp.sum(logprob * mask), logprob
-
-    gradient, logprob = jax.grad(loss, has_aux=True)(hidden)
-    assert logprob[0, 1] < -1e29
-    assert np.isfinite(gradient).all()
-    assert not gradient[0, 1].any()
 
 
 def test_bfloat16(small_case, rows_of):
