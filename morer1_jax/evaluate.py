@@ -40,6 +40,7 @@ _BATCH = flags.DEFINE_integer("batch", 64, "Facts at once.", 1)
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    keep_freed_memory()
     use_program_cache()
     data, out, split = epath.Path(_DATA.value), Path(_OUT.value), _SPLIT.value
     name = _NAME.value

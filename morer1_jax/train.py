@@ -210,6 +210,7 @@ def _needed(job: Job, name: str) -> list[str]:
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    keep_freed_memory()
     use_program_cache()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))

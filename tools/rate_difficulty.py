@@ -38,6 +38,7 @@ _LENGTH = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    keep_freed_memory()
     use_program_cache()
     out = Path(_OUT.value)
     check_writable(out)

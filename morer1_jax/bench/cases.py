@@ -53,6 +53,7 @@ class Preset:
       dtype: what both sides compute in; parameters are float32.
       remat: what our backward pass computes again; see `model.config.Runtime`.
       micro_batches: parts of our GRPO update.
+      unroll: layers a step of our scan over layers; see `model.config.Runtime`.
     """
 
     text: TextConfig
@@ -69,6 +70,7 @@ class Preset:
     dtype: str = "float32"
     remat: str = "none"
     micro_batches: int = 1
+    unroll: int = 1
 
 
 def _vision(text: TextConfig, depth: int, hidden: int, intermediate: int, heads: int, full: tuple):
@@ -114,7 +116,13 @@ _3B = TextConfig(
 PRESETS = MappingProxyType(
     {
         "tiny": Preset(_TINY, _vision(_TINY, 2, 64, 176, 2, (1,)), 2048, prompts=(128,), group=4),
-        "small": Preset(_SMALL, _vision(_SMALL, 4, 256, 688, 4, (1, 3)), 8192),
+        "small": Preset(
+            _SMALL,
+            _vision(_SMALL, 4, 256, 688, 4, (1, 3)),
+            8192,
+            micro_batches=4,
+            unroll=8,
+        ),
         "3b": Preset(
             _3B,
             _vision(_3B, 32, 1280, 3420, 16, (7, 15, 23, 31)),

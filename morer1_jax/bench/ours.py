@@ -19,6 +19,7 @@ from morer1_jax.data.batch import PromptBatch, SequenceBatch
 from morer1_jax.data.curriculum import MixConfig
 from morer1_jax.data.encoder import Encoder, Limits, Sample
 from morer1_jax.data.images import ImageReader, Patches
+from morer1_jax.data.shapes import plan_rows
 from morer1_jax.learn.grpo import (
     GroupBatch,
     GRPOConfig,
@@ -34,12 +35,14 @@ from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.rollout.sampler import SampleConfig, sample, sample_keys
 from morer1_jax.run.grpo_step import GRPOStep
+from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.settings import GRPOSettings
+from morer1_jax.run.shapes import row_cost
 from morer1_jax.run.student import Student, open_student
 
-_SCORE = ScoreConfig(chunk=128)
+_SCORE = ScoreConfig(chunk=64)
 _WHOLE = (0.5, 0.5, 1.0, 1.0)
 # No token has it, so that no completion ends before its last place.
 _NEVER = -1
@@ -78,6 +81,7 @@ class Ours:
         runtime = Runtime(
             dtype=preset.dtype,
             remat=preset.remat,
+            scan_unroll=preset.unroll,
             decode_unroll=jax.default_backend() == "cpu",
         )
         self.model = Qwen25VL(self.student.model.config, runtime)
@@ -127,7 +131,11 @@ class SFTTask:
         prompts = [example.prompt for example in examples]
         encoder = side.encoder(side.preset.prompt, side.preset.target, _windows(side, prompts))
         samples = [encoder.sample(example.prompt, example.target) for example in examples]
-        self.batch: SequenceBatch = jax.device_put(encoder.sequences([[s] for s in samples]))
+        needs = [encoder.need_of(sample) for sample in samples]
+        # As a run that draws such samples packs them.
+        plan = plan_rows([needs], row_cost(side.model.config))
+        rows = [[samples[i] for i in row] for row in plan.rows(needs)]
+        self.batch: SequenceBatch = jax.device_put(encoder.sequences(rows, plan.shape))
 
     def numbers(self) -> Numbers:
         side = self._side
@@ -240,7 +248,7 @@ class GRPOTask:
             side.optimizer,
             {},
             side.student.params,
-            score=_SCORE,
+            score=_whole_chunks(side.preset),
             length=side.preset.completion,
             seed=0,
             timer=PhaseTimer(),
@@ -282,7 +290,10 @@ class UpdateTask:
 
     def prepare(self) -> None:
         side = self._side
-        update = make_grpo_update(side.model, side.optimizer, self._config, _SCORE)
+        preset, score = side.preset, _whole_chunks(side.preset)
+        update = make_grpo_update(
+            side.model, side.optimizer, self._config, score, preset.micro_batches
+        )
         self._update = jax.jit(update, donate_argnums=0)
         self._state = side.state()
         self.run()
@@ -326,10 +337,16 @@ def grpo_settings(preset: Preset) -> GRPOSettings:
     )
 
 
+def _whole_chunks(preset: Preset) -> ScoreConfig:
+    """As many logits at once in the parts of an update as in a batch that is whole."""
+    return ScoreConfig(chunk=128 * preset.micro_batches)
+
+
 def _norm(grads: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     given = arguments()
     serve(lambda: Ours(given.folder, PRESETS[given.preset]))

@@ -200,7 +200,8 @@ class Encoder:
                 f"{limits.windows} expected; raise data.windows or lower data.max_pixels"
             )
 
-    def _need_of(self, sample: Sample) -> Need:
+    def need_of(self, sample: Sample) -> Need:
+        """What a sample takes."""
         windows = layout.count_windows(sample.images.grids, **self._sizes)
         return Need(len(sample.prompt), len(sample.target), windows)
 
@@ -221,7 +222,7 @@ class Encoder:
         rows = []
         for fact, index in zip(facts, indices, strict=True):
             sample = self.sample(fact)
-            need = self._need_of(sample)
+            need = self.need_of(sample)
             self._check(sample.name, need)
             self._check_room([sample], need.prompt, need.windows, shape)
             positions = self._positions(sample.prompt, sample.images.grids)
@@ -257,7 +258,7 @@ class Encoder:
         return stack([self._sequence(samples, shape) for samples in rows])
 
     def _sequence(self, samples: Sequence[Sample], shape: Shape) -> SequenceBatch:
-        needs = [self._need_of(sample) for sample in samples]
+        needs = [self.need_of(sample) for sample in samples]
         for sample, need in zip(samples, needs, strict=True):
             self._check(sample.name, need)
         self._check_room(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -79,7 +80,8 @@ class Decoder(nn.Module):
         parameters that are apart (`decoding.separate_layers`).
         """
         cfg, run = self.config, self.runtime
-        rotary = multimodal_rotary(positions, cfg)
+        # Kept whole, or XLA works the angles out again in every layer that is not in a scan.
+        rotary = jax.lax.optimization_barrier(multimodal_rotary(positions, cfg))
         norm = rms_norm(cfg.rms_norm_eps, run, name="norm")
         if isinstance(cache, tuple):
             after = []
