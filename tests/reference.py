@@ -186,7 +186,7 @@ def lay_out(config, samples, rows, *, extra=3, extra_windows=1):
             )
         )  # fmt: skip
         placed = layout.place_patches(slots, patches)
-        out["images"].append(VisionInputs(placed, slots.positions, slots.image_ids))
+        out["images"].append(VisionInputs(placed, slots.positions, slots.image_ids, slots.part_ids))
     images = jax.tree.map(lambda *leaves: np.stack(leaves), *out.pop("images"))
     positions = np.stack(out.pop("positions"), axis=1)
     stacked = {key: np.stack(value) for key, value in out.items()}

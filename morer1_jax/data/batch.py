@@ -19,6 +19,7 @@ class VisionBatch(NamedTuple):
     patches: Float[np.ndarray, "b w p c"]
     positions: Int[np.ndarray, "b w p 2"]
     image_ids: Int[np.ndarray, "b w p"]
+    part_ids: Int[np.ndarray, "b w p"]
 
 
 class FeatureBatch(NamedTuple):

@@ -309,7 +309,8 @@ class Encoder:
 
     def _layout(self, samples: Sequence[Sample], windows: int) -> layout.VisionLayout:
         grids = [grid for sample in samples for grid in sample.images.grids]
-        return layout.vision_layout(grids, **self._sizes, pad_to_windows=windows)
+        counts = [len(sample.images.grids) for sample in samples]
+        return layout.vision_layout(grids, **self._sizes, samples=counts, pad_to_windows=windows)
 
     def _vision_index(
         self, placed: layout.VisionLayout, tokens: np.ndarray, length: int
@@ -332,7 +333,8 @@ class Encoder:
         if self._features is not None:
             slots = placed.image_ids.size // self._sizes["merge_size"] ** 2
             return FeatureBatch(np.pad(values, ((0, slots - len(values)), (0, 0))))
-        return VisionBatch(layout.place_patches(placed, values), placed.positions, placed.image_ids)
+        patches = layout.place_patches(placed, values)
+        return VisionBatch(patches, placed.positions, placed.image_ids, placed.part_ids)
 
 
 def _target_weights(prompt: int, target: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Where patches and tokens go: everything about images whose size depends on the data.
 
 The vision tower works on windows of a fixed number of patch slots, so that windowed attention
-is a dense batch of windows.  This module computes, on the host, which patch sits in which slot,
-its rotary position, which image it belongs to, and which merged slot feeds which image token of
+is a dense batch of windows.  An image's edge cuts windows short, and such parts share a window's
+slots where they fit.  This module computes, on the host, which patch sits in which slot, its rotary
+position, which image and which part it belongs to, and which merged slot feeds which image token of
 the text; and the three-axis positions (M-RoPE) of the text itself.
 """
 
@@ -25,13 +26,15 @@ class LayoutError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class VisionLayout:
-    """Window slots of one row: `w` windows of `p` slots, windows of one image side by side.
+    """Window slots of one row: `w` windows of `p` slots.
 
     Attributes:
         source: the patch in each slot, counted over the processor's concatenated output of the
             row's images; -1 in padding.
         positions: row and column of the patch in its image; 0 in padding.
         image_ids: the image of each slot, counted from 0 in the row; -1 in padding.
+        part_ids: the window of its image that a slot belongs to, counted from 0 through the row
+            image by image, each line by line; -1 in padding.
         token_slots: for the i-th image token of the row, the merged slot (slot // merge²) that
             holds its feature.
     """
@@ -39,16 +42,17 @@ class VisionLayout:
     source: Int[np.ndarray, "w p"]
     positions: Int[np.ndarray, "w p 2"]
     image_ids: Int[np.ndarray, "w p"]
+    part_ids: Int[np.ndarray, "w p"]
     token_slots: Int[np.ndarray, " m"]
 
 
 def count_windows(
     grids: Sequence[Grid], *, patch_size: int, merge_size: int, window_size: int
 ) -> int:
-    """Windows the grids fill, partial ones included."""
-    side = window_size // patch_size
-    sizes = [_checked(grid, merge_size) for grid in grids]
-    return sum(-(-rows // side) * -(-columns // side) for rows, columns in sizes)
+    """Windows that the images of one sample fill."""
+    side = window_size // patch_size // merge_size
+    parts = [_parts(grid, merge_size, side)[0] for grid in grids]
+    return _first_fit(np.concatenate([_NONE, *map(np.bincount, parts)]), side * side)[2]
 
 
 def count_image_tokens(grid: Grid, *, merge_size: int) -> int:
@@ -63,17 +67,21 @@ def vision_layout(
     patch_size: int,
     merge_size: int,
     window_size: int,
+    samples: Sequence[int] | None = None,
     pad_to_windows: int | None = None,
 ) -> VisionLayout:
     """Lays the patches of a row's images out in window slots.
 
-    Inside a window come its merge units row by row, each of merge² consecutive patches as the
-    processor emits them; a window cut by the image's edge ends in padding.
+    Inside a part come its merge units row by row, each of merge² consecutive patches as the
+    processor emits them.  Parts that are cut short by their image's edge lie one after another in
+    windows that a sample's parts share, the largest first (first-fit decreasing); a window ends in
+    padding.
 
     Args:
         grids: (1, rows, columns) in patches of each image of the row, in the text's order.
         patch_size, window_size: in pixels.
         merge_size: patches merged along each axis into one image token.
+        samples: how many of the images each sample of the row has; None: all are one sample's.
         pad_to_windows: total number of windows wanted; None for just those needed.
 
     Raises:
@@ -81,45 +89,54 @@ def vision_layout(
     """
     unit = merge_size**2
     side = window_size // patch_size // merge_size  # merge units along a window's edge
-    slots = side * side * unit
-    needed = count_windows(
-        grids, patch_size=patch_size, merge_size=merge_size, window_size=window_size
-    )
+    # Of each merge unit of the row: its part, its rank in it, its image and its place there.
+    part, rank, image, place = ([_NONE] for _ in range(4))
+    sizes = [_NONE]
+    for number, grid in enumerate(grids):
+        parts, columns = _parts(grid, merge_size, side)
+        counts = np.bincount(parts)
+        # A stable sort keeps rows before columns.
+        order = np.argsort(parts, kind="stable")
+        within = np.empty_like(order)
+        within[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        part.append(parts + sum(map(len, sizes)))
+        rank.append(within)
+        image.append(np.full(order.size, number))
+        place.append(np.stack(np.divmod(np.arange(order.size), columns), axis=-1).reshape(-1))
+        sizes.append(counts)
+    part, rank, image = (np.concatenate(values) for values in (part, rank, image))
+    # Samples share no window, so that a row's windows are as many as its samples' together.
+    window_of, start_of, needed = [_NONE], [_NONE], 0
+    edges = np.cumsum([0, *([len(grids)] if samples is None else samples)])
+    for first, last in itertools.pairwise(edges):
+        own = np.concatenate([_NONE, *sizes[first + 1 : last + 1]])
+        windows_of_sample, starts, count = _first_fit(own, side * side)
+        window_of.append(windows_of_sample + needed)
+        start_of.append(starts)
+        needed += count
+    window_of, start_of = np.concatenate(window_of), np.concatenate(start_of)
     windows = needed if pad_to_windows is None else pad_to_windows
     if windows < needed:
         raise LayoutError(
             f"images {list(grids)} fill {needed} windows, more than the bucket of {windows}; "
             f"use a larger bucket or smaller images"
         )
-    source = np.full((windows, side * side, unit), -1, np.int32)
-    positions = np.zeros((windows, side * side, unit, 2), np.int32)
-    image_ids = np.full((windows, side * side, unit), -1, np.int32)
-    token_slots = []
-    first_window = first_patch = 0
-    for image, grid in enumerate(grids):
-        rows, columns = (n // merge_size for n in _checked(grid, merge_size))
-        row, column = (a.ravel() for a in np.indices((rows, columns)))
-        across = -(-columns // side)
-        window = first_window + row // side * across + column // side
-        # Rank of each unit within its window; a stable sort keeps rows before columns.
-        order = np.argsort(window, kind="stable")
-        starts = np.searchsorted(window[order], window)
-        rank = np.empty_like(order)
-        rank[order] = np.arange(order.size)
-        place = rank - starts
-        inside = np.arange(unit)
-        source[window, place] = first_patch + np.arange(rows * columns)[:, None] * unit + inside
-        positions[window, place, :, 0] = row[:, None] * merge_size + inside // merge_size
-        positions[window, place, :, 1] = column[:, None] * merge_size + inside % merge_size
-        image_ids[window, place] = image
-        token_slots.append(window * side * side + place)
-        first_window += -(-rows // side) * across
-        first_patch += rows * columns * unit
+    slot = window_of[part] * side * side + start_of[part] + rank
+    inside = np.arange(unit)
+    corner = np.concatenate(place).reshape(-1, 1, 2) * merge_size
+    within = np.stack(np.divmod(inside, merge_size), axis=-1)
+
+    def slots(values: np.ndarray, padding: int) -> np.ndarray:
+        placed = np.full((windows * side * side, unit, *values.shape[2:]), padding, np.int32)
+        placed[slot] = values
+        return placed.reshape(windows, side * side * unit, *values.shape[2:])
+
     return VisionLayout(
-        source=source.reshape(windows, slots),
-        positions=positions.reshape(windows, slots, 2),
-        image_ids=image_ids.reshape(windows, slots),
-        token_slots=np.concatenate([np.zeros(0, np.int64), *token_slots]).astype(np.int32),
+        source=slots(np.arange(slot.size)[:, None] * unit + inside, -1),
+        positions=slots(corner + within, 0),
+        image_ids=slots(image[:, None], -1),
+        part_ids=slots(part[:, None], -1),
+        token_slots=slot.astype(np.int32),
     )
 
 
@@ -229,3 +246,34 @@ def _checked(grid: Grid, merge_size: int) -> tuple[int, int]:
             f"grid {(frames, rows, columns)}: expected positive multiples of {merge_size} patches"
         )
     return rows, columns
+
+
+# Of units or parts, where there are no images.
+_NONE = np.zeros(0, np.int64)
+
+
+def _parts(grid: Grid, merge_size: int, side: int) -> tuple[Int[np.ndarray, " m"], int]:
+    """Which window of its image each merge unit is in, both line by line; and units in a line."""
+    rows, columns = (n // merge_size for n in _checked(grid, merge_size))
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    return row // side * -(-columns // side) + column // side, columns
+
+
+def _first_fit(
+    sizes: Int[np.ndarray, " parts"], room: int
+) -> tuple[Int[np.ndarray, " parts"], Int[np.ndarray, " parts"], int]:
+    """Window and first place of each part, the largest first where there is room; and how many
+    windows that makes."""
+    window, start = np.zeros_like(sizes), np.zeros_like(sizes)
+    order = np.argsort(-sizes, kind="stable")
+    whole = int((sizes == room).sum())
+    window[order[:whole]] = np.arange(whole)
+    filled: list[int] = []
+    for part in order[whole:]:
+        size = int(sizes[part])
+        place = next((i for i, used in enumerate(filled) if used + size <= room), len(filled))
+        if place == len(filled):
+            filled.append(0)
+        window[part], start[part] = whole + place, filled[place]
+        filled[place] += size
+    return window, start, whole + len(filled)

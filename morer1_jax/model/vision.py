@@ -37,15 +37,18 @@ class VisionInputs:
         patches: flattened patches, c = channels · frames · patch_size² in the processor's order.
         positions: row and column of each patch in its image.
         image_ids: image of each slot, counted within the row; -1 is padding.
+        part_ids: window of its image, counted within the row; -1 is padding. Parts of images that
+            are too small for a window may share its slots.
     """
 
     patches: Float[Array, "b w p c"]
     positions: Int[Array, "b w p 2"]
     image_ids: Int[Array, "b w p"]
+    part_ids: Int[Array, "b w p"]
 
 
 class VisionAttention(nn.Module):
-    """Attention among the slots of the same image: within each window, or over the whole row."""
+    """Attention among slots of the same id: within each window, or over the whole row."""
 
     config: VisionConfig
     runtime: Runtime
@@ -53,7 +56,7 @@ class VisionAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b w p d"], rotary: Rotary, image_ids: Int[Array, "b w p"]
+        self, x: Float[Array, "b w p d"], rotary: Rotary, ids: Int[Array, "b w p"]
     ) -> Float[Array, "b w p d"]:
         cfg, run = self.config, self.runtime
         qkv = dense(
@@ -61,9 +64,9 @@ class VisionAttention(nn.Module):
         )(x)
         q, k, v = jnp.moveaxis(qkv, -3, 0)
         q, k = rotate(q, rotary), rotate(k, rotary)
-        b, w, p = image_ids.shape
+        b, w, p = ids.shape
         rows, length = (b, w * p) if self.full else (b * w, p)
-        ids = image_ids.reshape(rows, length)
+        ids = ids.reshape(rows, length)
         heads = (rows, length, cfg.num_heads, cfg.head_dim)
         out = masked_attention(
             *(a.reshape(heads) for a in (q, k, v)), ids[:, :, None] == ids[:, None, :]
@@ -83,11 +86,16 @@ class VisionBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b w p d"], rotary: Rotary, image_ids: Int[Array, "b w p"]
+        self,
+        x: Float[Array, "b w p d"],
+        rotary: Rotary,
+        image_ids: Int[Array, "b w p"],
+        part_ids: Int[Array, "b w p"],
     ) -> tuple[Float[Array, "b w p d"], None]:
         cfg, run = self.config, self.runtime
         attend = VisionAttention(cfg, run, self.full, name="attn")
-        x = x + attend(rms_norm(_NORM_EPSILON, run, name="norm1")(x), rotary, image_ids)
+        ids = image_ids if self.full else part_ids
+        x = x + attend(rms_norm(_NORM_EPSILON, run, name="norm1")(x), rotary, ids)
         mlp = SwiGLU(
             cfg.hidden_size, cfg.intermediate_size, cfg.initializer_range, run, True, name="mlp"
         )
@@ -102,14 +110,19 @@ class VisionGroup(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b w p d"], rotary: Rotary, image_ids: Int[Array, "b w p"]
+        self,
+        x: Float[Array, "b w p d"],
+        rotary: Rotary,
+        image_ids: Int[Array, "b w p"],
+        part_ids: Int[Array, "b w p"],
     ) -> tuple[Float[Array, "b w p d"], None]:
         block = rematerialised(VisionBlock, self.runtime)
         windowed = self.config.period - 1
         if windowed:
-            repeat = scanned(block, windowed, inputs=2)
-            x, _ = repeat(self.config, self.runtime, False, name="windowed")(x, rotary, image_ids)
-        return block(self.config, self.runtime, True, name="full")(x, rotary, image_ids)
+            repeat = scanned(block, windowed, inputs=3)
+            windows = repeat(self.config, self.runtime, False, name="windowed")
+            x, _ = windows(x, rotary, image_ids, part_ids)
+        return block(self.config, self.runtime, True, name="full")(x, rotary, image_ids, part_ids)
 
 
 class VisionTower(nn.Module):
@@ -128,15 +141,15 @@ class VisionTower(nn.Module):
         cfg, run = self.config, self.runtime
         std = cfg.initializer_range
         x = dense(cfg.hidden_size, run, std, name="patch_embed")(inputs.patches)
-        rotary = axial_rotary(inputs.positions, cfg)
+        given = axial_rotary(inputs.positions, cfg), inputs.image_ids, inputs.part_ids
         if cfg.period:
-            groups = scanned(VisionGroup, cfg.depth // cfg.period, inputs=2)
-            x, _ = groups(cfg, run, name="groups")(x, rotary, inputs.image_ids)
+            groups = scanned(VisionGroup, cfg.depth // cfg.period, inputs=3)
+            x, _ = groups(cfg, run, name="groups")(x, *given)
         else:
             block = rematerialised(VisionBlock, run, in_scan=False)
             for i in range(cfg.depth):
                 full = i in cfg.fullatt_block_indexes
-                x, _ = block(cfg, run, full, name=f"block_{i}")(x, rotary, inputs.image_ids)
+                x, _ = block(cfg, run, full, name=f"block_{i}")(x, *given)
         x = rms_norm(_NORM_EPSILON, run, name="merger_norm")(x)
         merged = cfg.hidden_size * cfg.spatial_merge_size**2
         x = x.reshape(x.shape[0], -1, merged)

@@ -136,6 +136,7 @@ def init_params(model: Qwen25VL, key: PRNGKeyArray) -> dict[str, Any]:
         patches=jnp.zeros((*slots, vision.patch_dim)),
         positions=jnp.zeros((*slots, 2), jnp.int32),
         image_ids=jnp.zeros(slots, jnp.int32),
+        part_ids=jnp.zeros(slots, jnp.int32),
     )
     token = jnp.zeros((1, 1), jnp.int32)
     positions = jnp.zeros((3, 1, 1), jnp.int32)

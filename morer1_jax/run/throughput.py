@@ -51,15 +51,19 @@ def vision_work(config: ModelConfig, vision: VisionBatch | FeatureBatch) -> floa
     """FLOPs of encoding a batch's images once."""
     if isinstance(vision, FeatureBatch):
         return 0.0
-    ids = np.asarray(vision.image_ids)
-    in_window = (ids >= 0).sum(axis=-1)
-    in_image = np.concatenate([np.bincount(row[row >= 0]) for row in ids.reshape(len(ids), -1)])
+    in_image, in_part = (_sizes(ids) for ids in (vision.image_ids, vision.part_ids))
     return vision_flops(
         config.vision,
-        patches=in_window.sum(),
-        window_pairs=(in_window.astype(np.int64) ** 2).sum(),
-        image_pairs=(in_image.astype(np.int64) ** 2).sum(),
+        patches=in_image.sum(),
+        window_pairs=(in_part**2).sum(),
+        image_pairs=(in_image**2).sum(),
     )
+
+
+def _sizes(ids: np.ndarray) -> np.ndarray:
+    """How many slots each id of a row has, of all rows."""
+    rows = np.asarray(ids).reshape(len(ids), -1)
+    return np.concatenate([np.bincount(row[row >= 0]) for row in rows]).astype(np.int64)
 
 
 def sequence_work(config: ModelConfig, passes: Passes, batch: SequenceBatch) -> Work:

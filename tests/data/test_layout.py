@@ -35,18 +35,22 @@ def layouts(draw):
 
 
 @settings(deadline=None, max_examples=60)
-@given(layouts(), st.integers(0, 3))
-def test_layout_is_the_reference_window_order(drawn, extra):
+@given(layouts(), st.integers(0, 3), st.data())
+def test_parts_are_the_reference_windows(drawn, extra, data):
+    """Each part holds what a window of the reference holds, in its order; some share a window."""
     grids, sizes = drawn
-    windows = count_windows(grids, **sizes)
-    layout = vision_layout(grids, **sizes, pad_to_windows=windows + extra)
-    unit = sizes["merge_size"] ** 2
-    assert layout.source.shape == (
-        windows + extra,
-        (sizes["window_size"] // sizes["patch_size"]) ** 2,
+    cut = data.draw(st.integers(0, len(grids)))
+    samples = [grids[:cut], grids[cut:]]
+    windows = sum(count_windows(sample, **sizes) for sample in samples)
+    layout = vision_layout(
+        grids, **sizes, samples=[len(sample) for sample in samples], pad_to_windows=windows + extra
     )
+    unit, room = sizes["merge_size"] ** 2, (sizes["window_size"] // sizes["patch_size"]) ** 2
+    assert layout.source.shape == (windows + extra, room)
     filled = layout.source >= 0
     np.testing.assert_array_equal(filled, layout.image_ids >= 0)
+    np.testing.assert_array_equal(filled, layout.part_ids >= 0)
+    assert filled[:windows].any(axis=1).all()
     assert not filled[windows:].any()
     if not grids:
         assert layout.token_slots.shape == (0,)
@@ -56,12 +60,32 @@ def test_layout_is_the_reference_window_order(drawn, extra):
         grid, sizes["merge_size"], sizes["window_size"], sizes["patch_size"]
     )
     patches = (order[:, None] * unit + torch.arange(unit)).flatten().numpy()
-    np.testing.assert_array_equal(layout.source[filled], patches)
-    np.testing.assert_array_equal(filled.sum(1)[:windows], np.diff(bounds.numpy()))
+    expected = np.split(patches, bounds.numpy()[1:-1])
+    assert layout.part_ids.max() + 1 == len(expected)
+    for number, part in enumerate(expected):
+        window, slots = np.nonzero(layout.part_ids == number)
+        assert len(set(window)) == 1
+        assert (np.diff(slots) == 1).all()
+        np.testing.assert_array_equal(layout.source[window, slots], part)
     positions = vision_utils.get_vision_position_ids(grid, sizes["merge_size"]).numpy()
     np.testing.assert_array_equal(layout.positions[filled], positions[layout.source[filled]])
     image = np.repeat(np.arange(len(grids)), [rows * columns for _, rows, columns in grids])
     np.testing.assert_array_equal(layout.image_ids[filled], image[layout.source[filled]])
+    # No window is shared by two samples, and none could take in the next one's parts.
+    first = np.isin(layout.image_ids, range(cut))
+    assert not (first.any(axis=1) & (filled & ~first).any(axis=1)).any()
+    for windows_of in (layout.source[first.any(axis=1)], layout.source[(filled & ~first).any(1)]):
+        fill = (windows_of >= 0).sum(axis=1)
+        assert (fill <= room / 2).sum() <= 1
+
+
+def test_small_images_share_windows():
+    """A photo of 3 x 3 windows, five of them cut short to 21 units with the crop's 4."""
+    sizes = {"patch_size": 14, "merge_size": 2, "window_size": 112}
+    grids = [(1, 18, 18), (1, 4, 4)]
+    filled = (vision_layout(grids, **sizes).source >= 0).sum(axis=1)
+    assert filled.tolist() == [64, 64, 64, 64, 64, 20]
+    assert count_windows(grids, **sizes) == 6
 
 
 @settings(deadline=None, max_examples=30)
@@ -149,8 +173,8 @@ def test_positions_refuse(tokens, grids, message):
 
 
 def test_layout_refuses():
-    with pytest.raises(LayoutError, match="fill 4 windows, more than the bucket of 3"):
-        vision_layout([(1, 6, 6)], **SIZES, pad_to_windows=3)
+    with pytest.raises(LayoutError, match="fill 3 windows, more than the bucket of 2"):
+        vision_layout([(1, 6, 6)], **SIZES, pad_to_windows=2)
     with pytest.raises(LayoutError, match="is a video"):
         vision_layout([(3, 6, 6)], **SIZES)
     layout = vision_layout([(1, 4, 4)], **SIZES)

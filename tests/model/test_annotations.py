@@ -16,7 +16,15 @@ def parts(checked, small_case, rows_of):
     model = checked.vlm.Qwen25VL(config, checked.config.Runtime())
     rows = rows_of(small_case.config, small_case.samples, [[3, 0], [1, 2]])
     images = checked.vision.VisionInputs(
-        *map(jnp.asarray, (rows.images.patches, rows.images.positions, rows.images.image_ids))
+        *map(
+            jnp.asarray,
+            (
+                rows.images.patches,
+                rows.images.positions,
+                rows.images.image_ids,
+                rows.images.part_ids,
+            ),
+        )
     )
     attend = checked.attention.PackedCausal(jnp.asarray(rows.segment_ids))
     arrays = map(jnp.asarray, (rows.tokens, rows.positions, rows.vision_index))

@@ -55,6 +55,7 @@ def test_vision(case):
         patches=jnp.zeros((1, 2, p, vision.patch_dim)),
         positions=jnp.zeros((1, 2, p, 2), jnp.int32),
         image_ids=jnp.zeros((1, 2, p), jnp.int32),
+        part_ids=jnp.zeros((1, 2, p), jnp.int32),
     )
 
     def run(params):

@@ -61,18 +61,18 @@ def test_scanned_groups_are_the_blocks_in_turn(small_case, rows_of):
     config, run = small_case.config.vision, small_case.model.runtime
     images = rows_of(small_case.config, small_case.samples, [[1, 2]]).images
     stacks = small_case.params["vision"]["groups"]
-    rotary = axial_rotary(images.positions, config)
+    given = axial_rotary(images.positions, config), images.image_ids, images.part_ids
     shape = (*images.image_ids.shape, config.hidden_size)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    groups = scanned(VisionGroup, config.depth // config.period, inputs=2)(config, run)
-    expected, _ = jax.jit(groups.apply)({"params": stacks}, x, rotary, images.image_ids)
+    groups = scanned(VisionGroup, config.depth // config.period, inputs=3)(config, run)
+    expected, _ = jax.jit(groups.apply)({"params": stacks}, x, *given)
     blocks = {full: jax.jit(VisionBlock(config, run, full).apply) for full in (False, True)}
     for i in range(config.depth):
         group, place = divmod(i, config.period)
         full = place == config.period - 1
         stack, at = (stacks["full"], (group,)) if full else (stacks["windowed"], (group, place))
         params = jax.tree.map(lambda leaf, at=at: leaf[at], stack)
-        x, _ = blocks[full]({"params": params}, x, rotary, images.image_ids)
+        x, _ = blocks[full]({"params": params}, x, *given)
     np.testing.assert_allclose(x, expected, atol=1e-4)
 
 

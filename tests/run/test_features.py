@@ -46,7 +46,7 @@ def test_log_probabilities_are_those_of_the_pixels(tiny, job):
     ours, kept = scored(job.encoder)
     theirs, seen = scored(job.new_encoder(pixels=True))
     assert kept.vision._fields == ("features",)
-    assert seen.vision._fields == ("patches", "positions", "image_ids")
+    assert seen.vision._fields == ("patches", "positions", "image_ids", "part_ids")
     np.testing.assert_array_equal(kept.tokens, seen.tokens)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
     # Whose features they are matters.
