@@ -19,6 +19,7 @@ from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.evaluate import read_scores, write_scores
+from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.report import write_report
 from morer1_jax.run.student import LABELS, open_student
 from morer1_jax.task import metrics, more

@@ -30,6 +30,7 @@ from morer1_jax.run.control import run_control
 from morer1_jax.run.evaluate import evaluate, read_scores
 from morer1_jax.run.grpo import run_grpo
 from morer1_jax.run.job import Job
+from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.rate import check_given, run_rate
 from morer1_jax.run.report import write_report
 from morer1_jax.run.settings import settings

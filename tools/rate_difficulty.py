@@ -14,6 +14,7 @@ from morer1_jax.files import check_writable
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.rate import rate
 from morer1_jax.run.settings import RateSettings
 from morer1_jax.run.student import LABELS, open_student
