@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             vocabulary=151_936,  # of a tokenizer trained here; the checkpoint brings its own
             prompt_length=1536,  # two images of 512 tokens each at most, labels, title
             completion_length=1024,
-            windows=80,  # a 640 x 480 photo has 30; room for two images of any usual shape
+            windows=80,  # a 640 x 480 photo fills 25; room for two images of any usual shape
             round_to=128,  # as TPU kernels want it
             shapes=3,  # programs of a step, each for batches of another size
             min_pixels=56 * 56,

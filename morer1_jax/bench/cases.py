@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -208,6 +208,13 @@ class Inputs:
             prompt = round(preset.prompt * (7 / 16 + 9 / 16 * (4 * total / longest - 1) / 3))
             made.append(self._example(prompt, total - prompt, noise))
         return made
+
+    def rollout(self, group: int) -> tuple[Int[np.ndarray, "b g t"], Float[np.ndarray, "b g"]]:
+        """Completions of each prompt that nobody sampled, and advantages of them."""
+        noise, preset = np.random.default_rng(3), self.preset
+        shape = (preset.batch, group, preset.completion)
+        tokens = noise.integers(0, preset.tokenizer // 2, shape)
+        return tokens, noise.standard_normal(shape[:2]).astype(np.float32)
 
     def _example(self, prompt: int, target: int, noise: np.random.Generator) -> Example:
         # End-of-turn is the target's last token.

@@ -1,10 +1,10 @@
-"""The comparison: what is set against what, run in turns, as tables, JSON and a picture."""
+"""The comparison: what is set against what, run in turns, as tables and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def run(
     preset: Preset,
     folder: Path,
     chosen: Sequence[Comparison],
-    forms: Any,
+    forms: Callable[[str], Sequence[str]],
     rounds: int,
 ) -> Iterator[tuple[Comparison, dict[str, Timing]]]:
     """Measures one comparison after another.
@@ -83,11 +83,13 @@ def run(
 
     try:
         for comparison in progress(chosen, desc="compare", unit="task"):
-            tasks = {OURS: (worker(OURS, "morer1_jax.bench.ours"), comparison.task)}
+            tasks: dict[str, tuple[Worker, str]] = {}
             for peer, task in comparison.peers.items():
                 for form in forms(task):
                     process = worker(form, "morer1_jax.bench.peers", f"--form={form}")
                     tasks[f"{peer}, {form}"] = process, task
+            # Last, for TRL leaves the rollout that it took its numbers of to the others.
+            tasks[OURS] = worker(OURS, "morer1_jax.bench.ours"), comparison.task
             yield comparison, take_turns(tasks, rounds, _TOLERANCE[preset.dtype])
     finally:
         for process in workers.values():

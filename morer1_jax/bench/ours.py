@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from morer1_jax.bench.cases import PRESETS, Example, Inputs, Preset, Prompt
 from morer1_jax.bench.task import Numbers, Task, arguments, process_peak, serve
@@ -206,37 +207,17 @@ class GRPOTask:
         self.settings = grpo_settings(side.preset)
 
     def numbers(self) -> Numbers:
-        """Of the rollout that a peer has written, if it has."""
-        side, loss = self._side, self.settings.loss
+        """Of the rollout that TRL has left in the folder, or of one that is given."""
+        side = self._side
+        tokens, advantages = side.inputs.rollout(side.preset.group)
         path = side.folder / f"rollouts-{self._length}.npz"
-        if not path.exists():
-            return {}
-        rollout = np.load(path)
-        shape = (side.preset.batch, side.preset.group, -1)
-        tokens = jnp.asarray(rollout["completion_ids"], jnp.int32).reshape(shape)
-        mask = jnp.asarray(rollout["completion_mask"], bool).reshape(shape)
-        policy = side.policy
-        allowed = jnp.ones_like(policy.allowed)  # As TRL has it.
-
-        def gradients(params: Any, prompts: PromptBatch) -> Any:
-            logps, _ = group_logprobs(side.model, params, prompts, tokens, mask, allowed, _SCORE)
-            batch = GroupBatch(
-                prompts=prompts,
-                tokens=tokens,
-                mask=mask,
-                weights=token_weights(mask, jnp.ones(mask.shape[:2], bool), loss),
-                advantages=jnp.asarray(rollout["advantages"]).reshape(shape[:2]),
-                sampler=logps,
-                reference=logps,
-            )
-            return grpo_gradients(side.model, params, batch, allowed, loss, _SCORE)
-
-        grads, metrics = jax.jit(gradients)(side.student.params, self.prompts)
-        return {
-            "loss": float(metrics["loss"]),
-            "entropy": float(metrics["entropy"]),
-            "grad_norm": float(_norm(grads)),
-        }
+        if path.exists():
+            found = np.load(path)
+            tokens = found["completion_ids"].reshape(*advantages.shape, -1)
+            advantages = found["advantages"].reshape(advantages.shape)
+        loss = self.settings.loss
+        batch = _group_batch(self.prompts, tokens, advantages, loss)
+        return _update_numbers(side, batch, loss)
 
     def prepare(self) -> None:
         side = self._side
@@ -248,7 +229,7 @@ class GRPOTask:
             side.optimizer,
             {},
             side.student.params,
-            score=_whole_chunks(side.preset),
+            score=_group_score(side.preset),
             length=side.preset.completion,
             seed=0,
             timer=PhaseTimer(),
@@ -270,27 +251,17 @@ class UpdateTask:
 
     def __init__(self, side: Ours, prompt: int, group: int) -> None:
         self._side = side
-        prompts, t = side.prompts(prompt), side.preset.completion
-        tokens = np.random.default_rng(0).integers(
-            0, side.preset.tokenizer // 2, (side.preset.batch, group, t)
-        )
-        mask = jnp.ones(tokens.shape, bool)
-        self._config = GRPOConfig(beta=0.0)
-        self.batch = GroupBatch(
-            prompts=prompts,
-            tokens=jnp.asarray(tokens, jnp.int32),
-            mask=mask,
-            weights=token_weights(mask, mask[..., 0], self._config),
-            advantages=jnp.ones(tokens.shape[:2]),
-            sampler=jnp.zeros(tokens.shape),
-        )
+        # Without a reference, and of the policy's own completions.
+        self._config = GRPOConfig(beta=0.0, importance_cap=None)
+        rollout = side.inputs.rollout(group)
+        self.batch = _group_batch(side.prompts(prompt), *rollout, self._config)
 
     def numbers(self) -> Numbers:
-        return {}
+        return _update_numbers(self._side, self.batch, self._config)
 
     def prepare(self) -> None:
         side = self._side
-        preset, score = side.preset, _whole_chunks(side.preset)
+        preset, score = side.preset, _group_score(side.preset)
         update = make_grpo_update(
             side.model, side.optimizer, self._config, score, preset.micro_batches
         )
@@ -337,9 +308,43 @@ def grpo_settings(preset: Preset) -> GRPOSettings:
     )
 
 
-def _whole_chunks(preset: Preset) -> ScoreConfig:
+def _group_score(preset: Preset) -> ScoreConfig:
     """As many logits at once in the parts of an update as in a batch that is whole."""
     return ScoreConfig(chunk=128 * preset.micro_batches)
+
+
+def _group_batch(
+    prompts: PromptBatch,
+    tokens: Int[np.ndarray, "b g t"],
+    advantages: Float[np.ndarray, "b g"],
+    loss: GRPOConfig,
+) -> GroupBatch:
+    """Of completions that all have the full length, for a first update."""
+    mask = jnp.ones(tokens.shape, bool)
+    return GroupBatch(
+        prompts=prompts,
+        tokens=jnp.asarray(tokens, jnp.int32),
+        mask=mask,
+        weights=token_weights(mask, jnp.ones(mask.shape[:2], bool), loss),
+        advantages=jnp.asarray(advantages),
+        sampler=jnp.zeros(tokens.shape),
+    )
+
+
+def _update_numbers(side: Ours, batch: GroupBatch, loss: GRPOConfig) -> Numbers:
+    """Of an update, in which every token may be drawn, as the peers have it."""
+    score, parts = _group_score(side.preset), side.preset.micro_batches
+    allowed = jnp.ones_like(side.policy.allowed)
+
+    def gradients(params: Any, batch: GroupBatch) -> Any:
+        if loss.beta:
+            given = batch.prompts, batch.tokens, batch.mask, allowed, score
+            batch = batch.replace(reference=group_logprobs(side.model, params, *given)[0])
+        return grpo_gradients(side.model, params, batch, allowed, loss, score, parts)
+
+    grads, metrics = jax.jit(gradients)(side.student.params, batch)
+    numbers = {name: float(metrics[name]) for name in ("loss", "entropy")}
+    return numbers | {"grad_norm": float(_norm(grads))}
 
 
 def _norm(grads: Any) -> jax.Array:

@@ -81,6 +81,12 @@ class Trained(Measured):
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
+    def _numbers(self, loss: Tensor) -> Numbers:
+        """Of a step whose gradients were just computed, which are given up."""
+        numbers = {"loss": float(loss), "grad_norm": float(self._norm())}
+        self.policy.network.zero_grad()
+        return numbers
+
     def _norm(self) -> Tensor:
         """The gradient's norm before it is clipped, which it is."""
         return torch.nn.utils.clip_grad_norm_(self.policy.network.parameters(), MAX_NORM)
@@ -97,10 +103,7 @@ class SFTTask(Trained):
         self._count = sum(int((part["labels"] != IGNORED).sum()) for part in self._parts)
 
     def numbers(self) -> Numbers:
-        loss = self.compute()
-        numbers = {"loss": float(loss), "grad_norm": float(self._norm())}
-        self.policy.network.zero_grad()
-        return numbers
+        return self._numbers(self.compute())
 
     def compute(self) -> Tensor:
         total = torch.zeros((), device=DEVICE)
@@ -185,25 +188,28 @@ class Rollout(NamedTuple):
             yield which, self.rows[which], self.completions[which]
 
 
+def _given(policy: Policy, group: int) -> Rollout:
+    """One that is the same on both sides."""
+    completions, advantages = (
+        torch.as_tensor(x, device=DEVICE).flatten(0, 1) for x in policy.inputs.rollout(group)
+    )
+    rows = torch.arange(len(completions), device=DEVICE) // group
+    return Rollout(rows, completions, advantages)
+
+
 class UpdateTask(Trained):
     """An update alone, `group` given completions to each prompt."""
 
     def __init__(self, policy: Policy, length: int, group: int) -> None:
         super().__init__(policy, GRPO_LR)
         self._prompts = policy.prompts(length)
-        preset = policy.preset
-        count = preset.batch * group
-        drawn = np.random.default_rng(0).integers(
-            0, preset.tokenizer // 2, (count, preset.completion)
-        )
-        self._rollout = Rollout(
-            torch.arange(count, device=DEVICE) // group,
-            torch.as_tensor(drawn, device=DEVICE),
-            torch.ones(count, device=DEVICE),
-        )
+        self._rollout = _given(policy, group)
 
-    def compute(self) -> None:
-        backward(self.policy, self._prompts, self._rollout, None)
+    def numbers(self) -> Numbers:
+        return self._numbers(self.compute())
+
+    def compute(self) -> Tensor:
+        return backward(self.policy, self._prompts, self._rollout, None)
 
 
 class GRPOTask(Trained):
@@ -220,19 +226,17 @@ class GRPOTask(Trained):
         return load_network(policy.folder, policy.form, policy.dtype)
 
     def numbers(self) -> Numbers:
-        """Of the rollout that TRL has left in the folder, if it has."""
+        """Of the rollout that TRL has left in the folder, or of one that is given."""
         policy = self.policy
         path = rollout_path(policy.folder, self._length)
-        if not path.exists():
-            return {}
-        found = {name: torch.as_tensor(x, device=DEVICE) for name, x in np.load(path).items()}
-        completions = found["completion_ids"].long()
-        rows = torch.arange(len(completions), device=DEVICE) // policy.preset.group
-        rollout = Rollout(rows, completions, found["advantages"])
-        loss = backward(policy, self._prompts, rollout, self._scored(rollout))
-        numbers = {"loss": float(loss), "grad_norm": float(self._norm())}
-        policy.network.zero_grad()
-        return numbers
+        rollout = _given(policy, policy.preset.group)
+        if path.exists():
+            found = np.load(path)
+            rollout = rollout._replace(
+                completions=torch.as_tensor(found["completion_ids"], device=DEVICE).long(),
+                advantages=torch.as_tensor(found["advantages"], device=DEVICE),
+            )
+        return self._numbers(backward(policy, self._prompts, rollout, self._scored(rollout)))
 
     def compute(self) -> None:
         rollout = self._drawn()

@@ -128,12 +128,18 @@ def check(numbers: Mapping[str, Numbers], tolerance: float) -> None:
     """Compares what every two sides have numbers of.
 
     Raises:
-      SideError: they differ; names the sides, the figure and both values.
+      SideError: they differ, or have none in common; names the sides, the figure and both values.
     """
     sides = list(numbers)
     for number, first in enumerate(sides):
         for second in sides[number + 1 :]:
-            for key in numbers[first].keys() & numbers[second].keys():
+            common = numbers[first].keys() & numbers[second].keys()
+            if not common:
+                raise SideError(
+                    f"{first} has {sorted(numbers[first])}, {second} {sorted(numbers[second])}; a "
+                    "number that both compute was expected"
+                )
+            for key in common:
                 a, b = numbers[first][key], numbers[second][key]
                 if not _near(a, b, tolerance):
                     raise SideError(f"{key}: {first} has {a}, {second} has {b}")

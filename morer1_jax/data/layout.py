@@ -91,30 +91,22 @@ def vision_layout(
     side = window_size // patch_size // merge_size  # merge units along a window's edge
     # Of each merge unit of the row: its part, its rank in it, its image and its place there.
     part, rank, image, place = ([_NONE] for _ in range(4))
-    sizes = [_NONE]
+    sizes: list[np.ndarray] = []
     for number, grid in enumerate(grids):
         parts, columns = _parts(grid, merge_size, side)
         counts = np.bincount(parts)
         # A stable sort keeps rows before columns.
         order = np.argsort(parts, kind="stable")
-        within = np.empty_like(order)
-        within[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
         part.append(parts + sum(map(len, sizes)))
-        rank.append(within)
+        rank.append(ranks)
         image.append(np.full(order.size, number))
         place.append(np.stack(np.divmod(np.arange(order.size), columns), axis=-1).reshape(-1))
         sizes.append(counts)
     part, rank, image = (np.concatenate(values) for values in (part, rank, image))
-    # Samples share no window, so that a row's windows are as many as its samples' together.
-    window_of, start_of, needed = [_NONE], [_NONE], 0
-    edges = np.cumsum([0, *([len(grids)] if samples is None else samples)])
-    for first, last in itertools.pairwise(edges):
-        own = np.concatenate([_NONE, *sizes[first + 1 : last + 1]])
-        windows_of_sample, starts, count = _first_fit(own, side * side)
-        window_of.append(windows_of_sample + needed)
-        start_of.append(starts)
-        needed += count
-    window_of, start_of = np.concatenate(window_of), np.concatenate(start_of)
+    counts = [len(grids)] if samples is None else samples
+    window_of, start_of, needed = _windows(sizes, counts, side * side)
     windows = needed if pad_to_windows is None else pad_to_windows
     if windows < needed:
         raise LayoutError(
@@ -257,6 +249,24 @@ def _parts(grid: Grid, merge_size: int, side: int) -> tuple[Int[np.ndarray, " m"
     rows, columns = (n // merge_size for n in _checked(grid, merge_size))
     row, column = np.divmod(np.arange(rows * columns), columns)
     return row // side * -(-columns // side) + column // side, columns
+
+
+def _windows(
+    sizes: Sequence[Int[np.ndarray, " parts"]], samples: Sequence[int], room: int
+) -> tuple[Int[np.ndarray, " parts"], Int[np.ndarray, " parts"], int]:
+    """As `_first_fit`, for a row: samples share no window, so that they fill as many as apart.
+
+    Args:
+        sizes: of the parts of each image.
+        samples: how many of the images each sample has.
+    """
+    window, start, used = [_NONE], [_NONE], 0
+    for first, last in itertools.pairwise(np.cumsum([0, *samples])):
+        own, places, count = _first_fit(np.concatenate([_NONE, *sizes[first:last]]), room)
+        window.append(own + used)
+        start.append(places)
+        used += count
+    return np.concatenate(window), np.concatenate(start), used
 
 
 def _first_fit(

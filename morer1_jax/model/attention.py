@@ -32,7 +32,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a token which may see nothing (padding) gets a finite output and no NaN.
-_UNSEEN = -1e30
+UNSEEN = -1e30
 # Blocks of queries that a causal pattern is cut into: three save a third of the scores, six little
 # more at twice the compiling. Products of smaller blocks take longer than the scores they save.
 _BLOCKS, _LEAST_BLOCK = 3, 128
@@ -98,11 +98,11 @@ class SharedPrefix:
         queries = jnp.transpose(queries, (0, 3, 1, 4, 2, 5))
         prompt_k, prompt_v = _heads_first(prompt_k), _heads_first(prompt_v)
         own_k, own_v = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (own_k, own_v))
-        to_prompt = _scores("bkgrte,bkse->bkgrts", queries, prompt_k)
-        to_own = _scores("bkgrte,bkgue->bkgrtu", queries, own_k)
+        to_prompt = scaled_scores("bkgrte,bkse->bkgrts", queries, prompt_k)
+        to_own = scaled_scores("bkgrte,bkgue->bkgrtu", queries, own_k)
         causal = self.completion_mask[:, :, None, :] & _causal(t)
-        to_prompt = jnp.where(self.prompt_mask[:, None, None, None, None], to_prompt, _UNSEEN)
-        to_own = jnp.where(causal[:, None, :, None], to_own, _UNSEEN)
+        to_prompt = jnp.where(self.prompt_mask[:, None, None, None, None], to_prompt, UNSEEN)
+        to_own = jnp.where(causal[:, None, :, None], to_own, UNSEEN)
         weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
         weights = weights.astype(q.dtype)
         out = jnp.einsum("bkgrts,bkse->bkgrte", weights[..., :s], prompt_v)
@@ -120,8 +120,8 @@ def masked_attention(
     """Grouped-query attention under a dense mask; repeated keys are never materialised."""
     # Heads lead, so that both products are plain batches of matrices: on a CPU a quarter faster.
     q, k, v = _heads_first(_group_heads(q, k.shape[-2])), _heads_first(k), _heads_first(v)
-    scores = _scores("bkrse,bkue->bkrsu", q, k)
-    scores = jnp.where(visible[:, None, None], scores, _UNSEEN)
+    scores = scaled_scores("bkrse,bkue->bkrsu", q, k)
+    scores = jnp.where(visible[:, None, None], scores, UNSEEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = jnp.einsum("bkrsu,bkue->bkrse", weights, v)
     b, _, _, s, e = out.shape
@@ -155,7 +155,8 @@ def _group_heads(q: Float[Array, "*s h e"], kv_heads: int) -> Float[Array, "*s k
     return q.reshape(*q.shape[:-2], kv_heads, -1, q.shape[-1])
 
 
-def _scores(axes: str, q: Array, k: Array) -> Array:
+def scaled_scores(axes: str, q: Array, k: Array) -> Array:
+    """Float32 products of queries and keys, divided by the root of the head size."""
     scale = q.shape[-1] ** -0.5
     return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
 

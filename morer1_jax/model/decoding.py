@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-UNSEEN = -1e30
+from morer1_jax.model.attention import UNSEEN, scaled_scores
+
 KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
 """Keys (rotated) and values of a sequence at every layer."""
 
@@ -140,8 +141,8 @@ class Cached:
         cache = cache.written(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), self.index)
         prompt_k, prompt_v, own_k, own_v = cache.current(q.dtype)
         queries = jnp.moveaxis(q.reshape(b, g, kv_heads, -1, e), 2, 1)
-        to_prompt = _scores("bkgre,bkes->bkgrs", queries, prompt_k)
-        to_own = _scores("bkgre,bkget->bkgrt", queries, own_k)
+        to_prompt = scaled_scores("bkgre,bkes->bkgrs", queries, prompt_k)
+        to_own = scaled_scores("bkgre,bkget->bkgrt", queries, own_k)
         to_prompt = jnp.where(self.prompt_mask[:, None, None, None], to_prompt, UNSEEN)
         to_own = jnp.where(jnp.arange(own_k.shape[-1]) <= self.index, to_own, UNSEEN)
         # One softmax over both parts, whose products are never joined.
@@ -154,11 +155,6 @@ class Cached:
         out += _mixed("bkgrt,bkgte->bkgre", to_own, own_v)
         out = (out / total).astype(q.dtype)
         return jnp.moveaxis(out, 1, 2).reshape(q.shape), cache.following()
-
-
-def _scores(axes: str, q: Array, k: Array) -> Array:
-    scale = q.shape[-1] ** -0.5
-    return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
 
 
 def _mixed(axes: str, weights: Array, v: Array) -> Array:

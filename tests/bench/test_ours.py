@@ -2,7 +2,7 @@
 
 import pytest
 
-from morer1_jax.bench.turns import Worker, take_turns
+from morer1_jax.bench.turns import Worker, check, take_turns
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,29 @@ def theirs(worker):
     return worker("peers", "--form=default")
 
 
-@pytest.mark.parametrize("task", ["sft_mixed", "sample/128"])
-def test_the_same_numbers(ours, theirs, task):
-    """Loss and gradient of packed rows and of padded ones; greedy tokens. `take_turns` refuses
-    sides that differ (see test_turns.py)."""
-    timings = take_turns({"ours": (ours, task), "theirs": (theirs, task)}, 1, 1e-4)
-    for timing in timings.values():
-        assert timing.median > 0
-        assert timing.peak_bytes > 1e8
+@pytest.mark.parametrize(
+    ("task", "other", "numbers"),
+    [
+        ("sft_mixed", "sft_mixed", {"loss", "grad_norm"}),
+        ("sample/128", "sample/128", {"tokens"}),
+        ("update/128/2", "update/128/2", {"loss", "grad_norm"}),
+        ("grpo/128", "grpo_plain/128", {"loss", "grad_norm"}),
+    ],
+)
+def test_the_same_numbers(ours, theirs, task, other, numbers):
+    """Loss and gradient of packed rows and of padded ones, of groups and of each sample by itself;
+    greedy tokens."""
+    found = {}
+    for name, side, its in (("ours", ours, task), ("theirs", theirs, other)):
+        side.ask("open", task=its)
+        found[name] = side.ask("numbers")["numbers"]
+        assert numbers <= found[name].keys()
+        side.ask("close")
+    check(found, 1e-4)
 
 
-def test_a_step_of_grpo_runs(ours):
+def test_a_task_is_timed(ours):
     timing = take_turns({"ours": (ours, "grpo/128")}, 2, 1e-4)["ours"]
     assert len(timing.seconds) == 2
+    assert min(timing.seconds) > 0
+    assert timing.peak_bytes > 1e8

@@ -95,7 +95,7 @@ def test_a_side_that_fails_says_why(worker):
     [
         ({"a": 1.0}, {"a": 1.0009}, True),
         ({"a": 1.0}, {"a": 1.002}, False),
-        ({"a": 1.0}, {"b": 5.0}, True),
+        ({"a": 1.0, "b": 2.0}, {"a": 1.0, "c": 5.0}, True),
         ({"a": [[1, 2]]}, {"a": [[1, 2]]}, True),
         ({"a": [[1, 2]]}, {"a": [[1, 3]]}, False),
         ({"a": [[1, 2]]}, {"a": [[1]]}, False),
@@ -110,6 +110,11 @@ def test_check(first, second, same):
     else:
         with pytest.raises(SideError, match="a: ours has"):
             check(numbers, 1e-3)
+
+
+def test_sides_without_a_common_number_are_refused():
+    with pytest.raises(SideError, match=r"ours has \[\], theirs \['loss'\]"):
+        check({"ours": {}, "theirs": {"loss": 1.0}}, 1e-3)
 
 
 def test_ratio_is_of_runs_of_one_round():
