@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
             remat="dots",  # a CPU works attention scores out again sooner than it stores them
             scan_unroll=1,
             decode_unroll=True,  # on a CPU; see model.config.Runtime
+            attention="auto",
         )
     )
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))

@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
             remat="full",  # long prompts: activations, not FLOPs, are what a chip runs out of
             scan_unroll=1,
             decode_unroll=False,  # on accelerators; see model.config.Runtime
+            attention="auto",  # splash on TPUs, cuDNN on NVIDIA's GPUs
         )
     )
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))

@@ -15,6 +15,7 @@ from morer1_jax.data.encoder import Encoder, Limits, Sample
 from morer1_jax.data.images import ImageConfig, Patches
 from morer1_jax.data.tokens import build_tables
 from morer1_jax.learn.scorer import ScoreConfig, group_logprobs
+from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.vlm import Qwen25VL, init_params
 from morer1_jax.rollout.sampler import Reader, SampleConfig, allowed_ids, sample
@@ -28,6 +29,7 @@ jit = functools.partial(
     compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
 )
 
+PLAIN = XLA()
 LABELS = ("none", "/per/org/member_of", "/org/loc/locate_at")
 _BYTES = (
     b"!",
@@ -172,8 +174,8 @@ def with_photo(batch, row, seed=5):
     return batch._replace(vision=batch.vision._replace(patches=patches))
 
 
-def model(dtype="float32"):
-    return Qwen25VL(CONFIG, Runtime(param_dtype=dtype, dtype=dtype))
+def model(dtype="float32", kernels=PLAIN):
+    return Qwen25VL(CONFIG, Runtime(param_dtype=dtype, dtype=dtype, kernels=kernels))
 
 
 @functools.cache
@@ -254,27 +256,28 @@ def sampler(group=GROUP, temperature=1.0, dtype="float32", **options):
 
 
 @functools.cache
-def scorer(temperature=1.0, dtype="float32"):
+def scorer(temperature=1.0, dtype="float32", kernels=PLAIN):
     """Compiled `(params, prompts, tokens, mask, allowed) -> (logprobs, entropy)`."""
     config = ScoreConfig(temperature=temperature, chunk=24)
     return jit(
         lambda params, prompts, tokens, mask, allowed: group_logprobs(
-            model(dtype), params, prompts, tokens, mask, allowed, config
+            model(dtype, kernels), params, prompts, tokens, mask, allowed, config
         )
     )
 
 
 @functools.cache
-def pullback():
+def pullback(kernels=PLAIN):
     """Compiled gradient of the scorer at temperature 1, by a cotangent of the log-probabilities.
 
     `(params, prompts, tokens, mask, allowed, cotangent) -> gradients`
     """
+    config = ScoreConfig(chunk=24)
 
     def run(params, prompts, tokens, mask, allowed, cotangent):
         _, pull = jax.vjp(
             lambda params: group_logprobs(
-                model(), params, prompts, tokens, mask, allowed, ScoreConfig(chunk=24)
+                model(kernels=kernels), params, prompts, tokens, mask, allowed, config
             )[0],
             params,
         )

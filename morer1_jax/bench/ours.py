@@ -36,6 +36,7 @@ from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.rollout.sampler import SampleConfig, sample, sample_keys
 from morer1_jax.run.grpo_step import GRPOStep
+from morer1_jax.run.kernels import choose
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.policy import Policy
@@ -84,6 +85,7 @@ class Ours:
             remat=preset.remat,
             scan_unroll=preset.unroll,
             decode_unroll=jax.default_backend() == "cpu",
+            kernels=choose("auto", preset.dtype, self.student.mesh),
         )
         self.model = Qwen25VL(self.student.model.config, runtime)
         student = self.student.policy

@@ -66,7 +66,8 @@ def sequence_logprobs(
     def run(module: Qwen25VL) -> tuple[Array, Array]:
         x = embed_prompts(module, batch)
         positions = jnp.moveaxis(batch.positions, 1, 0)
-        hidden = module.forward(x, positions, PackedCausal(batch.segment_ids))
+        attend = PackedCausal(batch.segment_ids, model.runtime.kernels)
+        hidden = module.forward(x, positions, attend)
         counted = batch.weights > 0
         return module.logprobs(hidden, batch.targets, counted=counted, chunk=config.chunk)
 
@@ -106,7 +107,8 @@ def group_logprobs(
         places = jnp.broadcast_to(places, (b, g, t)).reshape(b, g * t)
         places = jnp.broadcast_to(places, (3, b, g * t))
         positions = jnp.concatenate([jnp.moveaxis(prompts.positions, 1, 0), places], axis=2)
-        hidden = module.forward(x, positions, SharedPrefix(prompts.mask, mask))
+        attend = SharedPrefix(prompts.mask, mask, model.runtime.kernels)
+        hidden = module.forward(x, positions, attend)
         # A token is predicted from the one before it; the first, from the prompt's last.
         last = last_valid(hidden[:, :s], prompts.mask)
         last = jnp.broadcast_to(last[:, None, None], (b, g, 1, last.shape[-1]))

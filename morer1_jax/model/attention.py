@@ -16,12 +16,13 @@ g group (samples of one prompt), t completion.
 
 A third, `Cached`, is in `model.decoding`: one token of each sample.
 
-Softmax is in float32 everywhere.  These are the XLA forms, correct on every backend; a kernel
-for a platform belongs inside a pattern's `__call__`, behind the same signature.
+A pattern says what is seen; its `Kernels` compute it.  `XLA`, here, is right on every backend, and
+what `model.splash` and `model.cudnn` are held against.  Softmax is in float32 everywhere.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -42,6 +43,88 @@ Keys = Float[Array, "b s k e"]
 
 
 @runtime_checkable
+class Kernels(Protocol):
+    """How attention is computed on a platform; hashable, for it is a static choice.
+
+    What comes out at places without a meaning (padding) is finite and otherwise free to differ.
+    """
+
+    def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        """A token sees itself and earlier tokens of its own segment."""
+        ...
+
+    def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        """A token sees every token of its own segment."""
+        ...
+
+    def shared_prefix(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Keys,
+        prompt_mask: Bool[Array, "b p"],
+        completion_mask: Bool[Array, "b g t"],
+    ) -> Queries:
+        """As `SharedPrefix` says; s = p + g·t."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class XLA:
+    """Plain products and softmax, as the compiler fuses them."""
+
+    def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        causal = causal_mask(segment_ids.shape[1])
+
+        def visible(here: slice, seen: slice) -> Bool[Array, "b s u"]:
+            return same(segment_ids[:, here], segment_ids[:, seen]) & causal[here, seen]
+
+        return causal_attention(q, k, v, visible)
+
+    def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        return masked_attention(q, k, v, same(segment_ids, segment_ids))
+
+    def shared_prefix(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Keys,
+        prompt_mask: Bool[Array, "b p"],
+        completion_mask: Bool[Array, "b g t"],
+    ) -> Queries:
+        s = prompt_mask.shape[1]
+        b, g, t = completion_mask.shape
+        e = q.shape[-1]
+        prompt_k, prompt_v = k[:, :s], v[:, :s]
+        own_k, own_v = (x[:, s:].reshape(b, g, t, -1, e) for x in (k, v))
+        # Causality alone hides padding on the right, but it may be on the left.
+        causal = causal_mask(s)
+        prompt_out = causal_attention(
+            q[:, :s],
+            prompt_k,
+            prompt_v,
+            lambda here, seen: prompt_mask[:, None, seen] & causal[here, seen],
+        )
+
+        # As in `masked_attention`, heads lead.
+        queries = _group_heads(q[:, s:].reshape(b, g, t, -1, e), own_k.shape[-2])
+        queries = jnp.transpose(queries, (0, 3, 1, 4, 2, 5))
+        prompt_k, prompt_v = _heads_first(prompt_k), _heads_first(prompt_v)
+        own_k, own_v = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (own_k, own_v))
+        to_prompt = scaled_scores("bkgrte,bkse->bkgrts", queries, prompt_k)
+        to_own = scaled_scores("bkgrte,bkgue->bkgrtu", queries, own_k)
+        causal = completion_mask[:, :, None, :] & causal_mask(t)
+        to_prompt = jnp.where(prompt_mask[:, None, None, None, None], to_prompt, UNSEEN)
+        to_own = jnp.where(causal[:, None, :, None], to_own, UNSEEN)
+        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
+        weights = weights.astype(q.dtype)
+        out = jnp.einsum("bkgrts,bkse->bkgrte", weights[..., :s], prompt_v)
+        out += jnp.einsum("bkgrtu,bkgue->bkgrte", weights[..., s:], own_v)
+        out = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, g * t, *q.shape[2:])
+        return jnp.concatenate([prompt_out, out], axis=1)
+
+
+@runtime_checkable
 class Pattern(Protocol):
     """What a decoder layer needs of an attention pattern."""
 
@@ -56,14 +139,10 @@ class PackedCausal:
     """
 
     segment_ids: Int[Array, "b s"]
+    kernels: Kernels = struct.field(pytree_node=False, default=XLA())
 
     def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any = None) -> tuple[Queries, Any]:
-        ids, causal = self.segment_ids, _causal(self.segment_ids.shape[1])
-
-        def visible(here: slice, seen: slice) -> Bool[Array, "b s u"]:
-            return (ids[:, here, None] == ids[:, None, seen]) & causal[here, seen]
-
-        return causal_attention(q, k, v, visible), cache
+        return self.kernels.causal(q, k, v, self.segment_ids), cache
 
 
 @struct.dataclass
@@ -77,38 +156,11 @@ class SharedPrefix:
 
     prompt_mask: Bool[Array, "b s"]
     completion_mask: Bool[Array, "b g t"]
+    kernels: Kernels = struct.field(pytree_node=False, default=XLA())
 
     def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any = None) -> tuple[Queries, Any]:
-        s = self.prompt_mask.shape[1]
-        b, g, t = self.completion_mask.shape
-        e = q.shape[-1]
-        prompt_k, prompt_v = k[:, :s], v[:, :s]
-        own_k, own_v = (x[:, s:].reshape(b, g, t, -1, e) for x in (k, v))
-        # Causality alone hides padding on the right, but it may be on the left.
-        causal = _causal(s)
-        prompt_out = causal_attention(
-            q[:, :s],
-            prompt_k,
-            prompt_v,
-            lambda here, seen: self.prompt_mask[:, None, seen] & causal[here, seen],
-        )
-
-        # As in `masked_attention`, heads lead.
-        queries = _group_heads(q[:, s:].reshape(b, g, t, -1, e), own_k.shape[-2])
-        queries = jnp.transpose(queries, (0, 3, 1, 4, 2, 5))
-        prompt_k, prompt_v = _heads_first(prompt_k), _heads_first(prompt_v)
-        own_k, own_v = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (own_k, own_v))
-        to_prompt = scaled_scores("bkgrte,bkse->bkgrts", queries, prompt_k)
-        to_own = scaled_scores("bkgrte,bkgue->bkgrtu", queries, own_k)
-        causal = self.completion_mask[:, :, None, :] & _causal(t)
-        to_prompt = jnp.where(self.prompt_mask[:, None, None, None, None], to_prompt, UNSEEN)
-        to_own = jnp.where(causal[:, None, :, None], to_own, UNSEEN)
-        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
-        weights = weights.astype(q.dtype)
-        out = jnp.einsum("bkgrts,bkse->bkgrte", weights[..., :s], prompt_v)
-        out += jnp.einsum("bkgrtu,bkgue->bkgrte", weights[..., s:], own_v)
-        out = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, g * t, *q.shape[2:])
-        return jnp.concatenate([prompt_out, out], axis=1), cache
+        out = self.kernels.shared_prefix(q, k, v, self.prompt_mask, self.completion_mask)
+        return out, cache
 
 
 def masked_attention(
@@ -161,5 +213,11 @@ def scaled_scores(axes: str, q: Array, k: Array) -> Array:
     return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
 
 
-def _causal(length: int) -> Bool[Array, "s s"]:
+def causal_mask(length: int) -> Bool[Array, "s s"]:
+    """Which tokens (columns) a token (row) follows, itself among them."""
     return jnp.tril(jnp.ones((length, length), bool))
+
+
+def same(ids: Int[Array, "b s"], others: Int[Array, "b u"]) -> Bool[Array, "b s u"]:
+    """Which tokens are of one segment."""
+    return ids[:, :, None] == others[:, None, :]

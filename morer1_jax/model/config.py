@@ -2,7 +2,7 @@
 
 The architecture (`ModelConfig`) carries Hugging Face's field names, so that a published
 `config.json` reads one to one.  What a run may choose freely without changing the model
-(`Runtime`: dtypes, rematerialisation, unrolling) is kept apart from it.
+(`Runtime`: dtypes, rematerialisation, unrolling, kernels) is kept apart from it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
+
+from morer1_jax.model.attention import XLA, Kernels
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _REMATS = ("none", "full", "dots")
@@ -218,6 +220,7 @@ class Runtime:
         decode_unroll: whether one-token decoding is a plain loop over layers whose parameters are
             copied apart beforehand, not a scan. On a CPU it is the faster by far; elsewhere
             kernels read a layer's slice where it lies, and the copy is a second model in memory.
+        kernels: what computes attention over whole sequences.
     """
 
     param_dtype: str = "float32"
@@ -225,6 +228,7 @@ class Runtime:
     remat: Literal["none", "full", "dots"] = "none"
     scan_unroll: int = 1
     decode_unroll: bool = False
+    kernels: Kernels = dataclasses.field(default_factory=XLA)
 
     def __post_init__(self) -> None:
         for key in ("param_dtype", "dtype"):

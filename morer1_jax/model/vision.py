@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from morer1_jax.model.attention import masked_attention
+from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import Runtime, VisionConfig
 from morer1_jax.model.layers import (
     Rotary,
@@ -68,9 +68,9 @@ class VisionAttention(nn.Module):
         rows, length = (b, w * p) if self.full else (b * w, p)
         ids = ids.reshape(rows, length)
         heads = (rows, length, cfg.num_heads, cfg.head_dim)
-        out = masked_attention(
-            *(a.reshape(heads) for a in (q, k, v)), ids[:, :, None] == ids[:, None, :]
-        )
+        # A window is less than any kernel's block.
+        kernels = run.kernels if self.full else XLA()
+        out = kernels.full(*(a.reshape(heads) for a in (q, k, v)), ids)
         out = out.reshape(b, w, p, cfg.num_heads, cfg.head_dim)
         return dense(
             cfg.hidden_size, run, cfg.initializer_range, name="proj", axis=(-2, -1), bias=True

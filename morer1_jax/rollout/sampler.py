@@ -159,7 +159,7 @@ def sample(
     def prefill(module: Qwen25VL) -> tuple[Array, KVCache]:
         x = embed_prompts(module, prompts)
         positions = jnp.moveaxis(prompts.positions, 1, 0)
-        attend = PackedCausal(prompts.mask.astype(jnp.int32))
+        attend = PackedCausal(prompts.mask.astype(jnp.int32), model.runtime.kernels)
         hidden, kv = module.forward(x, positions, attend, keep_kv=True)
         return last_valid(hidden, prompts.mask), init_cache(
             kv, prompts.mask, group=g, length=lengths[0], stacked=not unroll

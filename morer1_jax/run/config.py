@@ -29,6 +29,7 @@ OPERATIONAL = (
     "stages",
     "profile",
     "model.path",  # what is in it is compared, not where it is
+    "runtime.attention",
     "data.round_to",  # of padding
     "data.shapes",
     "*.workers",

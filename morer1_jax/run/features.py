@@ -58,14 +58,14 @@ def feature_store(job: Job) -> FeatureStore:
 def _encode(job: Job, folder: Path, merge: int) -> None:
     encoder, policy = job.new_encoder(pixels=True), job.policy
     images, places, total = _images(job, encoder, merge)
-    tower = VisionTower(policy.model.config.vision, job.settings.runtime)
+    tower = VisionTower(policy.model.config.vision, policy.model.runtime)
     run = jax.jit(
         lambda params, batch: tower.apply({"params": params}, vision_inputs(batch)),
         in_shardings=(policy.param_shardings["vision"], policy.rows),
         out_shardings=policy.rows,
     )
     params = job.frozen["vision"]
-    width, dtype = policy.model.config.text.hidden_size, job.settings.runtime.dtype
+    width, dtype = policy.model.config.text.hidden_size, policy.model.runtime.dtype
     out = np.memmap(folder / FEATURES, np.dtype(dtype), "w+", shape=(total, width))
     rows = _ROWS * meshes.batch_parts(job.mesh)
 

@@ -31,6 +31,7 @@ from morer1_jax.run import mesh as meshes
 from morer1_jax.run import weights
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.features import check_frozen, feature_store
+from morer1_jax.run.kernels import choose
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.settings import Settings, VisionSettings
 from morer1_jax.task import more
@@ -204,7 +205,9 @@ class Job:
     @functools.cached_property
     def policy(self) -> Policy:
         """The model with its tokenizer and labels, on the mesh."""
-        model = Qwen25VL(self._model_config(), self.settings.runtime, self.parts.lora)
+        settings = self.settings.runtime
+        runtime = settings.runtime(choose(settings.attention, settings.dtype, self.mesh))
+        model = Qwen25VL(self._model_config(), runtime, self.parts.lora)
         return Policy(model, self.tokenizer, self.ontology, self.mesh)
 
     def _model_config(self) -> ModelConfig:

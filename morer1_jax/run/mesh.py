@@ -22,6 +22,8 @@ PyTree = Any
 
 # The axes that the rows of a batch are split over; parameters are split over `fsdp` and `tensor`.
 BATCH_AXES = ("data", "fsdp")
+# The axis that attention's heads are split over.
+HEAD_AXIS = "tensor"
 
 # (pattern of the path's end, split of the trailing axes); the first that matches decides.  Matrices
 # that widen are split by output and those that narrow back by input, heads whole: the tensor axis

@@ -18,8 +18,10 @@ from morer1_jax.data.tokenizer import SPECIAL_TOKENS
 from morer1_jax.learn.grpo import GRPOConfig
 from morer1_jax.learn.parts import Parts
 from morer1_jax.learn.state import OptimizerConfig
+from morer1_jax.model.attention import Kernels
 from morer1_jax.model.config import LoRA, Runtime, TextConfig, VisionConfig
 from morer1_jax.rollout.reward import RewardConfig
+from morer1_jax.run.kernels import Attention
 from morer1_jax.run.schema import build
 from morer1_jax.task.synthetic import WorldConfig
 
@@ -187,6 +189,40 @@ class TuneSettings:
     def parts(self) -> Parts:
         """As `learn` takes it."""
         return Parts(self.vision, self.merger, self.language, self.lora.lora())
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeSettings:
+    """How a run computes; see `model.config.Runtime`.
+
+    Attributes:
+      attention: which kernels; see `run.kernels`.
+    """
+
+    param_dtype: str
+    dtype: str
+    remat: Literal["none", "full", "dots"]
+    scan_unroll: int
+    decode_unroll: bool
+    attention: Attention
+
+    def __post_init__(self) -> None:
+        Runtime(**self._values())
+        if self.dtype == "float16":
+            raise ValueError("dtype: 'float16' overflows in training; use 'bfloat16'")
+        if self.param_dtype != "float32":
+            raise ValueError(
+                f"param_dtype: {self.param_dtype!r} found, 'float32' expected: an update at a "
+                "usual learning rate is less than a rounding of a shorter type"
+            )
+
+    def runtime(self, kernels: Kernels) -> Runtime:
+        return Runtime(**self._values(), kernels=kernels)
+
+    def _values(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        del values["attention"]
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,7 +403,7 @@ class Settings:
     world: WorldConfig
     model: ModelSettings
     tune: TuneSettings
-    runtime: Runtime
+    runtime: RuntimeSettings
     mesh: MeshSettings
     score: ScoreSettings
     sft: SFTSettings
@@ -384,13 +420,6 @@ class Settings:
             raise ValueError(
                 f"stages: {', '.join(map(repr, unknown))} found, names of {', '.join(STAGES)} "
                 "expected, separated by commas"
-            )
-        if self.runtime.dtype == "float16":
-            raise ValueError("runtime.dtype: 'float16' overflows in training; use 'bfloat16'")
-        if self.runtime.param_dtype != "float32":
-            raise ValueError(
-                f"runtime.param_dtype: {self.runtime.param_dtype!r} found, 'float32' expected: an "
-                "update at a usual learning rate is less than a rounding of a shorter type"
             )
 
 

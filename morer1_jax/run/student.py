@@ -27,6 +27,7 @@ from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.config import FILE as RUN_CONFIG
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.job import Job, like
+from morer1_jax.run.kernels import choose
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.settings import settings
 from morer1_jax.task import more
@@ -194,9 +195,10 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     folder = checkpoint.local_files
     if ontology is None and (folder / LABELS).exists():
         ontology = read_ontology_file(folder / LABELS)
-    runtime = Runtime(param_dtype=checkpoint.dtype, dtype=checkpoint.dtype)
-    model = Qwen25VL(checkpoint.config, runtime)
     mesh = meshes.make_mesh(_MESH)
+    dtype = checkpoint.dtype
+    runtime = Runtime(param_dtype=dtype, dtype=dtype, kernels=choose("auto", dtype, mesh))
+    model = Qwen25VL(checkpoint.config, runtime)
     abstract = abstract_params(model)
     wanted = like(abstract, meshes.param_shardings(mesh, abstract))
     task = _read(folder / TASK)

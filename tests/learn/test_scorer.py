@@ -1,5 +1,7 @@
 """The trainer's log-probabilities: groups beside one prompt, and whole sequences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +9,29 @@ import pytest
 
 from morer1_jax.data.encoder import Sample
 from morer1_jax.learn.scorer import ScoreConfig, last_valid, sequence_logprobs
+from morer1_jax.model.attention import XLA
+from morer1_jax.model.cudnn import CuDNN
+from morer1_jax.model.splash import Splash
+
+KERNELS = {"xla": XLA(), "splash": Splash(interpret=True), "cudnn": CuDNN("xla")}
 
 
-def test_a_group_scores_as_its_completions_do_alone(tiny):
-    """Value and gradient: prompt and images once a group, or once with each completion."""
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_group_scores_as_its_completions_do_alone(tiny, kernels):
+    """Value and gradient: prompt and images once a group, or once with each completion.
+
+    Each kernel's group against XLA's rows; the completions' lengths are unequal, two are empty.
+    """
+    kernels = KERNELS[kernels]
     params, prompts = tiny.params(), tiny.prompts()
     tokens, mask, _ = tiny.completions()
+    mask = mask.copy()
+    mask[2, 1] = mask[5, 0] = False
     rows = [
         Sample("", made.prompt, tokens[b, g][mask[b, g]], made.images)
         for b, made in enumerate(tiny.samples())
         for g in range(tiny.GROUP)
+        if mask[b, g].any()
     ]
     batch = tiny.TinyEncoder().sequences([[row] for row in rows])
     # Rows in order, and in a row the completion's tokens in order.
@@ -35,16 +50,36 @@ def test_a_group_scores_as_its_completions_do_alone(tiny):
 
     (logprobs, entropy), gradients = run(params)
     everything = np.ones_like(tiny.ALLOWED)
-    ours = tiny.scorer()(params, prompts, tokens, mask, everything)
+    ours = tiny.scorer(kernels=kernels)(params, prompts, tokens, mask, everything)
     np.testing.assert_allclose(ours[0][mask], logprobs[counted], atol=2e-5)
     np.testing.assert_allclose(ours[1][mask], entropy[counted], atol=2e-5)
     # Of the ids that cannot be sampled the group's gradient leaves the head alone.
     banned = np.array(tiny.BANNED)
-    pulled = tiny.pullback()(params, prompts, tokens, mask, tiny.ALLOWED, cotangent)
+    pulled = tiny.pullback(kernels)(params, prompts, tokens, mask, tiny.ALLOWED, cotangent)
     assert (pulled["head"][banned] == 0).all()
     assert np.abs(gradients["head"][banned]).max() > 0
-    free = tiny.pullback()(params, prompts, tokens, mask, everything, cotangent)
+    free = tiny.pullback(kernels)(params, prompts, tokens, mask, everything, cotangent)
     tiny.assert_near(free, gradients, 1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["splash", "cudnn"])
+def test_packed_rows_by_every_kernel(tiny, kernels):
+    """Rows of several samples with photos, and padding: SFT's log-probabilities and gradients."""
+    params, batch = tiny.params(), tiny.sequences([[0, 1], [2], [4, 6], [7]])
+    cotangent = np.random.default_rng(0).standard_normal(batch.weights.shape).astype(np.float32)
+
+    @functools.partial(tiny.jit, static_argnums=1)
+    def run(params, kernels):
+        model = tiny.model(kernels=kernels)
+        values, pull = jax.vjp(
+            lambda params: sequence_logprobs(model, params, batch, ScoreConfig(chunk=24)), params
+        )
+        return values, pull((cotangent, jnp.zeros_like(cotangent)))[0]
+
+    expected, wanted = run(params, XLA())
+    values, gradients = run(params, KERNELS[kernels])
+    np.testing.assert_allclose(values, expected, atol=2e-5)
+    tiny.assert_near(gradients, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["policy", "reference"])

@@ -1,13 +1,21 @@
-"""Every pattern equals plain attention under the dense mask it stands for."""
+"""Every pattern, by every kernel, equals plain attention under the dense mask it stands for."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from morer1_jax.model.attention import PackedCausal, SharedPrefix
+from morer1_jax.model.attention import XLA, PackedCausal, SharedPrefix
+from morer1_jax.model.cudnn import CuDNN
+from morer1_jax.model.splash import Splash
 
 HEADS, KV_HEADS, SIZE = 6, 3, 4
+KERNELS = {"xla": XLA(), "splash": Splash(interpret=True), "cudnn": CuDNN("xla")}
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request):
+    return KERNELS[request.param]
 
 
 def plain(q, k, v, visible):
@@ -51,13 +59,33 @@ def assert_same_values_and_gradients(pattern, qkv, visible, counted):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-def test_packed_causal():
+def test_packed_causal(kernels):
     segments = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0] * 8])
     visible = (segments[:, :, None] == segments[:, None]) & np.tri(8, dtype=bool)
-    pattern = PackedCausal(jnp.asarray(segments))
+    pattern = PackedCausal(jnp.asarray(segments), kernels)
     assert_same_values_and_gradients(pattern, draw(3, 8), visible, segments > 0)
     # Padding is finite and sees padding only.
     assert_same_values_and_gradients(pattern, draw(3, 8), visible, segments == 0)
+
+
+def test_packed_causal_of_many_blocks(kernels):
+    """Longer than a kernel's block and no multiple of it; a segment ends within a block."""
+    segments = np.repeat([[1, 2, 0], [1, 1, 2]], [190, 100, 10], axis=1)
+    visible = (segments[:, :, None] == segments[:, None]) & np.tri(300, dtype=bool)
+    pattern = PackedCausal(jnp.asarray(segments), kernels)
+    assert_same_values_and_gradients(pattern, draw(2, 300), visible, segments > 0)
+
+
+def test_full(kernels):
+    """Images in a row, each seen whole by its own patches; -1 is padding."""
+    images = np.repeat([[0, 1, -1], [0, 0, 1]], [70, 80, 10], axis=1)
+    visible = images[:, :, None] == images[:, None]
+
+    def pattern(q, k, v, cache):
+        return kernels.full(q, k, v, jnp.asarray(images)), cache
+
+    pattern = jax.tree_util.Partial(pattern)
+    assert_same_values_and_gradients(pattern, draw(2, 160), visible, images >= 0)
 
 
 PROMPTS = {
@@ -68,7 +96,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_shared_prefix(prompt):
+def test_shared_prefix(prompt, kernels):
     """Completions of unequal length, one of them empty, against the dense (s+gt)² mask."""
     prompt = PROMPTS[prompt].astype(bool)
     lengths = np.array([[4, 2, 0], [1, 4, 3]])
@@ -77,20 +105,33 @@ def test_shared_prefix(prompt):
     owner = np.repeat([0, 1, 2, 3], [5, 4, 4, 4])
     mine = (owner[:, None] == owner) | (owner == 0)
     visible = mine & np.tri(17, dtype=bool) & valid[:, None]
-    pattern = SharedPrefix(jnp.asarray(prompt), jnp.asarray(completion))
+    pattern = SharedPrefix(jnp.asarray(prompt), jnp.asarray(completion), kernels)
     assert_same_values_and_gradients(pattern, draw(2, 17), visible, valid)
     assert np.isfinite(pattern_value(draw(2, 17), pattern, 1.0)[1]).all()
 
 
-def test_shared_prefix_without_any_valid_token_is_finite():
-    pattern = SharedPrefix(jnp.zeros((1, 3), bool), jnp.zeros((1, 2, 2), bool))
+def test_shared_prefix_of_many_blocks(kernels):
+    """The prompt and the completions begin and end within blocks."""
+    prompt = np.arange(150) < np.array([[150], [90]])
+    completion = np.arange(60) < np.array([[60, 0, 31], [1, 59, 60]])[..., None]
+    valid = np.concatenate([prompt, completion.reshape(2, -1)], axis=1)
+    owner = np.repeat([0, 1, 2, 3], [150, 60, 60, 60])
+    mine = (owner[:, None] == owner) | (owner == 0)
+    visible = mine & np.tri(330, dtype=bool) & valid[:, None]
+    pattern = SharedPrefix(jnp.asarray(prompt), jnp.asarray(completion), kernels)
+    assert_same_values_and_gradients(pattern, draw(2, 330), visible, valid)
+
+
+def test_shared_prefix_without_any_valid_token_is_finite(kernels):
+    pattern = SharedPrefix(jnp.zeros((1, 3), bool), jnp.zeros((1, 2, 2), bool), kernels)
     gradients, _ = jax.grad(pattern_value, has_aux=True)(draw(1, 7), pattern, 1.0)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_half_precision_keeps_softmax_in_float32():
+def test_half_precision_keeps_softmax_in_float32(kernels):
     q, k, v = (x.astype(jnp.bfloat16) for x in draw(1, 300))
-    out, _ = PackedCausal(jnp.ones((1, 300), jnp.int32))(q * 0, k, jnp.ones_like(v), None)
+    pattern = PackedCausal(jnp.ones((1, 300), jnp.int32), kernels)
+    out, _ = pattern(q * 0, k, jnp.ones_like(v), None)
     # 300 equal weights; a bfloat16 sum of them would be far from 1.
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1, atol=4e-3)

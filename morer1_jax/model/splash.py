@@ -1,0 +1,191 @@
+"""Attention over whole sequences on TPUs: splash attention, which skips the blocks that a static
+mask hides and keeps no scores.
+
+What is known when a step is compiled (causality, which completion a place of a row belongs to) is
+the static mask; what is known with the data alone (segments, padding) goes in as segment ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
+
+from morer1_jax.model.attention import Keys, Queries
+
+# The width of a TPU's vector registers, which heads and blocks are padded to multiples of.
+_LANES = 128
+# Sides of a block that are tried, the largest first, and the share of a row that may be padding
+# for one.
+_BLOCKS, _SPARE = (512, 256, _LANES), 1 / 8
+# `_SharedPrefixMask`: bits of a place in the row; those above hold the completion's number.
+_PLACE_BITS = 23
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash:
+    """`attention.Kernels` by splash attention.
+
+    Queries are scaled before their products, in their own dtype: in bfloat16 another rounding.
+
+    Attributes:
+      mesh: the devices that rows and heads are split over; None for one device.
+      rows: the mesh's axes that rows are split over, where they divide them.
+      heads: the mesh's axis that heads are split over, where it divides them.
+      interpret: run the kernel in Pallas's interpreter, on any platform.
+    """
+
+    mesh: Mesh | None = None
+    rows: tuple[str, ...] = ()
+    heads: str | None = None
+    interpret: bool = False
+
+    def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        return self._attend(q, k, v, segment_ids, lambda n: splash.CausalMask((n, n)))
+
+    def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        return self._attend(q, k, v, segment_ids, lambda n: splash.FullMask((n, n)))
+
+    def shared_prefix(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Keys,
+        prompt_mask: Bool[Array, "b p"],
+        completion_mask: Bool[Array, "b g t"],
+    ) -> Queries:
+        b, s = prompt_mask.shape
+        _, g, t = completion_mask.shape
+        valid = jnp.concatenate([prompt_mask, completion_mask.reshape(b, g * t)], axis=1)
+        ids = valid.astype(jnp.int32)
+        return self._attend(q, k, v, ids, lambda n: _SharedPrefixMask(s, g, t, n))
+
+    def _attend(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Keys,
+        ids: Int[Array, "b s"],
+        mask: Callable[[int], splash.Mask],
+    ) -> Queries:
+        """Attention among tokens of the same id that `mask`, of a padded length, lets see.
+
+        A length that is no multiple of a block's side is padded with tokens that are a segment of
+        their own or of other padding.
+        """
+        _, length, _, e = q.shape
+        block, padded = _blocks(length)
+        q = q * jnp.asarray(e**-0.5, q.dtype)
+        more = (padded - length, -e % _LANES)
+        q, k, v = (
+            jnp.pad(jnp.moveaxis(x, 2, 1), [(0, 0), (0, 0), (0, more[0]), (0, more[1])])
+            for x in (q, k, v)
+        )
+        ids = jnp.pad(ids, [(0, 0), (0, more[0])], constant_values=np.iinfo(np.int32).min)
+        run = functools.partial(_run, mask=mask(padded), block=block, interpret=self.interpret)
+        out = self._split(run, q.shape, k.shape)(q, k, v, ids)
+        return jnp.moveaxis(out[:, :, :length, :e], 1, 2)
+
+    def _split(
+        self, run: Callable[..., Array], q: tuple[int, ...], k: tuple[int, ...]
+    ) -> Callable[..., Array]:
+        """`run` on every device's own rows and heads: the compiler cannot split a kernel itself."""
+        if self.mesh is None or self.mesh.size == 1:
+            return run
+        sizes = self.mesh.shape
+        rows = tuple(axis for axis in self.rows if axis in sizes)
+        if q[0] % math.prod(sizes[axis] for axis in rows):
+            rows = ()
+        heads = self.heads if self.heads in sizes else None
+        if heads and (q[1] % sizes[heads] or k[1] % sizes[heads]):
+            heads = None
+        x = P(rows or None, heads)
+        return jax.shard_map(
+            run,
+            mesh=self.mesh,
+            in_specs=(x, x, x, P(rows or None)),
+            out_specs=x,
+            check_vma=False,  # Pallas's outputs do not say what they vary over.
+        )
+
+
+def _run(
+    q: Array, k: Array, v: Array, ids: Array, *, mask: splash.Mask, block: int, interpret: bool
+) -> Array:
+    """The kernel over rows; all [b heads s e], `ids` [b s]."""
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * q.shape[1]),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
+
+
+def _blocks(length: int) -> tuple[int, int]:
+    """(side of a block, `length` padded to a multiple of it)."""
+    for block in _BLOCKS:
+        padded = -(-length // block) * block
+        if padded - length <= length * _SPARE:
+            break
+    return block, padded
+
+
+@dataclasses.dataclass(frozen=True)
+class _SharedPrefixMask(splash.Mask):
+    """Who sees whom in [prompt | completion 1 | … | completion g | padding].
+
+    The kernel computes it from what `q_sequence` says of a query and from a key's place.
+    """
+
+    prompt: int
+    group: int
+    completion: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length > 1 << _PLACE_BITS or self.group >= 1 << (31 - _PLACE_BITS):
+            raise ValueError(
+                f"a row of {self.length} places with {self.group} completions found, at most "
+                f"{1 << _PLACE_BITS} and {(1 << (31 - _PLACE_BITS)) - 1} expected; make groups "
+                "smaller"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.length, self.length
+
+    @functools.cached_property
+    def q_sequence(self) -> np.ndarray:
+        """Of each place, itself and, above its bits, the number of its completion."""
+        place = np.arange(self.length, dtype=np.int32)
+        number = np.maximum(place - self.prompt, 0) // self.completion
+        return place | number << _PLACE_BITS
+
+    def mask_function(self, query: Array, key: Array) -> Array:
+        place = query & ((1 << _PLACE_BITS) - 1)
+        own = self.prompt + (query >> _PLACE_BITS) * self.completion
+        return (key <= place) & ((key < self.prompt) | (key >= own))
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = index
+        return self.mask_function(
+            self.q_sequence[queries, None], np.arange(self.length, dtype=np.int32)[None, keys]
+        )
