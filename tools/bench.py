@@ -22,7 +22,7 @@ _PRESET = flags.DEFINE_enum("preset", "small", sorted(PRESETS), "Sizes.")
 _TASKS = flags.DEFINE_list("tasks", [], "Of ours, such as sft,grpo/128; by default all.")
 _FORMS = flags.DEFINE_list("forms", [], "Of PyTorch, such as default,onednn; by default all.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each side has.", 1)
-_OUT = flags.DEFINE_string("out", None, "A folder for bench.md and bench.json.")
+_OUT = flags.DEFINE_string("out", None, "A folder for bench.md, .json and .png.")
 
 
 def main(argv: list[str]) -> None:
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
         from morer1_jax.bench.peers import Peer
     except ImportError as error:
         raise ConfigError(f"{error}; pip install 'morer1-jax[bench]'") from None
+    from morer1_jax.bench.growth import Growth, draw
     from morer1_jax.bench.model import device_name, write_model
 
     preset = PRESETS[_PRESET.value]
@@ -60,6 +61,11 @@ def main(argv: list[str]) -> None:
             if out is not None:
                 compare.save(out / "bench.json", _PRESET.value, device_name(), results)
                 (out / "bench.md").write_text("\n".join(tables))
+        growth = Growth.of(results, preset).tables(preset)
+        print(growth)
+        if out is not None:
+            (out / "bench.md").write_text("\n".join([*tables, growth]))
+            draw(results, preset, out / "bench.png")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def comparisons(preset: Preset) -> list[Comparison]:
     ]
     for p in preset.prompts:
         made += [
+            Comparison(f"first token, prompt {p}", f"first/{p}", {"generate": f"first/{p}"}),
             Comparison(f"sampling, prompt {p}", f"sample/{p}", {"generate": f"sample/{p}"}),
             Comparison(
                 f"GRPO step, prompt {p}",

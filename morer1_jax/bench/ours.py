@@ -5,6 +5,7 @@ python -m morer1_jax.bench.ours --folder=model --preset=small
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from morer1_jax.bench.cases import PRESETS, Example, Inputs, Preset, Prompt
+from morer1_jax.bench.flops import call_flops
 from morer1_jax.bench.task import Numbers, Task, arguments, process_peak, serve
 from morer1_jax.data.batch import PromptBatch, SequenceBatch
 from morer1_jax.data.curriculum import MixConfig
@@ -34,7 +36,7 @@ from morer1_jax.learn.state import OptimizerConfig, TrainState, new_state
 from morer1_jax.model.config import Runtime
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.reward import RewardConfig
-from morer1_jax.rollout.sampler import SampleConfig, sample, sample_keys
+from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, sample_keys
 from morer1_jax.run.grpo_step import GRPOStep
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.memory import keep_freed_memory
@@ -103,8 +105,15 @@ class Ours:
 
     def state(self) -> TrainState:
         """A new one around a copy of the folder's parameters."""
-        make = jax.jit(lambda p: new_state(jax.tree.map(jnp.copy, p), self.optimizer))
-        return make(self.student.params)
+        return self._new_state(self.student.params)
+
+    def like_state(self) -> TrainState:
+        """The shapes of one."""
+        return jax.eval_shape(self._new_state, self.student.params)
+
+    @functools.cached_property
+    def _new_state(self) -> Callable[[Any], TrainState]:
+        return jax.jit(lambda p: new_state(jax.tree.map(jnp.copy, p), self.optimizer))
 
     def encoder(self, prompt: int, completion: int, windows: int) -> BenchEncoder:
         return BenchEncoder(self.student, Limits(prompt, completion, windows))
@@ -127,8 +136,6 @@ def _windows(side: Ours, prompts: list[Prompt]) -> int:
 class SFTTask:
     """One step of SFT on `examples`."""
 
-    flops: float | None = None
-
     def __init__(self, side: Ours, examples: list[Example]) -> None:
         self._side = side
         prompts = [example.prompt for example in examples]
@@ -139,6 +146,12 @@ class SFTTask:
         plan = plan_rows([needs], row_cost(side.model.config))
         rows = [[samples[i] for i in row] for row in plan.rows(needs)]
         self.batch: SequenceBatch = jax.device_put(encoder.sequences(rows, plan.shape))
+        step = make_sft_step(side.model, side.optimizer, _SCORE)
+        self._step = jax.jit(step, donate_argnums=0)
+
+    @property
+    def flops(self) -> float:
+        return call_flops(self._step, self._side.like_state(), {}, self.batch)
 
     def numbers(self) -> Numbers:
         side = self._side
@@ -147,10 +160,7 @@ class SFTTask:
         return {"loss": float(metrics["loss"]), "grad_norm": float(_norm(grads))}
 
     def prepare(self) -> None:
-        side = self._side
-        step = make_sft_step(side.model, side.optimizer, _SCORE)
-        self._step = jax.jit(step, donate_argnums=0)
-        self._state = side.state()
+        self._state = self._side.state()
         self.run()
 
     def run(self) -> None:
@@ -159,17 +169,27 @@ class SFTTask:
 
 
 class SampleTask:
-    """A group of completions to each prompt."""
+    """A group of completions to each prompt.
 
-    flops: float | None = None
+    Args:
+      length: tokens of a completion; None: the preset's.
+    """
 
-    def __init__(self, side: Ours, prompt: int) -> None:
+    def __init__(self, side: Ours, prompt: int, length: int | None = None) -> None:
         self._side = side
         self.prompts = side.prompts(prompt)
+        self._length = side.preset.completion if length is None else length
+        self._run = self._sampler()
+
+    @property
+    def flops(self) -> float:
+        side = self._side
+        given = side.student.params, self.prompts, side.policy.allowed, jnp.int32(0)
+        return call_flops(self._run, *given, trips=_trips(self._length))
 
     def _sampler(self, **changes: Any) -> Callable[..., Any]:
         side, preset = self._side, self._side.preset
-        given = {"group": preset.group, "length": preset.completion, "temperature": 1.0}
+        given = {"group": preset.group, "length": self._length, "temperature": 1.0}
         config = SampleConfig(**(given | changes), end_of_turn=_NEVER)
         reader = side.policy.reader
 
@@ -187,7 +207,6 @@ class SampleTask:
         return {"tokens": drawn.tokens[:, 0].tolist()}
 
     def prepare(self) -> None:
-        self._run = self._sampler()
         self._step = 0
         self.run()
 
@@ -201,12 +220,33 @@ class SampleTask:
 class GRPOTask:
     """One step of GRPO with KL: rollout, reference, update."""
 
-    flops: float | None = None
-
     def __init__(self, side: Ours, prompt: int) -> None:
         self._side, self._length = side, prompt
         self.prompts = side.prompts(prompt)
         self.settings = grpo_settings(side.preset)
+
+    @property
+    def flops(self) -> float:
+        side, step = self._side, self._new_step(self._side.like_state())
+        params, policy = side.student.params, side.policy
+        given = params, self.prompts, policy.reader, policy.allowed, jnp.int32(0)
+        scored, _ = jax.eval_shape(step.rollout, *given)
+        drawn = scored.rollout
+        asked = self.prompts, drawn.tokens, drawn.mask, policy.allowed
+        batch = GroupBatch(
+            prompts=self.prompts,
+            tokens=drawn.tokens,
+            mask=drawn.mask,
+            weights=drawn.logprobs,
+            advantages=scored.advantages,
+            sampler=drawn.logprobs,
+            reference=drawn.logprobs,
+        )
+        return (
+            call_flops(step.rollout, *given, trips=_trips(side.preset.completion))
+            + call_flops(step.score, params, *asked)
+            + call_flops(step.update, side.like_state(), {}, batch, policy.allowed)
+        )
 
     def numbers(self) -> Numbers:
         """Of the rollout that TRL has left in the folder, or of one that is given."""
@@ -222,12 +262,17 @@ class GRPOTask:
         return _update_numbers(side, batch, loss)
 
     def prepare(self) -> None:
+        self._state = self._side.state()
+        self._step = self._new_step(self._state)
+        self._number = 0
+        self.run()
+
+    def _new_step(self, like: TrainState) -> GRPOStep:
         side = self._side
-        self._state = side.state()
-        self._step = GRPOStep(
+        return GRPOStep(
             side.policy,
             self.settings,
-            self._state,
+            like,
             side.optimizer,
             {},
             side.student.params,
@@ -237,8 +282,6 @@ class GRPOTask:
             timer=PhaseTimer(),
             end_of_turn=_NEVER,
         )
-        self._number = 0
-        self.run()
 
     def run(self) -> None:
         self._number += 1
@@ -249,26 +292,29 @@ class GRPOTask:
 class UpdateTask:
     """One update on given completions, `group` to each prompt."""
 
-    flops: float | None = None
-
     def __init__(self, side: Ours, prompt: int, group: int) -> None:
         self._side = side
         # Without a reference, and of the policy's own completions.
         self._config = GRPOConfig(beta=0.0, importance_cap=None)
         rollout = side.inputs.rollout(group)
         self.batch = _group_batch(side.prompts(prompt), *rollout, self._config)
-
-    def numbers(self) -> Numbers:
-        return _update_numbers(self._side, self.batch, self._config)
-
-    def prepare(self) -> None:
-        side = self._side
         preset, score = side.preset, _group_score(side.preset)
         update = make_grpo_update(
             side.model, side.optimizer, self._config, score, preset.micro_batches
         )
         self._update = jax.jit(update, donate_argnums=0)
-        self._state = side.state()
+
+    @property
+    def flops(self) -> float:
+        side = self._side
+        given = side.like_state(), {}, self.batch, side.policy.allowed
+        return call_flops(self._update, *given)
+
+    def numbers(self) -> Numbers:
+        return _update_numbers(self._side, self.batch, self._config)
+
+    def prepare(self) -> None:
+        self._state = self._side.state()
         self.run()
 
     def run(self) -> None:
@@ -280,10 +326,17 @@ class UpdateTask:
 _TASKS: dict[str, Callable[..., Task]] = {
     "sft": lambda side: SFTTask(side, side.inputs.examples()),
     "sft_mixed": lambda side: SFTTask(side, side.inputs.mixed()),
+    "first": functools.partial(SampleTask, length=1),
     "sample": SampleTask,
     "grpo": GRPOTask,
     "update": UpdateTask,
 }
+
+
+def _trips(length: int) -> list[int]:
+    """Tokens that each of the sampler's loops draws where no completion ends early."""
+    ends = cache_lengths(length)
+    return [end - start for start, end in zip((0, *ends), ends, strict=False)]
 
 
 def grpo_settings(preset: Preset) -> GRPOSettings:

@@ -15,13 +15,15 @@ from morer1_jax.bench.peers_transformers import GRPOTask, SampleTask, SFTTask, U
 from morer1_jax.bench.task import Task, arguments, process_peak, serve
 
 _TRAINING = ("default", "tuned", "onednn", "compiled")
+_SAMPLING = ("default", "tuned", "onednn", "static", "shared")
 _FORMS_OF = {
     "sft": _TRAINING,
     "sft_mixed": _TRAINING,
     "update": _TRAINING,
     "grpo": _TRAINING,
     "grpo_plain": ("default", "tuned", "onednn", "shared", "compiled"),
-    "sample": ("default", "tuned", "onednn", "static", "shared"),
+    "sample": _SAMPLING,
+    "first": _SAMPLING,
 }
 
 
@@ -59,7 +61,9 @@ class Peer:
             case "sft_mixed":
                 return SFTTask(policy, policy.inputs.mixed())
             case "sample":
-                return SampleTask(policy, *lengths)
+                return SampleTask(policy, *lengths, policy.preset.completion)
+            case "first":
+                return SampleTask(policy, *lengths, 1)
             case "grpo_plain":
                 return GRPOTask(policy, *lengths)
             case "update":

@@ -154,18 +154,21 @@ def _padded(policy: Policy, examples: list[Example]) -> dict[str, Tensor]:
 
 
 class SampleTask(Measured):
-    """A group of samples to each prompt, all of the full length."""
+    """A group of samples to each prompt, all of the full length.
 
-    def __init__(self, policy: Policy, length: int) -> None:
+    Args:
+      prompt, completion: lengths in tokens.
+    """
+
+    def __init__(self, policy: Policy, prompt: int, completion: int) -> None:
         super().__init__(policy)
-        self._prompts = policy.prompts(length)
+        self._prompts, self._length = policy.prompts(prompt), completion
 
     def numbers(self) -> Numbers:
         return {"tokens": self.policy.generate(self._prompts, 1, 32, greedy=True).tolist()}
 
     def compute(self) -> None:
-        preset = self.policy.preset
-        self.policy.generate(self._prompts, preset.group, preset.completion)
+        self.policy.generate(self._prompts, self.policy.preset.group, self._length)
 
 
 class Rollout(NamedTuple):

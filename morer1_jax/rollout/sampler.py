@@ -154,7 +154,7 @@ def sample(
       keys: of `sample_keys`; not read when greedy.
     """
     b, g, t = prompts.tokens.shape[0], config.group, config.length
-    lengths, unroll = _lengths(t), model.runtime.decode_unroll
+    lengths, unroll = cache_lengths(t), model.runtime.decode_unroll
 
     def prefill(module: Qwen25VL) -> tuple[Array, KVCache]:
         x = embed_prompts(module, prompts)
@@ -245,8 +245,9 @@ def leads_to_end(
     return jnp.moveaxis(distance <= left, 0, -1)[..., reader.token_class]
 
 
-def _lengths(most: int) -> tuple[int, ...]:
-    """Lengths that the completions' cache grows through: attention reads all that is allocated."""
+def cache_lengths(most: int) -> tuple[int, ...]:
+    """Lengths that the completions' cache grows through, a loop of the sampler each: attention
+    reads all that is allocated."""
     return tuple(sorted({min(most, max(_LEAST, most // part)) for part in (4, 2, 1)}))
 
 

@@ -23,7 +23,7 @@ def test_every_preset_is_compared_with_both(name):
     assert len(set(tasks)) == len(tasks)
     assert {"sft", "sft_mixed"} < set(tasks)
     for prompt in PRESETS[name].prompts:
-        assert f"sample/{prompt}" in tasks
+        assert {f"first/{prompt}", f"sample/{prompt}"} < set(tasks)
         (grpo,) = [one for one in made if one.task == f"grpo/{prompt}"]
         assert set(grpo.peers) == {"TRL", "by hand"}
     longest = max(PRESETS[name].prompts)

@@ -1,0 +1,71 @@
+"""FLOPs that our programs spend, counted in what JAX traced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+def call_flops(function: Callable[..., Any], *given: Any, trips: Sequence[int] = ()) -> float:
+    """`product_flops` of a jitted function for such arguments, arrays or what describes them."""
+    return product_flops(jax.jit(function).trace(*given).jaxpr, trips)
+
+
+def product_flops(program: ClosedJaxpr, trips: Sequence[int] = ()) -> float:
+    """FLOPs of a program's products of matrices, two for a multiplication and its addition.
+
+    What a step computes again is counted again, and what it computes of padding too. Kernels that
+    are no products to JAX (splash attention's, cuDNN's) are not seen.
+
+    Args:
+      program: traced, as `jax.jit(f).trace(…).jaxpr` has it.
+      trips: how often each of its `while` loops goes round, in their order.
+
+    Raises:
+      ValueError: the program has another number of `while` loops.
+    """
+    left = iter(trips)
+    total = _flops(program.jaxpr, left)
+    if rest := len(list(left)):
+        raise ValueError(f"{len(trips)} trips given, but {len(trips) - rest} loops found")
+    return total
+
+
+def _flops(jaxpr: Jaxpr, trips: Iterator[int]) -> float:
+    return sum(_equation(equation, trips) for equation in jaxpr.eqns)
+
+
+def _equation(equation: JaxprEqn, trips: Iterator[int]) -> float:
+    params = equation.params
+    match equation.primitive.name:
+        case "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            along = math.prod(shape[axis] for axis in contracted)
+            return 2.0 * math.prod(equation.outvars[0].aval.shape) * along
+        case "scan":
+            return params["length"] * _flops(params["jaxpr"].jaxpr, trips)
+        case "while":
+            times = next(trips, None)
+            if times is None:
+                raise ValueError("more loops found than trips given")
+            return times * _flops(params["body_jaxpr"].jaxpr, trips)
+        case "cond":
+            return max(_flops(branch.jaxpr, trips) for branch in params["branches"])
+        case "pallas_call":
+            return 0.0
+    return sum(_flops(inner, trips) for inner in _inner(params.values()))
+
+
+def _inner(values: Any) -> Iterator[Jaxpr]:
+    for value in values:
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _inner(value)
