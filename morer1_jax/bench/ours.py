@@ -334,9 +334,10 @@ _TASKS: dict[str, Callable[..., Task]] = {
 
 
 def _trips(length: int) -> list[int]:
-    """Tokens that each of the sampler's loops draws where no completion ends early."""
+    """Tokens that each of the sampler's loops draws where no completion ends early; the first
+    one is drawn before them."""
     ends = cache_lengths(length)
-    return [end - start for start, end in zip((0, *ends), ends, strict=False)]
+    return [end - start for start, end in zip((1, *ends), ends, strict=False)]
 
 
 def grpo_settings(preset: Preset) -> GRPOSettings:

@@ -104,7 +104,6 @@ class LoopState:
     """The decode loop's state before token `index` is drawn."""
 
     index: Int[Array, ""]
-    hidden: Float[Array, "b g d"]
     cache: KVCache
     tokens: Int[Array, "b g t"]
     mask: Bool[Array, "b g t"]
@@ -174,8 +173,9 @@ def sample(
     variables = {"params": params}
     apart = {"params": separate_layers(params)} if unroll else variables
 
-    def step(state: LoopState) -> LoopState:
-        logits = model.apply(variables, state.hidden, method=Qwen25VL.logits)
+    def drawn(state: LoopState, hidden: Array) -> LoopState:
+        """With token `state.index`, drawn from the hidden state at the place before it."""
+        logits = model.apply(variables, hidden, method=Qwen25VL.logits)
         permitted = allowed
         if config.guided:
             left = t - state.index - 1
@@ -185,12 +185,9 @@ def sample(
         alive = ~state.ended
         kind = reader.token_class[token]
         added = reader.effort_added[kind, state.steps].astype(jnp.int32)
-        hidden, cache = model.apply(apart, token, state.index, state.cache, method=decode)
         at = (0, 0, state.index)
-        return LoopState(
+        return state.replace(
             index=state.index + 1,
-            hidden=hidden,
-            cache=cache,
             tokens=jax.lax.dynamic_update_slice(state.tokens, token[..., None], at),
             mask=jax.lax.dynamic_update_slice(state.mask, alive[..., None], at),
             logprobs=jax.lax.dynamic_update_slice(
@@ -202,10 +199,15 @@ def sample(
             effort=state.effort + jnp.where(alive, added, 0),
         )
 
+    def step(state: LoopState) -> LoopState:
+        before = state.index - 1
+        token = jax.lax.dynamic_index_in_dim(state.tokens, before, axis=-1, keepdims=False)
+        hidden, cache = model.apply(apart, token, before, state.cache, method=decode)
+        return drawn(state.replace(cache=cache), hidden)
+
     last, cache = model.apply(variables, method=prefill)
     start = LoopState(
         index=jnp.zeros((), jnp.int32),
-        hidden=jnp.broadcast_to(last[:, None], (b, g, last.shape[-1])),
         cache=cache,
         tokens=jnp.zeros((b, g, t), jnp.int32),
         mask=jnp.zeros((b, g, t), bool),
@@ -215,7 +217,8 @@ def sample(
         answer=jnp.zeros((b, g), reader.answer_next.dtype),
         effort=jnp.zeros((b, g), jnp.int32),
     )
-    end = start
+    # The first token needs no decoding, and nothing is decoded after the last one.
+    end = drawn(start, jnp.broadcast_to(last[:, None], (b, g, last.shape[-1])))
     for length in lengths:
         end = jax.lax.while_loop(
             lambda state, length=length: (state.index < length) & ~jnp.all(state.ended),
