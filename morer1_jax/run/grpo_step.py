@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from morer1_jax.data.batch import PromptBatch
 from morer1_jax.learn.grpo import GroupBatch, make_grpo_update, token_weights
@@ -83,6 +83,11 @@ class GRPOStep:
         self.weights = jax.jit(
             lambda mask, ended: token_weights(mask, ended, settings.loss), out_shardings=rows
         )
+        # Programs of their own, though small: what is computed outside of one compiles in pieces.
+        self.close = jax.jit(
+            lambda step, learned: (step + 1, jax.tree.map(lambda *x: sum(x) / len(x), *learned)),
+            out_shardings=(shardings.step, whole),
+        )
 
     def __call__(
         self, state: TrainState, prompts: PromptBatch, number: int
@@ -91,7 +96,7 @@ class GRPOStep:
         prompts = policy.put(prompts)
         params = join(state.params, self._frozen)
         scored, metrics = self.rollout(
-            params, prompts, policy.reader, policy.allowed, jnp.int32(number)
+            params, prompts, policy.reader, policy.allowed, np.int32(number)
         )
         self._timer.phase("rollout", scored.reward)
         drawn = scored.rollout
@@ -118,8 +123,8 @@ class GRPOStep:
             )
             self._timer.phase("update", seen)
             learned.append(seen)
-        metrics |= jax.tree.map(lambda *x: sum(x) / len(x), *learned)
-        return state.replace(step=state.step + 1), metrics, scored
+        number_after, means = self.close(state.step, learned)
+        return state.replace(step=number_after), metrics | means, scored
 
     def _scored(self, params: Params, asked: tuple[Any, ...]) -> jax.Array:
         logprobs = self.score(join(params, self._frozen), *asked)

@@ -119,7 +119,7 @@ def train(
         seconds = watch.seconds_a_step(step)
         scalars = {name: value for name, value in metrics.items() if np.ndim(value) == 0}
         steps = step - counted
-        phases = {name: spent / steps for name, spent in hooks.timer.take().items()}
+        phases = {name: spent / steps for name, spent in hooks.timer.take(step).items()}
         phases["host"] = max(0.0, seconds - sum(phases.values()))
         log.write(
             step,
@@ -143,6 +143,7 @@ def train(
                 jax.profiler.start_trace(workdir / "profile" / name, create_perfetto_trace=True)
                 tracing = True
             batch = next(batches)
+            hooks.timer.step(step)
             with compiles.step(batch) as again:
                 state, metrics = hooks.step(state, batch, step - 1)
             if again:

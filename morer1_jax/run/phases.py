@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import queue
 import threading
 import time
@@ -19,9 +20,12 @@ class PhaseTimer:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[str, float, Any] | None] = queue.SimpleQueue()
-        self._seconds: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[tuple[int, str, float, Any] | None] = queue.SimpleQueue()
+        # By step: the phases that have not ended, and the seconds of those that have.
+        self._open: collections.Counter[int] = collections.Counter()
+        self._seconds: dict[int, dict[str, float]] = {}
+        self._ended = threading.Condition()
+        self._step = 0
         self._thread = threading.Thread(target=self._wait, daemon=True)
 
     def __enter__(self) -> PhaseTimer:
@@ -32,28 +36,48 @@ class PhaseTimer:
         self._jobs.put(None)
         self._thread.join()
 
+    def step(self, number: int) -> None:
+        """Begins a step: phases are its own until the next one."""
+        self._step = number
+
     def phase(self, name: str, result: Any) -> None:
         """Notes that a program was started.
 
         Args:
           result: arrays that it makes, which no later program is given to write over.
         """
-        self._jobs.put((name, time.perf_counter(), result))
+        with self._ended:
+            self._open[self._step] += 1
+        self._jobs.put((self._step, name, time.perf_counter(), result))
 
-    def take(self) -> dict[str, float]:
-        """Seconds of each phase, summed over what has ended since this was last asked for."""
-        with self._lock:
-            seconds, self._seconds = self._seconds, {}
+    def take(self, step: int) -> dict[str, float]:
+        """Seconds of each phase, summed over the steps up to this one since it was last asked for.
+
+        Waits until they have ended; the timer must be entered.
+        """
+        seconds: dict[str, float] = {}
+        with self._ended:
+            self._ended.wait_for(lambda: not any(n for s, n in self._open.items() if s <= step))
+            for number in [s for s in self._open if s <= step]:
+                del self._open[number]
+            for number in [s for s in self._seconds if s <= step]:
+                for name, spent in self._seconds.pop(number).items():
+                    seconds[name] = seconds.get(name, 0.0) + spent
         return seconds
 
     def _wait(self) -> None:
         ended = 0.0
         while (job := self._jobs.get()) is not None:
-            name, began, result = job
+            step, name, began, result = job
+            failed = False
             try:
                 jax.block_until_ready(result)
             except Exception:  # The step that asks for it raises it, too.
-                continue
-            began, ended = max(began, ended), time.perf_counter()
-            with self._lock:
-                self._seconds[name] = self._seconds.get(name, 0.0) + ended - began
+                failed = True
+            with self._ended:
+                self._open[step] -= 1
+                if not failed:
+                    began, ended = max(began, ended), time.perf_counter()
+                    of_step = self._seconds.setdefault(step, {})
+                    of_step[name] = of_step.get(name, 0.0) + ended - began
+                self._ended.notify_all()

@@ -37,11 +37,9 @@ def test_phases_follow_one_another(clock):
     # Both are handed over before the thread that waits has begun.
     timer.phase("rollout", clock.until(102.0))
     timer.phase("update", clock.until(107.0))
-    assert timer.take() == {}
     with timer:
-        pass
-    assert timer.take() == {"rollout": 2.0, "update": 5.0}
-    assert timer.take() == {}
+        assert timer.take(0) == {"rollout": 2.0, "update": 5.0}
+        assert timer.take(0) == {}
 
 
 def test_a_phase_handed_over_late_lasts_from_then(clock):
@@ -51,8 +49,25 @@ def test_a_phase_handed_over_late_lasts_from_then(clock):
     timer.phase("update", clock.until(106.0))
     clock.now = 100.0
     with timer:
-        pass
-    assert timer.take() == {"rollout": 1.0, "update": 2.0}
+        assert timer.take(0) == {"rollout": 1.0, "update": 2.0}
+
+
+def test_a_phase_belongs_to_its_step(clock):
+    """Whatever the device has done of the next one by then."""
+    timer = PhaseTimer()
+    for step in (1, 2, 3):
+        timer.step(step)
+        timer.phase("rollout", clock.until(100.0 + 5 * step))
+        timer.phase("update", clock.until(102.0 + 5 * step))
+    with timer:
+        assert timer.take(3) == {"rollout": 5.0 + 3.0 + 3.0, "update": 6.0}
+    timer = PhaseTimer()
+    for step in (1, 2, 3):
+        timer.step(step)
+        timer.phase("rollout", clock.until(200.0 + step))
+    with timer:
+        assert timer.take(1)["rollout"] > 80.0
+        assert timer.take(3) == {"rollout": 2.0}
 
 
 def test_steps_add_up_and_an_error_is_left_to_whoever_asks_for_the_result(clock):
@@ -65,6 +80,6 @@ def test_steps_add_up_and_an_error_is_left_to_whoever_asks_for_the_result(clock)
         timer.phase("update", Broken())
         timer.phase("score", clock.until(104.0))
         timer.phase("weights", jax.jit(jnp.sin)(1.0))
-    seconds = timer.take()
+        seconds = timer.take(0)
     assert set(seconds) == {"score", "weights"}
     assert 3.0 <= seconds["score"] <= 4.0

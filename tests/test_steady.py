@@ -1,0 +1,40 @@
+"""A run compiles once for each shape of its batches, in the step that first has it, then never."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A step's programs, each compiled for every shape, and those whose shapes never change.
+PROGRAMS = {"sft": (1, 0), "grpo": (len(("rollout", "score", "update")), len(("weights", "close")))}
+
+
+@pytest.mark.parametrize("steps", [50, pytest.param(1000, marks=pytest.mark.soak)])
+def test_as_many_compilations_as_shapes(tmp_path, steps):
+    script = Path(__file__).with_name("steady.py")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    run = subprocess.run(
+        [sys.executable, script, f"--folder={tmp_path}", f"--steps={steps}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "compiled again" not in run.stdout + run.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [line for line in map(json.loads, lines) if line["kind"] == "train"]
+    for stage, shapes in json.loads((tmp_path / "shapes.json").read_text()).items():
+        each, fixed = PROGRAMS[stage]
+        counts = [line["compilations"] for line in logged if line["stage"] == stage]
+        assert len(counts) == len(shapes) == steps // 2
+        buckets = [len({str(shape) for shape in shapes[:n]}) for n in range(1, len(shapes) + 1)]
+        # A step is logged once the next one has begun.
+        known = [*buckets[1:], buckets[-1]]
+        assert counts == [fixed + each * number for number in known]
+        print(f"{stage}: {buckets[-1]} shapes, {counts[-1]} compilations in {len(shapes)} steps")
+        assert buckets[-1] <= 2  # config.data.shapes
+        if stage == "grpo":
+            assert buckets[-1] > 1
