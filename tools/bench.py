@@ -2,8 +2,9 @@
 
 python tools/bench.py --preset=small --out=bench
 
-Every timed thing is first checked to compute the same numbers on both sides. PyTorch runs as it
-comes and in the faster forms of `morer1_jax/bench/peers_model.py`; the fastest is the one to beat.
+What an earlier run has left in that folder is kept, so that tasks can be measured one by one. Every
+timed thing is first checked to compute the same numbers on both sides. PyTorch runs as it comes and
+in the faster forms of `morer1_jax/bench/peers_model.py`; the fastest is the one to beat.
 """
 
 from __future__ import annotations
@@ -45,27 +46,28 @@ def main(argv: list[str]) -> None:
     def forms(task: str) -> list[str]:
         return [f for f in Peer.forms(task) if not _FORMS.value or f in _FORMS.value]
 
+    results = compare.Results(_PRESET.value, device_name(), {})
     out = None if _OUT.value is None else Path(_OUT.value)
     if out is not None:
         check_writable(out, folder=True)
         out.mkdir(parents=True, exist_ok=True)
+        results = compare.Results.read(out / "bench.json", _PRESET.value, device_name())
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_model(preset, model)
-        results, tables = [], []
         runs = compare.run(_PRESET.value, preset, model, chosen, forms, _ROUNDS.value)
         for comparison, timings in runs:
-            tables.append(compare.table(comparison, timings))
-            results.append(compare.as_json(comparison, timings))
-            print(tables[-1], flush=True)
+            results.tasks[comparison.task] = comparison.name, timings
+            print(compare.table(comparison.name, timings), flush=True)
             if out is not None:
-                compare.save(out / "bench.json", _PRESET.value, device_name(), results)
-                (out / "bench.md").write_text("\n".join(tables))
-        growth = Growth.of(results, preset).tables(preset)
-        print(growth)
-        if out is not None:
-            (out / "bench.md").write_text("\n".join([*tables, growth]))
-            draw(results, preset, out / "bench.png")
+                # In their own order, whatever was measured first.
+                results = results.sorted(known)
+                results.save(out / "bench.json")
+    growth = Growth.of(results, preset).tables(preset)
+    print(growth)
+    if out is not None:
+        (out / "bench.md").write_text("\n".join([*results.tables(), growth]))
+        draw(results, preset, out / "bench.png")
 
 
 if __name__ == "__main__":

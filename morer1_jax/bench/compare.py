@@ -6,11 +6,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from morer1_jax.bench.cases import Preset
 from morer1_jax.bench.turns import Timing, Worker, ratio, take_turns
 from morer1_jax.files import atomic_write
+from morer1_jax.run.config import ConfigError
 from morer1_jax.run.log import progress
 
 OURS = "ours"
@@ -97,39 +97,83 @@ def run(
             process.close()
 
 
-def table(comparison: Comparison, timings: dict[str, Timing]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All that was measured of a preset on a device: by task, its name and its sides' timings."""
+
+    preset: str
+    device: str
+    tasks: dict[str, tuple[str, dict[str, Timing]]]
+
+    @classmethod
+    def read(cls, path: Path, preset: str, device: str) -> Results:
+        """What earlier runs saved; nothing if there is no such file.
+
+        Raises:
+          ConfigError: it is no such file, or of another preset or device.
+        """
+        if not path.exists():
+            return cls(preset, device, {})
+        try:
+            saved = json.loads(path.read_text())
+            found = saved["preset"], saved["device"]
+            tasks = {
+                one["task"]: (
+                    one["name"],
+                    {name: Timing(**side) for name, side in one["sides"].items()},
+                )
+                for one in saved["comparisons"]
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: {error!r}; results of tools/bench.py expected") from None
+        if found != (preset, device):
+            raise ConfigError(
+                f"{path}: results of {found[0]!r} on {found[1]!r} found, of {preset!r} on "
+                f"{device!r} expected; give another --out"
+            )
+        return cls(*found, tasks)
+
+    def save(self, path: Path) -> None:
+        """Writes what `read` reads."""
+        comparisons = [
+            {
+                "name": name,
+                "task": task,
+                "sides": {side: dataclasses.asdict(timing) for side, timing in sides.items()},
+            }
+            for task, (name, sides) in self.tasks.items()
+        ]
+        described = {"preset": self.preset, "device": self.device, "comparisons": comparisons}
+        atomic_write(path, json.dumps(described, indent=1) + "\n")
+
+    def sorted(self, order: Sequence[str]) -> Results:
+        """With the tasks in this order."""
+        tasks = {task: self.tasks[task] for task in order if task in self.tasks}
+        return dataclasses.replace(self, tasks=tasks)
+
+    def tables(self) -> list[str]:
+        """One a task."""
+        return [table(*measured) for measured in self.tasks.values()]
+
+
+def table(name: str, timings: dict[str, Timing]) -> str:
     """What was seen, a line a side: ours first, then the others from the fastest on."""
     ours = timings[OURS]
     others = sorted((name for name in timings if name != OURS), key=lambda n: timings[n].median)
     lines = [
-        f"### {comparison.name}",
+        f"### {name}",
         "",
         "| | seconds | ours is faster by | memory, MB | GFLOP | first run, seconds |",
         "|---|---|---|---|---|---|",
     ]
-    for name in (OURS, *others):
-        timing = timings[name]
+    for side in (OURS, *others):
+        timing = timings[side]
         least, median, most = ratio(timing, ours)
-        faster = "" if name == OURS else f"{median:.2f}× ({least:.2f} to {most:.2f})"
+        faster = "" if side == OURS else f"{median:.2f}× ({least:.2f} to {most:.2f})"
         flops = "" if timing.flops is None else f"{timing.flops / 1e9:,.0f}"
         spread = f"{min(timing.seconds):.2f} to {max(timing.seconds):.2f}"
         lines.append(
-            f"| {name} | {timing.median:.2f} ({spread}) | {faster} "
+            f"| {side} | {timing.median:.2f} ({spread}) | {faster} "
             f"| {timing.peak_bytes / 1e6:,.0f} | {flops} | {timing.prepare_seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def as_json(comparison: Comparison, timings: dict[str, Timing]) -> dict[str, Any]:
-    """All that was measured."""
-    return {
-        "name": comparison.name,
-        "task": comparison.task,
-        "sides": {name: dataclasses.asdict(timing) for name, timing in timings.items()},
-    }
-
-
-def save(path: Path, preset: str, device: str, results: list[dict[str, Any]]) -> None:
-    """Writes results, of a run that may still go on."""
-    described = {"preset": preset, "device": device, "comparisons": results}
-    atomic_write(path, json.dumps(described, indent=1) + "\n")

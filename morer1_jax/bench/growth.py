@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from morer1_jax.bench.cases import Preset
-from morer1_jax.bench.compare import OURS
-
-Results = list[dict[str, Any]]
-"""Comparisons as `compare.as_json` makes them."""
+from morer1_jax.bench.compare import OURS, Results
+from morer1_jax.bench.turns import Timing
 
 
 class Pair(NamedTuple):
@@ -37,7 +34,9 @@ class Growth:
     @classmethod
     def of(cls, results: Results, preset: Preset) -> Growth:
         """Takes what is there of `update/…`, `sample/…` and `first/…`."""
-        seconds = {tuple(one["task"].split("/")): _medians(one["sides"]) for one in results}
+        seconds = {
+            tuple(task.split("/")): _medians(sides) for task, (_, sides) in results.tasks.items()
+        }
         update = {int(task[2]): _pair(s) for task, s in seconds.items() if task[0] == "update"}
         decode = {}
         for task, whole in seconds.items():
@@ -106,16 +105,16 @@ def draw(results: Results, preset: Preset, path: Path) -> None:
     growth = Growth.of(results, preset)
     figure = Figure(figsize=(10, 4), layout="constrained")
     bars, *curves = figure.subplots(1, 2 if len(growth.update) > 1 else 1, squeeze=False)[0]
-    shown = [one for one in results if not one["task"].startswith("first")]
-    for place, one in enumerate(shown):
-        seconds = _medians(one["sides"])
+    shown = [one for task, one in results.tasks.items() if not task.startswith("first")]
+    for place, (_, sides) in enumerate(shown):
+        seconds = _medians(sides)
         ours = seconds.pop(OURS)
         slow, fast = max(seconds.values()) / ours, min(seconds.values()) / ours
         named = {} if place else {"slow": "slowest form", "fast": "fastest form"}
         bars.barh(place, slow, color="#d0d7de", label=named.get("slow"))
         bars.barh(place, fast, color="#1f6feb", label=named.get("fast"))
         bars.text(fast, place, f" {fast:.1f}×", va="center", fontsize=8)
-    bars.set_yticks(range(len(shown)), [one["name"] for one in shown])
+    bars.set_yticks(range(len(shown)), [name for name, _ in shown])
     bars.invert_yaxis()
     bars.axvline(1, color="black", linewidth=0.8)
     bars.set_xlabel("times faster than PyTorch")
@@ -143,8 +142,8 @@ def _draw_update(axes: Any, growth: Growth, preset: Preset) -> None:
     axes.legend(fontsize=8)
 
 
-def _medians(sides: dict[str, Any]) -> dict[str, float]:
-    return {name: statistics.median(side["seconds"]) for name, side in sides.items()}
+def _medians(sides: dict[str, Timing]) -> dict[str, float]:
+    return {name: timing.median for name, timing in sides.items()}
 
 
 def _pair(seconds: dict[str, float]) -> Pair:

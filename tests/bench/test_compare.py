@@ -7,13 +7,13 @@ import pytest
 from morer1_jax.bench import compare
 from morer1_jax.bench.cases import PRESETS
 from morer1_jax.bench.turns import Timing
+from morer1_jax.run.config import ConfigError
 
 TIMINGS = {
     "ours": Timing(12.0, [1.0, 2.0, 1.5], 3_000_000_000, 4e11),
     "generate, default": Timing(1.0, [8.0, 9.0, 9.0], 2_000_000_000, None),
     "generate, onednn": Timing(1.0, [3.0, 5.0, 4.5], 2_000_000_000, 5e11),
 }
-SAMPLING = compare.Comparison("sampling, prompt 128", "sample/128", {"generate": "sample/128"})
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -33,7 +33,7 @@ def test_every_preset_is_compared_with_both(name):
 
 
 def test_table():
-    assert compare.table(SAMPLING, TIMINGS).splitlines() == [
+    assert compare.table("sampling, prompt 128", TIMINGS).splitlines() == [
         "### sampling, prompt 128",
         "",
         "| | seconds | ours is faster by | memory, MB | GFLOP | first run, seconds |",
@@ -44,12 +44,30 @@ def test_table():
     ]
 
 
-def test_saved_results_hold_every_run(tmp_path):
-    results = [compare.as_json(SAMPLING, TIMINGS)]
-    compare.save(tmp_path / "bench.json", "small", "2 CPU cores", results)
-    read = json.loads((tmp_path / "bench.json").read_text())
-    assert (read["preset"], read["device"]) == ("small", "2 CPU cores")
-    (only,) = read["comparisons"]
-    assert only["task"] == "sample/128"
-    assert only["sides"]["ours"]["seconds"] == [1.0, 2.0, 1.5]
-    assert only["sides"]["generate, default"]["flops"] is None
+def test_saved_results_are_gone_on_with(tmp_path):
+    path = tmp_path / "bench.json"
+    results = compare.Results.read(path, "small", "2 CPU cores")
+    assert results.tasks == {}
+    results.tasks["sample/128"] = "sampling, prompt 128", TIMINGS
+    results.tasks["sft"] = "SFT, one length", TIMINGS
+    results.sorted(["sft", "sample/128", "grpo/128"]).save(path)
+    again = compare.Results.read(path, "small", "2 CPU cores")
+    assert again == results
+    assert list(again.tasks) == ["sft", "sample/128"]
+    assert [text.splitlines()[0] for text in again.tables()] == [
+        "### SFT, one length",
+        "### sampling, prompt 128",
+    ]
+    (first, _) = json.loads(path.read_text())["comparisons"]
+    assert first["sides"]["ours"]["seconds"] == [1.0, 2.0, 1.5]
+    assert first["sides"]["generate, default"]["flops"] is None
+
+
+def test_other_results_are_refused(tmp_path):
+    path = tmp_path / "bench.json"
+    compare.Results("tiny", "2 CPU cores", {}).save(path)
+    with pytest.raises(ConfigError, match=r"results of 'tiny' on '2 CPU cores' found, of 'small'"):
+        compare.Results.read(path, "small", "2 CPU cores")
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match=r"results of tools/bench\.py expected"):
+        compare.Results.read(path, "small", "2 CPU cores")
