@@ -151,7 +151,11 @@ class SFTTask:
 
     @property
     def flops(self) -> float:
-        return call_flops(self._step, self._side.like_state(), {}, self.batch)
+        # Chunks of logits without a target are passed over; what counts goes first in each row.
+        counted = int(jnp.max(jnp.sum(self.batch.weights > 0, axis=1)))
+        some, every = (-(-n // _SCORE.chunk) for n in (counted, self.batch.tokens.shape[1]))
+        given = self._side.like_state(), {}, self.batch
+        return call_flops(self._step, *given, taken=some / every)
 
     def numbers(self) -> Numbers:
         side = self._side

@@ -54,9 +54,17 @@ def test_loops():
         call_flops(looped, A, B, trips=[3, 3])
 
 
+def test_branches():
+    def either(a, b):
+        return jax.lax.cond(a[0, 0, 0] > 0, product, lambda a, b: jnp.zeros((2, 3, 7)), a, b)
+
+    assert call_flops(either, A, B) == PRODUCT
+    assert call_flops(either, A, B, taken=0.25) == PRODUCT / 4
+
+
 @pytest.mark.parametrize("task", ["sft", "update/128/1"])
 def test_both_sides_count_alike(folder, preset, task):
     """Where both do the same work: one sample a row, no prompt shared, no padding of text."""
     ours = Ours(folder, preset).task(task).flops
     theirs = Peer(folder, preset, "default").task(task).flops
-    assert ours == pytest.approx(theirs, rel=0.15)
+    assert ours == pytest.approx(theirs, rel=0.1)
