@@ -1,6 +1,7 @@
 """The commands that take a checkpoint: predict, evaluate, rate, convert."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from morer1_jax.model.attention import XLA
 from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.export import export
 from morer1_jax.run.predict import predict, read_questions
@@ -90,6 +92,18 @@ def test_an_export_answers_as_the_run_it_is_of(workdir, exported, questions):
     )
     assert ours == theirs
     assert [answer.fact for answer in ours] == [fact.id for fact in facts]
+
+
+@pytest.mark.parametrize("attention", ["splash", None])
+def test_a_run_of_other_devices_is_opened_here(workdir, tmp_path, attention):
+    """Also one from before there was a choice of kernels."""
+    moved = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((moved / "config.json").read_text())
+    del config["runtime"]["attention"]
+    if attention is not None:
+        config["runtime"]["attention"] = attention
+    (moved / "config.json").write_text(json.dumps(config))
+    assert open_student(str(moved)).model.runtime.kernels == XLA()
 
 
 def guided_answers(exported, questions, count):

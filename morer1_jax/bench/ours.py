@@ -82,14 +82,15 @@ class Ours:
         self.folder, self.preset = folder, preset
         self.student = open_student(str(folder))
         self.inputs = Inputs(preset, self.student.policy.tokenizer)
+        config = self.student.model.config
         runtime = Runtime(
             dtype=preset.dtype,
             remat=preset.remat,
             scan_unroll=preset.unroll,
             decode_unroll=jax.default_backend() == "cpu",
-            kernels=choose("auto", preset.dtype, self.student.mesh),
+            kernels=choose("auto", preset.dtype, config.head_sizes, self.student.mesh),
         )
-        self.model = Qwen25VL(self.student.model.config, runtime)
+        self.model = Qwen25VL(config, runtime)
         student = self.student.policy
         self.policy = Policy(self.model, student.tokenizer, student.ontology, self.student.mesh)
         self.optimizer = OptimizerConfig(lr=1e-6).build(1)

@@ -92,34 +92,34 @@ class XLA:
         prompt_mask: Bool[Array, "b p"],
         completion_mask: Bool[Array, "b g t"],
     ) -> Queries:
-        s = prompt_mask.shape[1]
+        p = prompt_mask.shape[1]
         b, g, t = completion_mask.shape
         e = q.shape[-1]
-        prompt_k, prompt_v = k[:, :s], v[:, :s]
-        own_k, own_v = (x[:, s:].reshape(b, g, t, -1, e) for x in (k, v))
+        prompt_k, prompt_v = k[:, :p], v[:, :p]
+        own_k, own_v = (x[:, p:].reshape(b, g, t, -1, e) for x in (k, v))
         # Causality alone hides padding on the right, but it may be on the left.
-        causal = causal_mask(s)
+        causal = causal_mask(p)
         prompt_out = causal_attention(
-            q[:, :s],
+            q[:, :p],
             prompt_k,
             prompt_v,
             lambda here, seen: prompt_mask[:, None, seen] & causal[here, seen],
         )
 
         # As in `masked_attention`, heads lead.
-        queries = _group_heads(q[:, s:].reshape(b, g, t, -1, e), own_k.shape[-2])
+        queries = _group_heads(q[:, p:].reshape(b, g, t, -1, e), own_k.shape[-2])
         queries = jnp.transpose(queries, (0, 3, 1, 4, 2, 5))
         prompt_k, prompt_v = _heads_first(prompt_k), _heads_first(prompt_v)
         own_k, own_v = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (own_k, own_v))
-        to_prompt = scaled_scores("bkgrte,bkse->bkgrts", queries, prompt_k)
+        to_prompt = scaled_scores("bkgrte,bkpe->bkgrtp", queries, prompt_k)
         to_own = scaled_scores("bkgrte,bkgue->bkgrtu", queries, own_k)
         causal = completion_mask[:, :, None, :] & causal_mask(t)
         to_prompt = jnp.where(prompt_mask[:, None, None, None, None], to_prompt, UNSEEN)
         to_own = jnp.where(causal[:, None, :, None], to_own, UNSEEN)
         weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
         weights = weights.astype(q.dtype)
-        out = jnp.einsum("bkgrts,bkse->bkgrte", weights[..., :s], prompt_v)
-        out += jnp.einsum("bkgrtu,bkgue->bkgrte", weights[..., s:], own_v)
+        out = jnp.einsum("bkgrtp,bkpe->bkgrte", weights[..., :p], prompt_v)
+        out += jnp.einsum("bkgrtu,bkgue->bkgrte", weights[..., p:], own_v)
         out = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, g * t, *q.shape[2:])
         return jnp.concatenate([prompt_out, out], axis=1)
 
@@ -147,14 +147,14 @@ class PackedCausal:
 
 @struct.dataclass
 class SharedPrefix:
-    """Rows of [prompt (s) | completion 1 (t) | … | completion g (t)], length s + g·t.
+    """Rows of [prompt (p) | completion 1 (t) | … | completion g (t)], length p + g·t.
 
     Prompt tokens are causal among themselves; a completion's tokens see the whole valid prompt
     and their own completion causally.  Equals running each [prompt | completion] by itself,
     in value and gradient, without scores between completions.
     """
 
-    prompt_mask: Bool[Array, "b s"]
+    prompt_mask: Bool[Array, "b p"]
     completion_mask: Bool[Array, "b g t"]
     kernels: Kernels = struct.field(pytree_node=False, default=XLA())
 

@@ -127,6 +127,11 @@ class ModelConfig:
                 f"the decoder's hidden_size {self.text.hidden_size}"
             )
 
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Elements of a head of the decoder and of the vision tower."""
+        return self.text.head_dim, self.vision.head_dim
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Reads a parsed `config.json`, flat (published) or with a nested `text_config`.

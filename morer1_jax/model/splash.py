@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from morer1_jax.model.attention import Keys, Queries
@@ -35,18 +32,12 @@ _PLACE_BITS = 23
 class Splash:
     """`attention.Kernels` by splash attention.
 
-    Queries are scaled before their products, in their own dtype: in bfloat16 another rounding.
+    Queries are scaled before their products and rounded to their own dtype, not the scores after.
 
     Attributes:
-      mesh: the devices that rows and heads are split over; None for one device.
-      rows: the mesh's axes that rows are split over, where they divide them.
-      heads: the mesh's axis that heads are split over, where it divides them.
       interpret: run the kernel in Pallas's interpreter, on any platform.
     """
 
-    mesh: Mesh | None = None
-    rows: tuple[str, ...] = ()
-    heads: str | None = None
     interpret: bool = False
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
@@ -63,11 +54,11 @@ class Splash:
         prompt_mask: Bool[Array, "b p"],
         completion_mask: Bool[Array, "b g t"],
     ) -> Queries:
-        b, s = prompt_mask.shape
-        _, g, t = completion_mask.shape
+        p = prompt_mask.shape[1]
+        b, g, t = completion_mask.shape
         valid = jnp.concatenate([prompt_mask, completion_mask.reshape(b, g * t)], axis=1)
         ids = valid.astype(jnp.int32)
-        return self._attend(q, k, v, ids, lambda n: _SharedPrefixMask(s, g, t, n))
+        return self._attend(q, k, v, ids, lambda n: _SharedPrefixMask(p, g, t, n))
 
     def _attend(
         self,
@@ -84,38 +75,15 @@ class Splash:
         """
         _, length, _, e = q.shape
         block, padded = _blocks(length)
-        q = q * jnp.asarray(e**-0.5, q.dtype)
+        q = (q.astype(jnp.float32) * e**-0.5).astype(q.dtype)
         more = (padded - length, -e % _LANES)
         q, k, v = (
             jnp.pad(jnp.moveaxis(x, 2, 1), [(0, 0), (0, 0), (0, more[0]), (0, more[1])])
             for x in (q, k, v)
         )
         ids = jnp.pad(ids, [(0, 0), (0, more[0])], constant_values=np.iinfo(np.int32).min)
-        run = functools.partial(_run, mask=mask(padded), block=block, interpret=self.interpret)
-        out = self._split(run, q.shape, k.shape)(q, k, v, ids)
+        out = _run(q, k, v, ids, mask=mask(padded), block=block, interpret=self.interpret)
         return jnp.moveaxis(out[:, :, :length, :e], 1, 2)
-
-    def _split(
-        self, run: Callable[..., Array], q: tuple[int, ...], k: tuple[int, ...]
-    ) -> Callable[..., Array]:
-        """`run` on every device's own rows and heads: the compiler cannot split a kernel itself."""
-        if self.mesh is None or self.mesh.size == 1:
-            return run
-        sizes = self.mesh.shape
-        rows = tuple(axis for axis in self.rows if axis in sizes)
-        if q[0] % math.prod(sizes[axis] for axis in rows):
-            rows = ()
-        heads = self.heads if self.heads in sizes else None
-        if heads and (q[1] % sizes[heads] or k[1] % sizes[heads]):
-            heads = None
-        x = P(rows or None, heads)
-        return jax.shard_map(
-            run,
-            mesh=self.mesh,
-            in_specs=(x, x, x, P(rows or None)),
-            out_specs=x,
-            check_vma=False,  # Pallas's outputs do not say what they vary over.
-        )
 
 
 def _run(

@@ -83,8 +83,8 @@ class GRPOStep:
         self.weights = jax.jit(
             lambda mask, ended: token_weights(mask, ended, settings.loss), out_shardings=rows
         )
-        # Programs of their own, though small: what is computed outside of one compiles in pieces.
-        self.close = jax.jit(
+        # A program, though small: what is computed outside of one compiles operation by operation.
+        self.finish = jax.jit(
             lambda step, learned: (step + 1, jax.tree.map(lambda *x: sum(x) / len(x), *learned)),
             out_shardings=(shardings.step, whole),
         )
@@ -123,7 +123,7 @@ class GRPOStep:
             )
             self._timer.phase("update", seen)
             learned.append(seen)
-        number_after, means = self.close(state.step, learned)
+        number_after, means = self.finish(state.step, learned)
         return state.replace(step=number_after), metrics | means, scored
 
     def _scored(self, params: Params, asked: tuple[Any, ...]) -> jax.Array:

@@ -206,8 +206,9 @@ class Job:
     def policy(self) -> Policy:
         """The model with its tokenizer and labels, on the mesh."""
         settings = self.settings.runtime
-        runtime = settings.runtime(choose(settings.attention, settings.dtype, self.mesh))
-        model = Qwen25VL(self._model_config(), runtime, self.parts.lora)
+        config = self._model_config()
+        kernels = choose(settings.attention, settings.dtype, config.head_sizes, self.mesh)
+        model = Qwen25VL(config, settings.runtime(kernels), self.parts.lora)
         return Policy(model, self.tokenizer, self.ontology, self.mesh)
 
     def _model_config(self) -> ModelConfig:

@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from jax.sharding import Mesh
 
 from morer1_jax.model.attention import XLA, Kernels
-from morer1_jax.model.cudnn import CuDNN
-from morer1_jax.model.splash import Splash
+from morer1_jax.model.cudnn import HEAD_MOST, HEAD_MULTIPLE, CuDNN
+from morer1_jax.model.split import Split
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.mesh import BATCH_AXES, HEAD_AXIS
 
-Attention = Literal["auto", "xla", "splash", "cudnn"]
+AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
 
 
-def choose(attention: Attention, dtype: str, mesh: Mesh) -> Kernels:
+def choose(
+    attention: AttentionChoice, dtype: str, head_sizes: Sequence[int], mesh: Mesh
+) -> Kernels:
     """Attention's kernels on a mesh.
 
     Args:
-      attention: "auto": splash attention on TPUs; on NVIDIA's GPUs cuDNN's, if `dtype` has 16 bits;
-        XLA's products elsewhere. Or one of them by name.
+      attention: "auto": splash attention on TPUs; on NVIDIA's GPUs cuDNN's, if it can do `dtype`
+        and `head_sizes`; XLA's products elsewhere. Or one of them by name.
       dtype: of activations.
+      head_sizes: of the model's attentions.
 
     Raises:
-      ConfigError: the mesh's devices, or the dtype, cannot do what is asked.
+      ConfigError: the mesh's devices, the dtype or the heads cannot do what is asked.
     """
-    device = mesh.devices.flat[0]
-    short = dtype in ("bfloat16", "float16")
-    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    platform, unfit = mesh.devices.flat[0].platform, _unfit_for_cudnn(dtype, head_sizes, mesh)
     if attention == "auto":
-        attention = "xla"
-        if device.platform == "tpu":
-            attention = "splash"
-        elif nvidia and short:
-            attention = "cudnn"
+        by_platform = {"tpu": "splash", "gpu": "xla" if unfit else "cudnn"}
+        attention = by_platform.get(platform, "xla")
+    if attention == "xla":
+        return XLA()
     if attention == "splash":
-        if device.platform != "tpu":
-            raise _unfit(attention, f"a TPU, and the mesh has {device.device_kind} devices")
-        return Splash(mesh, BATCH_AXES, HEAD_AXIS)
-    if attention == "cudnn":
-        if not nvidia:
-            raise _unfit(attention, f"an NVIDIA GPU, and the mesh has {device.device_kind} devices")
-        if not short:
-            raise _unfit(attention, f"runtime.dtype='bfloat16', which is {dtype!r}")
-        return CuDNN()
-    return XLA()
+        if platform != "tpu":
+            raise _refusal(attention, f"a TPU, and the mesh has {_kind(mesh)} devices")
+        # Of JAX's experimental modules: nobody but TPUs depends on it.
+        from morer1_jax.model.splash import Splash
+
+        kernels: Kernels = Splash()
+    else:
+        if unfit:
+            raise _refusal(attention, unfit)
+        kernels = CuDNN()
+    if mesh.size == 1:
+        return kernels
+    rows = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    return Split(kernels, mesh, rows, HEAD_AXIS if HEAD_AXIS in mesh.shape else None)
 
 
-def _unfit(attention: str, needs: str) -> ConfigError:
+def _unfit_for_cudnn(dtype: str, head_sizes: Sequence[int], mesh: Mesh) -> str | None:
+    """What cuDNN would need and does not have; None if nothing."""
+    device = mesh.devices.flat[0]
+    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    if not nvidia or float(device.compute_capability) < 8.0:
+        return f"an NVIDIA GPU from Ampere on, and the mesh has {_kind(mesh)} devices"
+    if dtype not in ("bfloat16", "float16"):
+        return f"runtime.dtype='bfloat16', which is {dtype!r}"
+    if wrong := [size for size in head_sizes if size % HEAD_MULTIPLE or size > HEAD_MOST]:
+        return (
+            f"heads of a multiple of {HEAD_MULTIPLE} elements, at most {HEAD_MOST}, and the "
+            f"model has some of {wrong[0]}"
+        )
+    return None
+
+
+def _kind(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].device_kind
+
+
+def _refusal(attention: str, needs: str) -> ConfigError:
     return ConfigError(
         f"config.runtime.attention: {attention!r} found, which needs {needs}; use 'auto'"
     )

@@ -53,8 +53,13 @@ class PhaseTimer:
     def take(self, step: int) -> dict[str, float]:
         """Seconds of each phase, summed over the steps up to this one since it was last asked for.
 
-        Waits until they have ended; the timer must be entered.
+        Waits until they have ended.
+
+        Raises:
+          RuntimeError: the timer was not entered, or left.
         """
+        if not self._thread.is_alive():
+            raise RuntimeError("a timer is asked outside of its context, where nothing ends")
         seconds: dict[str, float] = {}
         with self._ended:
             self._ended.wait_for(lambda: not any(n for s, n in self._open.items() if s <= step))

@@ -21,7 +21,7 @@ from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.model.attention import Kernels
 from morer1_jax.model.config import LoRA, Runtime, TextConfig, VisionConfig
 from morer1_jax.rollout.reward import RewardConfig
-from morer1_jax.run.kernels import Attention
+from morer1_jax.run.kernels import AttentionChoice
 from morer1_jax.run.schema import build
 from morer1_jax.task.synthetic import WorldConfig
 
@@ -204,7 +204,7 @@ class RuntimeSettings:
     remat: Literal["none", "full", "dots"]
     scan_unroll: int
     decode_unroll: bool
-    attention: Attention
+    attention: AttentionChoice
 
     def __post_init__(self) -> None:
         Runtime(**self._values())

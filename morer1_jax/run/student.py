@@ -169,6 +169,8 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     config = _read(workdir / RUN_CONFIG)
     # It was trained on devices that need not be here.
     config["mesh"] = _MESH
+    if isinstance(runtime := config.get("runtime"), dict):
+        runtime["attention"] = "auto"
     try:
         job = Job(settings(config), workdir, ontology)
     except ConfigError as error:
@@ -197,7 +199,8 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
         ontology = read_ontology_file(folder / LABELS)
     mesh = meshes.make_mesh(_MESH)
     dtype = checkpoint.dtype
-    runtime = Runtime(param_dtype=dtype, dtype=dtype, kernels=choose("auto", dtype, mesh))
+    kernels = choose("auto", dtype, checkpoint.config.head_sizes, mesh)
+    runtime = Runtime(param_dtype=dtype, dtype=dtype, kernels=kernels)
     model = Qwen25VL(checkpoint.config, runtime)
     abstract = abstract_params(model)
     wanted = like(abstract, meshes.param_shardings(mesh, abstract))

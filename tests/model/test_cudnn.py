@@ -19,12 +19,12 @@ def _gpus():
 @pytest.mark.skipif(not _gpus(), reason="cuDNN needs an NVIDIA GPU")
 @pytest.mark.parametrize("pattern", ["causal", "full", "shared_prefix"])
 def test_the_same_numbers_on_a_gpu(pattern):
-    """Values and gradients to what bfloat16 can hold."""
+    """Values and gradients to what bfloat16 can hold, of odd lengths."""
     rng = np.random.default_rng(0)
-    shapes = [(2, 500, heads, 128) for heads in (4, 2, 2)]
+    shapes = [(2, 498, heads, 128) for heads in (4, 2, 2)]
     arrays = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
-    prompt = np.arange(200) < np.array([[200], [150]])
-    completion = np.arange(100) < np.array([[100, 0, 50], [1, 99, 7]])[..., None]
+    prompt = np.arange(201) < np.array([[201], [150]])
+    completion = np.arange(99) < np.array([[99, 0, 50], [1, 98, 7]])[..., None]
     valid = np.concatenate([prompt, completion.reshape(2, -1)], axis=1)
     given = (prompt, completion) if pattern == "shared_prefix" else (valid.astype(np.int32),)
     weights = rng.standard_normal(shapes[0]) * valid[..., None, None]

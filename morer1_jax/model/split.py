@@ -1,0 +1,72 @@
+"""Kernels over a mesh: the compiler cannot split a kernel itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
+
+from morer1_jax.model.attention import Kernels, Keys, Queries
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """`attention.Kernels` that run others on every device's own rows and heads.
+
+    Key-value heads that the axis does not divide are repeated until it does, where that is fewer
+    than there are query heads. Axes that do not divide rows or heads even so do all the work on
+    each of their devices.
+
+    Attributes:
+      kernels: those of one device.
+      rows: the mesh's axes that rows are split over.
+      heads: the mesh's axis that heads are split over; None: they are not.
+    """
+
+    kernels: Kernels
+    mesh: Mesh
+    rows: tuple[str, ...]
+    heads: str | None
+
+    def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        return self._run(self.kernels.causal, q, k, v, segment_ids)
+
+    def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        return self._run(self.kernels.full, q, k, v, segment_ids)
+
+    def shared_prefix(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Keys,
+        prompt_mask: Bool[Array, "b p"],
+        completion_mask: Bool[Array, "b g t"],
+    ) -> Queries:
+        return self._run(self.kernels.shared_prefix, q, k, v, prompt_mask, completion_mask)
+
+    def _run(
+        self, run: Callable[..., Queries], q: Queries, k: Keys, v: Keys, *masks: Array
+    ) -> Queries:
+        sizes = self.mesh.shape
+        rows = None
+        if q.shape[0] % math.prod(sizes[axis] for axis in self.rows) == 0:
+            rows = self.rows
+        heads, devices = None, sizes.get(self.heads, 1)
+        copies = devices // math.gcd(devices, k.shape[2])
+        if devices > 1 and q.shape[2] % (copies * k.shape[2]) == 0:
+            heads = self.heads
+            k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        x = P(rows, None, heads)
+        return jax.shard_map(
+            run,
+            mesh=self.mesh,
+            in_specs=(x, x, x, *(P(rows) for _ in masks)),
+            out_specs=x,
+            check_vma=False,  # Pallas's outputs do not say what they vary over.
+        )(q, k, v, *masks)
