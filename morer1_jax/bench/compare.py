@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from morer1_jax.bench.cases import Preset
 from morer1_jax.bench.turns import Timing, Worker, ratio, take_turns
@@ -67,113 +68,138 @@ def run(
     forms: Callable[[str], Sequence[str]],
     rounds: int,
 ) -> Iterator[tuple[Comparison, dict[str, Timing]]]:
-    """Measures one comparison after another.
+    """Measures one comparison after another, each in processes of its own.
 
     Args:
       folder: the model's.
-      forms: of a peer's task, the forms it can be run in.
+      forms: of a peer's task, the forms it is run in.
       rounds: turns that each side has.
     """
     given = [f"--folder={folder}", f"--preset={preset_name}"]
-    workers: dict[str, Worker] = {}
-
-    def worker(name: str, module: str, *more: str) -> Worker:
-        if name not in workers:
-            workers[name] = Worker(name, module, [*given, *more])
-        return workers[name]
-
-    try:
-        for comparison in progress(chosen, desc="compare", unit="task"):
-            tasks: dict[str, tuple[Worker, str]] = {}
+    for comparison in progress(chosen, desc="compare", unit="task"):
+        tasks: dict[str, tuple[Worker, str]] = {}
+        try:
             for peer, task in comparison.peers.items():
                 for form in forms(task):
-                    process = worker(form, "morer1_jax.bench.peers", f"--form={form}")
-                    tasks[f"{peer}, {form}"] = process, task
+                    side = [*given, f"--form={form}"]
+                    process = Worker(f"{peer}, {form}", "morer1_jax.bench.peers", side)
+                    tasks[process.name] = process, task
             # Last, for TRL leaves the rollout that it took its numbers of to the others.
-            tasks[OURS] = worker(OURS, "morer1_jax.bench.ours"), comparison.task
+            tasks[OURS] = Worker(OURS, "morer1_jax.bench.ours", given), comparison.task
             yield comparison, take_turns(tasks, rounds, _TOLERANCE[preset.dtype])
-    finally:
-        for process in workers.values():
-            process.close()
+        finally:
+            for process, _ in tasks.values():
+                process.close()
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
-    """All that was measured of a preset on a device: by task, its name and its sides' timings."""
+class Measured:
+    """One comparison's outcome.
 
-    preset: str
+    Attributes:
+      name: of the comparison.
+      made: when, and with which versions of what.
+      sides: their timings.
+    """
+
+    name: str
+    made: str
+    sides: dict[str, Timing]
+
+    def table(self) -> str:
+        """A line a side: ours first, then the others from the fastest on."""
+        ours = self.sides[OURS]
+        others = sorted(self.peers, key=lambda side: self.sides[side].median)
+        lines = [
+            f"### {self.name}",
+            "",
+            "| | seconds | ours is faster by | memory, MB | GFLOP | first run, seconds |",
+            "|---|---|---|---|---|---|",
+        ]
+        for side in (OURS, *others):
+            timing = self.sides[side]
+            least, median, most = ratio(timing, ours)
+            faster = "" if side == OURS else f"{median:.2f}× ({least:.2f} to {most:.2f})"
+            flops = "" if timing.flops is None else f"{timing.flops / 1e9:,.0f}"
+            spread = f"{min(timing.seconds):.2f} to {max(timing.seconds):.2f}"
+            lines.append(
+                f"| {side} | {timing.median:.2f} ({spread}) | {faster} "
+                f"| {timing.peak_bytes / 1e6:,.0f} | {flops} | {timing.prepare_seconds:.0f} |"
+            )
+        rounds = len(ours.seconds)
+        return "\n".join([*lines, "", f"{rounds} rounds, {self.made}", ""])
+
+    @property
+    def peers(self) -> list[str]:
+        return [side for side in self.sides if side != OURS]
+
+
+@dataclasses.dataclass
+class Results:
+    """All that was measured of a preset on a device.
+
+    Attributes:
+      tasks: by our task.
+    """
+
+    preset: Preset
     device: str
-    tasks: dict[str, tuple[str, dict[str, Timing]]]
+    tasks: dict[str, Measured] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path, preset: str, device: str) -> Results:
+    def read(cls, path: Path, preset: Preset, device: str) -> Results:
         """What earlier runs saved; nothing if there is no such file.
 
         Raises:
           ConfigError: it is no such file, or of another preset or device.
         """
         if not path.exists():
-            return cls(preset, device, {})
+            return cls(preset, device)
         try:
             saved = json.loads(path.read_text())
-            found = saved["preset"], saved["device"]
-            tasks = {
-                one["task"]: (
-                    one["name"],
-                    {name: Timing(**side) for name, side in one["sides"].items()},
-                )
-                for one in saved["comparisons"]
-            }
-        except (ValueError, KeyError, TypeError) as error:
+            found = saved["device"], saved["preset"]
+            tasks = {task: _measured(one) for task, one in saved["tasks"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: {error!r}; results of tools/bench.py expected") from None
-        if found != (preset, device):
+        if found != (device, _described(preset)):
             raise ConfigError(
-                f"{path}: results of {found[0]!r} on {found[1]!r} found, of {preset!r} on "
-                f"{device!r} expected; give another --out"
+                f"{path}: results of another preset or device found ({found[0]!r}); expected those "
+                f"of this preset, as it is now, on {device!r}; give another --out"
             )
-        return cls(*found, tasks)
+        return cls(preset, device, tasks)
+
+    def check_replaceable(self, task: str, sides: Sequence[str]) -> None:
+        """Finds out whether a measurement of these sides is all that is known of a task.
+
+        Raises:
+          ConfigError: there are others, which would be lost.
+        """
+        if task in self.tasks and (lost := set(self.tasks[task].peers) - set(sides)):
+            raise ConfigError(
+                f"--out: it has {task} with {', '.join(sorted(lost))}, which would be lost; give "
+                "more --forms or another --out"
+            )
 
     def save(self, path: Path) -> None:
         """Writes what `read` reads."""
-        comparisons = [
-            {
-                "name": name,
-                "task": task,
-                "sides": {side: dataclasses.asdict(timing) for side, timing in sides.items()},
-            }
-            for task, (name, sides) in self.tasks.items()
-        ]
-        described = {"preset": self.preset, "device": self.device, "comparisons": comparisons}
+        described = {
+            "device": self.device,
+            "preset": _described(self.preset),
+            "tasks": {task: dataclasses.asdict(one) for task, one in self.tasks.items()},
+        }
         atomic_write(path, json.dumps(described, indent=1) + "\n")
 
-    def sorted(self, order: Sequence[str]) -> Results:
-        """With the tasks in this order."""
-        tasks = {task: self.tasks[task] for task in order if task in self.tasks}
-        return dataclasses.replace(self, tasks=tasks)
-
-    def tables(self) -> list[str]:
-        """One a task."""
-        return [table(*measured) for measured in self.tasks.values()]
+    def in_order(self) -> list[tuple[str, Measured]]:
+        """Tasks in the order of `comparisons`."""
+        known = [comparison.task for comparison in comparisons(self.preset)]
+        return sorted(self.tasks.items(), key=lambda item: known.index(item[0]))
 
 
-def table(name: str, timings: dict[str, Timing]) -> str:
-    """What was seen, a line a side: ours first, then the others from the fastest on."""
-    ours = timings[OURS]
-    others = sorted((name for name in timings if name != OURS), key=lambda n: timings[n].median)
-    lines = [
-        f"### {name}",
-        "",
-        "| | seconds | ours is faster by | memory, MB | GFLOP | first run, seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for side in (OURS, *others):
-        timing = timings[side]
-        least, median, most = ratio(timing, ours)
-        faster = "" if side == OURS else f"{median:.2f}× ({least:.2f} to {most:.2f})"
-        flops = "" if timing.flops is None else f"{timing.flops / 1e9:,.0f}"
-        spread = f"{min(timing.seconds):.2f} to {max(timing.seconds):.2f}"
-        lines.append(
-            f"| {side} | {timing.median:.2f} ({spread}) | {faster} "
-            f"| {timing.peak_bytes / 1e6:,.0f} | {flops} | {timing.prepare_seconds:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+def _measured(saved: dict[str, Any]) -> Measured:
+    sides = {name: Timing(**side) for name, side in saved["sides"].items()}
+    return Measured(saved["name"], saved["made"], sides)
+
+
+def _described(preset: Preset) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(preset)))

@@ -13,10 +13,11 @@ from morer1_jax.bench.turns import Timing
 
 
 class Pair(NamedTuple):
-    """Seconds, medians: ours and the fastest other's."""
+    """Seconds, medians: ours and the fastest other's, and which that is."""
 
     ours: float
     other: float
+    form: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,31 +29,34 @@ class Growth:
       decode: of one more token of all samples, by the prompt's tokens.
     """
 
+    preset: Preset
     update: dict[int, Pair]
     decode: dict[int, Pair]
 
     @classmethod
-    def of(cls, results: Results, preset: Preset) -> Growth:
+    def of(cls, results: Results) -> Growth:
         """Takes what is there of `update/…`, `sample/…` and `first/…`."""
         seconds = {
-            tuple(task.split("/")): _medians(sides) for task, (_, sides) in results.tasks.items()
+            tuple(task.split("/")): _medians(one.sides)
+            for task, one in results.tasks.items()
+            if one.peers
         }
         update = {int(task[2]): _pair(s) for task, s in seconds.items() if task[0] == "update"}
         decode = {}
         for task, whole in seconds.items():
             first = seconds.get(("first", *task[1:]))
-            if task[0] == "sample" and first is not None:
+            if task[0] == "sample" and first is not None and first.keys() == whole.keys():
                 # Of each form, less its own first token.
-                spent = {side: whole[side] - first[side] for side in whole.keys() & first.keys()}
-                more = preset.completion - 1
+                spent = {side: whole[side] - first[side] for side in whole}
+                more = results.preset.completion - 1
                 decode[int(task[1])] = _pair({side: s / more for side, s in spent.items()})
-        return cls(update, decode)
+        return cls(results.preset, update, decode)
 
-    def tables(self, preset: Preset) -> str:
+    def tables(self) -> str:
         """As Markdown; empty where only one size was measured."""
-        return "\n".join([*self._update_table(preset), *self._decode_table()])
+        return "\n".join([*self._update_table(), *self._decode_table()])
 
-    def _update_table(self, preset: Preset) -> Iterator[str]:
+    def _update_table(self) -> Iterator[str]:
         if len(self.update) < 2:
             return
         least = min(self.update)
@@ -64,8 +68,8 @@ class Growth:
         )
         yield "|---|---|---|---|---|---|---|"
         for g, pair in sorted(self.update.items()):
-            shared, plain = laws(preset, g)
-            shared_1, plain_1 = laws(preset, least)
+            shared, plain = laws(self.preset, g)
+            shared_1, plain_1 = laws(self.preset, least)
             yield (
                 f"| {g} | {pair.ours:.2f} | {pair.ours / base.ours:.2f} | {shared / shared_1:.2f} "
                 f"| {pair.other:.2f} | {pair.other / base.other:.2f} | {plain / plain_1:.2f} |"
@@ -80,10 +84,10 @@ class Growth:
         yield "| prompt | ours, ms a token | growth | fastest `generate`, ms a token | growth |"
         yield "|---|---|---|---|---|"
         for p, pair in sorted(self.decode.items()):
-            ours, other = (100 * (a / b - 1) for a, b in zip(pair, base, strict=True))
+            ours, other = (100 * (a / b - 1) for a, b in zip(pair[:2], base[:2], strict=True))
             yield (
                 f"| {p} | {1000 * pair.ours:.1f} | {ours:+.0f}% "
-                f"| {1000 * pair.other:.1f} | {other:+.0f}% |"
+                f"| {1000 * pair.other:.1f} ({pair.form}) | {other:+.0f}% |"
             )
         yield ""
 
@@ -94,7 +98,7 @@ def laws(preset: Preset, group: int) -> tuple[int, int]:
     return prompt + group * completion, group * (prompt + completion)
 
 
-def draw(results: Results, preset: Preset, path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Writes a picture: how much faster ours is at each task, and how an update grows.
 
     Raises:
@@ -102,31 +106,32 @@ def draw(results: Results, preset: Preset, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    growth = Growth.of(results, preset)
+    growth = Growth.of(results)
     figure = Figure(figsize=(10, 4), layout="constrained")
     bars, *curves = figure.subplots(1, 2 if len(growth.update) > 1 else 1, squeeze=False)[0]
-    shown = [one for task, one in results.tasks.items() if not task.startswith("first")]
-    for place, (_, sides) in enumerate(shown):
-        seconds = _medians(sides)
+    shown = [one for task, one in results.in_order() if one.peers and not task.startswith("first")]
+    for place, one in enumerate(shown):
+        seconds = _medians(one.sides)
         ours = seconds.pop(OURS)
         slow, fast = max(seconds.values()) / ours, min(seconds.values()) / ours
         named = {} if place else {"slow": "slowest form", "fast": "fastest form"}
         bars.barh(place, slow, color="#d0d7de", label=named.get("slow"))
         bars.barh(place, fast, color="#1f6feb", label=named.get("fast"))
         bars.text(fast, place, f" {fast:.1f}×", va="center", fontsize=8)
-    bars.set_yticks(range(len(shown)), [name for name, _ in shown])
+    bars.set_yticks(range(len(shown)), [one.name for one in shown])
     bars.invert_yaxis()
     bars.axvline(1, color="black", linewidth=0.8)
     bars.set_xlabel("times faster than PyTorch")
     bars.legend(fontsize=8)
     for axes in curves:
-        _draw_update(axes, growth, preset)
+        _draw_update(axes, growth)
     figure.savefig(path, dpi=150)
 
 
-def _draw_update(axes: Any, growth: Growth, preset: Preset) -> None:
+def _draw_update(axes: Any, growth: Growth) -> None:
+    preset = growth.preset
     groups = sorted(growth.update)
-    ours, other = zip(*(growth.update[g] for g in groups), strict=True)
+    ours, other, _ = zip(*(growth.update[g] for g in groups), strict=True)
     shared, plain = zip(*(laws(preset, g) for g in groups), strict=True)
     for name, color, seconds, law, formula in (
         ("fastest PyTorch", "#8b949e", other, plain, "G·(P + T)"),
@@ -147,4 +152,5 @@ def _medians(sides: dict[str, Timing]) -> dict[str, float]:
 
 
 def _pair(seconds: dict[str, float]) -> Pair:
-    return Pair(seconds[OURS], min(s for name, s in seconds.items() if name != OURS))
+    form = min((name for name in seconds if name != OURS), key=seconds.__getitem__)
+    return Pair(seconds[OURS], seconds[form], form)

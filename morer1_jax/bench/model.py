@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from morer1_jax.run import mesh as meshes
 from morer1_jax.run.export import export
 from morer1_jax.run.student import Student
 from morer1_jax.task.ontology import Ontology
+
+_PACKAGES = ("jax", "torch", "transformers", "trl")
 
 
 def write_model(preset: Preset, folder: Path) -> None:
@@ -66,4 +70,22 @@ def _drawn(model: Qwen25VL) -> Params:
 def device_name() -> str:
     """What the machine computes with."""
     kind = jax.devices()[0].device_kind
-    return f"{os.cpu_count()} CPU cores" if kind == "cpu" else kind
+    if kind != "cpu":
+        return kind
+    return f"{os.cpu_count()} cores, {_processor() or 'unknown processor'}"
+
+
+def _processor() -> str | None:
+    """As Linux calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None
+
+
+def made_now() -> str:
+    """The date, and the versions that are measured."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    return ", ".join([datetime.date.today().isoformat(), *versions])

@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from morer1_jax.bench.cases import PRESETS, Example, Inputs, Preset, Prompt
-from morer1_jax.bench.flops import call_flops
+from morer1_jax.bench.cases import PRESETS, Example, Preset
+from morer1_jax.bench.ours_model import Ours
 from morer1_jax.bench.task import Numbers, Task, arguments, process_peak, serve
 from morer1_jax.data.batch import PromptBatch, SequenceBatch
 from morer1_jax.data.curriculum import MixConfig
-from morer1_jax.data.encoder import Encoder, Limits, Sample
-from morer1_jax.data.images import ImageReader, Patches
 from morer1_jax.data.shapes import plan_rows
 from morer1_jax.learn.grpo import (
     GroupBatch,
@@ -32,106 +30,18 @@ from morer1_jax.learn.grpo import (
 )
 from morer1_jax.learn.scorer import ScoreConfig, group_logprobs
 from morer1_jax.learn.sft import make_sft_step, sft_gradients
-from morer1_jax.learn.state import OptimizerConfig, TrainState, new_state
-from morer1_jax.model.config import Runtime
-from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.learn.state import OptimizerConfig, TrainState
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, sample_keys
 from morer1_jax.run.grpo_step import GRPOStep
-from morer1_jax.run.kernels import choose
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.phases import PhaseTimer
-from morer1_jax.run.policy import Policy
 from morer1_jax.run.settings import GRPOSettings
 from morer1_jax.run.shapes import row_cost
-from morer1_jax.run.student import Student, open_student
 
 _SCORE = ScoreConfig(chunk=64)
-_WHOLE = (0.5, 0.5, 1.0, 1.0)
 # No token has it, so that no completion ends before its last place.
 _NEVER = -1
-
-
-class BenchEncoder(Encoder):
-    """The package's encoder over prompts that need no dataset."""
-
-    def __init__(self, student: Student, limits: Limits) -> None:
-        policy = student.policy
-        window = student.model.config.vision.window_size
-        super().__init__(".", policy.tokenizer, policy.ontology, student.images, window, limits)
-        self._pictures = ImageReader(".", student.images)
-
-    def sample(self, fact: Prompt, target: str | None = None) -> Sample:
-        """A prompt, and what is answered, in place of a fact and its reasoning."""
-        made = [self._pictures.encode(p, _WHOLE, fact.id, which=0) for p in fact.pictures()]
-        grids = tuple(grid for picture in made for grid in picture.grids)
-        images = Patches(np.concatenate([picture.values for picture in made]), grids)
-        tokens = np.zeros(0, np.int32) if target is None else self.target_tokens(target)
-        text = fact.text(self.tokenizer)
-        return Sample(fact.id, self.expand(text, grids), tokens, images)
-
-
-class Ours:
-    """This package, as `task.Side`.
-
-    Args:
-      folder: the model's.
-    """
-
-    def __init__(self, folder: Path, preset: Preset) -> None:
-        self.folder, self.preset = folder, preset
-        self.student = open_student(str(folder))
-        self.inputs = Inputs(preset, self.student.policy.tokenizer)
-        config = self.student.model.config
-        runtime = Runtime(
-            dtype=preset.dtype,
-            remat=preset.remat,
-            scan_unroll=preset.unroll,
-            decode_unroll=jax.default_backend() == "cpu",
-            kernels=choose("auto", preset.dtype, config.head_sizes, self.student.mesh),
-        )
-        self.model = Qwen25VL(config, runtime)
-        student = self.student.policy
-        self.policy = Policy(self.model, student.tokenizer, student.ontology, self.student.mesh)
-        self.optimizer = OptimizerConfig(lr=1e-6).build(1)
-
-    def peak_bytes(self) -> int:
-        if jax.default_backend() == "cpu":
-            return process_peak()
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-
-    def task(self, name: str) -> Task:
-        kind, *sizes = name.split("/")
-        return _TASKS[kind](self, *map(int, sizes))
-
-    def state(self) -> TrainState:
-        """A new one around a copy of the folder's parameters."""
-        return self._new_state(self.student.params)
-
-    def like_state(self) -> TrainState:
-        """The shapes of one."""
-        return jax.eval_shape(self._new_state, self.student.params)
-
-    @functools.cached_property
-    def _new_state(self) -> Callable[[Any], TrainState]:
-        return jax.jit(lambda p: new_state(jax.tree.map(jnp.copy, p), self.optimizer))
-
-    def encoder(self, prompt: int, completion: int, windows: int) -> BenchEncoder:
-        return BenchEncoder(self.student, Limits(prompt, completion, windows))
-
-    def prompts(self, length: int) -> PromptBatch:
-        prompts = self.inputs.prompts(length, self.preset.batch)
-        encoder = self.encoder(length, self.preset.completion, _windows(self, prompts))
-        return jax.device_put(encoder.prompts(prompts, range(len(prompts))))
-
-
-def _windows(side: Ours, prompts: list[Prompt]) -> int:
-    """Attention windows that the images of any of the prompts fill."""
-    unit = side.student.model.config.vision.window_size
-    return max(
-        sum(-(-h // unit) * -(-w // unit) for h, w, _ in (i.shape for i in prompt.images))
-        for prompt in prompts
-    )
 
 
 class SFTTask:
@@ -140,7 +50,7 @@ class SFTTask:
     def __init__(self, side: Ours, examples: list[Example]) -> None:
         self._side = side
         prompts = [example.prompt for example in examples]
-        encoder = side.encoder(side.preset.prompt, side.preset.target, _windows(side, prompts))
+        encoder = side.encoder(side.preset.prompt, side.preset.target, side.windows(prompts))
         samples = [encoder.sample(example.prompt, example.target) for example in examples]
         needs = [encoder.need_of(sample) for sample in samples]
         # As a run that draws such samples packs them.
@@ -151,12 +61,12 @@ class SFTTask:
         self._step = jax.jit(step, donate_argnums=0)
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> float | None:
         # Chunks of logits without a target are passed over; what counts goes first in each row.
         counted = int(jnp.max(jnp.sum(self.batch.weights > 0, axis=1)))
         some, every = (-(-n // _SCORE.chunk) for n in (counted, self.batch.tokens.shape[1]))
         given = self._side.like_state(), {}, self.batch
-        return call_flops(self._step, *given, taken=some / every)
+        return self._side.flops(self._step, *given, taken=some / every)
 
     def numbers(self) -> Numbers:
         side = self._side
@@ -187,10 +97,10 @@ class SampleTask:
         self._run = self._sampler()
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> float | None:
         side = self._side
         given = side.student.params, self.prompts, side.policy.allowed, jnp.int32(0)
-        return call_flops(self._run, *given, trips=_trips(self._length))
+        return side.flops(self._run, *given, trips=_trips(self._length))
 
     def _sampler(self, **changes: Any) -> Callable[..., Any]:
         side, preset = self._side, self._side.preset
@@ -231,7 +141,7 @@ class GRPOTask:
         self.settings = grpo_settings(side.preset)
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> float | None:
         side, step = self._side, self._new_step(self._side.like_state())
         params, policy = side.student.params, side.policy
         given = params, self.prompts, policy.reader, policy.allowed, jnp.int32(0)
@@ -247,11 +157,12 @@ class GRPOTask:
             sampler=drawn.logprobs,
             reference=drawn.logprobs,
         )
-        return (
-            call_flops(step.rollout, *given, trips=_trips(side.preset.completion))
-            + call_flops(step.score, params, *asked)
-            + call_flops(step.update, side.like_state(), {}, batch, policy.allowed)
+        parts = (
+            side.flops(step.rollout, *given, trips=_trips(side.preset.completion)),
+            side.flops(step.score, params, *asked),
+            side.flops(step.update, side.like_state(), {}, batch, policy.allowed),
         )
+        return None if None in parts else sum(parts)
 
     def numbers(self) -> Numbers:
         """Of the rollout that TRL has left in the folder, or of one that is given."""
@@ -284,7 +195,8 @@ class GRPOTask:
             score=_group_score(side.preset),
             length=side.preset.completion,
             seed=0,
-            timer=PhaseTimer(),
+            # Entered, as a run has it; its thread ends with the process.
+            timer=PhaseTimer().__enter__(),
             end_of_turn=_NEVER,
         )
 
@@ -310,10 +222,10 @@ class UpdateTask:
         self._update = jax.jit(update, donate_argnums=0)
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> float | None:
         side = self._side
         given = side.like_state(), {}, self.batch, side.policy.allowed
-        return call_flops(self._update, *given)
+        return side.flops(self._update, *given)
 
     def numbers(self) -> Numbers:
         return _update_numbers(self._side, self.batch, self._config)
@@ -412,7 +324,23 @@ def _norm(grads: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
 
 
+class Side:
+    """This package, as `task.Side`."""
+
+    def __init__(self, folder: Path, preset: Preset) -> None:
+        self._ours = Ours(folder, preset)
+
+    def task(self, name: str) -> Task:
+        kind, *sizes = name.split("/")
+        return _TASKS[kind](self._ours, *map(int, sizes))
+
+    def peak_bytes(self) -> int:
+        if jax.default_backend() == "cpu":
+            return process_peak()
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
 if __name__ == "__main__":
     keep_freed_memory()
     given = arguments()
-    serve(lambda: Ours(given.folder, PRESETS[given.preset]))
+    serve(lambda: Side(given.folder, PRESETS[given.preset]))

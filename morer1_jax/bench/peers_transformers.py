@@ -73,6 +73,15 @@ class Trained(Measured):
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.policy.optimizer(self._lr)
 
+    def prepare(self) -> None:
+        """Leaves the parameters as they were, for `numbers`."""
+        parameters = list(self.policy.network.parameters())
+        kept = [parameter.detach().clone() for parameter in parameters]
+        self.run()
+        with torch.no_grad():
+            for parameter, before in zip(parameters, kept, strict=True):
+                parameter.copy_(before)
+
     def run(self) -> None:
         self.compute()
         self._norm()

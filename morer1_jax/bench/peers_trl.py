@@ -54,8 +54,7 @@ class TRLTask:
         threading.Thread(target=_train, args=(self._trainer, turns), daemon=True).start()
 
     def numbers(self) -> Numbers:
-        """What is logged of the first step; leaves its rollout in the folder."""
-        self.run()
+        """What was logged of the first step; leaves its rollout in the folder."""
         made = self._trainer.rollout
         wanted = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
         arrays = {name: made[name].cpu().numpy() for name in wanted}

@@ -30,10 +30,10 @@ class Task(Protocol):
     flops: float | None
 
     def prepare(self) -> None:
-        """Makes inputs and runs once, compiling what is compiled."""
+        """Runs once, compiling what is compiled."""
 
     def numbers(self) -> Numbers:
-        """What one run computes, from the weights in the folder; called before `prepare`."""
+        """What one run computes from the weights in the folder; called after `prepare`."""
 
     def run(self) -> None:
         """Runs once, to its end: nothing is left for a device to do."""
@@ -43,10 +43,11 @@ class Side(Protocol):
     """A program that is measured."""
 
     def task(self, name: str) -> Task:
-        """The task of this name; see `cases.Preset.tasks`."""
+        """The task of this name; see `compare.comparisons`."""
 
     def peak_bytes(self) -> int:
-        """Most memory held since the last call: the process's, or the accelerator's."""
+        """Most memory held: by the process since the last call, or by the accelerator, where JAX
+        knows it only since the process began."""
 
 
 def process_peak() -> int:
@@ -69,8 +70,9 @@ def arguments() -> argparse.Namespace:
 def serve(make: Callable[[], Side]) -> None:
     """Answers the parent's requests, a line each, until it closes the pipe.
 
-    Requests are `{"do": "open", "task": name}`, `{"do": "numbers"}`, `{"do": "prepare"}`,
-    `{"do": "run"}` and `{"do": "close"}`. What the program itself prints goes to stderr.
+    Requests are `{"do": "prepare", "task": name}`, `{"do": "flops"}`, `{"do": "numbers"}`,
+    `{"do": "forget peak"}`, `{"do": "run"}` and `{"do": "close"}`. What the program itself prints
+    goes to stderr.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -80,13 +82,14 @@ def serve(make: Callable[[], Side]) -> None:
         answer: dict[str, Any] = {}
         began = time.perf_counter()
         match request["do"]:
-            case "open":
+            case "prepare":
                 task = side.task(request["task"])
+                task.prepare()
+            case "flops":
                 answer["flops"] = task.flops
             case "numbers":
                 answer["numbers"] = task.numbers()
-            case "prepare":
-                task.prepare()
+            case "forget peak":
                 side.peak_bytes()
             case "run":
                 task.run()

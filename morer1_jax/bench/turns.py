@@ -78,7 +78,7 @@ class Timing:
     """What was seen of one side at one task.
 
     Attributes:
-      prepare_seconds: until the first run was over, compiling included.
+      prepare_seconds: until the first run was over, loading and compiling included.
       seconds: of each run, in the order of the rounds.
       peak_bytes: most memory held while it ran.
       flops: of the products of matrices that a run computes, if known.
@@ -107,12 +107,14 @@ def take_turns(
       SideError: two sides compute different numbers, or one ended.
     """
     workers = {name: worker for name, (worker, _) in tasks.items()}
-    flops = {name: worker.ask("open", task=task)["flops"] for name, (worker, task) in tasks.items()}
+    timings = {}
+    for name, (worker, task) in tasks.items():
+        # The first of all, for nothing may have been compiled before it.
+        seconds = worker.ask("prepare", task=task)["seconds"]
+        timings[name] = Timing(seconds, [], 0, worker.ask("flops")["flops"])
     check({name: worker.ask("numbers")["numbers"] for name, worker in workers.items()}, tolerance)
-    timings = {
-        name: Timing(worker.ask("prepare")["seconds"], [], 0, flops[name])
-        for name, worker in workers.items()
-    }
+    for worker in workers.values():
+        worker.ask("forget peak")
     for number in range(rounds):
         order = list(workers) if number % 2 == 0 else list(reversed(workers))
         for name in order:

@@ -1,5 +1,6 @@
 """What is set against what, and how it is told."""
 
+import dataclasses
 import json
 
 import pytest
@@ -32,8 +33,12 @@ def test_every_preset_is_compared_with_both(name):
     ]
 
 
+def measured(sides=TIMINGS):
+    return compare.Measured("sampling, prompt 128", "2026-11-24, jax 0.10.2", sides)
+
+
 def test_table():
-    assert compare.table("sampling, prompt 128", TIMINGS).splitlines() == [
+    assert measured().table().splitlines() == [
         "### sampling, prompt 128",
         "",
         "| | seconds | ours is faster by | memory, MB | GFLOP | first run, seconds |",
@@ -41,33 +46,45 @@ def test_table():
         "| ours | 1.50 (1.00 to 2.00) |  | 3,000 | 400 | 12 |",
         "| generate, onednn | 4.50 (3.00 to 5.00) | 3.00× (2.50 to 3.00) | 2,000 | 500 | 1 |",
         "| generate, default | 9.00 (8.00 to 9.00) | 6.00× (4.50 to 8.00) | 2,000 |  | 1 |",
+        "",
+        "3 rounds, 2026-11-24, jax 0.10.2",
     ]
 
 
 def test_saved_results_are_gone_on_with(tmp_path):
     path = tmp_path / "bench.json"
-    results = compare.Results.read(path, "small", "2 CPU cores")
+    results = compare.Results.read(path, PRESETS["small"], "2 cores")
     assert results.tasks == {}
-    results.tasks["sample/128"] = "sampling, prompt 128", TIMINGS
-    results.tasks["sft"] = "SFT, one length", TIMINGS
-    results.sorted(["sft", "sample/128", "grpo/128"]).save(path)
-    again = compare.Results.read(path, "small", "2 CPU cores")
+    results.tasks |= {"sample/128": measured(), "sft": measured()}
+    results.save(path)
+    again = compare.Results.read(path, PRESETS["small"], "2 cores")
     assert again == results
-    assert list(again.tasks) == ["sft", "sample/128"]
-    assert [text.splitlines()[0] for text in again.tables()] == [
-        "### SFT, one length",
-        "### sampling, prompt 128",
-    ]
-    (first, _) = json.loads(path.read_text())["comparisons"]
-    assert first["sides"]["ours"]["seconds"] == [1.0, 2.0, 1.5]
-    assert first["sides"]["generate, default"]["flops"] is None
+    assert [task for task, _ in again.in_order()] == ["sft", "sample/128"]
+    saved = json.loads(path.read_text())["tasks"]["sft"]
+    assert saved["made"] == "2026-11-24, jax 0.10.2"
+    assert saved["sides"]["ours"]["seconds"] == [1.0, 2.0, 1.5]
+    assert saved["sides"]["generate, default"]["flops"] is None
 
 
 def test_other_results_are_refused(tmp_path):
     path = tmp_path / "bench.json"
-    compare.Results("tiny", "2 CPU cores", {}).save(path)
-    with pytest.raises(ConfigError, match=r"results of 'tiny' on '2 CPU cores' found, of 'small'"):
-        compare.Results.read(path, "small", "2 CPU cores")
+    small = PRESETS["small"]
+    compare.Results(small, "2 cores", {"sft": measured()}).save(path)
+    for preset, device in (
+        (PRESETS["tiny"], "2 cores"),
+        (dataclasses.replace(small, group=4), "2 cores"),
+        (small, "4 cores"),
+    ):
+        with pytest.raises(ConfigError, match=r"another preset or device found \('2 cores'\)"):
+            compare.Results.read(path, preset, device)
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"results of tools/bench\.py expected"):
-        compare.Results.read(path, "small", "2 CPU cores")
+        compare.Results.read(path, small, "2 cores")
+
+
+def test_forms_that_are_known_are_not_lost():
+    results = compare.Results(PRESETS["small"], "2 cores", {"sft": measured()})
+    results.check_replaceable("sft", ["generate, onednn", "generate, default", "generate, new"])
+    results.check_replaceable("grpo/128", ["TRL, default"])
+    with pytest.raises(ConfigError, match="it has sft with generate, onednn, which would be lost"):
+        results.check_replaceable("sft", ["generate, default"])

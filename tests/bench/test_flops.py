@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from morer1_jax.bench.flops import call_flops
-from morer1_jax.bench.ours import Ours
+from morer1_jax.bench.ours import Side
 from morer1_jax.bench.peers import Peer
 
 A, B = jnp.ones((2, 3, 5)), jnp.ones((2, 5, 7))
@@ -65,6 +65,6 @@ def test_branches():
 @pytest.mark.parametrize("task", ["sft", "update/128/1"])
 def test_both_sides_count_alike(folder, preset, task):
     """Where both do the same work: one sample a row, no prompt shared, no padding of text."""
-    ours = Ours(folder, preset).task(task).flops
+    ours = Side(folder, preset).task(task).flops
     theirs = Peer(folder, preset, "default").task(task).flops
     assert ours == pytest.approx(theirs, rel=0.1)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from morer1_jax.bench.cases import PRESETS
-from morer1_jax.bench.compare import Results
+from morer1_jax.bench.compare import Measured, Results
 from morer1_jax.bench.growth import Growth, draw, laws
 from morer1_jax.bench.turns import Timing
 
@@ -13,11 +13,12 @@ PRESET = dataclasses.replace(PRESETS["small"], completion=101)
 
 
 def comparison(task, **sides):
-    return task, (task, {name: Timing(0.0, [9 * s, s, 0.0], 0, None) for name, s in sides.items()})
+    timings = {name: Timing(0.0, [9 * s, s, 0.0], 0, None) for name, s in sides.items()}
+    return task, Measured(task, "today", timings)
 
 
 def results(count):
-    return Results("small", "2 CPU cores", dict(MEASURED[:count]))
+    return Results(PRESET, "2 cores", dict(MEASURED[:count]))
 
 
 MEASURED = [
@@ -32,26 +33,26 @@ MEASURED = [
 
 
 def test_medians_of_ours_and_the_fastest_other():
-    growth = Growth.of(results(None), PRESET)
-    assert growth.update == {2: (2.0, 4.0), 8: (4.0, 16.0)}
+    growth = Growth.of(results(None))
+    assert growth.update == {2: (2.0, 4.0, "fast"), 8: (4.0, 16.0, "fast")}
     # Each form's own first token is taken off before the fastest is looked for.
-    assert growth.decode[128] == pytest.approx((0.01, 0.02))
-    assert growth.decode[512] == pytest.approx((0.011, 0.045))
+    assert growth.decode[128][:2] == pytest.approx((0.01, 0.02))
+    assert growth.decode[512][:2] == pytest.approx((0.011, 0.045))
+    assert [growth.decode[p].form for p in (128, 512)] == ["fast", "slow"]
 
 
 def test_tables():
-    lines = Growth.of(results(None), PRESET).tables(PRESET).splitlines()
+    lines = Growth.of(results(None)).tables().splitlines()
     assert laws(PRESET, 8) == (512 + 8 * 101, 8 * 613)
     assert "| 8 | 4.00 | 2.00 | 1.85 | 16.00 | 4.00 | 4.00 |" in lines
-    assert "| 512 | 11.0 | +10% | 45.0 | +125% |" in lines
+    assert "| 512 | 11.0 | +10% | 45.0 (slow) | +125% |" in lines
 
 
 def test_one_size_has_no_growth():
-    assert Growth.of(results(3), PRESET).tables(PRESET) == ""
+    assert Growth.of(results(3)).tables() == ""
 
 
 @pytest.mark.parametrize("count", [1, None])
 def test_picture(tmp_path, count):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    draw(results(count), PRESET, tmp_path / "bench.png")
+    draw(results(count), tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

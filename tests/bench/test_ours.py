@@ -51,7 +51,7 @@ def test_the_same_numbers(ours, theirs, task, other, numbers):
     greedy tokens."""
     found = {}
     for name, side, its in (("ours", ours, task), ("theirs", theirs, other)):
-        side.ask("open", task=its)
+        side.ask("prepare", task=its)
         found[name] = side.ask("numbers")["numbers"]
         assert numbers <= found[name].keys()
         side.ask("close")

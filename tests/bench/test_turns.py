@@ -77,11 +77,11 @@ def test_order_turns_round(worker, tmp_path):
     assert (tmp_path / "log").read_text() == "pp" + "12" + "21" + "12"
 
 
-def test_other_numbers_are_refused_before_a_run(worker, tmp_path):
+def test_other_numbers_are_refused_before_a_round(worker, tmp_path):
     sides = {"ours": (worker("ours", 1.0), "sft"), "theirs": (worker("theirs", 1.01), "sft")}
     with pytest.raises(SideError, match=r"loss: ours has 1\.0, theirs has 1\.01"):
         take_turns(sides, rounds=1, tolerance=1e-3)
-    assert not (tmp_path / "log").exists()
+    assert (tmp_path / "log").read_text() == "pp"
 
 
 def test_a_side_that_fails_says_why(worker):
