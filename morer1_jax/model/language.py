@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -26,6 +25,7 @@ from morer1_jax.model.layers import (
     rms_norm,
     rotate,
     scanned,
+    turns,
 )
 
 
@@ -80,8 +80,7 @@ class Decoder(nn.Module):
         parameters that are apart (`decoding.separate_layers`).
         """
         cfg, run = self.config, self.runtime
-        # Kept whole, or XLA works the angles out again in every layer that is not in a scan.
-        rotary = jax.lax.optimization_barrier(multimodal_rotary(positions, cfg))
+        rotary = multimodal_rotary(positions, cfg)
         norm = rms_norm(cfg.rms_norm_eps, run, name="norm")
         if isinstance(cache, tuple):
             after = []
@@ -105,4 +104,4 @@ def multimodal_rotary(positions: Int[Array, "3 b s"], config: TextConfig) -> Rot
     frequencies = 1 / config.rope_theta**exponents
     axis = np.repeat(np.arange(3), config.mrope_section)
     angles = jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    return turns(angles)

@@ -145,6 +145,23 @@ Rotary = tuple[Float[Array, "*s r"], Float[Array, "*s r"]]
 """Cosines and sines of the angles of the first half of a head, r = e/2."""
 
 
+def turns(angles: Float[Array, "*s r"]) -> Rotary:
+    """What `rotate` takes, worked out once for all layers.
+
+    XLA on a CPU would work it out again for every head of every layer outside of a scan, through an
+    optimization barrier too; but it does not look into branches.
+    """
+
+    def both(angles: Array) -> Rotary:
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def branch(angles: Array) -> Rotary:
+        first = angles[(0,) * angles.ndim]
+        return jax.lax.cond(jnp.isfinite(first), both, lambda angles: (angles, angles), angles)
+
+    return jax.lax.platform_dependent(angles, cpu=branch, default=both)
+
+
 def rotate(x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
     """Turns each pair (x_i, x_{i+e/2}) by its angle (RoFormer, arXiv 2104.09864), in float32."""
     cos, sin = (angle[..., None, :] for angle in rotary)

@@ -23,6 +23,7 @@ from morer1_jax.model.layers import (
     rms_norm,
     rotate,
     scanned,
+    turns,
 )
 
 # Fixed by the architecture: no config of the family carries it.
@@ -164,4 +165,4 @@ def axial_rotary(positions: Int[Array, "b w p 2"], config: VisionConfig) -> Rota
     frequencies = 1 / config.rope_theta**exponents
     angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = angles.reshape(*positions.shape[:-1], half)
-    return jnp.cos(angles), jnp.sin(angles)
+    return turns(angles)

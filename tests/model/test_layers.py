@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from morer1_jax.model.config import Runtime
-from morer1_jax.model.layers import SwiGLU, linear_product, rms_norm, rotate
+from morer1_jax.model.layers import SwiGLU, linear_product, rms_norm, rotate, turns
 
 RUNTIME = Runtime(dtype="bfloat16")
 
@@ -66,3 +66,19 @@ def test_the_gradient_of_a_linear_product_is_jaxs_own(x, kernel, axes, dtype):
         assert got.dtype == wanted.dtype
         got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
         np.testing.assert_allclose(got, wanted, atol=bound * np.abs(wanted).max())
+
+
+def test_angles_are_worked_out_once():
+    """However many layers turn by them; XLA on a CPU is tempted to do it for each head of each."""
+    x, angles = draw(2, 8, 4, 16), draw(2, 8, 8)
+
+    def run(x, angles):
+        rotary = turns(angles)
+        for _ in range(4):
+            x = rotate(x @ jnp.ones((16, 16)), rotary)
+        return x
+
+    assert jax.jit(run).lower(x, angles).compile().as_text().count(" cosine(") == 1
+    cos, sin = jax.jit(turns)(angles)
+    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-6)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-6)
