@@ -22,6 +22,8 @@ from morer1_jax.task.fact import DataError
 
 # Seconds between two redrawings of a bar that goes to a file.
 _FILE_INTERVAL = 30.0
+# Seconds for which TensorBoard may be behind.
+_FLUSH_INTERVAL = 10.0
 
 
 class RecordLog:
@@ -129,7 +131,7 @@ class MetricLog:
     ) -> None:
         self._log = RecordLog(Path(workdir) / "metrics.jsonl", stage, writer)
         self._folder = Path(workdir) / "tensorboard" / stage
-        self._events: Any = None
+        self._events: _Events | None = None
         self._purge_step: int | None = None
 
     def resume_at(self, step: int | None) -> None:
@@ -149,17 +151,15 @@ class MetricLog:
         if not self._log.writer:
             return
         if self._events is None:
-            # Imported here: it takes seconds, and most of what imports this module writes none.
-            from tensorboardX import SummaryWriter
-
-            # Of its own accord it names files by the second, and overwrites within the same one.
-            suffix = f".{time.time_ns()}"
-            self._events = SummaryWriter(
-                str(self._folder), purge_step=self._purge_step, filename_suffix=suffix
-            )
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events = _Events(self._folder, self._purge_step)
+        self._events.write(
+            step,
+            {
+                f"{kind}/{name}": float(value)
+                for name, value in values.items()
+                if not isinstance(value, str)
+            },
+        )
 
     def sync(self) -> None:
         """Flushes to the disk what was written: call it before a checkpoint is saved."""
@@ -172,6 +172,45 @@ class MetricLog:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+class _Events:
+    """A file of TensorBoard events, written by the calling thread.
+
+    tensorboardX's own `SummaryWriter` hands events to a thread, whose queue its `flush` does not
+    empty: a crash would lose steps that a checkpoint has passed.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        # Imported here: it takes seconds, and most of what imports this module writes none.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of its own accord it names files by the second, and overwrites within the same one.
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._flushed = time.monotonic()
+        if purge_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(
+                self._event(wall_time=time.time(), step=purge_step, session_log=start)
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        summary = self._summary(
+            value=[self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+        )
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > _FLUSH_INTERVAL:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def progress(
