@@ -18,6 +18,24 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if alone else min(os.cpu_count() or 1, 8)
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Hardly optimised programs, here and in processes started from here.
+
+    For a file whose tests run every program a few times on a tiny model, so that compiling is most
+    of their time, and that check what is done rather than to how many digits.
+    """
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        before = jax.config.values[name]
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, before)
+
+
 def _beside(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)

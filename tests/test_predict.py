@@ -19,6 +19,8 @@ from morer1_jax.task import more
 from morer1_jax.task.answer import Special, read
 from morer1_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).parents[1]
 
 

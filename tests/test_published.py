@@ -20,6 +20,8 @@ from morer1_jax.run.student import open_student
 from morer1_jax.task.fact import DataError
 from morer1_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -60,7 +62,7 @@ def config(parquet, request, tmp_path_factory):
         vision_end_token_id=special.vision_end,
         tie_word_embeddings=sizes.text.tie_word_embeddings,
     )
-    params = init_params(Qwen25VL(shapes, Runtime()), jax.random.key(0))
+    params = jax.jit(lambda key: init_params(Qwen25VL(shapes, Runtime()), key))(jax.random.key(0))
     tokenizer.save_pretrained(folder)
     weights.save_tensors(folder, params, shapes, dtype="bfloat16")
     (folder / weights.CONFIG).write_text(json.dumps(shapes.to_hf() | {"dtype": "bfloat16"}))

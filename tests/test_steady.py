@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # How many programs of a step are compiled for every shape, and how many have shapes that never
 # change. GRPO's: rollout, score, update; weights, finish.
 PROGRAMS = {"sft": (1, 0), "grpo": (3, 2)}

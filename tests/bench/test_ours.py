@@ -4,6 +4,8 @@ import pytest
 
 from morer1_jax.bench.turns import Worker, check, take_turns
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def worker(folder, monkeypatch_module):

@@ -29,6 +29,8 @@ from morer1_jax.task.fact import DataError
 from morer1_jax.task.prompt import student_prompt
 from morer1_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 VALUE_BOUND = 2e-5
 
 

@@ -31,6 +31,8 @@ from morer1_jax.run.student import open_student
 from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint, save_tensors
 from morer1_jax.task import more
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).parents[2]
 VALUE_BOUND = 2e-5
 ROWS = 576  # of the embedding: more than the tokenizer has
