@@ -78,7 +78,8 @@ def config(parquet, request, tmp_path_factory):
     config.grpo.update(steps=2, eval_every=2, save_every=2)
     # Such a model earns nothing, so that only decay shows that the adapters were updated.
     config.grpo.optimizer.weight_decay = 0.1
-    config.rate.samples = 1
+    config.rate.update(samples=1, batch=48)
+    config.evaluate.batch = 16
     return config
 
 
