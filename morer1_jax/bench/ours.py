@@ -45,19 +45,19 @@ _NEVER = -1
 
 
 class SFTTask:
-    """One step of SFT on `examples`."""
+    """One step of SFT on `examples`, in parts whose activations are held one at a time."""
 
-    def __init__(self, side: Ours, examples: list[Example]) -> None:
+    def __init__(self, side: Ours, examples: list[Example], micro_batches: int = 1) -> None:
         self._side = side
         prompts = [example.prompt for example in examples]
         encoder = side.encoder(side.preset.prompt, side.preset.target, side.windows(prompts))
         samples = [encoder.sample(example.prompt, example.target) for example in examples]
         needs = [encoder.need_of(sample) for sample in samples]
         # As a run that draws such samples packs them.
-        plan = plan_rows([needs], row_cost(side.model.config))
+        plan = plan_rows([needs], row_cost(side.model.config), multiple=micro_batches)
         rows = [[samples[i] for i in row] for row in plan.rows(needs)]
         self.batch: SequenceBatch = jax.device_put(encoder.sequences(rows, plan.shape))
-        step = make_sft_step(side.model, side.optimizer, _SCORE)
+        step = make_sft_step(side.model, side.optimizer, _SCORE, micro_batches)
         self._step = jax.jit(step, donate_argnums=0)
 
     @property
@@ -242,7 +242,7 @@ class UpdateTask:
 
 _TASKS: dict[str, Callable[..., Task]] = {
     "sft": lambda side: SFTTask(side, side.inputs.examples()),
-    "sft_mixed": lambda side: SFTTask(side, side.inputs.mixed()),
+    "sft_mixed": lambda side: SFTTask(side, side.inputs.mixed(), micro_batches=2),
     "first": functools.partial(SampleTask, length=1),
     "sample": SampleTask,
     "grpo": GRPOTask,
