@@ -53,7 +53,7 @@ def comparisons(preset: Preset) -> list[Comparison]:
     longest = max(preset.prompts)
     made += [
         Comparison(
-            f"update, {g} samples", f"update/{longest}/{g}", {"by hand": f"update/{longest}/{g}"}
+            f"update, {g} a prompt", f"update/{longest}/{g}", {"by hand": f"update/{longest}/{g}"}
         )
         for g in (1, 2, 4, 8, 16)
     ]

@@ -109,7 +109,9 @@ def draw(results: Results, path: Path) -> None:
     growth = Growth.of(results)
     figure = Figure(figsize=(10, 4), layout="constrained")
     bars, *curves = figure.subplots(1, 2 if len(growth.update) > 1 else 1, squeeze=False)[0]
-    shown = [one for task, one in results.in_order() if one.peers and not task.startswith("first")]
+    # First tokens are of a sampling's own bar, and updates have their curve.
+    elsewhere = ("first", "update") if curves else ("first",)
+    shown = [one for task, one in results.in_order() if one.peers and not task.startswith(elsewhere)]
     for place, one in enumerate(shown):
         seconds = _medians(one.sides)
         ours = seconds.pop(OURS)
@@ -122,7 +124,8 @@ def draw(results: Results, path: Path) -> None:
     bars.invert_yaxis()
     bars.axvline(1, color="black", linewidth=0.8)
     bars.set_xlabel("times faster than PyTorch")
-    bars.legend(fontsize=8)
+    if shown:
+        bars.legend(fontsize=8)
     for axes in curves:
         _draw_update(axes, growth)
     figure.savefig(path, dpi=150)

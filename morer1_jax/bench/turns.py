@@ -6,9 +6,11 @@ then the next, and ratios are taken of runs of one round.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,7 +57,7 @@ class Worker:
         """The answer to a request.
 
         Raises:
-          SideError: the process ended; with the last it said.
+          SideError: the process ended; with how, and the last it said.
         """
         try:
             self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
@@ -63,14 +65,25 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            self._process.wait()
-            raise SideError(f"{self.name} ended at {do!r}:\n{''.join(self._said)}")
+            how = _ending(self._process.wait())
+            raise SideError(f"{self.name} ended at {do!r} {how}:\n{''.join(self._said)}")
         return json.loads(answer)
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        # One that has ended already leaves what it was asked last unsent.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"with status {status}"
+    name = signal.Signals(-status).name
+    if name == "SIGKILL":
+        name += ", as where memory ran out (fewer of `--forms` at a time hold less of it)"
+    return f"by {name}"
 
 
 @dataclasses.dataclass

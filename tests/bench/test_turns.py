@@ -86,8 +86,21 @@ def test_other_numbers_are_refused_before_a_round(worker, tmp_path):
 
 def test_a_side_that_fails_says_why(worker):
     sides = {"ours": (worker("ours", 1.0), "fails")}
-    with pytest.raises(SideError, match=r"(?s)ours ended at 'numbers'.*this side is broken"):
+    with pytest.raises(
+        SideError, match=r"(?s)ours ended at 'numbers' with status 1:.*this side is broken"
+    ):
         take_turns(sides, rounds=1, tolerance=1e-3)
+
+
+def test_a_side_that_was_killed_says_so(worker):
+    """As where memory ran out, of which the process itself says nothing."""
+    side = worker("ours", 1.0)
+    side.ask("prepare", task="sft")
+    side._process.kill()
+    side._process.wait()
+    with pytest.raises(SideError, match=r"ours ended at 'run' by SIGKILL, .* memory ran out"):
+        side.ask("run")
+    side.close()
 
 
 @pytest.mark.parametrize(
