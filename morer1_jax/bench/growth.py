@@ -110,8 +110,8 @@ def draw(results: Results, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     bars, *curves = figure.subplots(1, 2 if len(growth.update) > 1 else 1, squeeze=False)[0]
     # First tokens are of a sampling's own bar, and updates have their curve.
-    elsewhere = ("first", "update") if curves else ("first",)
-    shown = [one for task, one in results.in_order() if one.peers and not task.startswith(elsewhere)]
+    hidden = ("first", "update") if curves else ("first",)
+    shown = [one for task, one in results.in_order() if one.peers and not task.startswith(hidden)]
     for place, one in enumerate(shown):
         seconds = _medians(one.sides)
         ours = seconds.pop(OURS)
