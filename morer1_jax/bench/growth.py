@@ -116,7 +116,7 @@ def draw(results: Results, path: Path) -> None:
         seconds = _medians(one.sides)
         ours = seconds.pop(OURS)
         slow, fast = max(seconds.values()) / ours, min(seconds.values()) / ours
-        named = {} if place else {"slow": "slowest form", "fast": "fastest form"}
+        named = {} if place else {"slow": "its slowest form", "fast": "its fastest form"}
         bars.barh(place, slow, color="#d0d7de", label=named.get("slow"))
         bars.barh(place, fast, color="#1f6feb", label=named.get("fast"))
         bars.text(fast, place, f" {fast:.1f}×", va="center", fontsize=8)
