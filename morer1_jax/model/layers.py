@@ -155,6 +155,9 @@ def turns(angles: Float[Array, "*s r"]) -> Rotary:
     def both(angles: Array) -> Rotary:
         return jnp.cos(angles), jnp.sin(angles)
 
+    if not angles.size:
+        return both(angles)
+
     def branch(angles: Array) -> Rotary:
         first = angles[(0,) * angles.ndim]
         return jax.lax.cond(jnp.isfinite(first), both, lambda angles: (angles, angles), angles)

@@ -82,3 +82,9 @@ def test_angles_are_worked_out_once():
     cos, sin = jax.jit(turns)(angles)
     np.testing.assert_allclose(cos, np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin, np.sin(angles), atol=1e-6)
+
+
+def test_turns_of_nothing():
+    """As of a batch without photos."""
+    cos, sin = jax.jit(turns)(jnp.zeros((1, 0, 4, 8)))
+    assert cos.shape == sin.shape == (1, 0, 4, 8)
