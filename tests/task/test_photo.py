@@ -201,6 +201,7 @@ def test_photos_are_turned_upright(orientation):
         b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0",
     ],
 )
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
 def test_exif_that_cannot_be_read_is_passed_over(exif):
     stored = pixels(24, 16, 3)
     np.testing.assert_array_equal(rgb(encoded(Image.fromarray(stored), exif=exif)), stored)
