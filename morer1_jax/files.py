@@ -1,10 +1,14 @@
-"""Writing files so that a reader, or a run that was killed, never meets half of one.
+"""Reading text, and writing files whole.
 
-Everything is first written beside its destination under a hidden temporary name, flushed to the
-disk, and only then renamed.  A temporary name is a function of the destination, so what a killed
-process leaves behind is overwritten by the next attempt and never accumulates.
+Text is UTF-8 whatever the locale; a byte-order mark before it is no part of it.
+
+A reader, or a run that was killed, never meets half of a file: everything is first written beside
+its destination under a hidden temporary name, flushed to the disk, and only then renamed.  A
+temporary name is a function of the destination, so what a killed process leaves behind is
+overwritten by the next attempt and never accumulates.
 """
 
+import codecs
 import contextlib
 import errno
 import os
@@ -12,6 +16,34 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from etils import epath
+
+
+class TextError(ValueError):
+    """A file is no text.  The message is one line: file and line, what it is, what to do."""
+
+
+def read_text(path: epath.PathLike) -> str:
+    """The text of a UTF-8 file, local or in a bucket, without a byte-order mark before it.
+
+    Line ends are left as they are.
+
+    Raises:
+      OSError: it cannot be read.
+      TextError: it is not UTF-8, or is of UTF-16.
+    """
+    data = epath.Path(path).read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise TextError(f"{path}: UTF-16 or no text, expected UTF-8 text; save it as UTF-8")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise TextError(
+            f"{path}:{number}: not UTF-8, expected UTF-8 text; save it as UTF-8"
+        ) from None
 
 
 def temporary_path(path: str | os.PathLike[str]) -> Path:

@@ -3,7 +3,35 @@ import tempfile
 
 import pytest
 
-from morer1_jax.files import atomic_dir, atomic_write, check_writable
+from morer1_jax.files import TextError, atomic_dir, atomic_write, check_writable, read_text
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_no_text(tmp_path, mark):
+    (tmp_path / "a.txt").write_bytes(mark + "één\r\n\ufefftwo\n".encode())
+    assert read_text(tmp_path / "a.txt") == "één\r\n\ufefftwo\n"
+    (tmp_path / "b.txt").write_bytes(mark)
+    assert read_text(tmp_path / "b.txt") == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "place", "found"),
+    [
+        ("één".encode("utf-16"), "", "UTF-16"),
+        ("een".encode("utf-16-be"), "", "UTF-16"),
+        ("\ufeffone\n".encode() + "één".encode("latin-1"), ":2", "not UTF-8"),
+        # The place is counted in the file, mark and all.
+        ("\ufeff".encode() + b"\n\n\xff\n", ":3", "not UTF-8"),
+    ],
+)
+def test_text_that_is_not_utf_8_is_refused_by_name(tmp_path, data, place, found):
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    with pytest.raises(TextError) as error:
+        read_text(path)
+    assert str(error.value).startswith(f"{path}{place}: {found}")
+    assert "UTF-8" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_atomic_write_makes_parents_and_replaces(tmp_path):
