@@ -20,6 +20,7 @@ from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.evaluate import read_scores, write_scores
 from morer1_jax.run.memory import keep_freed_memory
+from morer1_jax.run.processes import check_alone
 from morer1_jax.run.report import write_report
 from morer1_jax.run.student import LABELS, open_student
 from morer1_jax.task import metrics, more
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
     del argv
     keep_freed_memory()
     use_program_cache()
+    check_alone()
     data, out, split = epath.Path(_DATA.value), Path(_OUT.value), _SPLIT.value
     name = _NAME.value
     if name is None:

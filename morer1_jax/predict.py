@@ -28,6 +28,7 @@ from morer1_jax.run.predict import (
     question,
     read_questions,
 )
+from morer1_jax.run.processes import check_alone
 from morer1_jax.run.student import open_student
 from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.photo import FORMATS
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
     use_program_cache()
+    check_alone()
     facts = _questions()
     if _PICTURE.value:
         _check_picture(Path(_PICTURE.value), Path(_IMAGE.value))

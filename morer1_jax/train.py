@@ -31,6 +31,7 @@ from morer1_jax.run.evaluate import evaluate, read_scores
 from morer1_jax.run.grpo import run_grpo
 from morer1_jax.run.job import Job
 from morer1_jax.run.memory import keep_freed_memory
+from morer1_jax.run.processes import check_alone
 from morer1_jax.run.rate import check_given, run_rate
 from morer1_jax.run.report import write_report
 from morer1_jax.run.settings import settings
@@ -102,10 +103,7 @@ def train(config: Any, workdir: Path) -> None:
       ConfigError, DataError, OSError: what the user can put right, in one line. What is found
         before the first step leaves the workdir as it was, so that another config may follow.
     """
-    if (processes := jax.process_count()) > 1:
-        raise ConfigError(
-            f"{processes} processes found, one expected: several hosts are not supported yet"
-        )
+    check_alone()
     job = Job(settings(config), workdir)
     check_writable(workdir, folder=True)
     job.checkpoint  # noqa: B018  (looked at before anything is written)

@@ -97,6 +97,40 @@ def test_what_cannot_work_is_one_line_before_any_work(command, folder, args, mes
     assert tree(folder) == before
 
 
+# What each command needs to get as far as its work.
+ALONE = {
+    PREDICT: ASK[1:],
+    EVALUATE: ("--checkpoint=none", "--data=none", "--out=out"),
+    "morer1_jax.train": (f"--config={ROOT / 'tests/configs/tiny.py'}", "--workdir=new"),
+    "bench": (),
+    "bench_data": (f"--config={ROOT / 'tests/configs/tiny.py'}",),
+    "build_tfds": ("--folder=none", "--data_dir=new"),
+    "convert": ("--checkpoint=none", "--out=new"),
+    "rate_difficulty": ("--checkpoint=none", "--data=none", "--out=new"),
+    "study": ("--folder=new",),
+    "write_reasoning": ("--data=none", "--count=1", "--model=none"),
+}
+
+
+def test_every_tool_is_among_those_that_must_be_alone():
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} < ALONE.keys()
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_of_several_processes_is_refused_before_any_work(command, folder, monkeypatch, name):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    before = tree(folder)
+    target = name if "." in name else str(ROOT / "tools" / f"{name}.py")
+    out, err = command(target, *ALONE[name], code=2)
+    assert err == (
+        "error: 3 processes found, one expected: several hosts are not supported yet "
+        "(OMPI_COMM_WORLD_SIZE=3; start one process, or unset OMPI_COMM_WORLD_SIZE where this is "
+        "the only one)\n"
+    )
+    assert out == ""
+    assert tree(folder) == before
+
+
 def test_a_checkpoint_is_sought_on_the_hub_only_where_none_here_is_meant(
     command, folder, monkeypatch
 ):

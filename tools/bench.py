@@ -20,6 +20,7 @@ from morer1_jax.bench import compare
 from morer1_jax.bench.cases import PRESETS
 from morer1_jax.files import check_writable
 from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.processes import check_alone
 
 _PRESET = flags.DEFINE_enum("preset", "small", sorted(PRESETS), "Sizes.")
 _TASKS = flags.DEFINE_list("tasks", [], "Of ours, such as sft,grpo/128; by default all.")
@@ -31,6 +32,7 @@ _OUT = flags.DEFINE_string("out", None, "A folder for bench.md, .json and .png."
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    check_alone()
     try:
         import matplotlib  # noqa: F401  (not to be missed at the end of hours)
 

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from morer1_jax.files import atomic_write, check_writable
 from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.processes import check_alone
 from morer1_jax.run.settings import settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
@@ -26,6 +27,7 @@ _JSON = flags.DEFINE_string("json", None, "A file to write the figures to, as JS
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    check_alone()
     if _JSON.value is not None:
         check_writable(_JSON.value)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from absl import flags
 
 from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.processes import check_alone
 
 _FOLDER = flags.DEFINE_string("folder", None, "MORE's folder, local or in a bucket.", required=True)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to write the dataset.", required=True)
@@ -16,6 +17,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to write the dataset.",
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    check_alone(devices=False)
     try:
         from morer1_jax.data.more_tfds import build
     except ImportError as error:

@@ -10,6 +10,7 @@ from absl import flags
 from morer1_jax.files import check_writable
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.export import export
+from morer1_jax.run.processes import check_alone
 from morer1_jax.run.student import open_student
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -28,6 +29,7 @@ _SHARD = flags.DEFINE_integer("shard_mb", 5000, "Most megabytes of tensors in a 
 def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
+    check_alone()
     check_writable(_OUT.value, folder=True)
     if Path(_OUT.value).exists():
         raise ConfigError(f"--out={_OUT.value}: exists already; delete it or name another folder")

@@ -15,6 +15,7 @@ from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.memory import keep_freed_memory
+from morer1_jax.run.processes import check_alone
 from morer1_jax.run.rate import rate
 from morer1_jax.run.settings import RateSettings
 from morer1_jax.run.student import LABELS, open_student
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
     del argv
     keep_freed_memory()
     use_program_cache()
+    check_alone()
     out = Path(_OUT.value)
     check_writable(out)
     if out.exists():

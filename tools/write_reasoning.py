@@ -26,6 +26,7 @@ from morer1_jax.data.images import ImageConfig
 from morer1_jax.run.budget import Prices
 from morer1_jax.run.config import ArgumentParser, run_main
 from morer1_jax.run.endpoint import EndpointConfig
+from morer1_jax.run.processes import check_alone
 from morer1_jax.run.writer import Writer, WriterConfig
 
 
@@ -92,6 +93,7 @@ def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
 
 def main(_: list[str]) -> int:
     config, dry = parse(sys.argv[1:])
+    check_alone(devices=False)
     writer = Writer(config)
     return writer.dry_run() if dry else writer.run()
 
