@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -54,21 +55,22 @@ def pack(needs: Sequence[Need], shape: Shape) -> list[list[int]]:
       For each row the places of its samples in `needs`, in order.
     """
     order = sorted(range(len(needs)), key=lambda i: (-needs[i].tokens, i))
-    free = np.zeros((len(needs), 2), np.int64)
     rows: list[list[int]] = []
+    # Of each row. A run packs all its batches before its first step, so no arrays for a few rows.
+    free: list[tuple[int, int]] = []
     for place in order:
-        need = np.array([needs[place].tokens, needs[place].windows])
-        room = free[: len(rows)] - need
-        fits = (room >= 0).all(axis=1)
-        if fits.any():
+        tokens, windows = needs[place].tokens, needs[place].windows
+        chosen, least = len(rows), math.inf
+        for row, (length, width) in enumerate(free):
             # The fullest row that still has room.
-            row = int(np.argmin(np.where(fits, room[:, 0], np.iinfo(np.int64).max)))
-        else:
-            row = len(rows)
+            if tokens <= length < least and windows <= width:
+                chosen, least = row, length
+        if chosen == len(rows):
             rows.append([])
-            free[row] = shape
-        rows[row].append(place)
-        free[row] -= need
+            free.append(shape)
+        length, width = free[chosen]
+        rows[chosen].append(place)
+        free[chosen] = length - tokens, width - windows
     return [sorted(row) for row in rows]
 
 
@@ -96,6 +98,7 @@ class RowPlan:
 
 def plan_rows(
     draws: Iterable[Sequence[Need]],
+    largest: Shape,
     cost: Cost,
     *,
     multiple: int = 1,
@@ -105,15 +108,14 @@ def plan_rows(
     """The rows that cost least on batches like the ones given.
 
     Args:
-      draws: the samples of some steps.
+      draws: the samples of some steps; of all, if none is to have more rows than `counts` foresee.
+      largest: what any one sample may need; a row holds it, whether it is among `draws` or not.
       multiple: rows of a batch come in multiples of this, for a mesh or micro-batches.
       round_to: a row's tokens are a multiple of this.
       most: counts of rows, each of which is a program of its own.
     """
     draws = [list(draw) for draw in draws]
-    longest = max(need.tokens for draw in draws for need in draw)
-    widest = max(need.windows for draw in draws for need in draw)
-    first = -(-longest // round_to)
+    first = -(-largest.length // round_to)
     some = draws[:_TRIED]
     best: tuple[float, Shape] | None = None
     for units in sorted({round(first * factor) for factor in np.linspace(1, 4, 25)}):
@@ -125,7 +127,7 @@ def plan_rows(
             for draw, rows in zip(some, free, strict=True)
             for row in rows
         )
-        shape = Shape(length, max(windows, widest))
+        shape = Shape(length, max(windows, largest.windows))
         spent = sum(-(-len(rows) // multiple) * multiple for rows in free) * cost(shape)
         if best is None or spent < 0.99 * best[0]:
             best = spent, shape
@@ -170,6 +172,11 @@ def plan_prompts(
 def widest(needs: Sequence[Need]) -> Shape:
     """The row that holds any one of the prompts."""
     return Shape(max(need.prompt for need in needs), max(need.windows for need in needs))
+
+
+def largest_sample(needs: Sequence[Need]) -> Shape:
+    """The row that holds any one of the samples, prompt and target."""
+    return Shape(max(need.tokens for need in needs), max(need.windows for need in needs))
 
 
 def smallest(shapes: Sequence[Shape], needed: Shape) -> Shape:

@@ -326,6 +326,10 @@ class Job:
         if config.data.keep_features:
             check_frozen(self.parts)
         self.needs  # noqa: B018  (finds what does not fit)
+        if "baselines" in config.stages.split(","):
+            # What stands for a hidden title may be longer than a short one.
+            facts = [fact for facts in self.facts.values() for fact in facts]
+            self.new_encoder(pixels=True, show_title=False).needs(facts, self.sizes, {})
         self._check_digests(self._known_reasoning())
 
     def _known_reasoning(self) -> dict[str, str]:

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 
 from morer1_jax.data.encoder import Encoder
 from morer1_jax.data.feed import Draw
-from morer1_jax.data.shapes import Cost, Need, RowPlan, Shape, plan_prompts, plan_rows, widest
+from morer1_jax.data.shapes import (
+    Cost,
+    Need,
+    RowPlan,
+    Shape,
+    largest_sample,
+    plan_prompts,
+    plan_rows,
+    widest,
+)
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.flops import attention_flops, linear_flops, patch_flops
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.job import Job
-
-# Batches that shapes are chosen by, from a run's first ones.
-_SEEN = 256
 
 
 def row_cost(config: ModelConfig) -> Cost:
@@ -33,14 +39,16 @@ def row_cost(config: ModelConfig) -> Cost:
 def sequence_plan(
     job: Job, needs: Sequence[Need], draw: Draw, steps: int, micro_batches: int
 ) -> RowPlan:
-    """How the samples of each step become rows.
+    """How the samples of each step become rows: of every step, so that none has more rows, or a
+    larger sample, than there is room for.
 
     Args:
       needs: of the facts that `draw` points into.
     """
     data = job.settings.data
     return plan_rows(
-        [[needs[i] for i in draw(step)] for step in range(min(steps, _SEEN))],
+        [[needs[i] for i in draw(step)] for step in range(steps)],
+        largest_sample(needs),
         row_cost(job.policy.model.config),
         multiple=meshes.batch_parts(job.mesh) * micro_batches,
         round_to=data.round_to,
@@ -56,7 +64,7 @@ def prompt_shapes(job: Job, needs: Sequence[Need], draw: Draw, steps: int) -> tu
     """
     data = job.settings.data
     return plan_prompts(
-        [[needs[i] for i in draw(step)] for step in range(min(steps, _SEEN))],
+        [[needs[i] for i in draw(step)] for step in range(steps)],
         widest(needs),
         row_cost(job.policy.model.config),
         round_to=data.round_to,

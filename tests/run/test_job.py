@@ -1,6 +1,7 @@
 """What the stages share: rows of a host, copies of parameters, and checks beforehand."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import shardings_of
 from morer1_jax.run.settings import settings
+from morer1_jax.task import more
 from morer1_jax.task.fact import DataError
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
@@ -101,6 +103,25 @@ def test_good_data_passes_and_a_prompt_beyond_its_bucket_does_not(config, tmp_pa
     config.data.prompt_length = 50
     with pytest.raises(DataError, match=r"^train:1: its prompt has .*data\.prompt_length"):
         Job(settings(config), tmp_path).check()
+
+
+def test_a_hidden_title_beyond_its_bucket_is_found_before_any_stage(config, tmp_path, small_world):
+    folder = tmp_path / "data"
+    shutil.copytree(small_world, folder)
+    # One word, of a single byte and so a single token: shorter than the word for a hidden one.
+    ontology = more.read_ontology(folder)
+    for split in more.SPLITS:
+        facts = more.read_split(folder, split, ontology)
+        short = {"tokens": ("x",), "entity_name": "x", "entity_span": (0, 1)}
+        more.write_split(folder, split, [dataclasses.replace(fact, **short) for fact in facts])
+    config.data.folder = str(folder)
+    longest = max(need.prompt for need in Job(settings(config), tmp_path / "a").needs.values())
+    config.data.prompt_length = longest
+    config.stages = "sft,grpo"
+    Job(settings(config), tmp_path / "b").check()
+    config.stages = "sft,baselines,grpo"
+    with pytest.raises(DataError, match=r"^train:\d+: its prompt has .*data\.prompt_length"):
+        Job(settings(config), tmp_path / "b").check()
 
 
 def test_blind_encoders_share_all_but_what_they_hide(job):
