@@ -4,9 +4,10 @@ For a completion o_i of a group, with advantage A_i and ratio r_t = π(o_t) / π
 (DeepSeekMath, arXiv 2402.03300, equation 3; the separate upper clip is DAPO's, arXiv 2503.14476,
 section 3.1):
 
-    l_t = -min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) + beta KL_t
+    l_t = -w_t min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) + beta KL_t
     KL_t = π_ref(o_t) / π(o_t) - log(π_ref(o_t) / π(o_t)) - 1
 
+where w_t, which has no gradient, makes up for the sampler's rounding (`importance_cap`; else 1),
 and the loss is a weighted sum of l_t over the batch's tokens; the weights are the choice of
 `Normalisation`. In the first update on a rollout π_old is π itself, so the ratio is exactly 1 and
 no pass is spent on it.
@@ -15,7 +16,7 @@ no pass is spent on it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -46,8 +47,9 @@ class GRPOConfig:
         GRPO's. "token": 1 / tokens of the batch, DAPO's. "constant": 1 / (completions × length
         limit), Dr. GRPO's (arXiv 2503.20783). Groups whose rewards are all equal count in the
         denominators: dropping them would raise the step on the rest.
-      importance_cap: a token's loss is weighted by π_old / π_sampler, at most this (truncated
-        importance sampling), which makes up for a sampler that rounds differently; None: not.
+      importance_cap: a token's policy term, not its KL, is weighted by π_old / π_sampler, at most
+        this (truncated importance sampling), which makes up for a sampler that rounds differently;
+        None: not.
       mask_truncated: leave completions that were cut off out of the loss.
     """
 
@@ -110,15 +112,21 @@ def token_weights(
 def token_losses(
     new: Float[Array, "b g t"],
     old: Float[Array, "b g t"],
+    sampler: Float[Array, "b g t"],
     reference: Float[Array, "b g t"] | None,
     advantages: Float[Array, "b g"],
     config: GRPOConfig,
 ) -> tuple[Float[Array, "b g t"], Metrics]:
-    """l_t of each token, and what happened to it: `clip_low`, `clip_high`, `kl` if asked."""
+    """l_t of each token, and what happened to it: `clip_low`, `clip_high`, `kl` if asked.
+
+    No gradient is to come by `old` and `sampler`.
+    """
     advantage = advantages[..., None]
     ratio = jnp.exp(new - old)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     losses = -jnp.minimum(ratio * advantage, clipped * advantage)
+    if config.importance_cap is not None:
+        losses = losses * jnp.minimum(jnp.exp(old - sampler), config.importance_cap)
     seen = {
         "clip_low": (ratio < 1.0 - config.clip_low) & (advantage < 0),
         "clip_high": (ratio > 1.0 + config.clip_high) & (advantage > 0),
@@ -159,10 +167,8 @@ def grpo_gradients(
                 for x in (new, part.old, part.reference, part.sampler)
             )
             old = jax.lax.stop_gradient(new) if old is None else old
-            losses, seen = token_losses(new, old, reference, part.advantages, config)
+            losses, seen = token_losses(new, old, sampler, reference, part.advantages, config)
             drift = old - sampler
-            if config.importance_cap is not None:
-                losses = losses * jnp.minimum(jnp.exp(drift), config.importance_cap)
             counted = (part.weights > 0).astype(jnp.float32)
             sums = {
                 "loss": jnp.sum(losses * part.weights),
@@ -185,6 +191,16 @@ def _combine(total: tuple[Params, Metrics], part: tuple[Params, Metrics]) -> tup
     grads, sums = add(total, part)
     largest = jnp.maximum(total[1]["difference_max"], part[1]["difference_max"])
     return grads, sums | {"difference_max": largest}
+
+
+def combined_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """Those of several updates as of one: means, and of what is a greatest value the greatest."""
+
+    def combined(name: str) -> Array:
+        values = jnp.stack([metrics[name] for metrics in updates])
+        return jnp.max(values) if name.endswith("/max") else jnp.mean(values)
+
+    return {name: combined(name) for name in updates[0]}
 
 
 def _means(sums: Metrics) -> Metrics:

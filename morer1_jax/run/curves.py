@@ -120,7 +120,7 @@ _MORE = {
     "grpo": (
         Curve("Loss", "loss", {"loss": "loss"}),
         _GRAD_NORM,
-        Curve("KL to the SFT model", "nats per token", {"kl": "KL"}, low=0),
+        Curve("KL to the model it began with", "nats per token", {"kl": "KL"}, low=0),
         Curve(
             "Ratios outside the clip range",
             "share of tokens",

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from morer1_jax.data.batch import PromptBatch
-from morer1_jax.learn.grpo import GroupBatch, make_grpo_update, token_weights
+from morer1_jax.learn.grpo import GroupBatch, combined_metrics, make_grpo_update, token_weights
 from morer1_jax.learn.parts import Params, join
 from morer1_jax.learn.scorer import ScoreConfig, group_logprobs
 from morer1_jax.learn.state import TrainState
@@ -23,7 +23,7 @@ from morer1_jax.run.settings import GRPOSettings
 class GRPOStep:
     """A rollout and the updates on it: `step(state, prompts, number) -> (state, metrics, scored)`.
 
-    The update's metrics are means over the rollout's updates.
+    The update's metrics are means over the rollout's updates (see `combined_metrics`).
 
     Args:
       like: the train state's shapes and shardings.
@@ -85,7 +85,7 @@ class GRPOStep:
         )
         # A program, though small: what is computed outside of one compiles operation by operation.
         self.finish = jax.jit(
-            lambda step, learned: (step + 1, jax.tree.map(lambda *x: sum(x) / len(x), *learned)),
+            lambda step, learned: (step + 1, combined_metrics(learned)),
             out_shardings=(shardings.step, whole),
         )
 

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from morer1_jax.learn import grpo
-from morer1_jax.learn.grpo import GroupBatch, GRPOConfig, grpo_gradients, token_weights
+from morer1_jax.learn.grpo import (
+    GroupBatch,
+    GRPOConfig,
+    combined_metrics,
+    grpo_gradients,
+    token_weights,
+)
 from morer1_jax.learn.scorer import ScoreConfig
 
 NORMALISATIONS = ("sequence", "token", "constant")
@@ -101,15 +107,15 @@ def numpy_grpo(data, config):
             used = 1 + config.clip_high if too_high else 1 - config.clip_low if too_low else ratio
             value = -used * advantage
             slope = 0.0 if too_high or too_low else -ratio * advantage
+            if config.importance_cap is not None:
+                factor = min(np.exp(old - sampler), config.importance_cap)
+                value, slope = value * factor, slope * factor
             if config.beta:
                 towards = data.reference[i][t] - new
                 kl = np.exp(towards) - towards - 1
                 value += config.beta * kl
                 slope += config.beta * (1 - np.exp(towards))
                 seen["kl"] += kl / tokens
-            if config.importance_cap is not None:
-                factor = min(np.exp(old - sampler), config.importance_cap)
-                value, slope = value * factor, slope * factor
             loss += weight * value
             gradient[i][t] = weight * slope
             seen["low"] += too_low / tokens
@@ -173,6 +179,34 @@ def test_the_first_update_follows_the_policy_gradient(gradients_of, data):
     batch = make_batch(data, config, old=None)
     gradient, _ = gradients_of(batch, data.new.astype(np.float32), config)
     np.testing.assert_array_equal(gradient, -batch.advantages[..., None] * batch.weights)
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_the_importance_weight_leaves_the_kl_alone(gradients_of, data, normalisation):
+    """Where nothing is gained or lost the loss is beta times the KL, whatever the sampler drew."""
+    loss = {}
+    for cap in (None, 0.5, 2.0):
+        config = GRPOConfig(beta=0.1, importance_cap=cap, normalisation=normalisation)
+        batch = make_batch(data, config, advantages=np.zeros((B, G)))
+        loss[cap] = gradients_of(batch, data.new.astype(np.float32), config)
+    for cap in (0.5, 2.0):
+        jax.tree.map(np.testing.assert_array_equal, loss[cap], loss[None])
+    if normalisation == "token":
+        _, metrics = loss[2.0]
+        np.testing.assert_allclose(metrics["loss"], 0.1 * metrics["kl"], rtol=1e-6)
+
+
+def test_several_updates_metrics():
+    """The greatest difference of a rollout is no mean of each update's greatest."""
+    name = "sampling/sampling_logp_difference/"
+    updates = [
+        {"kl": np.float32(kl), f"{name}mean": np.float32(0.1), f"{name}max": np.float32(most)}
+        for kl, most in ((0.0, 1.0), (1.0, 5.0), (2.0, 3.0))
+    ]
+    combined = combined_metrics(updates)
+    assert combined.keys() == updates[0].keys()
+    np.testing.assert_allclose([combined["kl"], combined[f"{name}mean"]], [1.0, 0.1], rtol=1e-6)
+    assert combined[f"{name}max"] == 5.0
 
 
 @pytest.mark.parametrize("beta", [0.04, 1.0])

@@ -78,8 +78,9 @@ def test_gradients_go_through_the_scorer(tiny, learn, batch, scored):
     ratio = np.exp(new - batch.old)
     clipped = ((advantage > 0) & (ratio > 1.15)) | ((advantage < 0) & (ratio < 0.9))
     slope = np.where(clipped, 0.0, -ratio * advantage)
+    slope *= np.minimum(np.exp(batch.old - batch.sampler), 2.0)
     slope += 0.05 * (1 - np.exp(batch.reference - new))
-    slope *= np.minimum(np.exp(batch.old - batch.sampler), 2.0) * batch.weights
+    slope *= batch.weights
     cotangent = np.where(batch.mask, slope, 0).astype(np.float32)
     asked = (batch.prompts, batch.tokens, batch.mask, tiny.ALLOWED)
     expected = tiny.pullback()(tiny.params(), *asked, cotangent)
