@@ -36,6 +36,29 @@ def quick_compiles():
         jax.config.update(name, before)
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command in this process, which has imported already what takes seconds."""
+    import runpy
+
+    from absl import flags
+
+    def run(target, *args, code):
+        monkeypatch.setattr(sys, "argv", [target, *map(str, args)])
+        start = runpy.run_path if target.endswith(".py") else runpy.run_module
+        try:
+            with pytest.raises(SystemExit) as done:
+                start(target, run_name="__main__")
+        finally:
+            for flag in list(flags.FLAGS.flags_by_module_dict().get(target, ())):
+                delattr(flags.FLAGS, flag.name)
+        out, err = capsys.readouterr()
+        assert (done.value.code or 0) == code, err
+        return out, err
+
+    return run
+
+
 def _beside(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)

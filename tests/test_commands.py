@@ -2,13 +2,11 @@
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -17,26 +15,6 @@ RATE, CONVERT, TFDS, STUDY = (
     str(ROOT / "tools" / f"{name}.py")
     for name in ("rate_difficulty", "convert", "build_tfds", "study")
 )
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs a command in this process, which has imported already what takes seconds."""
-
-    def run(target, *args, code):
-        monkeypatch.setattr(sys, "argv", [target, *map(str, args)])
-        start = runpy.run_path if target.endswith(".py") else runpy.run_module
-        try:
-            with pytest.raises(SystemExit) as done:
-                start(target, run_name="__main__")
-        finally:
-            for flag in list(flags.FLAGS.flags_by_module_dict().get(target, ())):
-                delattr(flags.FLAGS, flag.name)
-        out, err = capsys.readouterr()
-        assert (done.value.code or 0) == code, err
-        return out, err
-
-    return run
 
 
 @pytest.fixture

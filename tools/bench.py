@@ -2,7 +2,9 @@
 
 python tools/bench.py --preset=small --out=bench
 
-What an earlier run has left in that folder is kept, so that tasks can be measured one by one.
+What an earlier run has left in that folder is kept, so that tasks can be measured one by one. Each
+is written as soon as it is measured; one that fails does not end the others, and the same command
+then measures what is missing.
 Before it is timed, a step's loss, gradient and entropy, or a sampler's greedy tokens, are checked
 to be the same on both sides. PyTorch runs as it comes and in the faster forms of
 `morer1_jax/bench/peers_model.py`; the fastest is the one to beat.
@@ -18,8 +20,13 @@ from absl import flags
 
 from morer1_jax.bench import compare
 from morer1_jax.bench.cases import PRESETS
+from morer1_jax.bench.growth import Growth
+from morer1_jax.bench.model import device_name, write_model
+from morer1_jax.bench.sitting import check_needs, sit
+from morer1_jax.bench.turns import Timing
 from morer1_jax.files import check_writable
 from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.extras import needs_extra
 from morer1_jax.run.processes import check_alone
 
 _PRESET = flags.DEFINE_enum("preset", "small", sorted(PRESETS), "Sizes.")
@@ -33,15 +40,8 @@ def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
     check_alone()
-    try:
-        import matplotlib  # noqa: F401  (not to be missed at the end of hours)
-
+    with needs_extra("bench"):
         from morer1_jax.bench.peers import Peer
-    except ImportError as error:
-        raise ConfigError(f"{error}; pip install 'morer1-jax[bench]'") from None
-    from morer1_jax.bench.growth import Growth, draw
-    from morer1_jax.bench.model import device_name, made_now, write_model
-
     preset = PRESETS[_PRESET.value]
     everything = compare.comparisons(preset)
     _check_known("tasks", _TASKS.value, [comparison.task for comparison in everything])
@@ -51,31 +51,33 @@ def main(argv: list[str]) -> None:
     def forms(task: str) -> list[str]:
         return [f for f in Peer.forms(task) if not _FORMS.value or f in _FORMS.value]
 
+    sides = {
+        one.task: [f"{peer}, {form}" for peer, task in one.peers.items() for form in forms(task)]
+        for one in chosen
+    }
+    for task in sides:
+        if not sides[task]:
+            raise ConfigError(f"--forms: none of them can do {task}; leave it out of --tasks")
+    check_needs(chosen, forms)
     results = compare.Results(preset, device_name())
     out = None if _OUT.value is None else Path(_OUT.value)
     if out is not None:
         check_writable(out, folder=True)
         out.mkdir(parents=True, exist_ok=True)
         results = compare.Results.read(out / "bench.json", preset, device_name())
-    for one in chosen:
-        sides = [f"{peer}, {form}" for peer, task in one.peers.items() for form in forms(task)]
-        if not sides:
-            raise ConfigError(f"--forms: none of them can do {one.task}; leave it out of --tasks")
-        results.check_replaceable(one.task, sides)
+    for task in sides:
+        results.check_replaceable(task, sides[task])
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_model(preset, model)
-        runs = compare.run(_PRESET.value, preset, model, chosen, forms, _ROUNDS.value)
-        for comparison, timings in runs:
-            measured = compare.Measured(comparison.name, made_now(), timings)
-            results.tasks[comparison.task] = measured
-            print(measured.table(), flush=True)
-            if out is not None:
-                results.save(out / "bench.json")
-                tables = [one.table() for _, one in results.in_order()]
-                growth = Growth.of(results).tables()
-                (out / "bench.md").write_text("\n".join([*tables, growth]))
-                draw(results, out / "bench.png")
+        given = [f"--folder={model}", f"--preset={_PRESET.value}"]
+        rounds, tolerance = _ROUNDS.value, compare.TOLERANCE[preset.dtype]
+
+        def measure(one: compare.Comparison) -> dict[str, Timing]:
+            return compare.measure(one, given, forms, rounds, tolerance)
+
+        for one in sit(results, chosen, measure, {"sides": sides, "rounds": rounds}, out):
+            print(one.table(), flush=True)
     print(Growth.of(results).tables())
 
 

@@ -4,19 +4,20 @@ python tools/bench_data.py --config=configs/demo.py --config.data.workers=2
 
 Writes its data into a temporary folder. The loader's figures are those of `--config.data.workers`
 and `--config.data.worker_kind`, with nothing else to do for the processor.
+With `--json`, what was measured when it was cut off is not measured again.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from morer1_jax.files import atomic_write, check_writable
-from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.files import check_writable
+from morer1_jax.run.config import run_main
+from morer1_jax.run.extras import needs_extra
 from morer1_jax.run.processes import check_alone
 from morer1_jax.run.settings import settings
 
@@ -30,16 +31,13 @@ def main(argv: list[str]) -> None:
     check_alone()
     if _JSON.value is not None:
         check_writable(_JSON.value)
-    try:
+    with needs_extra("bench"):
         from morer1_jax.run.bench_data import run_bench
-    except ImportError as error:
-        raise ConfigError(f"{error}; pip install 'morer1-jax[bench]'") from None
+    out = None if _JSON.value is None else Path(_JSON.value)
     with tempfile.TemporaryDirectory() as workdir:
-        results = run_bench(settings(_CONFIG.value), Path(workdir))
+        results = run_bench(settings(_CONFIG.value), Path(workdir), out=out)
     for name, figures in results.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-    if _JSON.value is not None:
-        atomic_write(_JSON.value, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

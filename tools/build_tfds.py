@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from absl import flags
 
-from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.config import run_main
+from morer1_jax.run.extras import needs_extra
 from morer1_jax.run.processes import check_alone
 
 _FOLDER = flags.DEFINE_string("folder", None, "MORE's folder, local or in a bucket.", required=True)
@@ -18,10 +19,8 @@ def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
     check_alone(devices=False)
-    try:
+    with needs_extra("tfds"):
         from morer1_jax.data.more_tfds import build
-    except ImportError as error:
-        raise ConfigError(f"{error}; pip install 'morer1-jax[tfds]'") from None
     folders = build(_FOLDER.value, _DATA_DIR.value)
     print(f"written: {' and '.join(folders)}")
     print(f"to load: tfds.builder_from_directory({folders[0]!r}).as_data_source(split='train')")

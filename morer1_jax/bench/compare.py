@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from morer1_jax.bench.cases import Preset
 from morer1_jax.bench.turns import Timing, Worker, ratio, take_turns
 from morer1_jax.files import atomic_write
 from morer1_jax.run.config import ConfigError
-from morer1_jax.run.log import progress
 
 OURS = "ours"
 # In float32 sums of thousands of products agree to about this; bfloat16 keeps three digits.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,36 +59,37 @@ def comparisons(preset: Preset) -> list[Comparison]:
     return made
 
 
-def run(
-    preset_name: str,
-    preset: Preset,
-    folder: Path,
-    chosen: Sequence[Comparison],
+def measure(
+    comparison: Comparison,
+    given: Sequence[str],
     forms: Callable[[str], Sequence[str]],
     rounds: int,
-) -> Iterator[tuple[Comparison, dict[str, Timing]]]:
-    """Measures one comparison after another, each in processes of its own.
+    tolerance: float,
+) -> dict[str, Timing]:
+    """Measures a comparison, each side in a process of its own.
 
     Args:
-      folder: the model's.
+      given: of every side's command line; see `task.arguments`.
       forms: of a peer's task, the forms it is run in.
       rounds: turns that each side has.
+      tolerance: by how much, of its size, a number may differ between sides.
+
+    Raises:
+      SideError: two sides compute different numbers, or one ended.
     """
-    given = [f"--folder={folder}", f"--preset={preset_name}"]
-    for comparison in progress(chosen, desc="compare", unit="task"):
-        tasks: dict[str, tuple[Worker, str]] = {}
-        try:
-            for peer, task in comparison.peers.items():
-                for form in forms(task):
-                    side = [*given, f"--form={form}"]
-                    process = Worker(f"{peer}, {form}", "morer1_jax.bench.peers", side)
-                    tasks[process.name] = process, task
-            # Last, for TRL leaves the rollout that it took its numbers of to the others.
-            tasks[OURS] = Worker(OURS, "morer1_jax.bench.ours", given), comparison.task
-            yield comparison, take_turns(tasks, rounds, _TOLERANCE[preset.dtype])
-        finally:
-            for process, _ in tasks.values():
-                process.close()
+    tasks: dict[str, tuple[Worker, str]] = {}
+    try:
+        for peer, task in comparison.peers.items():
+            for form in forms(task):
+                side = [*given, f"--form={form}"]
+                process = Worker(f"{peer}, {form}", "morer1_jax.bench.peers", side)
+                tasks[process.name] = process, task
+        # Last, for TRL leaves the rollout that it took its numbers of to the others.
+        tasks[OURS] = Worker(OURS, "morer1_jax.bench.ours", given), comparison.task
+        return take_turns(tasks, rounds, tolerance)
+    finally:
+        for process, _ in tasks.values():
+            process.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +140,13 @@ class Results:
 
     Attributes:
       tasks: by our task.
+      unfinished: a run that has not come to its end: what it measures, and the tasks it has done.
     """
 
     preset: Preset
     device: str
     tasks: dict[str, Measured] = dataclasses.field(default_factory=dict)
+    unfinished: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path, preset: Preset, device: str) -> Results:
@@ -159,6 +161,7 @@ class Results:
             saved = json.loads(path.read_text())
             found = saved["device"], saved["preset"]
             tasks = {task: _measured(one) for task, one in saved["tasks"].items()}
+            unfinished = saved.get("unfinished")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: {error!r}; results of tools/bench.py expected") from None
         if found != (device, _described(preset)):
@@ -166,7 +169,14 @@ class Results:
                 f"{path}: results of another preset or device found ({found[0]!r}); expected those "
                 f"of this preset, as it is now, on {device!r}; give another --out"
             )
-        return cls(preset, device, tasks)
+        return cls(preset, device, tasks, unfinished)
+
+    def begin(self, run: dict[str, Any]) -> list[str]:
+        """The tasks that an equal run, cut off, has done; further ones go into the same list."""
+        run = json.loads(json.dumps(run))  # As it is read.
+        if self.unfinished is None or self.unfinished["run"] != run:
+            self.unfinished = {"run": run, "done": []}
+        return self.unfinished["done"]
 
     def check_replaceable(self, task: str, sides: Sequence[str]) -> None:
         """Finds out whether a measurement of these sides is all that is known of a task.
@@ -186,6 +196,7 @@ class Results:
             "device": self.device,
             "preset": _described(self.preset),
             "tasks": {task: dataclasses.asdict(one) for task, one in self.tasks.items()},
+            "unfinished": self.unfinished,
         }
         atomic_write(path, json.dumps(described, indent=1) + "\n")
 

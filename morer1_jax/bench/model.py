@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -86,6 +87,9 @@ def _processor() -> str | None:
 
 
 def made_now() -> str:
-    """The date, and the versions that are measured."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    """The date, and the versions that are measured, of what is installed."""
+    versions = []
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
     return ", ".join([datetime.date.today().isoformat(), *versions])

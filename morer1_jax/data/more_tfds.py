@@ -104,6 +104,8 @@ class MORE(tfds.core.GeneratorBasedBuilder):
 def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
     """Checks a folder in MORE's released form, its photos too, and builds the dataset from it.
 
+    Of one that was cut off, whose facts are there and photos are not, it makes the photos.
+
     Args:
       folder: local or in a bucket.
       data_dir: where `more/facts` and `more/photos` are written.
@@ -120,18 +122,23 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
     builders = [
         MORE(data_dir=data_dir, config=name, file_format="array_record") for name in (FACTS, PHOTOS)
     ]
-    for builder in builders:
-        if builder.data_path.exists():
-            raise DataError(
-                f"{builder.data_path}: there is a dataset already; delete it, or use another folder"
-            )
+    there = [builder for builder in builders if builder.data_path.exists()]
+    if there and there != builders[:1]:
+        raise DataError(
+            f"{there[0].data_path}: there is a dataset already; delete it, or use another folder"
+        )
     ontology = more.read_ontology(folder)
-    facts = [f for split in more.SPLITS for f in more.read_split(folder, split, ontology)]
-    more.check_photos(facts, folder)
+    facts = {split: more.read_split(folder, split, ontology) for split in more.SPLITS}
+    if there and any(read_facts(data_dir, split) != facts[split] for split in facts):
+        raise DataError(
+            f"{there[0].data_path}: there is a dataset of other facts already; delete it, or use "
+            "another folder"
+        )
+    more.check_photos([fact for split in facts.values() for fact in split], folder)
     options = tfds.download.DownloadConfig(manual_dir=folder)
     # TFDS says at length that it downloads, which it does not.
     with contextlib.redirect_stdout(io.StringIO()):
-        for builder in builders:
+        for builder in builders[len(there) :]:
             builder.download_and_prepare(download_config=options)
     return [os.fspath(builder.data_path) for builder in builders]
 

@@ -1,10 +1,15 @@
-"""How fast data is read and fed: a folder of MORE's size and form, the TFDS build, the loader."""
+"""How fast data is read and fed: a folder of MORE's size and form, the TFDS build, the loader.
+
+Needs the packages of the extra `bench`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
+import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +20,11 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from morer1_jax.data import more_tfds
 from morer1_jax.data.curriculum import Pool
 from morer1_jax.data.feed import SequenceFeed
 from morer1_jax.data.loader import load_ahead
+from morer1_jax.files import atomic_write
 from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import this_host
 from morer1_jax.run.settings import Settings
@@ -115,8 +122,6 @@ def time_reading(folder: Path) -> dict[str, Any]:
 
 def time_tfds(folder: Path, data_dir: Path) -> dict[str, Any]:
     """Builds the TensorFlow dataset, reads it and compares every fact with the direct reader's."""
-    from morer1_jax.data import more_tfds  # An optional dependency.
-
     found: dict[str, Any] = {}
     with _timed("build", found):
         more_tfds.build(folder, data_dir)
@@ -183,17 +188,51 @@ def run_bench(
     workdir: Path,
     facts: Mapping[str, int] = FACTS,
     photos: Mapping[str, int] = PHOTOS,
+    out: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """All measurements: of a dataset of MORE's size, and of a run's loader on the run's own data.
 
     Args:
       workdir: where data is written; several hundred MB, none of which is used again.
       facts, photos: the dataset's size, by split.
+      out: a JSON file of them. Until all are made, those that are lie beside it in `….unfinished`,
+        and an equal run does not make them again.
+
+    Raises:
+      ConfigError, DataError: the config's own data is wrong; found before anything is measured.
     """
-    folder = workdir / "released"
-    write_released(folder, facts, photos)
-    results = {"reading": time_reading(folder), "tfds": time_tfds(folder, workdir / "tfds")}
     job = Job(config, workdir)
     if config.data.folder is None:
         synthesise(job.data, config.world, config.seed)
-    return results | {"loading": time_loading(job)}
+    job.needs  # noqa: B018  (what is wrong with the data is found now)
+
+    @functools.cache
+    def folder() -> Path:
+        write_released(workdir / "released", facts, photos)
+        return workdir / "released"
+
+    parts = {
+        "reading": lambda: time_reading(folder()),
+        "tfds": lambda: time_tfds(folder(), workdir / "tfds"),
+        "loading": lambda: time_loading(job),
+    }
+    identity = json.loads(json.dumps([dataclasses.asdict(config), dict(facts), dict(photos)]))
+    unfinished = None if out is None else out.with_suffix(".unfinished")
+    results = _begun(unfinished, identity)
+    for name, measure in parts.items():
+        if name not in results:
+            results[name] = measure()
+            if unfinished is not None:
+                atomic_write(unfinished, json.dumps({"of": identity, "results": results}))
+    if unfinished is not None:
+        atomic_write(out, json.dumps(results, indent=1) + "\n")
+        unfinished.unlink()
+    return results
+
+
+def _begun(path: Path | None, identity: Any) -> dict[str, dict[str, Any]]:
+    """What an equal run that was cut off has measured."""
+    if path is None or not path.exists():
+        return {}
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    return begun["results"] if begun["of"] == identity else {}

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from morer1_jax.run.budget import Usage
 from morer1_jax.run.config import ConfigError
+from morer1_jax.run.extras import needs_extra
 from morer1_jax.task.fact import one_line
 
 KEY, BASE_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
@@ -96,12 +97,8 @@ class Endpoint:
 
     def __init__(self, config: EndpointConfig) -> None:
         """Raises ConfigError: no package `openai`, no usable key, or no URL."""
-        try:
+        with needs_extra("write"):
             import openai
-        except ImportError:
-            raise ConfigError(
-                "the package openai is not installed; pip install 'morer1-jax[write]'"
-            ) from None
         self._openai = openai
         self.config = config
         self._key = os.environ.get(KEY, "")

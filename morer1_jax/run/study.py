@@ -19,6 +19,8 @@ from morer1_jax.files import atomic_dir, atomic_write
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.evaluate import read_scores
 
+# Exit codes of a command; see `run.config.run_main`.
+_USER, _INTERRUPTED = 2, 130
 MAIN_STAGES = "synthesise,sft,rate,grpo,control,baselines,evaluate"
 # What GRPO without mixing takes over from the main run of its seed.
 _SHARED = ("data", "tokenizer", "sft", "rate")
@@ -42,33 +44,58 @@ def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequen
       folder: where the runs' workdirs go; a study that was cut off goes on where it was.
       overrides: further `--config.key=value` arguments for every run.
 
+    What is known is written after each seed. One that breaks off (memory ran out, the program
+    failed) does not end the others; one that the user has to put right (exit code 2) or has
+    interrupted does.
+
     Raises:
-      ConfigError: a run failed; its own message is on stderr.
+      ConfigError: runs failed, and which; their own messages are on stderr.
     """
+    done, failed = [], []
     for seed in seeds:
-        main, plain = folder / f"seed{seed}", folder / f"seed{seed}-no-mixing"
-        given = [f"--config.seed={seed}", *overrides]
-        _train(config, main, MAIN_STAGES, given)
-        for name in _SHARED:
-            if not (plain / name).exists():
-                with atomic_dir(plain / name) as partial:
-                    shutil.copytree(main / name, partial, dirs_exist_ok=True)
-        _train(config, plain, "grpo,evaluate", [*given, "--config.grpo.mixing=False"])
-    results = collect(folder, seeds)
-    atomic_write(folder / "study.json", json.dumps(results, indent=1) + "\n")
-    atomic_write(folder / "study.md", table(results))
-    print(table(results))
+        try:
+            _run_seed(config, folder, seed, overrides)
+        except _BrokenOff as error:
+            failed.append(str(error))
+            print(f"{error}; the other seeds go on", file=sys.stderr, flush=True)
+            continue
+        done.append(seed)
+        results = collect(folder, done)
+        atomic_write(folder / "study.json", json.dumps(results, indent=1) + "\n")
+        atomic_write(folder / "study.md", table(results))
+    if done:
+        print(table(results))
+    if failed:
+        raise ConfigError(
+            f"{'; '.join(failed)}; put that right and start again, what is done stays"
+        )
+
+
+class _BrokenOff(Exception):
+    """A run ended before its time, by no fault of the config or the data."""
+
+
+def _run_seed(config: str, folder: Path, seed: int, overrides: Sequence[str]) -> None:
+    main, plain = folder / f"seed{seed}", folder / f"seed{seed}-no-mixing"
+    given = [f"--config.seed={seed}", *overrides]
+    _train(config, main, MAIN_STAGES, given)
+    for name in _SHARED:
+        if not (plain / name).exists():
+            with atomic_dir(plain / name) as partial:
+                shutil.copytree(main / name, partial, dirs_exist_ok=True)
+    _train(config, plain, "grpo,evaluate", [*given, "--config.grpo.mixing=False"])
 
 
 def _train(config: str, workdir: Path, stages: str, given: Sequence[str]) -> None:
     command = [sys.executable, "-m", "morer1_jax.train", f"--config={config}"]
     command += [f"--workdir={workdir}", f"--config.stages={stages}", *given]
     print("$", " ".join(command), flush=True)
-    if code := subprocess.run(command, check=False).returncode:
-        raise ConfigError(
-            f"{workdir}: this run ended with exit code {code}, as said above; put that right and "
-            "start again, what is done stays"
-        )
+    code = subprocess.run(command, check=False).returncode
+    ended = f"{workdir}: this run ended with exit code {code}, as said above"
+    if code in (_USER, _INTERRUPTED):
+        raise ConfigError(f"{ended}; put that right and start again, what is done stays")
+    if code:
+        raise _BrokenOff(ended)
 
 
 def collect(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """The TensorFlow dataset: the same facts in the same order, and the same photos, byte for byte."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_a_dataset_is_not_mixed_with_another(folder, tmp_path):
     more_tfds.build(folder, tmp_path / "tfds")
     with pytest.raises(DataError, match=r"^\S*/more/facts/1\.0\.0: there is .*; delete it, or use"):
         more_tfds.build(folder, tmp_path / "tfds")
+
+
+def test_a_build_that_was_cut_off_between_the_two_goes_on(folder, tmp_path):
+    data_dir = tmp_path / "tfds"
+    more_tfds.build(folder, data_dir)
+    photos = data_dir / "more" / more_tfds.PHOTOS
+    whole = sorted(path.name for path in (photos / "1.0.0").iterdir())
+    shutil.rmtree(photos)
+    assert more_tfds.build(folder, data_dir)[1] == str(photos / "1.0.0")
+    assert sorted(path.name for path in (photos / "1.0.0").iterdir()) == whole
+    shutil.rmtree(photos)
+    path = more.split_path(folder, "test")
+    path.write_text(path.read_text().replace("Celtics", "Lakers"))
+    with pytest.raises(
+        DataError, match=r"facts/1\.0\.0: there is a dataset of other facts already"
+    ):
+        more_tfds.build(folder, data_dir)
 
 
 def cut_photo(folder):

@@ -1,6 +1,8 @@
 """The bench's folder has MORE's form, and what is measured is right, small and at MORE's size."""
 
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from morer1_jax.run import bench_data
 from morer1_jax.run.settings import settings
 from morer1_jax.task import more
+from morer1_jax.task.fact import DataError
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 SPLITS = ("train", "valid", "test")
@@ -41,6 +44,54 @@ def test_a_small_bench_measures_everything(config, tmp_path):
     assert len({fact.image for fact in read}) == len({(f.image, f.tokens) for f in read}) == 6
     sizes = [path.stat().st_size for path in folder.rglob("*.jpg")]
     assert 50_000 < min(sizes) <= max(sizes) < 70_000
+
+
+def test_what_was_measured_before_it_was_cut_off_is_kept(config, tmp_path, monkeypatch):
+    few = {"train": 4, "valid": 1, "test": 1}
+    out, measured = tmp_path / "figures.json", []
+
+    def stub(name):
+        def measure(*_):
+            measured.append(name)
+            if name == broken:
+                raise KeyboardInterrupt
+            return {"of": name}
+
+        monkeypatch.setattr(bench_data, f"time_{name}", measure)
+
+    def run(number, **changes):
+        measured.clear()
+        given = dataclasses.replace(settings(config), **changes)
+        return bench_data.run_bench(given, tmp_path / str(number), few, few, out=out)
+
+    names = ("reading", "tfds", "loading")
+    for name in names:
+        stub(name)
+    broken = "loading"
+    with pytest.raises(KeyboardInterrupt):
+        run(1)
+    assert not out.exists()
+    broken = None
+    results = run(2)
+    assert measured == ["loading"]
+    assert results == json.loads(out.read_text()) == {name: {"of": name} for name in names}
+    assert not out.with_suffix(".unfinished").exists()
+    # What has come to its end is measured anew; so is what another config began.
+    run(3)
+    assert measured == list(names)
+    broken = "tfds"
+    with pytest.raises(KeyboardInterrupt):
+        run(4)
+    broken = None
+    run(5, seed=9)
+    assert measured == list(names)
+
+
+def test_data_that_is_wrong_is_named_before_anything_is_measured(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_data, "write_released", None)
+    config.data.folder = str(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"nothing/rel2id\.json"):
+        bench_data.run_bench(settings(config), tmp_path)
 
 
 @pytest.mark.soak

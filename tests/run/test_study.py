@@ -71,6 +71,36 @@ def test_a_run_that_failed_ends_the_study_in_one_line(tmp_path, monkeypatch):
     assert len(started) == 1
 
 
+def test_a_run_that_broke_off_does_not_lose_the_other_seeds(folder, monkeypatch, capsys):
+    """As one that was killed where memory ran out."""
+
+    def run(command, check):
+        killed = any("seed0-no-mixing" in argument for argument in command)
+        return subprocess.CompletedProcess(command, -9 if killed else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name in ("data", "tokenizer", "sft", "rate"):
+        for seed in (0, 1):
+            (folder / f"seed{seed}" / name).mkdir()
+    with pytest.raises(ConfigError, match=r"^\S*seed0-no-mixing: this run ended with exit code -9"):
+        study.run_study("some.py", folder, [0, 1], [])
+    assert "the other seeds go on" in capsys.readouterr().err
+    assert list(json.loads((folder / "study.json").read_text())) == ["1"]
+    assert "over 1 seeds" in (folder / "study.md").read_text()
+
+
+def test_what_is_known_is_written_after_each_seed(folder, monkeypatch):
+    def run(command, check):
+        return subprocess.CompletedProcess(command, 2 if "--config.seed=1" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name in ("data", "tokenizer", "sft", "rate"):
+        (folder / "seed0" / name).mkdir()
+    with pytest.raises(ConfigError, match="seed1: this run ended with exit code 2"):
+        study.run_study("some.py", folder, [0, 1], [])
+    assert list(json.loads((folder / "study.json").read_text())) == ["0"]
+
+
 def test_runs_are_started_in_order_and_share_what_does_not_depend_on_mixing(tmp_path, monkeypatch):
     commands = []
 
