@@ -14,6 +14,7 @@ from morer1_jax.files import check_writable
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
+from morer1_jax.run.digests import of_lines
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.processes import check_alone
 from morer1_jax.run.rate import rate
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
     student = open_student(_CHECKPOINT.value, labels=data / LABELS, completion=_LENGTH.value)
-    sizes = more.check_photos(facts, data)
+    photos = more.see_photos(facts, data)
+    sizes = {photo: seen.size for photo, seen in photos.items()}
     asker = Asker(
         student.policy,
         student.encoder(data, facts, sizes),
@@ -74,6 +76,7 @@ def main(argv: list[str]) -> None:
     names = ("samples", "temperature", "easy_from", "never", "seed", "length")
     identity = {name: flags.FLAGS[name].value for name in names}
     identity |= {"checkpoint": student.digest, "data": more.digests(data)}
+    identity["photos"] = of_lines(seen.digest for seen in photos.values())
     rate(asker, student.params, facts, config, out, identity)
     print(f"written: {out}")
 

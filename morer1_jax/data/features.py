@@ -1,7 +1,8 @@
 """Image features kept on disk, for a vision tower that does not change.
 
 folder/
-  index.json     fact id to its images' places and grids; the array's shape and dtype
+  index.json     fact id to its images' places and grids; the array's shape and dtype; digests of
+                 what the features were made of
   features.bin   [tokens, d], the tower's output for one image after another
 """
 
@@ -15,6 +16,7 @@ import ml_dtypes  # noqa: F401  (gives NumPy the type bfloat16)
 import numpy as np
 
 from morer1_jax.data.images import Patches
+from morer1_jax.files import read_text
 from morer1_jax.task.fact import DataError, Fact
 
 INDEX, FEATURES = "index.json", "features.bin"
@@ -25,6 +27,10 @@ Place = tuple[int, tuple[int, int, int]]
 class FeatureStore:
     """Features of the images of facts, read from disk as they are asked for.
 
+    Attributes:
+      made_of: digests of the photos and of all else the features depend on, by name; empty if an
+        earlier version made them.
+
     Raises:
       DataError: the folder is not whole.
     """
@@ -34,8 +40,9 @@ class FeatureStore:
         self._merge_size = merge_size
         self._merge = merge_size**2
         try:
-            described = json.loads((self.folder / INDEX).read_text())
+            described = json.loads(read_text(self.folder / INDEX))
             self._places: dict[str, list[Place]] = described["facts"]
+            self.made_of: dict[str, str] = described.get("made_of", {})
             shape, dtype = tuple(described["shape"]), np.dtype(described["dtype"])
             self._features = np.memmap(self.folder / FEATURES, dtype, "r", shape=shape)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -70,8 +77,12 @@ class FeatureStore:
 
 
 def write_index(
-    folder: Path, places: Mapping[str, list[Place]], shape: tuple[int, int], dtype: str
+    folder: Path,
+    places: Mapping[str, list[Place]],
+    shape: tuple[int, int],
+    dtype: str,
+    made_of: Mapping[str, str],
 ) -> None:
     """Writes the index of a store, after its features."""
-    described = {"shape": shape, "dtype": dtype, "facts": places}
-    (folder / INDEX).write_text(json.dumps(described))
+    described = {"shape": shape, "dtype": dtype, "facts": places, "made_of": made_of}
+    (folder / INDEX).write_text(json.dumps(described), encoding="utf-8")

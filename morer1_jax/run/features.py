@@ -20,8 +20,10 @@ from morer1_jax.learn.scorer import vision_inputs
 from morer1_jax.model.vision import VisionTower
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.config import ConfigError
+from morer1_jax.run.digests import differing, listed, of_lines
 from morer1_jax.run.log import progress
-from morer1_jax.task.fact import Fact
+from morer1_jax.task import more
+from morer1_jax.task.fact import DataError, Fact
 
 if TYPE_CHECKING:
     from morer1_jax.run.job import Job
@@ -45,14 +47,37 @@ def check_frozen(parts: Parts) -> None:
 
 
 def feature_store(job: Job) -> FeatureStore:
-    """The run's features, of all facts of all splits; encoded now if they are not there yet."""
+    """The run's features, of all facts of all splits; encoded now if they are not there yet.
+
+    Raises:
+      DataError: those that are there are of other photos, of another model, or do not say.
+    """
     check_frozen(job.parts)
     folder = job.workdir / "features"
     merge = job.policy.model.config.vision.spatial_merge_size
     if not folder.exists():
         with atomic_dir(folder) as partial:
             _encode(job, partial, merge)
-    return FeatureStore(folder, merge)
+    store = FeatureStore(folder, merge)
+    if changed := differing(store.made_of, _made_of(job)):
+        found = (
+            f"of another {listed(changed)}" if store.made_of else "that do not say of which photos"
+        )
+        raise DataError(
+            f"{folder}: features {found} found, of those in {job.data} expected; delete the "
+            "folder, and they are encoded anew"
+        )
+    return store
+
+
+def _made_of(job: Job) -> dict[str, str]:
+    """Digests of all that features depend on."""
+    settings = job.settings
+    weights = job.checkpoint.digest if job.checkpoint else repr((settings.seed, settings.model))
+    return more.photo_digests(job.photos) | {
+        "model": of_lines([weights, settings.runtime.dtype, settings.tune.frozen_dtype]),
+        "pixel limits or crop": of_lines([repr(job.images)]),
+    }
 
 
 def _encode(job: Job, folder: Path, merge: int) -> None:
@@ -89,7 +114,7 @@ def _encode(job: Job, folder: Path, merge: int) -> None:
                 start += len(tokens)
             bar.update(wanted)
     out.flush()
-    write_index(folder, places, out.shape, dtype)
+    write_index(folder, places, out.shape, dtype, _made_of(job))
 
 
 def _images(

@@ -16,6 +16,7 @@ from morer1_jax.learn.state import TrainState
 from morer1_jax.rollout.program import Scored
 from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.digests import bind, of_lines
 from morer1_jax.run.grpo_step import GRPOStep
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import RecordLog
@@ -51,6 +52,7 @@ def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
     facts = job.facts["train"]
     pools = _pools(job)
     draw = _schedule(job, pools)
+    _bind_ratings(job)
     easy = set(pools["easy"])
     needs = [job.needs[fact.id] for fact in facts]
     shapes = prompt_shapes(job, needs, draw, grpo.steps)
@@ -123,6 +125,14 @@ def _pools(job: Job) -> dict[str, list[int]]:
             )
         pools[rating.pool].append(job.index[rating.fact])
     return pools
+
+
+def _bind_ratings(job: Job) -> None:
+    """Keeps a digest of the pass rates, so that training goes on with the same pools only."""
+    path = job.workdir / "rate" / FILE
+    rates = (f"{rating.fact} {rating.pass_rate}" for rating in read_ratings(path))
+    found = {f"rate/{FILE}": of_lines(rates)}
+    bind(job.workdir / "grpo" / "data.json", found, job.workdir)
 
 
 def _schedule(job: Job, pools: dict[str, list[int]]) -> Draw:

@@ -20,15 +20,15 @@ from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.reasoning import read_reasoning_dataset
 from morer1_jax.data.shapes import Need
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
-from morer1_jax.files import atomic_dir, atomic_write
+from morer1_jax.files import atomic_dir
 from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
 from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
 from morer1_jax.model.config import ModelConfig, VisionConfig
 from morer1_jax.model.names import WeightsError
 from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.run import digests, weights
 from morer1_jax.run import mesh as meshes
-from morer1_jax.run import weights
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.features import check_frozen, feature_store
 from morer1_jax.run.kernels import choose
@@ -93,9 +93,14 @@ class Job:
         return more.read_reasoning(path, self.facts["train"], self.ontology)
 
     @functools.cached_property
+    def photos(self) -> dict[str, more.Seen]:
+        """Size and digest of every photo; decodes each once, so that a bad one is found now."""
+        return more.see_photos([f for facts in self.facts.values() for f in facts], self.data)
+
+    @functools.cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(width, height) of every photo; decodes each once, so that a bad one is found now."""
-        return more.check_photos([f for facts in self.facts.values() for f in facts], self.data)
+        """(width, height) of every photo."""
+        return {photo: seen.size for photo, seen in self.photos.items()}
 
     @functools.cached_property
     def needs(self) -> dict[str, Need]:
@@ -343,21 +348,16 @@ class Job:
 
     def _check_digests(self, reasoning: dict[str, str]) -> None:
         """Keeps digests of the data, so that a run goes on with the same data only."""
-        path, found = self.workdir / "data.json", more.digests(self.data)
+        found = more.digests(self.data) | more.photo_digests(self.photos)
+        found |= digests.of_tokenizer(self.workdir / "tokenizer")
         if self.checkpoint is not None:
             found["model.path"] = self.checkpoint.digest
         if self.settings.data.reasoning is not None:
             texts = json.dumps(reasoning, sort_keys=True).encode()
             found[self.settings.data.reasoning] = hashlib.sha256(texts).hexdigest()
-        if not path.exists():
-            atomic_write(path, json.dumps(found, indent=1) + "\n")
-        kept = json.loads(path.read_text())
-        names = sorted({*kept, *found})
-        if changed := [name for name in names if kept.get(name) != found.get(name)]:
-            raise DataError(
-                f"{self.data}: {', '.join(changed)} changed since the run began ({path}); put what "
-                "was there back, or use a new --workdir"
-            )
+        digests.bind(self.workdir / "data.json", found, self.data)
+        if self.settings.data.keep_features and (self.workdir / "features").exists():
+            self.features  # noqa: B018  (whether they are of these photos)
 
 
 def like(state: Any, shardings: Any) -> Any:

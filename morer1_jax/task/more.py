@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 from PIL import Image
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from morer1_jax.task.answer import Special, read
 from morer1_jax.task.fact import GET_CLIENT, DataError, Fact, one_line
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
-from morer1_jax.task.photo import open_photo
+from morer1_jax.task.photo import DIGEST, open_photo
 from morer1_jax.task.prompt import SPECIAL_TOKEN
 
 SPLITS = ("train", "valid", "test")
@@ -122,6 +122,18 @@ def digests(folder: epath.PathLike) -> dict[str, str]:
     }
 
 
+class Seen(NamedTuple):
+    """Of a photo: (width, height) in pixels, upright, and SHA-256 of its file."""
+
+    size: tuple[int, int]
+    digest: str
+
+
+def photo_digests(seen: Mapping[str, Seen]) -> dict[str, str]:
+    """Those of `see_photos` in the form of `digests`."""
+    return {f"img_org/{photo}": found.digest for photo, found in seen.items()}
+
+
 def read_photo(
     folder: epath.PathLike, fact: Fact, photo_path: PhotoPath = photo_path
 ) -> Image.Image:
@@ -137,29 +149,36 @@ def read_photo(
 def check_photos(
     facts: Iterable[Fact], folder: epath.PathLike, photo_path: PhotoPath = photo_path
 ) -> dict[str, tuple[int, int]]:
+    """As `see_photos`, of each its (width, height) alone."""
+    return {photo: seen.size for photo, seen in see_photos(facts, folder, photo_path).items()}
+
+
+def see_photos(
+    facts: Iterable[Fact], folder: epath.PathLike, photo_path: PhotoPath = photo_path
+) -> dict[str, Seen]:
     """Decodes each distinct photo once and shows a progress bar.
 
     Args:
         photo_path: where in the folder a fact's photo is.
 
     Returns:
-        `Fact.photo` to (width, height) in pixels, of the photo upright.
+        By `Fact.photo`.
 
     Raises:
         DataError: naming the photo and the first fact that uses it, if it cannot be read.
     """
+
+    def see(fact: Fact) -> Seen:
+        photo = read_photo(folder, fact, photo_path)
+        return Seen(photo.size, photo.info[DIGEST])
+
     first = {}
     for fact in facts:
         first.setdefault(fact.photo, fact)
     with ThreadPoolExecutor(_READERS) as pool:
-        sizes = tqdm(
-            pool.map(lambda fact: read_photo(folder, fact, photo_path).size, first.values()),
-            "photos",
-            len(first),
-            unit="photo",
-        )
+        seen = tqdm(pool.map(see, first.values()), "photos", len(first), unit="photo")
         try:
-            return dict(zip(first, sizes, strict=True))
+            return dict(zip(first, seen, strict=True))
         except BaseException:  # an interrupt, too, waits for no other photo
             pool.shutdown(cancel_futures=True)
             raise

@@ -11,6 +11,7 @@ from, rated, evaluated, predicted on and shown.
 - Sixteen-bit grayscale is scaled, 65535 to 255; of a file with several pictures the first is read.
 """
 
+import hashlib
 import io
 import os
 
@@ -22,6 +23,7 @@ from morer1_jax.task.fact import DataError, one_line
 
 # Others that Pillow knows are no photos, or run programs to be read.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+DIGEST = "sha256"
 # What undoes an orientation of EXIF (CIPA DC-008, tag 274); 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,7 +44,7 @@ def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         name: what errors call it; by default the path.
 
     Returns:
-        The photo, RGB of 8 bits, upright.
+        The photo, RGB of 8 bits, upright; `info[DIGEST]` is the SHA-256 of the file's bytes.
 
     Raises:
         DataError: it cannot be read, is damaged, is larger than Pillow's guard against
@@ -70,7 +72,8 @@ def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         raise DataError(
             f"{name}: cannot be read: {one_line(e)}; expected a whole photo, copy it anew"
         ) from e
-    photo.info.clear()  # Its orientation, for one, holds no more.
+    # What the file says else, such as the orientation, holds no more.
+    photo.info = {DIGEST: hashlib.sha256(data).hexdigest()}
     return photo
 
 

@@ -1,10 +1,12 @@
 """Kept features: the same numbers as pixels give, where they may be kept at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from morer1_jax.learn.scorer import ScoreConfig, sequence_logprobs
 from morer1_jax.run import features
@@ -97,3 +99,34 @@ def test_a_damaged_index_is_named(config, tmp_path):
     (tmp_path / "features" / "index.json").write_text('{"facts": {')
     with pytest.raises(DataError, match=r"features: features cannot be read .* delete the folder"):
         again.encoder.sample(again.facts["train"][0])
+
+
+def test_features_of_other_photos_or_pixel_limits_are_named(job, config, tmp_path, small_world):
+    """A run keeps them beside its digests; a folder copied from another run has none of those."""
+    folder = tmp_path / "data"
+    shutil.copytree(small_world, folder)
+    shutil.copytree(job.features.folder, tmp_path / "features")
+    changed = config.copy_and_resolve_references()
+    changed.data.folder = str(folder)
+    features.feature_store(Job(settings(changed), tmp_path))  # The same photos in another place.
+    photo = job.facts["valid"][0].photo
+    with Image.open(folder / "img_org" / photo) as before:
+        ImageOps.invert(before).save(folder / "img_org" / photo)
+    stale = rf"{tmp_path}/features: features of another img_org/{photo} found.* delete the folder"
+    with pytest.raises(DataError, match=stale):
+        features.feature_store(Job(settings(changed), tmp_path))
+    changed.data.update(folder=str(small_world), crop_margin=0.3)
+    with pytest.raises(DataError, match="features of another pixel limits or crop found"):
+        features.feature_store(Job(settings(changed), tmp_path))
+
+
+def test_features_that_do_not_say_what_they_were_made_of_are_refused_at_the_start(
+    job, config, tmp_path
+):
+    shutil.copytree(job.features.folder, tmp_path / "features")
+    path = tmp_path / "features" / "index.json"
+    described = json.loads(path.read_text())
+    del described["made_of"]
+    path.write_text(json.dumps(described))
+    with pytest.raises(DataError, match=r"features that do not say of which .*delete the folder"):
+        Job(settings(config), tmp_path).check()

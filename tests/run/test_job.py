@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.job import Job
@@ -103,6 +104,36 @@ def test_good_data_passes_and_a_prompt_beyond_its_bucket_does_not(config, tmp_pa
     config.data.prompt_length = 50
     with pytest.raises(DataError, match=r"^train:1: its prompt has .*data\.prompt_length"):
         Job(settings(config), tmp_path).check()
+
+
+def test_what_was_replaced_since_the_run_began_is_named(config, tmp_path, small_world):
+    """Photos of any split, of the same name and size; and the tokenizer, which is in no dataset."""
+    folder, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(small_world, folder)
+    config.data.folder = str(folder)
+
+    def check():
+        Job(settings(config), workdir).check()
+
+    check()
+    before = (workdir / "data.json").read_bytes()
+    job = Job(settings(config), workdir)
+    photos = [f"img_org/{job.facts[split][-1].photo}" for split in more.SPLITS]
+    for name in photos:
+        kept = (folder / name).read_bytes()
+        with Image.open(folder / name) as photo:
+            ImageOps.invert(photo).save(folder / name)
+        with pytest.raises(DataError, match=rf"^{folder}: {name} changed since .* put what was"):
+            check()
+        (folder / name).write_bytes(kept)
+    path = workdir / "tokenizer" / "tokenizer.json"
+    kept = path.read_text()
+    path.write_text(kept.replace('"NFC"', '"NFKC"'))
+    with pytest.raises(DataError, match=r"tokenizer/tokenizer\.json changed since"):
+        check()
+    path.write_text(kept)
+    assert (workdir / "data.json").read_bytes() == before
+    check()
 
 
 def test_a_hidden_title_beyond_its_bucket_is_found_before_any_stage(config, tmp_path, small_world):

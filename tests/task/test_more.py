@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import time
 
@@ -255,6 +256,17 @@ def test_photos_are_decoded_once_each(folder, monkeypatch):
         "train/2.jpg": (64, 48),
     }
     assert sorted(opened) == ["1.jpg", "2.jpg"]
+
+
+def test_a_photos_digest_is_that_of_its_file(folder):
+    before = more.see_photos([FACT], folder)["train/1.jpg"]
+    path = folder / "img_org" / "train" / "1.jpg"
+    assert before == ((40, 30), hashlib.sha256(path.read_bytes()).hexdigest())
+    Image.effect_noise((40, 30), 60).convert("RGB").save(path)
+    after = more.see_photos([FACT], folder)
+    assert after["train/1.jpg"].size == before.size
+    assert after["train/1.jpg"].digest != before.digest
+    assert more.photo_digests(after) == {"img_org/train/1.jpg": after["train/1.jpg"].digest}
 
 
 def test_sizes_are_those_of_photos_upright(folder):
