@@ -339,6 +339,27 @@ def test_a_rating_of_no_training_fact_is_named_with_its_line(config, workdir):
         run_grpo(Job(settings(config), workdir), None)
 
 
+def test_pass_rates_that_changed_since_grpo_began_are_named(config, workdir, monkeypatch):
+    """The pools follow from them, and the batches from the pools."""
+
+    class Began(Exception):
+        pass
+
+    def begin(*_):
+        raise Began
+
+    monkeypatch.setattr("morer1_jax.run.grpo.prompt_shapes", begin)
+    job = Job(settings(config), workdir)
+    rate_as(workdir, *(rating(fact.id, "hard") for fact in job.facts["train"]))
+    for _ in range(2):
+        with pytest.raises(Began):
+            run_grpo(job, None)
+    path = workdir / "rate" / "ratings.jsonl"
+    path.write_text(path.read_text().replace("0.5", "0.25", 1))
+    with pytest.raises(DataError, match=rf"^{workdir}: rate/ratings\.jsonl changed since"):
+        run_grpo(job, None)
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "morer1_jax.train", f"--config={TINY}", *arguments],
