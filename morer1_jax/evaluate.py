@@ -19,6 +19,7 @@ from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.evaluate import read_scores, write_scores
+from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.processes import check_alone
 from morer1_jax.run.report import write_report
@@ -45,11 +46,17 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     use_program_cache()
     check_alone()
-    data, out, split = epath.Path(_DATA.value), Path(_OUT.value), _SPLIT.value
-    name = _NAME.value
+    out, name = Path(_OUT.value), _NAME.value
     if name is None:
         name = Path(_CHECKPOINT.value).resolve().name
-    _check_out(out, split, name)
+    check_writable(out / "eval", folder=True)
+    with hold(out, folder=True):
+        _check_out(out, _SPLIT.value, name)
+        _evaluate(epath.Path(_DATA.value), out, _SPLIT.value, name)
+
+
+def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
+    """Scores a split, into a folder that is this process's."""
     labels = data / LABELS
     facts = more.read_split(data, split, more.read_ontology(data))
     student = open_student(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
@@ -73,11 +80,9 @@ def _check_out(out: Path, split: str, name: str) -> None:
 
     Raises:
       ConfigError: the folder has answers to another split's facts, or scores of this name.
-      OSError: nothing can be written there.
     """
     if not name or name != Path(name).name:
         raise ConfigError(f"--name={name}: a name without / expected, it becomes a file's")
-    check_writable(out / "eval", folder=True)
     scores = out / "eval" / f"{name}.json"
     if scores.exists():
         raise ConfigError(f"{scores}: exists already; delete it, or give another --name or --out")

@@ -109,6 +109,24 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     sync_path(path.parent)
 
 
+def remove(path: str | os.PathLike[str]) -> None:
+    """Deletes a file or a folder, if it is there.
+
+    Its name goes first, so that who is killed meanwhile leaves no half of a folder under it.
+    """
+    path, grave = Path(path), temporary_path(path)
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if grave.exists():
+        shutil.rmtree(grave)
+    os.rename(path, grave)
+    sync_path(path.parent)
+    shutil.rmtree(grave)
+
+
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty folder to fill, which becomes `path` when the block ends without an error.

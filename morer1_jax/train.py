@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +21,18 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from morer1_jax.files import check_writable
+from morer1_jax.files import check_writable, remove
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.cache import use_program_cache
-from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.checkpoint import Checkpointer, check_saves
+from morer1_jax.run.config import FILE as CONFIG_FILE
 from morer1_jax.run.config import ConfigError, identity, load, run_main
 from morer1_jax.run.control import run_control
 from morer1_jax.run.evaluate import evaluate, read_scores
 from morer1_jax.run.grpo import run_grpo
 from morer1_jax.run.job import Job
+from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.processes import check_alone
 from morer1_jax.run.rate import check_given, run_rate
@@ -58,6 +61,8 @@ _DEPENDS = {
     "control": (*_SFT, "rate", "grpo", "control"),
     "evaluate": (*_SFT, "rate", "grpo", "baselines", "evaluate"),
 }
+# What a run has in its workdir before the first step; the config first, which binds it.
+_BEGUN = (CONFIG_FILE, "data.json", "tokenizer", "synthesise", "data")
 
 
 def best_params(job: Job, stage: str) -> Any:
@@ -107,6 +112,13 @@ def train(config: Any, workdir: Path) -> None:
     job = Job(settings(config), workdir)
     check_writable(workdir, folder=True)
     job.checkpoint  # noqa: B018  (looked at before anything is written)
+    with hold(workdir, folder=True):
+        _train(config, job)
+
+
+def _train(config: Any, job: Job) -> None:
+    """Runs the config's stages in a workdir that is this process's."""
+    workdir = job.workdir
 
     def stage_of(name: str) -> Stage:
         return Stage(workdir, name, identity(config, _DEPENDS[name]))
@@ -149,25 +161,47 @@ def train(config: Any, workdir: Path) -> None:
             if "rate" in filter(to_run, rest):
                 check_given(job)
             job.check()
+            check_saves(workdir)
     for name in rest:
         run(name)
 
 
 @contextlib.contextmanager
 def _start(workdir: Path) -> Iterator[None]:
-    """If the block fails, what it added to the workdir is gone.
+    """If the block fails or is interrupted, what it made of a run is gone, and nothing else.
 
     Otherwise the command could not be corrected: the workdir would belong to the one that failed.
     """
-    made, before = not workdir.exists(), set(workdir.glob("*"))
+    new = [workdir / name for name in _BEGUN if not (workdir / name).exists()]
+    try:
+        with _ended_by_signals():
+            yield
+    except BaseException:
+        for path in new:
+            remove(path)
+        raise
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """What would end the process at once ends the block in order, as Ctrl-C does."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if main and signal.getsignal(number) == signal.SIG_DFL  # Not if nohup ignores it.
+    ]
+    for number in numbers:
+        signal.signal(number, end)
     try:
         yield
-    except BaseException:
-        for path in set(workdir.glob("*")) - before:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if made and workdir.exists():
-            workdir.rmdir()
-        raise
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _check_order(job: Job, done: Callable[[str], bool]) -> None:

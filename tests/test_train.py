@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,53 @@ def test_a_command_may_be_corrected_after_a_start_that_failed(
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def test_a_second_run_is_refused_and_takes_nothing_from_the_first(config, workdir, monkeypatch):
+    bad = config.copy_and_resolve_references()
+    bad.data.folder = "none"
+
+    def second(job):
+        (workdir / "sft").mkdir()
+        before = {path for path in workdir.rglob("*") if path.is_file()}
+        for other in (config, bad):
+            with pytest.raises(ConfigError, match=f"run: process {os.getpid()} on .* writes into"):
+                train(other, workdir)
+        assert {path for path in workdir.rglob("*") if path.is_file()} == before
+
+    monkeypatch.setattr("morer1_jax.train.run_sft", second)
+    train(config, workdir)
+    assert {"config.json", "data.json", "sft", "synthesise", "tokenizer"} == {
+        path.name for path in workdir.iterdir()
+    }
+    train(config, workdir)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda: os.kill(os.getpid(), signal.SIGTERM),  # As a scheduler does.
+        lambda: os.kill(os.getpid(), signal.SIGHUP),  # As a terminal does that is closed.
+        interrupt,
+    ],
+)
+def test_a_start_that_is_ended_takes_what_it_made_and_no_more(config, workdir, monkeypatch, end):
+    config.data.folder = None
+    workdir = workdir / "deep"
+
+    def check(job):
+        assert (workdir / "config.json").exists()
+        assert (workdir / "data" / "rel2id.json").exists()
+        (workdir / "out.txt").write_text("of `… | tee`")
+        end()
+
+    monkeypatch.setattr(Job, "check", check)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        train(config, workdir)
+    if ended.type is SystemExit:
+        assert ended.value.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP)
+    assert [path.name for path in workdir.iterdir()] == ["out.txt"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from absl import flags
 from morer1_jax.files import check_writable
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.export import export
+from morer1_jax.run.lock import hold
 from morer1_jax.run.processes import check_alone
 from morer1_jax.run.student import open_student
 
@@ -31,10 +32,12 @@ def main(argv: list[str]) -> None:
     del argv
     check_alone()
     check_writable(_OUT.value, folder=True)
-    if Path(_OUT.value).exists():
-        raise ConfigError(f"--out={_OUT.value}: exists already; delete it or name another folder")
-    student = open_student(_CHECKPOINT.value, labels=_LABELS.value)
-    export(student, _OUT.value, dtype=_DTYPE.value, shard_bytes=_SHARD.value * 1_000_000)
+    out = Path(_OUT.value)
+    with hold(out):
+        if out.exists():
+            raise ConfigError(f"--out={out}: exists already; delete it or name another folder")
+        student = open_student(_CHECKPOINT.value, labels=_LABELS.value)
+        export(student, out, dtype=_DTYPE.value, shard_bytes=_SHARD.value * 1_000_000)
     print(f"written: {_OUT.value}")
 
 

@@ -15,6 +15,7 @@ from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.digests import of_lines
+from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.processes import check_alone
 from morer1_jax.run.rate import rate
@@ -46,8 +47,15 @@ def main(argv: list[str]) -> None:
     check_alone()
     out = Path(_OUT.value)
     check_writable(out)
-    if out.exists():
-        raise ConfigError(f"--out={out}: exists already; delete it or name another file")
+    with hold(out):
+        if out.exists():
+            raise ConfigError(f"--out={out}: exists already; delete it or name another file")
+        _rate(out)
+    print(f"written: {out}")
+
+
+def _rate(out: Path) -> None:
+    """Rates, into a file that is this process's."""
     data = epath.Path(_DATA.value)
     facts = more.read_split(data, "train", more.read_ontology(data))
     try:
@@ -78,7 +86,6 @@ def main(argv: list[str]) -> None:
     identity |= {"checkpoint": student.digest, "data": more.digests(data)}
     identity["photos"] = of_lines(seen.digest for seen in photos.values())
     rate(asker, student.params, facts, config, out, identity)
-    print(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from morer1_jax.files import check_writable
 from morer1_jax.run.config import ArgumentParser, run_main
+from morer1_jax.run.lock import hold
 from morer1_jax.run.processes import check_alone
 from morer1_jax.run.study import run_study
 
@@ -33,7 +34,8 @@ def main(_: list[str]) -> None:
     arguments, overrides = parser.parse_known_args(sys.argv[1:])
     check_alone(devices=False)  # each run's process takes them
     check_writable(arguments.folder, folder=True)
-    run_study(arguments.config, arguments.folder, arguments.seeds, overrides)
+    with hold(arguments.folder, folder=True):
+        run_study(arguments.config, arguments.folder, arguments.seeds, overrides)
 
 
 if __name__ == "__main__":

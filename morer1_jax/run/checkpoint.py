@@ -17,24 +17,30 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from morer1_jax.files import atomic_dir, atomic_write, sync_path, temporary_path
+from morer1_jax.files import atomic_dir, atomic_write, remove, temporary_path
 from morer1_jax.run.mesh import path_name
-from morer1_jax.task.fact import DataError
+from morer1_jax.task.fact import DataError, one_line
 
 PyTree = Any
 
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
+# What orbax merges all processes' arrays into, last of all; without it none can be read.
+_MERGED = f"{ARRAYS}/manifest.ocdbt"
+# Paths that mean the same to a file system, a glob and a URL.
+_PLAIN = re.compile(r"(/[\w.,=+@-]+)+", re.ASCII)
 _FORMAT = 1
 _DIGEST_THREADS = 8
 
@@ -86,7 +92,7 @@ class Checkpointer:
             whole = [found for found in _steps(self.folder) if _manifest(self._path(found))]
             for found in _steps(self.folder):
                 if found < step and found not in whole[: self.keep]:
-                    _remove(self._path(found))
+                    remove(self._path(found))
 
     def save_best(self, step: int, params: PyTree, metric: float) -> bool:
         """Keeps `params` if `metric` is the highest so far; the earlier of equals stays.
@@ -102,7 +108,7 @@ class Checkpointer:
         if _is_first():
             for found in _steps(best_folder):
                 if found != step:
-                    _remove(_step_path(best_folder, found))
+                    remove(_step_path(best_folder, found))
         return True
 
     def latest(self) -> int | None:
@@ -168,10 +174,13 @@ class Checkpointer:
             for unfinished in path.parent.glob(".step_*.tmp"):
                 shutil.rmtree(unfinished)
             if path.exists():  # Not whole: of a whole one the callers know.
-                _remove(path)
+                remove(path)
         with atomic_dir(path) if first else contextlib.nullcontext(temporary_path(path)) as folder:
-            self._orbax.save(folder / ARRAYS, args=ocp.args.PyTreeSave(leaves))
+            with _plain(folder) as at:
+                self._orbax.save(at / ARRAYS, args=ocp.args.PyTreeSave(leaves))
+                saved = self._orbax.metadata(at / ARRAYS).item_metadata
             if first:
+                _check_saved(path, body["leaves"], {} if saved is None else saved.tree)
                 names = sorted(
                     os.path.relpath(os.path.join(parent, name), folder)
                     for parent, _, files in os.walk(folder)
@@ -203,14 +212,78 @@ class Checkpointer:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
             for name, leaf in wanted.items()
         }
-        arrays = self._orbax.restore(
-            path / ARRAYS,
-            args=ocp.args.PyTreeRestore(
-                item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
-            ),
-        )
+        with _plain(path) as at:
+            arrays = self._orbax.restore(
+                at / ARRAYS,
+                args=ocp.args.PyTreeRestore(
+                    item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
+                ),
+            )
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
         return tree, manifest["extra"]
+
+
+def check_saves(workdir: Path) -> None:
+    """Saves a small checkpoint, reads it back and deletes it.
+
+    So a path or a disk with which that fails is found before the work that is to be saved.
+
+    Raises:
+      CheckpointError: it fails.
+    """
+    trial = workdir / ".checkpoint-to-try-it-out"  # A path as long as any stage's.
+    state = {"a": jnp.arange(3.0), "b": {"c": jnp.ones((2, 2), jnp.bfloat16)}}
+    shutil.rmtree(trial, ignore_errors=True)  # Of a run that was killed meanwhile.
+    try:
+        checkpoints = Checkpointer(trial / "best")
+        checkpoints.save(1, state)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        found, _ = checkpoints.restore(1, like)
+        same = jax.tree.map(
+            lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), state, found
+        )
+        if not all(jax.tree.leaves(same)):
+            raise CheckpointError("other numbers were read than were saved")
+    except Exception as error:  # Of orbax, tensorstore and the file system.
+        raise CheckpointError(
+            f"{workdir}: no checkpoint can be saved there and read back: {one_line(error)}; use "
+            "another --workdir"
+        ) from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _plain(folder: Path) -> Iterator[Path]:
+    """The folder under a name that libraries take for no more than that.
+
+    Orbax globs its own path and tensorstore reads a URL in it, so a bracket, a backslash or a colon
+    leads elsewhere, or nowhere without a word.
+    """
+    if _PLAIN.fullmatch(str(folder)):
+        yield folder
+        return
+    places = (tempfile.gettempdir(), "/tmp", "/var/tmp")
+    place = next((place for place in places if _PLAIN.fullmatch(place)), None)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=place) as temporary:
+        link = Path(temporary) / "folder"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+
+
+def _check_saved(path: Path, wanted: Mapping[str, str], saved: Mapping[str, Any]) -> None:
+    """Finds out whether every leaf can be found again where orbax says that it has saved it.
+
+    Raises:
+      CheckpointError: one cannot.
+    """
+    for name, described in wanted.items():
+        found = _describe(saved[name]) if name in saved else "nothing"
+        if found != described:
+            raise CheckpointError(
+                f"{path}: {name}: {described} saved, {found} found; older checkpoints are "
+                "kept, use a --workdir on another disk or of another name"
+            )
 
 
 def _is_first() -> bool:
@@ -253,7 +326,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((path / MANIFEST).read_bytes())
         body = found["body"]
-        whole = found["sha256"] == _json_digest(body)
+        whole = found["sha256"] == _json_digest(body) and _MERGED in body["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if whole and body["format"] != _FORMAT:
@@ -292,13 +365,3 @@ def _verify(path: Path, expected: Mapping[str, str]) -> None:
             f"{path / names[first_bad]}: missing or not what was saved (its SHA-256 differs); "
             f"delete {path} to go on from the checkpoint before it"
         )
-
-
-def _remove(path: Path) -> None:
-    """Deletes a checkpoint; its name goes first, so that a half of one is never seen."""
-    grave = temporary_path(path)
-    if grave.exists():
-        shutil.rmtree(grave)
-    os.rename(path, grave)
-    sync_path(path.parent)
-    shutil.rmtree(grave)

@@ -26,6 +26,7 @@ from morer1_jax.run.config import ConfigError
 from morer1_jax.run.dispatch import Desk, Dispatch
 from morer1_jax.run.endpoint import Endpoint, EndpointConfig
 from morer1_jax.run.journal import Began, Entry, Journal, read_journal
+from morer1_jax.run.lock import hold
 from morer1_jax.run.log import progress
 from morer1_jax.run.request import JPEG_QUALITY, Request, build_request
 from morer1_jax.task import more
@@ -159,7 +160,8 @@ class Writer:
           ConfigError, DataError: what the user can put right, in one line.
         """
         endpoint = Endpoint(self.config.endpoint)
-        with Journal(self.config.folder / JOURNAL, self.identity) as journal:
+        path = self.config.folder / JOURNAL
+        with hold(path), Journal(path, self.identity) as journal:
             if journal.repaired:
                 print(f"{journal.repaired}: torn when a run was killed; cut off")
             journal.add(self._replay(journal.entries))

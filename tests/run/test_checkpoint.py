@@ -1,10 +1,16 @@
+import hashlib
+import json
 import logging
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import flax.struct
 import jax
@@ -14,7 +20,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from morer1_jax.run.checkpoint import Checkpointer, CheckpointError
+from morer1_jax.run.checkpoint import Checkpointer, CheckpointError, check_saves
 from morer1_jax.run.mesh import make_mesh, state_shardings
 from morer1_jax.task.fact import DataError
 
@@ -228,6 +234,107 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert params["x"].tolist() == [2, 2]
     assert extra == {"metric": 0.7}
     assert os.listdir(tmp_path / "best") == ["step_00000002"]
+
+
+ODD = (
+    "lr=[1e-5]",
+    "1234[1].pbs",
+    "back\\slash",
+    "a*?b",
+    "gs:",
+    "50% #1 ~",
+    "line\n",
+    "e\u0301 日本 😀",
+    "\udcff",  # No UTF-8.
+    "/".join(["deep" * 40] * 5),
+)
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch, name):
+    # A temporary folder of a batch job's may be as odd.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    checkpointer = Checkpointer(tmp_path / name)
+    state = make_state(1)
+    checkpointer.save(1, state)
+    assert checkpointer.save_best(1, state.params, 0.5)
+    again = Checkpointer(tmp_path / name)
+    assert_equal(again.restore(None, like(state))[0], state)
+    assert_equal(again.restore_best(like(state.params))[0], state.params)
+    assert sorted(os.listdir(tmp_path / name)) == ["best", "step_00000001"]
+
+
+def test_two_slashes_before_a_path_are_one(tmp_path):
+    checkpointer = Checkpointer(f"/{tmp_path}")
+    checkpointer.save(1, {"x": jnp.ones(2)})
+    assert checkpointer.restore(1, like({"x": jnp.ones(2)}))[0]["x"].tolist() == [1, 1]
+
+
+def test_a_name_that_is_a_glob_matches_no_other_folder(tmp_path):
+    """What another run, killed while it saved, left under a name that the glob matches."""
+    killed, mine = Checkpointer(tmp_path / "lr=1"), Checkpointer(tmp_path / "lr=?")
+    killed.save(1, {"x": jnp.zeros(3)})
+    left = tmp_path / "lr=1" / ".step_00000001.tmp" / "arrays.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "lr=1" / "step_00000001" / "arrays", left)
+    (left / "ocdbt.process_0").rename(left / "ocdbt.process_9")
+    mine.save(1, {"x": jnp.ones(3)})
+    assert mine.restore(1, like({"x": jnp.ones(3)}))[0]["x"].tolist() == [1, 1, 1]
+    whole = sum(path.stat().st_size for path in files(tmp_path / "lr=1" / "step_00000001"))
+    assert sum(path.stat().st_size for path in files(tmp_path / "lr=?")) < 1.5 * whole
+
+
+def as_it_is(monkeypatch):
+    """Gives orbax the path as it is, so that it merges nothing in a folder such as `[1]`."""
+    monkeypatch.setattr("morer1_jax.run.checkpoint._PLAIN", re.compile("(?s:.*)"), raising=False)
+
+
+def test_what_cannot_be_found_again_is_no_checkpoint_and_the_older_stay(tmp_path, monkeypatch):
+    folder = tmp_path / "[1]"
+    checkpointer = Checkpointer(folder, keep=1)
+    state = {"x": jnp.ones(3), "y": {"z": jnp.zeros(2)}}
+    checkpointer.save(1, state)
+    as_it_is(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"x: float32\[3\] saved, nothing found; older ch"):
+        checkpointer.save(2, state)
+    assert os.listdir(folder) == ["step_00000001"]
+    with pytest.raises(CheckpointError, match="saved, nothing found"):
+        checkpointer.save_best(2, state, 1.0)
+    assert checkpointer.best() is None
+
+
+def test_a_checkpoint_that_was_never_merged_is_not_whole(tmp_path):
+    """Earlier versions gave it digests and a manifest as any other."""
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, {"x": jnp.full(3, 1.0)})
+    checkpointer.save(2, {"x": jnp.full(3, 2.0)})
+    path = tmp_path / "step_00000002"
+    (path / "arrays" / "manifest.ocdbt").unlink()
+    body = json.loads((path / "manifest.json").read_bytes())["body"]
+    del body["files"]["arrays/manifest.ocdbt"]
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({"sha256": digest, "body": body}))
+    assert checkpointer.latest() == 1
+    assert checkpointer.restore(None, like({"x": jnp.ones(3)}))[0]["x"].tolist() == [1, 1, 1]
+
+
+def test_that_checkpoints_can_be_saved_is_tried_out(tmp_path, monkeypatch):
+    (tmp_path / ".checkpoint-to-try-it-out" / "best" / "step_00000001").mkdir(parents=True)
+    check_saves(tmp_path)
+    assert os.listdir(tmp_path) == []
+    as_it_is(monkeypatch)
+    odd = tmp_path / "[1]"
+    with pytest.raises(CheckpointError) as error:
+        check_saves(odd)
+    assert str(error.value).startswith(f"{odd}: no checkpoint can be saved there and read ba")
+    assert str(error.value).endswith("; use another --workdir")
+    assert "\n" not in str(error.value)
+    assert os.listdir(odd) == []
+    deep = str(tmp_path)
+    while len(deep) < 4050:
+        deep += "/" + "d" * min(200, 4050 - len(deep))
+        os.mkdir(deep)
+    with pytest.raises(CheckpointError, match="File name too long; use another --workdir"):
+        check_saves(Path(deep))
 
 
 # Prints a step once its save has returned; the state is a function of the step alone.
