@@ -245,9 +245,10 @@ def check_saves(workdir: Path) -> None:
         if not all(jax.tree.leaves(same)):
             raise CheckpointError("other numbers were read than were saved")
     except Exception as error:  # Of orbax, tensorstore and the file system.
+        why = getattr(error, "strerror", None) or one_line(error)
         raise CheckpointError(
-            f"{workdir}: no checkpoint can be saved there and read back: {one_line(error)}; use "
-            "another --workdir"
+            f"{workdir}: no checkpoint can be saved there and read back: {why}; use another "
+            "--workdir"
         ) from error
     finally:
         shutil.rmtree(trial, ignore_errors=True)
