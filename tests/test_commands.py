@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from morer1_jax.run.lock import hold
+
 ROOT = Path(__file__).parents[1]
 PREDICT, EVALUATE = "morer1_jax.predict", "morer1_jax.evaluate"
 RATE, CONVERT, TFDS, STUDY = (
@@ -107,6 +109,31 @@ def test_one_of_several_processes_is_refused_before_any_work(command, folder, mo
     )
     assert out == ""
     assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (*SCORE, "--out=scores", "--name=mine"),
+        (RATE, "--checkpoint=none", "--data=none", "--out=new"),
+        (CONVERT, "--checkpoint=none", "--out=new"),
+        (TFDS, "--folder=none", "--data_dir=new"),
+        (STUDY, "--folder=runs"),
+    ],
+    ids=lambda args: Path(args[0]).stem,
+)
+def test_who_writes_already_is_named(command, folder, args):
+    given = dict(arg.split("=") for arg in args[1:])
+    out = folder / next(
+        given[name] for name in ("--out", "--data_dir", "--folder") if name in given
+    )
+    with hold(out, folder=args[0] not in (RATE, CONVERT)):
+        before = tree(folder)
+        _, err = command(*args, code=2)
+        assert err.startswith(f"error: {out}: process {os.getpid()} on ")
+        assert err.endswith(" writes into it; wait until it has ended, or name another\n")
+        assert err.count("\n") == 1
+        assert tree(folder) == before
 
 
 def test_a_checkpoint_is_sought_on_the_hub_only_where_none_here_is_meant(

@@ -12,6 +12,7 @@ to be the same on both sides. PyTorch runs as it comes and in the faster forms o
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from morer1_jax.bench.turns import Timing
 from morer1_jax.files import check_writable
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.extras import needs_extra
+from morer1_jax.run.lock import hold
 from morer1_jax.run.processes import check_alone
 
 _PRESET = flags.DEFINE_enum("preset", "small", sorted(PRESETS), "Sizes.")
@@ -61,13 +63,15 @@ def main(argv: list[str]) -> None:
     check_needs(chosen, forms)
     results = compare.Results(preset, device_name())
     out = None if _OUT.value is None else Path(_OUT.value)
+    held = contextlib.nullcontext()
     if out is not None:
         check_writable(out, folder=True)
-        out.mkdir(parents=True, exist_ok=True)
-        results = compare.Results.read(out / "bench.json", preset, device_name())
-    for task in sides:
-        results.check_replaceable(task, sides[task])
-    with tempfile.TemporaryDirectory() as folder:
+        held = hold(out, folder=True)
+    with held, tempfile.TemporaryDirectory() as folder:
+        if out is not None:
+            results = compare.Results.read(out / "bench.json", preset, device_name())
+        for task in sides:
+            results.check_replaceable(task, sides[task])
         model = Path(folder) / "model"
         write_model(preset, model)
         given = [f"--folder={model}", f"--preset={_PRESET.value}"]

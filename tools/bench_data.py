@@ -9,6 +9,7 @@ With `--json`, what was measured when it was cut off is not measured again.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ml_collections import config_flags
 from morer1_jax.files import check_writable
 from morer1_jax.run.config import run_main
 from morer1_jax.run.extras import needs_extra
+from morer1_jax.run.lock import hold
 from morer1_jax.run.processes import check_alone
 from morer1_jax.run.settings import settings
 
@@ -34,7 +36,8 @@ def main(argv: list[str]) -> None:
     with needs_extra("bench"):
         from morer1_jax.run.bench_data import run_bench
     out = None if _JSON.value is None else Path(_JSON.value)
-    with tempfile.TemporaryDirectory() as workdir:
+    held = contextlib.nullcontext() if out is None else hold(out)
+    with held, tempfile.TemporaryDirectory() as workdir:
         results = run_bench(settings(_CONFIG.value), Path(workdir), out=out)
     for name, figures in results.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))

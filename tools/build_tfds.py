@@ -5,10 +5,14 @@ python tools/build_tfds.py --folder=data/MORE --data_dir=data/tfds
 
 from __future__ import annotations
 
+import contextlib
+
 from absl import flags
 
+from morer1_jax.files import check_writable
 from morer1_jax.run.config import run_main
 from morer1_jax.run.extras import needs_extra
+from morer1_jax.run.lock import hold
 from morer1_jax.run.processes import check_alone
 
 _FOLDER = flags.DEFINE_string("folder", None, "MORE's folder, local or in a bucket.", required=True)
@@ -21,7 +25,13 @@ def main(argv: list[str]) -> None:
     check_alone(devices=False)
     with needs_extra("tfds"):
         from morer1_jax.data.more_tfds import build
-    folders = build(_FOLDER.value, _DATA_DIR.value)
+    data_dir = _DATA_DIR.value
+    held = contextlib.nullcontext()
+    if "://" not in data_dir:  # A bucket knows no locks.
+        check_writable(data_dir, folder=True)
+        held = hold(data_dir, folder=True)
+    with held:
+        folders = build(_FOLDER.value, data_dir)
     print(f"written: {' and '.join(folders)}")
     print(f"to load: tfds.builder_from_directory({folders[0]!r}).as_data_source(split='train')")
 

@@ -16,9 +16,22 @@ from fsspec.implementations.memory import MemoryFileSystem
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.endpoint import EndpointError
+from morer1_jax.run.lock import hold
 from morer1_jax.run.writer import Writer
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError
+
+
+def test_who_writes_already_is_named_before_anything_is_asked(teacher, teachable, settings):
+    folder, facts = teachable(2)
+    teacher.set(facts)
+    with hold(folder / "journal.jsonl"):
+        with pytest.raises(ConfigError, match=rf"journal\.jsonl: process {os.getpid()} on "):
+            Writer(settings(folder, count=2)).run()
+        assert not (folder / "journal.jsonl").exists()
+    assert teacher.log() == []
+    assert Writer(settings(folder, count=2)).run() == 0
+    assert not list(folder.glob(".*"))
 
 
 def test_every_answer_is_kept_or_rejected_with_its_reason(
