@@ -34,7 +34,8 @@ def read_text(path: epath.PathLike) -> str:
       TextError: it is not UTF-8, or is of UTF-16.
     """
     data = epath.Path(path).read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+    # Without a mark, too, one of the first two bytes of UTF-16 is mostly zero.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
         raise TextError(f"{path}: UTF-16 or no text, expected UTF-8 text; save it as UTF-8")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:

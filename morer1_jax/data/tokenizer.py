@@ -88,6 +88,22 @@ class SpecialIds:
         return cls(*(vocabulary[name] for name in names))
 
 
+def check_labels(tokenizer: PreTrainedTokenizerFast, labels: Iterable[str]) -> None:
+    """Finds labels that the tokenizer changes: no answer could ever be read as one.
+
+    Raises:
+      DataError: naming the first of them.
+    """
+    for label in labels:
+        ids = tokenizer(label, add_special_tokens=False)["input_ids"]
+        written = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if written != label:
+            raise DataError(
+                f"label {label!r}: the tokenizer {tokenizer.name_or_path!r} writes it as "
+                f"{written!a}, expected {label!a}; rename it in rel2id.json and in the data"
+            )
+
+
 def train_tokenizer(
     texts: Iterable[str], vocabulary: int, folder: str | Path
 ) -> PreTrainedTokenizerFast:

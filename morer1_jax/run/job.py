@@ -330,6 +330,7 @@ class Job:
                 )
         if config.data.keep_features:
             check_frozen(self.parts)
+        self.policy  # noqa: B018  (finds labels that the tokenizer cannot write)
         self.needs  # noqa: B018  (finds what does not fit)
         if "baselines" in config.stages.split(","):
             # What stands for a hidden title may be longer than a short one.

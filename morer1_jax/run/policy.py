@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.data.tokenizer import SpecialIds, check_labels
 from morer1_jax.data.tokens import build_tables, token_bytes
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.vlm import Qwen25VL
@@ -22,6 +22,9 @@ from morer1_jax.task.ontology import Ontology
 
 class Policy:
     """What sampling, scoring and training of one model share.
+
+    Raises:
+      DataError: a label that the tokenizer cannot write.
 
     Attributes:
       special: ids of the tokens that are treated apart.
@@ -37,6 +40,7 @@ class Policy:
         self.ontology = ontology
         self.mesh = mesh
         self.special = SpecialIds.of(tokenizer)
+        check_labels(tokenizer, ontology.labels)
         self.replicated = NamedSharding(mesh, P())
         self.rows = meshes.batch_sharding(mesh)
 

@@ -8,14 +8,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from PIL import Image, ImageDraw
 
+from morer1_jax.files import TextError, read_text
 from morer1_jax.run.answers import Answer, Asker
 from morer1_jax.run.student import Student
 from morer1_jax.task import more
 from morer1_jax.task.answer import read_steps
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import DataError, Fact, composed
 from morer1_jax.task.ontology import NONE
 from morer1_jax.task.photo import open_photo
 
@@ -45,14 +47,16 @@ def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
             raise DataError(f"{key} is {given[key]!r}, expected text")
     if not isinstance(given["box"], list | tuple):
         raise DataError(f"box is {given['box']!r}, expected four numbers")
-    path = folder / given["image"]
-    if not path.is_file():
+    # A system may have another form of Unicode in its files' names than the one typed here.
+    forms = (given["image"], *(normalize(form, given["image"]) for form in ("NFC", "NFD")))
+    path = next((folder / form for form in forms if (folder / form).is_file()), None)
+    if path is None:
         raise DataError(
             f"no photo {given['image']!r} in {folder.absolute()}; give its path from there, or a "
             "whole one"
         )
     box = more.check_box(given["box"])
-    tokens, span = _words(given["title"], given["entity"])
+    tokens, span = _words(composed(given["title"]), composed(given["entity"]))
     entity = " ".join(tokens[slice(*span)])
     return Fact(f"question:{number}", tokens, entity, span, "object", box, str(path), NONE)
 
@@ -76,8 +80,10 @@ def read_questions(path: Path) -> list[Fact]:
       DataError: naming file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
+        lines = read_text(path).split("\n")
+    except TextError as e:
+        raise DataError(str(e)) from None
+    except OSError as e:
         raise DataError(f"{path}: {e}; expected a text file, a JSON object a line") from None
     facts = []
     for number, line in enumerate(lines, start=1):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from morer1_jax.files import atomic_write
+from morer1_jax.files import TextError, atomic_write, read_text
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import RateSettings
@@ -149,13 +149,15 @@ def read_ratings(path: Path) -> list[Rating]:
       DataError: the file is missing or empty, a line is not a rating, or a fact is there twice.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_text(path).rstrip().split("\n")
+    except TextError as error:
+        raise DataError(str(error)) from None
     except OSError as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise DataError(
             f"{path}: {found}; expected ratings, from the stage `rate` or tools/rate_difficulty.py"
         ) from None
-    if not lines:
+    if lines == [""]:
         raise DataError(f"{path}: empty, expected a rating a line")
     ratings, seen = [], set()
     for number, line in enumerate(lines, start=1):
@@ -165,9 +167,8 @@ def read_ratings(path: Path) -> list[Rating]:
         except (ValueError, TypeError):
             known = False
         if not known:
-            found = line[:80].decode(errors="replace")
             raise DataError(
-                f"{path}:{number}: {found!r} found, a rating "
+                f"{path}:{number}: {line[:80]!r} found, a rating "
                 '{"fact": …, "pass_rate": …, "pool": …} expected'
             )
         if rating.fact in seen:

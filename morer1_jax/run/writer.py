@@ -19,7 +19,7 @@ from typing import Any
 from etils import epath
 
 from morer1_jax.data.images import ImageConfig, ImageReader
-from morer1_jax.files import atomic_write
+from morer1_jax.files import atomic_write, read_text
 from morer1_jax.run.book import Book
 from morer1_jax.run.budget import Ledger, Prices, Size, Usage, money
 from morer1_jax.run.config import ConfigError
@@ -218,7 +218,7 @@ class Writer:
                 )
             return balanced(self.facts, config.count, config.seed)
         try:
-            lines = config.facts.read_text(encoding="utf-8").split("\n")
+            lines = read_text(config.facts).split("\n")
         except (OSError, ValueError) as error:
             raise DataError(f"--facts: {one_line(error)}; expected a fact's id a line") from None
         ids: dict[str, None] = {}

@@ -1,5 +1,6 @@
 """One fact: an object in a photo, an entity in the title, and the relation between them."""
 
+import unicodedata
 from dataclasses import dataclass
 
 # What to do where a bucket's client is not installed.
@@ -15,6 +16,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def composed(text: str) -> str:
+    """Text in Unicode's composed form (NFC), the one in which text is compared.
+
+    The model's tokenizers compose what they read, and macOS types and keeps decomposed letters.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
 @dataclass(frozen=True)
 class Fact:
     """One labelled pair of a visual object and a textual entity.
@@ -27,7 +36,8 @@ class Fact:
         entity_span: first word of the entity and the word after its last, indices in `tokens`.
         object_name: the dataset's name of the object, unique within its photo: `[OBJ0]`.
         box: the object's box as (x centre, y centre, width, height), fractions of the photo.
-        image: file name of the photo within its split's folder.
+        image: file name of the photo within its split's folder, as the folder has it; all other
+            text is composed.
         label: one of the ontology's labels.
     """
 

@@ -11,7 +11,6 @@ is not letter for letter the title's words under `h.pos`, and a box that leaves 
 `BOX_SLOP` of its side, which is clipped to the photo.  All else is an error of one line.
 """
 
-import ast
 import hashlib
 import json
 import os
@@ -25,8 +24,10 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
+from morer1_jax.files import TextError, read_text
 from morer1_jax.task.answer import Special, read
-from morer1_jax.task.fact import GET_CLIENT, DataError, Fact, one_line
+from morer1_jax.task.fact import GET_CLIENT, DataError, Fact, composed, one_line
+from morer1_jax.task.fields import fields, is_text, literal
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
 from morer1_jax.task.photo import DIGEST, open_photo
 from morer1_jax.task.prompt import SPECIAL_TOKEN
@@ -67,13 +68,17 @@ def write_ontology(folder: Path, ontology: Ontology) -> None:
 def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[Fact]:
     """Reads one split.  The photos must exist; `check_photos` decodes them.
 
+    Text is composed, and photos are found whichever form of Unicode their names have.
+
     Raises:
         DataError: naming file and line, if any line is not a whole and valid fact.
     """
     path = split_path(folder, split)
     lines = _read_lines(path)
+    photos: dict[str, list[str]] = {}
     try:
-        photos = {photo.name for photo in (epath.Path(folder) / "img_org" / split).iterdir()}
+        for photo in (epath.Path(folder) / "img_org" / split).iterdir():
+            photos.setdefault(composed(photo.name), []).append(photo.name)
     except OSError as e:
         raise DataError(f"{one_line(e)}; expected the folder of the photos of {path}") from e
     facts = []
@@ -131,7 +136,8 @@ class Seen(NamedTuple):
 
 def photo_digests(seen: Mapping[str, Seen]) -> dict[str, str]:
     """Those of `see_photos` in the form of `digests`."""
-    return {f"img_org/{photo}": found.digest for photo, found in seen.items()}
+    # A copy of the dataset on another system may have the names in another form.
+    return {f"img_org/{composed(photo)}": found.digest for photo, found in seen.items()}
 
 
 def read_photo(
@@ -219,7 +225,7 @@ def check_reasoning(
         records: pairs of a place, which errors name, and what was found there.
 
     Returns:
-        Fact id to text, in the records' order.
+        Fact id to text, composed, in the records' order.
 
     Raises:
         DataError: a record is no dict of exactly `fact` and `text`, its fact is unknown or was
@@ -230,15 +236,16 @@ def check_reasoning(
     texts: dict[str, str] = {}
     for place, record in records:
         try:
-            fact_id, text = _fields(record, "the record", {"fact": str, "text": str})
+            fact_id, text = fields(record, "the record", {"fact": str, "text": str})
             if fact_id not in golds:
                 raise DataError(f"fact {fact_id!r}: unknown, expected the id of a fact read")
             if fact_id in texts:
                 raise DataError(f"fact {fact_id!r}: occurs twice, expected one text a fact")
             if not text.strip():
                 raise DataError(f"fact {fact_id!r}: text is empty, expected written reasoning")
-            if not _is_text(text):
+            if not is_text(text):
                 raise DataError(f"fact {fact_id!r}: text holds a lone surrogate, expected Unicode")
+            text = composed(text)
             try:
                 _check_text(text, golds[fact_id], ontology)
             except DataError as e:
@@ -268,15 +275,17 @@ def write_reasoning(path: Path, texts: Mapping[str, str]) -> None:
     _write_lines(Path(path), [json.dumps({"fact": k, "text": v}) for k, v in texts.items()])
 
 
-def _parse_fact(fact_id: str, line: str, ontology: Ontology, photos: set[str]) -> Fact:
+def _parse_fact(
+    fact_id: str, line: str, ontology: Ontology, photos: Mapping[str, Sequence[str]]
+) -> Fact:
     """Checks one line's dict literal.  Messages lack file and line; the caller adds them."""
     keys = {"token": list, "h": dict, "t": dict, "img_id": str, "relation": str}
-    tokens, head, tail, image, label = _fields(_literal(line), "the line", keys)
-    entity_name, span = _fields(head, "h", {"name": str, "pos": (list, tuple)})
-    object_name, box = _fields(tail, "t", {"name": str, "box": (list, tuple)})
+    tokens, head, tail, image, label = fields(literal(line), "the line", keys)
+    entity_name, span = fields(head, "h", {"name": str, "pos": (list, tuple)})
+    object_name, box = fields(tail, "t", {"name": str, "box": (list, tuple)})
     if not tokens or not all(type(t) is str and t for t in tokens):
         raise DataError("token: expected a list of one or more words, none empty")
-    if not _is_text("".join((*tokens, entity_name, object_name))):
+    if not is_text("".join((*tokens, entity_name, object_name))):
         raise DataError("token or name: holds a lone surrogate, expected Unicode text")
     for key, name in (("h.name", entity_name), ("t.name", object_name)):
         if not name.strip():
@@ -287,66 +296,30 @@ def _parse_fact(fact_id: str, line: str, ontology: Ontology, photos: set[str]) -
         raise DataError(
             f"h.pos: {span!r}, expected 0 <= start < end <= {len(tokens)}, the title's words"
         )
-    if label not in ontology.ids:
+    if composed(label) not in ontology.ids:
         raise DataError(
             f"relation: unknown label {label!r}, expected one of the {len(ontology.labels)} of "
             "rel2id.json"
         )
-    if image not in photos:
+    names = photos.get(composed(image), [])
+    if not names:
         raise DataError(f"img_id: no photo {image!r} in the split's folder under img_org")
+    if image not in names and len(names) > 1:
+        raise DataError(
+            f"img_id: {image!a} found, but the split's folder under img_org has "
+            f"{' and '.join(map(ascii, names))}, the same name in other forms of Unicode; "
+            "expected one of them"
+        )
     return Fact(
         id=fact_id,
-        tokens=tuple(tokens),
-        entity_name=entity_name,
+        tokens=tuple(map(composed, tokens)),
+        entity_name=composed(entity_name),
         entity_span=(span[0], span[1]),
-        object_name=object_name,
+        object_name=composed(object_name),
         box=check_box(box),
-        image=image,
-        label=label,
+        image=image if image in names else names[0],
+        label=composed(label),
     )
-
-
-def _literal(line: str) -> Any:
-    try:
-        node = ast.parse(line.strip(), mode="eval").body
-        value = ast.literal_eval(node)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
-        problem = e.msg if isinstance(e, SyntaxError) else "not a literal"
-        raise DataError(f"malformed ({problem}), expected one Python dict literal a line") from e
-    if isinstance(node, ast.Dict):
-        for part in (node, *(v for v in node.values if isinstance(v, ast.Dict))):
-            keys = [k.value for k in part.keys if isinstance(k, ast.Constant)]
-            if len(set(keys)) < len(keys):
-                raise DataError("a key occurs twice in one dict, expected each once")
-    return value
-
-
-def _fields(value: Any, where: str, types: Mapping[str, type | tuple[type, ...]]) -> list[Any]:
-    """The values of a dict with exactly the given keys, each of its type, in the given order."""
-    if type(value) is not dict:
-        raise DataError(f"{where}: {type(value).__name__}, expected a dict of {', '.join(types)}")
-    for key in types:
-        if key not in value:
-            raise DataError(f"{where}: no key {key!r}, expected {', '.join(types)}")
-    for key in value:
-        if key not in types:
-            raise DataError(f"{where}: unexpected key {key!r}, expected {', '.join(types)}")
-    for key, expected in types.items():
-        if not isinstance(value[key], expected):
-            names = expected if isinstance(expected, tuple) else (expected,)
-            raise DataError(
-                f"{where}: {key} is of type {type(value[key]).__name__}, "
-                f"expected {' or '.join(t.__name__ for t in names)}"
-            )
-    return [value[key] for key in types]
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_box(box: Sequence[Any]) -> tuple[float, float, float, float]:
@@ -376,14 +349,13 @@ def check_box(box: Sequence[Any]) -> tuple[float, float, float, float]:
 def _read_lines(path: epath.PathLike) -> list[str]:
     """Lines of a UTF-8 file, split at newlines only: a title may hold U+2028 and the like."""
     try:
-        text = epath.Path(path).read_bytes().decode("utf-8")
+        text = read_text(path)
     except ImportError as e:
         raise DataError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
     except OSError as e:
         raise DataError(f"{path}: {one_line(e)}; expected a text file") from e
-    except UnicodeDecodeError as e:
-        number = e.object.count(b"\n", 0, e.start) + 1
-        raise DataError(f"{path}:{number}: not UTF-8, expected UTF-8 text") from e
+    except TextError as e:
+        raise DataError(str(e)) from None
     lines = text.rstrip().split("\n")
     if lines == [""]:
         raise DataError(f"{path}:1: empty, expected one fact a line")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from morer1_jax.task.fact import GET_CLIENT, DataError, one_line
+from morer1_jax.files import TextError, read_text
+from morer1_jax.task.fact import GET_CLIENT, DataError, composed, one_line
 
 NONE = "none"
 ENTITY_TYPES = ("per", "org", "loc", "misc")
@@ -75,23 +76,31 @@ class Ontology:
 def read_ontology_file(path: Path) -> Ontology:
     """Reads a `rel2id.json`: one JSON object, label to id, ids 0, 1, 2, … without gap.
 
+    Labels are composed, for only so can the model write them.
+
     Raises:
         DataError: the file is absent, not such an object, or a label or id is malformed.
     """
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
+        pairs = json.loads(read_text(path), object_pairs_hook=_Pairs)
     except ImportError as e:  # A bucket's client is not installed.
         raise DataError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
+    except TextError as e:
+        raise DataError(str(e)) from None
     except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"{path}: {one_line(e)}; expected a JSON object, label to id") from e
     if not isinstance(pairs, _Pairs):
         raise DataError(f"{path}: {type(pairs).__name__}, expected a JSON object, label to id")
     owner: dict[int, str] = {}
-    seen = set()
-    for label, i in pairs:
+    seen: dict[str, str] = {}
+    for written, i in pairs:
+        label = composed(written)
         if label in seen:
-            raise DataError(f"{path}: key {label!r} occurs twice, expected each label once")
-        seen.add(label)
+            found = "occurs twice"
+            if seen[label] != written:
+                found = f"and {seen[label]!a} are {written!a} in another form of Unicode"
+            raise DataError(f"{path}: key {label!r} {found}, expected each label once")
+        seen[label] = written
         if problem := _label_problem(label):
             raise DataError(f"{path}: key {label!r}: {problem}")
         if type(i) is not int:
@@ -123,6 +132,8 @@ class _Pairs(list):
 def _label_problem(label: str) -> str | None:
     if not label:
         return "empty, expected a label"
+    if label != composed(label):
+        return f"decomposed Unicode, expected {composed(label)!a} for {label!a}"
     if any(c.isspace() or c in "<>" or not c.isprintable() for c in label):
         return "holds white space, '<', '>' or a control character, which the answer tag cannot"
     if label != NONE and (len(parts := label.split("/", 3)) < 4 or parts[0] or not all(parts[1:])):

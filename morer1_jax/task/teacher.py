@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from morer1_jax.task.answer import STEPS, Special, read, read_steps
-from morer1_jax.task.fact import Fact
+from morer1_jax.task.fact import Fact, composed
 from morer1_jax.task.ontology import NONE, Ontology, label_types
 from morer1_jax.task.prompt import SPECIAL_TOKEN, question
 
@@ -172,9 +172,10 @@ def prompt_digest(ontology: Ontology) -> str:
 def unwrapped(text: str) -> str:
     """A written answer without what models put around it: white space and one code fence.
 
-    Nothing within is changed, and what remains must be exact for `fault` to accept it.
+    Nothing within is changed but that it is composed, and what remains must be exact for `fault` to
+    accept it.
     """
-    text = text.strip()
+    text = composed(text).strip()
     if fenced := _FENCED.fullmatch(text):
         text = fenced[1].strip()
     return text

@@ -1,6 +1,9 @@
 """Facts to arrays of fixed shapes: what stands where, and what does not fit."""
 
 import dataclasses
+import itertools
+import json
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -9,8 +12,10 @@ from morer1_jax.data import layout
 from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.images import ImageConfig, ImageReader
 from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.data.tokens import token_bytes
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError
+from morer1_jax.task.answer import Special, format_answer, read
+from morer1_jax.task.fact import DataError, Fact
 from morer1_jax.task.prompt import student_prompt
 
 IMAGES = ImageConfig(max_pixels=112 * 112)
@@ -255,3 +260,26 @@ def test_the_check_counts_what_batching_counts(make, facts, sizes, reasoning):
         small.needs(facts, sizes, reasoning)
     with pytest.raises(DataError, match=r"data\.prompt_length"):
         small.prompts([fact], [0])
+
+
+@pytest.mark.parametrize("forms", itertools.product(("NFC", "NFD"), repeat=3))
+def test_a_label_can_be_read_off_its_own_target_whatever_its_form_of_unicode(
+    small_tokenizer, tmp_path, forms
+):
+    """Of `rel2id.json`, of the facts, and of what was written about them."""
+    labels = [normalize(form, "/per/org/membre_d'\xe9quipe") for form in forms]
+    (tmp_path / "img_org" / "train").mkdir(parents=True)
+    (tmp_path / "img_org" / "train" / "1.jpg").touch()
+    (tmp_path / "rel2id.json").write_text(json.dumps({"none": 0, labels[0]: 1}))
+    fact = Fact("train:1", ("A",), "A", (0, 1), "[OBJ0]", (0.5, 0.5, 1.0, 1.0), "1.jpg", labels[1])
+    more.write_split(tmp_path, "train", [fact])
+    text = format_answer(["On."] * 6, labels[2])
+    more.write_reasoning(tmp_path / "reasoning.jsonl", {"train:1": text})
+    ontology = more.read_ontology(tmp_path)
+    facts = more.read_split(tmp_path, "train", ontology)
+    texts = more.read_reasoning(tmp_path / "reasoning.jsonl", facts, ontology)
+    target = small_tokenizer(texts["train:1"], add_special_tokens=False)["input_ids"]
+    pieces = token_bytes(small_tokenizer, len(small_tokenizer))
+    outcome = read([*(pieces[token] for token in target), Special.END], ontology.labels)
+    assert outcome.format
+    assert outcome.answer == ontology.ids[facts[0].label] == 1

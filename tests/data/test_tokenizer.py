@@ -5,12 +5,13 @@ import unicodedata
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.tokenizer import (
     SPECIAL_TOKENS,
     SpecialIds,
+    check_labels,
     load_tokenizer,
     train_tokenizer,
 )
@@ -119,6 +120,26 @@ def test_a_folder_that_is_there_is_not_written_over(trained):
     with pytest.raises(FileExistsError):
         train_tokenizer(["other"], 300, folder)
     assert contents(folder) == before
+
+
+def test_labels_that_a_tokenizer_changes_are_named(trained):
+    labels = ["none", "/per/org/\xe9quipe", "/a/b/\ufb01rst", "/a/b/\U00011938"]
+    check_labels(trained[0], labels)
+    # A tokenizer that takes more for the same than composing does, and one that drops marks.
+    for normalizer, bad, written in (
+        (normalizers.NFKC(), labels[2], "'/a/b/first'"),
+        (
+            normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+            labels[1],
+            "equipe",
+        ),
+    ):
+        other = load_tokenizer(trained[1])
+        other.backend_tokenizer.normalizer = normalizer
+        with pytest.raises(DataError) as error:
+            check_labels(other, labels)
+        assert str(error.value).startswith(f"label {bad!r}: the tokenizer ")
+        assert written in str(error.value)
 
 
 def test_a_tokenizer_of_another_family_is_refused():

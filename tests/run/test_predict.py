@@ -1,6 +1,7 @@
 """Questions about photos of no dataset: how they are read, and how answers are shown."""
 
 import json
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -80,6 +81,35 @@ def test_a_key_that_is_missing_is_named(folder):
     given = {k: v for k, v in GIVEN.items() if k not in ("box", "title")}
     with pytest.raises(DataError, match=r"^no box, title, expected image, box, title"):
         question(1, given, folder)
+
+
+def test_what_is_asked_may_be_in_any_form_of_unicode(folder):
+    """macOS types and keeps letters and their marks apart; others do not."""
+    typed = {form: normalize(form, "\xe9t\xe9.jpg") for form in ("NFC", "NFD")}
+    for kept, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        here = folder / kept
+        here.mkdir()
+        Image.new("RGB", (20, 10)).save(here / typed[kept])
+        given = {
+            "image": typed[other],
+            "title": normalize(other, "Jos\xe9 meets Jos"),
+            "entity": normalize(kept, "Jos\xe9"),
+        }
+        fact = question(1, GIVEN | given, here)
+        assert fact.image == str(here / typed[kept])
+        assert (fact.entity_text, fact.title) == ("Jos\xe9", "Jos\xe9 meets Jos")
+        # A letter's mark is no end of a word.
+        fact = question(1, GIVEN | given | {"entity": "Jos"}, here)
+        assert fact.entity_span == (2, 3)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_question(folder):
+    path = folder / "questions.jsonl"
+    path.write_text(json.dumps(GIVEN), encoding="utf-8-sig")
+    assert [fact.id for fact in read_questions(path)] == ["question:1"]
+    path.write_text(json.dumps(GIVEN), encoding="utf-16")
+    with pytest.raises(DataError, match=rf"^{path}: UTF-16 or no text, expected UTF-8 text; save"):
+        read_questions(path)
 
 
 def test_questions_of_a_file(folder):

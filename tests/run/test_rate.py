@@ -47,7 +47,11 @@ def write(path, *lines):
 
 def test_what_is_written_is_read(tmp_path):
     lines = [json.dumps(dataclasses.asdict(rating)) for rating in RATINGS]
-    assert read_ratings(write(tmp_path / "ratings.jsonl", *lines)) == RATINGS
+    path = write(tmp_path / "ratings.jsonl", *lines)
+    assert read_ratings(path) == RATINGS
+    # As editors on Windows save it.
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_ratings(path) == RATINGS
 
 
 @pytest.mark.parametrize(

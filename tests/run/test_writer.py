@@ -313,13 +313,15 @@ def test_a_dry_run_goes_by_what_was_asked(teacher, teachable, settings, capsys):
         ("train:1\n\ntrain:1\n", r"ids:3: 'train:1' is there twice"),
         ("\n \n", r"ids: empty"),
         (None, r"--facts: .*No such file"),
+        # The second line is wrong, and not the first with a byte-order mark before it.
+        ("\ufefftrain:1\r\ntrain:99\r\n", r"ids:2: 'train:99' is unknown"),
     ],
 )
 def test_bad_ids_are_named(teachable, settings, text, message):
     folder, _ = teachable(4)
     path = folder.parent / "ids"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         Writer(settings(folder, facts=path))
 

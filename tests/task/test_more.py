@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from unicodedata import normalize
 
 import fsspec
 import pytest
@@ -12,9 +13,10 @@ from PIL import Image
 
 from morer1_jax.task import more
 from morer1_jax.task.answer import format_answer
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import DataError, Fact, composed
 from morer1_jax.task.more import (
     check_photos,
+    check_reasoning,
     digests,
     photo_path,
     read_ontology,
@@ -91,7 +93,7 @@ def test_writes_the_released_form(folder):
     assert sorted(p.name for p in (folder / "txt").iterdir()) == ["train.txt"]
 
 
-words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).map(composed)
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,6 +122,80 @@ def test_round_trip(tmp_path_factory, data):
         )
     write_split(folder, "test", facts)
     assert read_split(folder, "test", ONTOLOGY) == facts
+
+
+NAMES = {form: normalize(form, "\xe9quipe \xfc.jpg") for form in ("NFC", "NFD")}
+# Half composed: one letter in each form.
+HALF = "\xe9quipe u\u0308.jpg"
+
+
+@pytest.mark.parametrize(
+    ("there", "written", "found"),
+    [
+        (["NFC"], "NFC", "NFC"),
+        (["NFD"], "NFC", "NFD"),
+        (["NFC"], "NFD", "NFC"),
+        # Two photos, told apart by their bytes alone.
+        (["NFC", "NFD"], "NFC", "NFC"),
+        (["NFC", "NFD"], "NFD", "NFD"),
+    ],
+)
+def test_a_photo_is_found_in_whichever_form_of_unicode_its_name_is(folder, there, written, found):
+    for number, form in enumerate(there):
+        photo = folder / "img_org" / "train" / NAMES[form]
+        Image.new("RGB", (50 + number, 40)).save(photo)
+    put(folder, changed(img_id=NAMES[written]))
+    (fact,) = read_split(folder, "train", ONTOLOGY)
+    assert fact.image == NAMES[found]
+    seen = more.see_photos([fact], folder)
+    assert seen[fact.photo].size == (50 + there.index(found), 40)
+    # A copy of the folder on another system is the same dataset.
+    assert more.photo_digests(seen).keys() == {f"img_org/train/{NAMES['NFC']}"}
+
+
+def test_a_photo_of_two_names_that_read_alike_is_refused(folder):
+    for name in NAMES.values():
+        (folder / "img_org" / "train" / name).touch()
+    path = put(folder, changed(img_id=HALF))
+    with pytest.raises(DataError) as error:
+        read_split(folder, "train", ONTOLOGY)
+    assert str(error.value).startswith(f"{path}:1: img_id: {HALF!a} found, but ")
+    assert all(ascii(name) in str(error.value) for name in NAMES.values())
+
+
+def test_text_is_composed(folder):
+    line = changed(
+        token=["L'", "e\u0301quipe"],
+        h__name="e\u0301quipe",
+        h__pos=[1, 2],
+        relation="/per/org/e\u0301lu",
+    )
+    put(folder, line)
+    ontology = Ontology((*ONTOLOGY.labels, "/per/org/\xe9lu"))
+    (fact,) = read_split(folder, "train", ontology)
+    assert (fact.tokens[1], fact.entity_name, fact.label) == (*["\xe9quipe"] * 2, "/per/org/\xe9lu")
+    texts = check_reasoning(
+        [("here", {"fact": "train:1", "text": reasoned("/per/org/e\u0301lu")})], [fact], ontology
+    )
+    assert texts == {"train:1": reasoned("/per/org/\xe9lu")}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(folder):
+    write_reasoning(folder / "reasoning.jsonl", {"train:1": reasoned()})
+    paths = [folder / name for name in ("rel2id.json", "txt/train.txt", "reasoning.jsonl")]
+    for path in paths:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_ontology(folder) == ONTOLOGY
+    assert read_split(folder, "train", ONTOLOGY) == [FACT]
+    assert read_reasoning(paths[2], [FACT], ONTOLOGY) == {"train:1": reasoned()}
+    for path in paths[1:]:
+        path.write_text(path.read_text(encoding="utf-8-sig"), encoding="utf-16")
+    for read_again in (
+        lambda: read_split(folder, "train", ONTOLOGY),
+        lambda: read_reasoning(paths[2], [FACT], ONTOLOGY),
+    ):
+        with pytest.raises(DataError, match=r": UTF-16 or no text, expected UTF-8 text; save it"):
+            read_again()
 
 
 def test_entity_name_may_differ_from_the_title(folder):

@@ -71,7 +71,10 @@ def test_allowed_labels_of_an_ordered_pair_end_in_none():
         ('{"none": 0}', "at least one relation"),
         ("{}", "label 'none': absent"),
         ("[" * 100_000, "expected a JSON object"),
-        ("\xff", "expected a JSON object"),
+        (
+            '{"none": 0, "/a/b/\\u00e9": 1, "/a/b/e\\u0301": 2}',
+            "key '/a/b/é' and '/a/b/\\xe9' are ",
+        ),
     ],
 )
 def test_bad_files_are_named_with_their_key_in_one_line(tmp_path, text, message):
@@ -82,6 +85,27 @@ def test_bad_files_are_named_with_their_key_in_one_line(tmp_path, text, message)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    path = tmp_path / "rel2id.json"
+    path.write_bytes('{"none": 0,\n"/a/b/é": 1}'.encode("latin-1"))
+    with pytest.raises(DataError, match=rf"^{path}:2: not UTF-8, expected UTF-8 text; save it"):
+        read_ontology_file(path)
+    path.write_text('{"none": 0, "/a/b/c": 1}', encoding="utf-16")
+    with pytest.raises(DataError, match=rf"^{path}: UTF-16 or no text, expected UTF-8 text; save"):
+        read_ontology_file(path)
+
+
+def test_labels_are_composed_and_a_byte_order_mark_is_none_of_them(tmp_path):
+    path = tmp_path / "rel2id.json"
+    # As macOS types it: e and a mark; and the ångström sign, a letter's double.
+    path.write_text(
+        '{"none": 0, "/per/org/e\u0301quipe": 1, "/a/b/\u212b": 2}', encoding="utf-8-sig"
+    )
+    assert read_ontology_file(path).labels == ("none", "/per/org/\xe9quipe", "/a/b/\xc5")
+    with pytest.raises(DataError, match=r"decomposed Unicode, expected '/a/b/\\xe9' for '/a/b/e"):
+        Ontology(("none", "/a/b/e\u0301"))
 
 
 def test_absent_file_is_named(tmp_path):
