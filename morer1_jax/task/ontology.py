@@ -98,7 +98,7 @@ def read_ontology_file(path: Path) -> Ontology:
         if label in seen:
             found = "occurs twice"
             if seen[label] != written:
-                found = f"and {seen[label]!a} are {written!a} in another form of Unicode"
+                found = f"is there as {seen[label]!a} and as {written!a}"
             raise DataError(f"{path}: key {label!r} {found}, expected each label once")
         seen[label] = written
         if problem := _label_problem(label):

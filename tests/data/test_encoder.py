@@ -262,7 +262,7 @@ def test_the_check_counts_what_batching_counts(make, facts, sizes, reasoning):
         small.prompts([fact], [0])
 
 
-@pytest.mark.parametrize("forms", itertools.product(("NFC", "NFD"), repeat=3))
+@pytest.mark.parametrize("forms", [*itertools.product(("NFC", "NFD"), repeat=3)])
 def test_a_label_can_be_read_off_its_own_target_whatever_its_form_of_unicode(
     small_tokenizer, tmp_path, forms
 ):

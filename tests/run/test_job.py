@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from tokenizers import normalizers
 
 from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.job import Job
@@ -104,6 +105,13 @@ def test_good_data_passes_and_a_prompt_beyond_its_bucket_does_not(config, tmp_pa
     config.data.prompt_length = 50
     with pytest.raises(DataError, match=r"^train:1: its prompt has .*data\.prompt_length"):
         Job(settings(config), tmp_path).check()
+
+
+def test_a_label_that_the_tokenizer_cannot_write_is_named_before_any_work(job):
+    job.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("/", "|")
+    with pytest.raises(DataError, match=r"^label '/.*': the tokenizer '.*' writes it as '\|"):
+        job.check()
+    assert not (job.workdir / "data.json").exists()
 
 
 def test_what_was_replaced_since_the_run_began_is_named(config, tmp_path, small_world):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morer1_jax.task.answer import format_answer
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import DataError, Fact, composed
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.prompt import question, student_prompt
 from morer1_jax.task.teacher import balanced, fault, prompt_digest, teacher_prompt, unwrapped
