@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
-from morer1_jax.files import check_writable
+from morer1_jax.files import check_writable, read_text
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
@@ -87,8 +87,7 @@ def _check_out(out: Path, split: str, name: str) -> None:
     if scores.exists():
         raise ConfigError(f"{scores}: exists already; delete it, or give another --name or --out")
     for path in sorted((out / "eval").glob("*.answers.jsonl")):
-        with path.open() as answers:
-            first = json.loads(answers.readline())["fact"]
+        first = json.loads(read_text(path).partition("\n")[0])["fact"]
         if first.partition(":")[0] != split:
             raise ConfigError(
                 f"--out={out}: {path.name} is of {first}, not of {split}; name another"

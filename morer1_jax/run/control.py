@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from morer1_jax.files import read_text
 from morer1_jax.learn.parts import Params
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.config import ConfigError
@@ -56,7 +57,7 @@ def _affordable_steps(job: Job, rating_seconds: float) -> int:
 def _step_times(workdir: Path, stage: str) -> list[float]:
     """Seconds of the stage's logged steps."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_text(path).splitlines() if path.exists() else []
     records = [json.loads(line) for line in lines]
     times = [r["step_time"] for r in records if r["stage"] == stage and r["kind"] == "train"]
     if not times:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from morer1_jax.files import atomic_write
+from morer1_jax.files import atomic_write, read_text
 from morer1_jax.run.answers import Answer, Asker
 from morer1_jax.run.job import Job
 from morer1_jax.task import metrics
@@ -54,4 +54,4 @@ def write_scores(
 
 def read_scores(workdir: Path) -> dict[str, dict[str, Any]]:
     """All score files of a workdir by name."""
-    return {p.stem: json.loads(p.read_text()) for p in sorted((workdir / "eval").glob("*.json"))}
+    return {p.stem: json.loads(read_text(p)) for p in sorted((workdir / "eval").glob("*.json"))}

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from morer1_jax.data.images import ImageReader
+from morer1_jax.files import TextError, read_text
 from morer1_jax.run.answers import Answer
 from morer1_jax.run.page import Html, escape, join, remark, tag
 from morer1_jax.task.answer import read_steps
@@ -37,8 +38,8 @@ def read_answers(path: Path, facts: Sequence[Fact]) -> list[Pair]:
     """
     known = {fact.id: fact for fact in facts}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(path).split("\n")
+    except (OSError, TextError):
         raise DataError(f"{path}: no answers there; run the stage `evaluate` first") from None
     pairs = []
     for number, line in enumerate(lines, start=1):

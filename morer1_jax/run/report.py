@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from morer1_jax.data.images import ImageConfig, ImageReader
-from morer1_jax.files import atomic_write
+from morer1_jax.files import atomic_write, read_text
 from morer1_jax.run.curves import Metrics, curriculum, learning_curves, pass_rates, read_metrics
 from morer1_jax.run.gallery import Pair, choose, is_right, read_answers, show
 from morer1_jax.run.page import Html, join, page, remark, section, tag
@@ -110,7 +110,7 @@ def _guard(build: Callable[[], Html]) -> Html:
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     """A JSON object, or an empty one and a problem."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except OSError:
         problems.append(f"{path.name}: not in this workdir.")
         return {}

@@ -16,6 +16,7 @@ from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.shapes import widest
 from morer1_jax.data.tokenizer import load_tokenizer
+from morer1_jax.files import read_text
 from morer1_jax.learn.parts import Params
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import Runtime
@@ -153,7 +154,7 @@ def _stage(path: Path) -> Path | None:
     if (path / "checkpoints").is_dir() and (path.parent / RUN_CONFIG).exists():
         return path
     try:
-        described = json.loads((path / RUN_CONFIG).read_text())
+        described = json.loads(read_text(path / RUN_CONFIG))
     except (OSError, ValueError):
         return None
     if not isinstance(described, dict) or "model_type" in described or "stages" not in described:
