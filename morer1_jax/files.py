@@ -1,4 +1,4 @@
-"""Reading text, and writing files whole.
+"""Paths as users write them, reading text, and writing files whole.
 
 Text is UTF-8 whatever the locale; a byte-order mark before it is no part of it.
 
@@ -12,12 +12,82 @@ import codecs
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
+
+# The beginning of a URL, also as `Path` writes it; a disk's folder of such a name is not meant.
+_URL = re.compile(r"[A-Za-z][\w+.-]*:/")
+# Paths that mean the same to a file system, a glob and a URL.
+_PLAIN = re.compile(r"(/[\w.,=+@-]+)+", re.ASCII)
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """A path of this machine's file systems as a user wrote it, `~` as a shell has it.
+
+    Args:
+      name: the flag or key it is the value of, which errors name.
+
+    Raises:
+      OSError: it is empty, no UTF-8, or a URL; it has `filename`, and its `strerror` says what to
+        do.
+    """
+    text = os.fspath(path)
+    if _URL.match(text):
+        raise _no_path(name, text, "a URL found, a path of this machine expected; name one")
+    return Path(expanded(text, name))
+
+
+def any_path(path: str | os.PathLike[str], name: str) -> epath.Path:
+    """As `local_path`, or a path in a bucket (`gs://…`)."""
+    text = os.fspath(path)
+    try:
+        return epath.Path(text if "://" in text else expanded(text, name))
+    except KeyError:
+        raise _no_path(name, text, "a path or gs://… expected; name one") from None
+
+
+def expanded(text: str, name: str) -> str:
+    """The text of a local path with `~` as a shell has it; raises OSError as `local_path` does."""
+    if not text.strip() or "\0" in text:
+        raise _no_path(name, text, "no path; name one")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        problem = "not UTF-8, or not in this locale; name another, or set PYTHONUTF8=1"
+        raise _no_path(name, text, problem) from None
+    return os.path.expanduser(text)
+
+
+def _no_path(name: str, text: str, problem: str) -> OSError:
+    shown = text if text.isprintable() else ascii(text)
+    return OSError(errno.EINVAL, problem, f"{name}={shown}")
+
+
+@contextlib.contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """A file or folder under a name that other libraries take for no more than that.
+
+    Orbax and datasets glob the paths they are given, tensorstore and fsspec find URLs in them: a
+    bracket, a backslash or a colon leads elsewhere, or nowhere without a word.
+
+    Args:
+      path: an absolute one.
+    """
+    if _PLAIN.fullmatch(str(path)):
+        yield path
+        return
+    places = (tempfile.gettempdir(), "/tmp", "/var/tmp")
+    place = next((place for place in places if _PLAIN.fullmatch(place)), None)
+    suffix = re.search(r"(\.\w+)*$", path.name, re.ASCII)[0]
+    with tempfile.TemporaryDirectory(prefix="plain-", dir=place) as temporary:
+        link = Path(temporary) / f"path{suffix}"
+        link.symlink_to(path)
+        yield link
 
 
 class TextError(ValueError):

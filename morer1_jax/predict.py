@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from absl import flags
 from PIL import Image
 
-from morer1_jax.files import check_writable
+from morer1_jax.files import check_writable, local_path
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.predict import (
@@ -57,8 +58,10 @@ def main(argv: list[str]) -> None:
     use_program_cache()
     check_alone()
     facts = _questions()
-    if _PICTURE.value:
-        _check_picture(Path(_PICTURE.value), Path(_IMAGE.value))
+    picture = None
+    if _PICTURE.value is not None:
+        picture = local_path(_PICTURE.value, "--picture")
+        _check_picture(picture, Path(facts[0].image))
     student = open_student(_CHECKPOINT.value, labels=_LABELS.value, completion=_LENGTH.value)
     batch = min(_BATCH.value, len(facts))
     answers = predict(student, facts, batch=batch, guided=_GUIDED.value)
@@ -67,9 +70,9 @@ def main(argv: list[str]) -> None:
             print(as_json(fact, answer))
         else:
             print(f"{as_question(fact)}\n{as_text(answer)}\n" if _JSONL.value else as_text(answer))
-    if _PICTURE.value:
-        draw_box(facts[0]).save(_PICTURE.value)
-        print(f"picture: {_PICTURE.value}", file=sys.stderr)
+    if picture is not None:
+        draw_box(facts[0]).save(picture)
+        print(f"picture: {picture}", file=sys.stderr)
 
 
 def _check_picture(picture: Path, image: Path) -> None:
@@ -86,17 +89,18 @@ def _check_picture(picture: Path, image: Path) -> None:
 def _questions() -> list[Fact]:
     one = {"image": _IMAGE, "box": _BOX, "title": _TITLE, "entity": _ENTITY}
     given = {name: flag.value for name, flag in one.items() if flag.value is not None}
-    if _JSONL.value:
-        if given or _PICTURE.value:
+    if _JSONL.value is not None:
+        if given or _PICTURE.value is not None:
             raise ConfigError("--jsonl: asks for all its questions; leave out --image and the like")
-        return read_questions(Path(_JSONL.value))
+        return read_questions(local_path(_JSONL.value, "--jsonl"))
     if missing := [f"--{name}" for name in one if name not in given]:
         raise ConfigError(f"{', '.join(missing)}: missing; or give --jsonl, a file of questions")
     try:
         box = [float(value) for value in given["box"]]
     except ValueError:
         raise DataError(f"--box: {','.join(given['box'])!r} found, four numbers expected") from None
-    return [question(1, given | {"box": box}, Path())]
+    image = os.fspath(local_path(given["image"], "--image"))
+    return [question(1, given | {"box": box, "image": image}, Path())]
 
 
 if __name__ == "__main__":

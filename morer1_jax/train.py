@@ -21,7 +21,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from morer1_jax.files import check_writable, remove
+from morer1_jax.files import check_writable, local_path, remove
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.cache import use_program_cache
@@ -109,6 +109,7 @@ def train(config: Any, workdir: Path) -> None:
         before the first step leaves the workdir as it was, so that another config may follow.
     """
     check_alone()
+    workdir = local_path(workdir, "--workdir")
     job = Job(settings(config), workdir)
     check_writable(workdir, folder=True)
     job.checkpoint  # noqa: B018  (looked at before anything is written)
@@ -246,7 +247,8 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     use_program_cache()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
+    workdir = f"runs/{name}" if _WORKDIR.value is None else _WORKDIR.value
+    train(_CONFIG.value, local_path(workdir, "--workdir"))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from morer1_jax.run.lock import hold
 
 ROOT = Path(__file__).parents[1]
 PREDICT, EVALUATE = "morer1_jax.predict", "morer1_jax.evaluate"
-RATE, CONVERT, TFDS, STUDY = (
+TRAIN = "morer1_jax.train"
+RATE, CONVERT, TFDS, STUDY, BENCH_DATA = (
     str(ROOT / "tools" / f"{name}.py")
-    for name in ("rate_difficulty", "convert", "build_tfds", "study")
+    for name in ("rate_difficulty", "convert", "build_tfds", "study", "bench_data")
 )
+TINY = ROOT / "tests" / "configs" / "tiny.py"
 
 
 @pytest.fixture
@@ -109,6 +111,72 @@ def test_one_of_several_processes_is_refused_before_any_work(command, folder, mo
     )
     assert out == ""
     assert tree(folder) == before
+
+
+BUCKET = "gs://bucket/x"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (TRAIN, f"--config={TINY}", f"--workdir={BUCKET}"),
+        (TRAIN, f"--config={TINY}", "--workdir=gs:/bucket/x"),
+        (*ASK, f"--picture={BUCKET}.png"),
+        (PREDICT, "--checkpoint=none", f"--jsonl={BUCKET}"),
+        (*SCORE, f"--out={BUCKET}"),
+        (RATE, "--checkpoint=none", "--data=none", f"--out={BUCKET}"),
+        (CONVERT, "--checkpoint=none", f"--out={BUCKET}"),
+        (STUDY, f"--folder={BUCKET}"),
+        (BENCH_DATA, f"--config={TINY}", f"--json={BUCKET}"),
+    ],
+    ids=lambda args: Path(args[0]).stem,
+)
+def test_what_works_on_a_disk_only_is_no_bucket(command, folder, args):
+    out, err = command(*args, code=2)
+    flag, _, given = args[-1].partition("=")
+    assert err == (
+        f"error: {flag}={given}: a URL found, a path of this machine expected; name one\n"
+    )
+    assert out == ""
+    assert not Path("gs:").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((TRAIN, f"--config={TINY}", "--workdir="), "--workdir=: no path; name one"),
+        ((*SCORE, "--out="), "--out=: no path; name one"),
+        ((*ASK, "--picture="), "--picture=: no path; name one"),
+        ((PREDICT, "--checkpoint=none", "--jsonl="), "--jsonl=: no path; name one"),
+        ((CONVERT, "--checkpoint=", "--out=x"), "--checkpoint=: no path; name one"),
+        ((EVALUATE, "--checkpoint=a", "--data=foo://b", "--out=x"), "--data=foo://b: a path or gs"),
+        ((CONVERT, "--checkpoint=foo://b", "--out=x"), "a checkpoint's path=foo://b: a path or gs"),
+        ((CONVERT, "--checkpoint=none", "--out=a\udcff"), "--out='a\\udcff': not UTF-8, or not in"),
+        ((CONVERT, "--checkpoint=none", "--out=" + "n" * 300), "n" * 300 + ": File name too long"),
+        ((TRAIN, "--config=a:b.py"), "--config=a:b.py: what follows a colon is given to the conf"),
+    ],
+)
+def test_what_is_no_path_is_one_line(command, folder, args, message):
+    Path("a:b.py").write_text("")
+    before = tree(folder)
+    out, err = command(*args, code=2)
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert tree(folder) == before
+
+
+def test_a_shells_home_is_the_home_of_flags(command, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "runs"))
+    for args, message in (
+        ((CONVERT, "--checkpoint=~/old", "--out=x"), f"{folder}/runs/old: no checkpoint; exp"),
+        ((CONVERT, "--checkpoint=none", "--out=~/old"), f"--out={folder}/runs/old: exists already"),
+        ((*SCORE, "--out=~/../file"), f"{folder}/runs/../file/eval: cannot be written"),
+        ((STUDY, "--folder=~/../file"), f"{folder}/runs/../file: a file found, a folder"),
+        ((TRAIN, "--config=~/none.py"), f"--config={folder}/runs/none.py: no such file"),
+    ):
+        _, err = command(*args, code=2)
+        assert err.startswith(f"error: {message}"), err
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,84 @@
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
-from morer1_jax.files import TextError, atomic_dir, atomic_write, check_writable, read_text
+from morer1_jax.files import (
+    TextError,
+    any_path,
+    atomic_dir,
+    atomic_write,
+    check_writable,
+    local_path,
+    plain_path,
+    read_text,
+    remove,
+)
+
+
+def test_a_path_is_as_a_shell_has_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for way in (local_path, any_path):
+        assert os.fspath(way("~", "--out")) == f"{tmp_path}"
+        assert os.fspath(way("~/a [1] é", "--out")) == f"{tmp_path}/a [1] é"
+        assert os.fspath(way("~root/a", "--out")) == f"{os.path.expanduser('~root')}/a"
+        for same in ("a~", "./~", "a b", "no:url", "/x/gs:/y", "*?[1]\\ "):
+            assert os.fspath(way(same, "--out")) == os.fspath(Path(same))
+    assert os.fspath(any_path("gs://b/~ [1]", "--data")) == "gs://b/~ [1]"
+
+
+@pytest.mark.parametrize("ways", [(local_path,), (any_path,)])
+@pytest.mark.parametrize(
+    ("path", "shown", "problem"),
+    [
+        ("", "--out=", "no path; name one"),
+        (" ", "--out= ", "no path; name one"),
+        ("a\0b", "--out='a\\x00b'", "no path; name one"),
+        ("a\udce9", "--out='a\\udce9'", "not UTF-8, or not in this locale; name another, or set"),
+        ("foo://b/x", "--out=foo://b/x", " expected; name one"),
+    ],
+)
+def test_what_is_no_path_is_named(ways, path, shown, problem):
+    for way in ways:
+        with pytest.raises(OSError, match="name") as error:
+            way(path, "--out")
+        assert error.value.filename == shown
+        assert problem in error.value.strerror
+
+
+@pytest.mark.parametrize("url", ["gs://b/x", "s3://b", "file:///tmp/x", Path("gs://b/x")])
+def test_a_url_is_no_path_of_this_machine(url):
+    with pytest.raises(OSError, match="a URL found, a path of this machine expected; name one"):
+        local_path(url, "--out")
+
+
+def test_a_plain_path_leads_to_the_same_and_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[1]"))
+    odd = tmp_path / "[1]" / "a.b [c].jsonl.gz"
+    odd.parent.mkdir()
+    odd.write_text("x")
+    with plain_path(odd) as path:
+        assert path.read_text() == "x"
+        assert path.suffixes == [".jsonl", ".gz"]
+        assert not set("[] ") & set(str(path))
+    assert not path.parent.exists()
+    assert odd.read_text() == "x"
+    with plain_path(tmp_path) as path:
+        assert path == tmp_path
+
+
+def test_what_is_removed_is_gone(tmp_path):
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("link", "none", "file"):
+        remove(tmp_path / name)
+    assert os.listdir(tmp_path) == ["folder"]
+    # What one who was killed meanwhile left is in nobody's way.
+    (tmp_path / ".folder.tmp" / "b").mkdir(parents=True)
+    remove(tmp_path / "folder")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

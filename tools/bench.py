@@ -25,7 +25,7 @@ from morer1_jax.bench.growth import Growth
 from morer1_jax.bench.model import device_name, write_model
 from morer1_jax.bench.sitting import check_needs, sit
 from morer1_jax.bench.turns import Timing
-from morer1_jax.files import check_writable
+from morer1_jax.files import check_writable, local_path
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.extras import needs_extra
 from morer1_jax.run.lock import hold
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"--forms: none of them can do {task}; leave it out of --tasks")
     check_needs(chosen, forms)
     results = compare.Results(preset, device_name())
-    out = None if _OUT.value is None else Path(_OUT.value)
+    out = None if _OUT.value is None else local_path(_OUT.value, "--out")
     held = contextlib.nullcontext()
     if out is not None:
         check_writable(out, folder=True)

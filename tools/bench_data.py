@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from morer1_jax.files import check_writable
+from morer1_jax.files import check_writable, local_path
 from morer1_jax.run.config import run_main
 from morer1_jax.run.extras import needs_extra
 from morer1_jax.run.lock import hold
@@ -31,11 +31,11 @@ def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
     check_alone()
-    if _JSON.value is not None:
-        check_writable(_JSON.value)
+    out = None if _JSON.value is None else local_path(_JSON.value, "--json")
+    if out is not None:
+        check_writable(out)
     with needs_extra("bench"):
         from morer1_jax.run.bench_data import run_bench
-    out = None if _JSON.value is None else Path(_JSON.value)
     held = contextlib.nullcontext() if out is None else hold(out)
     with held, tempfile.TemporaryDirectory() as workdir:
         results = run_bench(settings(_CONFIG.value), Path(workdir), out=out)

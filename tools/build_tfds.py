@@ -6,10 +6,11 @@ python tools/build_tfds.py --folder=data/MORE --data_dir=data/tfds
 from __future__ import annotations
 
 import contextlib
+import os
 
 from absl import flags
 
-from morer1_jax.files import check_writable
+from morer1_jax.files import any_path, check_writable
 from morer1_jax.run.config import run_main
 from morer1_jax.run.extras import needs_extra
 from morer1_jax.run.lock import hold
@@ -25,13 +26,13 @@ def main(argv: list[str]) -> None:
     check_alone(devices=False)
     with needs_extra("tfds"):
         from morer1_jax.data.more_tfds import build
-    data_dir = _DATA_DIR.value
+    folder, data_dir = any_path(_FOLDER.value, "--folder"), any_path(_DATA_DIR.value, "--data_dir")
     held = contextlib.nullcontext()
-    if "://" not in data_dir:  # A bucket knows no locks.
+    if "://" not in os.fspath(data_dir):  # A bucket knows no locks.
         check_writable(data_dir, folder=True)
         held = hold(data_dir, folder=True)
     with held:
-        folders = build(_FOLDER.value, data_dir)
+        folders = build(folder, data_dir)
     print(f"written: {' and '.join(folders)}")
     print(f"to load: tfds.builder_from_directory({folders[0]!r}).as_data_source(split='train')")
 

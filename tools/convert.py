@@ -3,11 +3,9 @@
 python tools/convert.py --checkpoint=runs/demo --out=exported
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from morer1_jax.files import check_writable
+from morer1_jax.files import check_writable, local_path
 from morer1_jax.run.config import ConfigError, run_main
 from morer1_jax.run.export import export
 from morer1_jax.run.lock import hold
@@ -31,14 +29,14 @@ def main(argv: list[str]) -> None:
     """The command line's entry."""
     del argv
     check_alone()
-    check_writable(_OUT.value, folder=True)
-    out = Path(_OUT.value)
+    out = local_path(_OUT.value, "--out")
+    check_writable(out, folder=True)
     with hold(out):
         if out.exists():
             raise ConfigError(f"--out={out}: exists already; delete it or name another folder")
         student = open_student(_CHECKPOINT.value, labels=_LABELS.value)
         export(student, out, dtype=_DTYPE.value, shard_bytes=_SHARD.value * 1_000_000)
-    print(f"written: {_OUT.value}")
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

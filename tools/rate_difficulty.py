@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
-from morer1_jax.files import check_writable
+from morer1_jax.files import any_path, check_writable, local_path
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
@@ -45,18 +45,17 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     use_program_cache()
     check_alone()
-    out = Path(_OUT.value)
+    out, data = local_path(_OUT.value, "--out"), any_path(_DATA.value, "--data")
     check_writable(out)
     with hold(out):
         if out.exists():
             raise ConfigError(f"--out={out}: exists already; delete it or name another file")
-        _rate(out)
+        _rate(data, out)
     print(f"written: {out}")
 
 
-def _rate(out: Path) -> None:
+def _rate(data: epath.Path, out: Path) -> None:
     """Rates, into a file that is this process's."""
-    data = epath.Path(_DATA.value)
     facts = more.read_split(data, "train", more.read_ontology(data))
     try:
         config = RateSettings(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from morer1_jax.files import check_writable
+from morer1_jax.files import check_writable, local_path
 from morer1_jax.run.config import ArgumentParser, run_main
 from morer1_jax.run.lock import hold
 from morer1_jax.run.processes import check_alone
@@ -29,13 +28,14 @@ def main(_: list[str]) -> None:
     """The command line's entry."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("--config", default="configs/demo.py")
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", required=True)
     parser.add_argument("--seeds", type=_seeds, default="0,1,2,3,4")
     arguments, overrides = parser.parse_known_args(sys.argv[1:])
     check_alone(devices=False)  # each run's process takes them
-    check_writable(arguments.folder, folder=True)
-    with hold(arguments.folder, folder=True):
-        run_study(arguments.config, arguments.folder, arguments.seeds, overrides)
+    folder = local_path(arguments.folder, "--folder")
+    check_writable(folder, folder=True)
+    with hold(folder, folder=True):
+        run_study(arguments.config, folder, arguments.seeds, overrides)
 
 
 if __name__ == "__main__":

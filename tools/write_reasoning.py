@@ -23,6 +23,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from etils import epath
 
 from morer1_jax.data.images import ImageConfig
+from morer1_jax.files import any_path
 from morer1_jax.run.budget import Prices
 from morer1_jax.run.config import ArgumentParser, run_main
 from morer1_jax.run.endpoint import EndpointConfig
@@ -32,9 +33,9 @@ from morer1_jax.run.writer import Writer, WriterConfig
 
 def _path(text: str) -> epath.Path:
     try:
-        return epath.Path(text)
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} found, a path or gs://… expected") from None
+        return any_path(text, "path")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} found, {error.strerror}") from None
 
 
 def parse(argv: list[str]) -> tuple[WriterConfig, bool]:

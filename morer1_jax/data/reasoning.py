@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from morer1_jax.files import expanded, plain_path
 from morer1_jax.task.fact import DataError, Fact, one_line
 from morer1_jax.task.more import check_reasoning
 from morer1_jax.task.ontology import Ontology
@@ -22,7 +26,7 @@ def read_reasoning_dataset(
 
     Args:
       source: a JSONL or Parquet file, local or in a bucket; or what `datasets.load_dataset` takes,
-        a folder or the name of a dataset on the hub.
+        a folder or the name of a dataset on the hub; where there is none of that name, a glob.
       split: of the dataset; a file has `train` alone.
 
     Returns:
@@ -32,27 +36,52 @@ def read_reasoning_dataset(
       DataError: there is no such file, the `datasets` library is not installed, the source cannot
         be loaded or is empty, or, naming the row counted from 0, see `check_reasoning`.
     """
+    local = "://" not in source
+    if local:
+        source = expanded(source, "data.reasoning")
     builder = next((name for suffix, name in _BUILDERS if re.search(suffix, source)), None)
-    if builder and "://" not in source and not (Path(source).exists() or glob.glob(source)):
+    there = local and os.path.exists(source)
+    if builder and local and not (there or glob.glob(source)):
         raise DataError(f"{source}: no such file; expected rows of fact and text")
     try:
-        import datasets
+        import datasets  # noqa: F401
     except ImportError:
         raise DataError(
             f"{source}: to read it takes the datasets library; pip install 'morer1-jax[datasets]'"
         ) from None
+    if not there:
+        return _check(source, _rows(source, source, builder, split), split, facts, ontology)
+    whole = Path(source).absolute()
+    with plain_path(whole) as at:
+        # What the library keeps of a file is kept under its path, which may be gone soon.
+        cache = None if at == whole else at.parent
+        if cache is not None and whole.is_dir():  # Of a link it would take the folder's own name.
+            at = cache / "files"
+            shutil.copytree(whole, at, copy_function=os.symlink)
+        rows = _rows(source, os.fspath(at), builder, split, cache_dir=cache)
+        return _check(source, rows, split, facts, ontology)
+
+
+def _rows(source: str, at: str, builder: str | None, split: str, **options: Any) -> Any:
+    """What `datasets` reads at a place; errors call it `source`."""
+    import datasets
+
+    if builder is not None:
+        options["data_files"] = at
     try:
-        if builder is None:
-            rows = datasets.load_dataset(source, split=split)
-        else:
-            rows = datasets.load_dataset(builder, data_files=source, split=split)
+        return datasets.load_dataset(builder or at, split=split, **options)
     except StopIteration:  # An empty file's.
-        rows = ()
+        return ()
     except Exception as error:  # Of many libraries: the hub's, Arrow's, a file system's.
         raise DataError(
             f"{source}: split {split!r} cannot be loaded: {one_line(error.__cause__ or error)}; "
             "expected rows of fact and text in JSONL or Parquet"
         ) from error
+
+
+def _check(
+    source: str, rows: Any, split: str, facts: Iterable[Fact], ontology: Ontology
+) -> dict[str, str]:
     if not len(rows):
         raise DataError(f"{source}: split {split!r} is empty, expected rows of fact and text")
     records = ((f"{source}: {split} row {number}", row) for number, row in enumerate(rows))

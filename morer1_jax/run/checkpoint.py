@@ -17,8 +17,7 @@ import math
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from morer1_jax.files import atomic_dir, atomic_write, remove, temporary_path
+from morer1_jax.files import atomic_dir, atomic_write, plain_path, remove, temporary_path
 from morer1_jax.run.mesh import path_name
 from morer1_jax.task.fact import DataError, one_line
 
@@ -39,8 +38,6 @@ ARRAYS = "arrays"
 MANIFEST = "manifest.json"
 # What orbax merges all processes' arrays into, last of all; without it none can be read.
 _MERGED = f"{ARRAYS}/manifest.ocdbt"
-# Paths that mean the same to a file system, a glob and a URL.
-_PLAIN = re.compile(r"(/[\w.,=+@-]+)+", re.ASCII)
 _FORMAT = 1
 _DIGEST_THREADS = 8
 
@@ -176,7 +173,7 @@ class Checkpointer:
             if path.exists():  # Not whole: of a whole one the callers know.
                 remove(path)
         with atomic_dir(path) if first else contextlib.nullcontext(temporary_path(path)) as folder:
-            with _plain(folder) as at:
+            with plain_path(folder) as at:
                 self._orbax.save(at / ARRAYS, args=ocp.args.PyTreeSave(leaves))
                 saved = self._orbax.metadata(at / ARRAYS).item_metadata
             if first:
@@ -212,7 +209,7 @@ class Checkpointer:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
             for name, leaf in wanted.items()
         }
-        with _plain(path) as at:
+        with plain_path(path) as at:
             arrays = self._orbax.restore(
                 at / ARRAYS,
                 args=ocp.args.PyTreeRestore(
@@ -252,24 +249,6 @@ def check_saves(workdir: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(trial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _plain(folder: Path) -> Iterator[Path]:
-    """The folder under a name that libraries take for no more than that.
-
-    Orbax globs its own path and tensorstore reads a URL in it, so a bracket, a backslash or a colon
-    leads elsewhere, or nowhere without a word.
-    """
-    if _PLAIN.fullmatch(str(folder)):
-        yield folder
-        return
-    places = (tempfile.gettempdir(), "/tmp", "/var/tmp")
-    place = next((place for place in places if _PLAIN.fullmatch(place)), None)
-    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=place) as temporary:
-        link = Path(temporary) / "folder"
-        link.symlink_to(folder, target_is_directory=True)
-        yield link
 
 
 def _check_saved(path: Path, wanted: Mapping[str, str], saved: Mapping[str, Any]) -> None:

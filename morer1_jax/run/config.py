@@ -295,8 +295,15 @@ def _exit(code: int, line: str) -> NoReturn:
 def _parse_flags(argv: list[str]) -> list[str]:
     sources = _config_sources(argv)
     for name, source in sources.items():
-        path = source.split(":", 1)[0]
+        # A shell leaves `~` as it is after a `=`.
+        argv = [re.sub(rf"^(--?{name}=)(~.*)", _at_home, arg, flags=re.DOTALL) for arg in argv]
+        path = os.path.expanduser(source.split(":", 1)[0])
         if not os.path.isfile(path):
+            if os.path.isfile(source):
+                raise ConfigError(
+                    f"--{name}={source}: what follows a colon is given to the config; name a path "
+                    "without one"
+                )
             raise ConfigError(f"--{name}={path}: no such file; give the path of a config file")
         if not path.endswith(".py"):
             raise ConfigError(f"--{name}={path}: a Python file such as configs/demo.py expected")
@@ -315,6 +322,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; a flag is written --name=value")
     return rest
+
+
+def _at_home(match: re.Match[str]) -> str:
+    return match[1] + os.path.expanduser(match[2])
 
 
 def _config_sources(argv: Sequence[str]) -> dict[str, str]:

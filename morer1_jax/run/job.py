@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.encoder import Encoder, Limits
@@ -20,7 +19,7 @@ from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.reasoning import read_reasoning_dataset
 from morer1_jax.data.shapes import Need
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
-from morer1_jax.files import atomic_dir
+from morer1_jax.files import any_path, atomic_dir
 from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
 from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
@@ -60,7 +59,9 @@ class Job:
         self._ontology = ontology
         self.workdir = Path(workdir)
         folder = settings.data.folder
-        self.data = self.workdir / "data" if folder is None else epath.Path(folder)
+        self.data = self.workdir / "data"
+        if folder is not None:
+            self.data = any_path(folder, "config.data.folder")
 
     @functools.cached_property
     def ontology(self) -> Ontology:

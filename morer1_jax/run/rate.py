@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from morer1_jax.files import TextError, atomic_write, read_text
+from morer1_jax.files import TextError, atomic_write, local_path, read_text
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import RateSettings
@@ -50,7 +50,7 @@ def run_rate(job: Job, params: Any) -> dict[str, int]:
     """
     config, out = job.settings.rate, job.workdir / "rate" / FILE
     if config.file is not None:
-        given = _given(Path(config.file), job.facts["train"], config)
+        given = _given(_file(config), job.facts["train"], config)
         atomic_write(out, "".join(map(_line, given)))
         print(histogram(given))
         return dict(Counter(rating.pool for rating in given))
@@ -75,7 +75,7 @@ def check_given(job: Job) -> None:
     """
     config = job.settings.rate
     if config.file is not None:
-        _given(Path(config.file), job.facts["train"], config)
+        _given(_file(config), job.facts["train"], config)
 
 
 def rate(
@@ -123,6 +123,10 @@ def _begun(path: Path, head: str) -> list[Rating]:
         return []
     whole = lines[1:] if lines[-1].endswith("\n") else lines[1:-1]
     return [Rating(**json.loads(line)) for line in whole]
+
+
+def _file(config: RateSettings) -> Path:
+    return local_path(config.file, "config.rate.file")
 
 
 def _given(path: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating]:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from etils import epath
 from jax.sharding import Mesh
 
 from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.shapes import widest
 from morer1_jax.data.tokenizer import load_tokenizer
-from morer1_jax.files import read_text
+from morer1_jax.files import any_path, expanded, read_text
 from morer1_jax.learn.parts import Params
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import Runtime
@@ -135,7 +134,9 @@ def open_student(
     Raises:
       ConfigError, WeightsError, CheckpointError, DataError: what is missing or does not fit.
     """
-    ontology = None if labels is None else read_ontology_file(epath.Path(labels))
+    ontology = None if labels is None else read_ontology_file(any_path(labels, "--labels"))
+    if "://" not in path:
+        path = expanded(path, "--checkpoint")
     if (stage := _stage(Path(path))) is not None:
         return _trained(stage, ontology, completion)
     folder = Path(path)

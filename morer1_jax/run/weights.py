@@ -24,13 +24,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from huggingface_hub import snapshot_download
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from morer1_jax.files import any_path, expanded
 from morer1_jax.learn.parts import merged_kernel
 from morer1_jax.model.config import ConfigError, LoRA, ModelConfig
 from morer1_jax.model.names import (
@@ -75,7 +75,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.folder = _find(str(path))
+        path = str(path)
+        self.folder = _find(path if "://" in path else expanded(path, "a checkpoint's path"))
         described = _read_json(self.folder / CONFIG)
         try:
             self.config = ModelConfig.from_hf(described)
@@ -275,7 +276,7 @@ def is_hub_name(path: str) -> bool:
 
 def _find(path: str) -> Path:
     if "://" in path:
-        folder = epath.Path(path)
+        folder = any_path(path, "a checkpoint's path")
     elif Path(path).is_dir():
         return Path(path)
     elif is_hub_name(path):

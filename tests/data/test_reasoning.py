@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -50,6 +51,40 @@ def test_files_give_what_the_direct_reader_gives(world, tmp_path, name):
     facts, ontology, texts = world
     source = write(tmp_path / name, rows_of(texts))
     assert list(read_reasoning_dataset(source, facts, ontology).items()) == list(texts.items())
+
+
+ODD = (
+    "r[1].jsonl",
+    "[a] b/r.parquet",
+    "x::y/r.jsonl.gz",
+    "?.jsonl",
+    "~/r.json",
+    "back\\slash.jsonl",
+)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_file_may_have_any_name_and_no_other_is_read(world, tmp_path, monkeypatch, name):
+    facts, ontology, texts = world
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = Path(name).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, rows_of(texts))
+    write(Path("x.jsonl"), rows_of(texts))  # Which `?.jsonl` matches.
+    assert read_reasoning_dataset(name, facts, ontology) == texts
+
+
+def test_a_folder_may_have_any_name_and_several_files_one_glob(world, tmp_path):
+    facts, ontology, texts = world
+    folder = tmp_path / "lr=[1e-5]"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows_of(texts))
+    assert read_reasoning_dataset(str(folder), facts, ontology) == texts
+    rows = rows_of(texts)
+    write(tmp_path / "part-0.jsonl", rows[:3])
+    write(tmp_path / "part-1.jsonl", rows[3:])
+    assert read_reasoning_dataset(str(tmp_path / "part-*.jsonl"), facts, ontology) == texts
 
 
 def test_a_folder_has_splits(world, tmp_path):
