@@ -50,8 +50,9 @@ def command(monkeypatch, capsys):
             with pytest.raises(SystemExit) as done:
                 start(target, run_name="__main__")
         finally:
-            for flag in list(flags.FLAGS.flags_by_module_dict().get(target, ())):
-                delattr(flags.FLAGS, flag.name)
+            # A module that was imported before has defined its flags twice.
+            for name in {f.name for f in flags.FLAGS.flags_by_module_dict().get(target, ())}:
+                delattr(flags.FLAGS, name)
         out, err = capsys.readouterr()
         assert (done.value.code or 0) == code, err
         return out, err
