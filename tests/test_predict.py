@@ -156,6 +156,21 @@ def test_evaluate_writes_tables_and_page(exported, small_world, tmp_path):
     assert "untrained.answers.jsonl is of valid:1, not of test; name another" in error
 
 
+def test_a_model_is_told_from_one_of_another_run_of_as_many_steps(workdir, tmp_path):
+    """Or a rating that was killed would go on with another model."""
+    digest = open_student(str(workdir / "sft")).digest
+    other = shutil.copytree(workdir, tmp_path / "other")
+    assert open_student(str(other / "sft")).digest == digest
+    for path in (
+        next((other / "sft" / "checkpoints" / "best").glob("*/manifest.json")),
+        other / "tokenizer" / "tokenizer.json",
+    ):
+        before = path.read_text(encoding="utf-8")
+        path.write_text(before + " ", encoding="utf-8")
+        assert open_student(str(other / "sft")).digest != digest
+        path.write_text(before, encoding="utf-8")
+
+
 def test_rating_by_command_is_what_grpo_reads(workdir, small_world, tmp_path):
     out = tmp_path / "ratings.jsonl"
     args = ["tools/rate_difficulty.py", "--checkpoint", workdir / "sft", "--data", small_world]

@@ -23,9 +23,10 @@ from morer1_jax.model.names import WeightsError
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run import weights
-from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.checkpoint import MANIFEST, Checkpointer
 from morer1_jax.run.config import FILE as RUN_CONFIG
 from morer1_jax.run.config import ConfigError
+from morer1_jax.run.digests import of_lines, of_tokenizer
 from morer1_jax.run.job import Job, like
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.policy import Policy
@@ -189,9 +190,16 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
         source=workdir / "tokenizer",
         dtypes="float32" if job.checkpoint is None else job.checkpoint.dtypes,
         ontology=job.ontology,
-        digest=f"{stage.name} {checkpoints.best()}",
+        digest=_digest(stage),
         checkpoint=job.checkpoint,
     )
+
+
+def _digest(stage: Path) -> str:
+    """Of the best parameters, by their manifest, and of the tokenizer."""
+    best = (stage / "checkpoints" / "best").glob(f"*/{MANIFEST}")
+    tokens = of_tokenizer(stage.parent / "tokenizer")
+    return of_lines([stage.name, *map(read_text, sorted(best)), *tokens, *tokens.values()])
 
 
 def _published(path: str, ontology: Ontology | None, completion: int | None) -> Student:
