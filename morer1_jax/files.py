@@ -10,6 +10,7 @@ overwritten by the next attempt and never accumulates.
 
 import codecs
 import contextlib
+import difflib
 import errno
 import os
 import re
@@ -20,6 +21,10 @@ from pathlib import Path
 
 from etils import epath
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_NAME = re.compile(
+    r"\.(jsonl?|parquet|csv|tsv|txt|arrow|zip|tar|gz|bz2|xz|zst|safetensors|bin|pth?|gguf|py|ya?ml)$"
+)
 # The beginning of a URL, also as `Path` writes it; a disk's folder of such a name is not meant.
 _URL = re.compile(r"[A-Za-z][\w+.-]*:/")
 # Paths that mean the same to a file system, a glob and a URL.
@@ -149,6 +154,34 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
     except OSError as error:
         problem = f"cannot be written: {there}: {error.strerror}; name another"
         raise OSError(error.errno, problem, str(path)) from None
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path is a name on the hub (`owner/name`), and none of this machine, mistyped.
+
+    It is a file's if it ends as files do, and this machine's if its folder is there or one with
+    nearly the same name holds the rest of it.
+    """
+    local = Path(path)
+    if not _HUB_NAME.fullmatch(path) or _FILE_NAME.search(path):
+        return False
+    return not (path.startswith(".") or local.parent.exists() or nearby(path))
+
+
+def nearby(path: str) -> str:
+    """What is there under nearly this name: `; is it runs/demo?`, or nothing."""
+    local = Path(path)
+    alike = [local.with_name(name) for name in _alike(local.name, local.parent)]
+    above = local.parent
+    alike += [above.with_name(name) / local.name for name in _alike(above.name, above.parent)]
+    return next((f"; is it {other}?" for other in alike if other.exists()), "")
+
+
+def _alike(name: str, folder: Path) -> list[str]:
+    try:
+        return difflib.get_close_matches(name, os.listdir(folder), cutoff=0.7)
+    except OSError:
+        return []
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:

@@ -81,6 +81,12 @@ def reference():
 
 
 @pytest.fixture(scope="session")
+def other_release():
+    """The module `other_release.py` beside this file: asks an exported folder."""
+    return _beside("other_release")
+
+
+@pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
     """The folder of a small synthetic dataset; tests must not change it."""
     from morer1_jax.task.synthetic import WorldConfig, synthesise

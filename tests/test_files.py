@@ -10,7 +10,9 @@ from morer1_jax.files import (
     atomic_dir,
     atomic_write,
     check_writable,
+    is_hub_name,
     local_path,
+    nearby,
     plain_path,
     read_text,
     remove,
@@ -210,3 +212,17 @@ def test_a_folder_that_takes_no_file_is_named(tmp_path, monkeypatch):
     assert error.value.strerror == (
         f"cannot be written: {tmp_path}: Read-only file system; name another"
     )
+
+
+def test_names_of_the_hub_and_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    for name in ("Qwen/Qwen2.5-VL-3B-Instruct", "team/a_b-c.d", "run/dem"):
+        assert is_hub_name(name)
+    for name in (
+        *("runs/demo", "runs/absent", "run/demo", "./a", "../a", "a", "a/b/c", "/a/b", "~/a"),
+        *("a/b.jsonl", "a/model.safetensors", "a/b.parquet", "a/run.py", "gs://a/b", "a b/c"),
+    ):
+        assert not is_hub_name(name)
+    assert nearby("rnus/demo") == nearby("runs/dmeo") == "; is it runs/demo?"
+    assert nearby("/nowhere/at/all") == nearby("elsewhere") == ""

@@ -25,7 +25,7 @@ from morer1_jax.data.images import ImageConfig, ImageReader, Patches
 from morer1_jax.data.shapes import Need, Shape
 from morer1_jax.data.tokenizer import SpecialIds
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import DataError, Fact, Faults
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.prompt import IMAGE_PAD, student_prompt
 
@@ -174,13 +174,17 @@ class Encoder:
           targets: by fact id, what will be trained on.
 
         Raises:
-          DataError: the first fact whose prompt, target or images exceed the limits.
+          DataError: the facts, up to 20, whose prompt, target or images exceed the limits.
         """
-        found = []
+        found, faults = [], Faults()
         for fact in facts:
-            need = self.need(fact, sizes[fact.photo], targets.get(fact.id))
-            self._check(fact.id, need)
-            found.append(need)
+            try:
+                need = self.need(fact, sizes[fact.photo], targets.get(fact.id))
+                self._check(fact.id, need)
+                found.append(need)
+            except DataError as e:
+                faults.add(e)
+        faults.check()
         return found
 
     def _check(self, name: str, need: Need) -> None:

@@ -20,6 +20,8 @@ from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact, one_line
 
 Box = tuple[float, float, float, float]
+# Most times its shorter side that a side may be: the processor's own limit.
+_LONGEST = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class ImageConfig:
       crop_least: least width and height of the crop in the photo's pixels; a smaller box grows
         around its centre.
       patch_size, merge_size, temporal_patch_size: the vision tower's.
+      image_mean, image_std: of each channel, with levels from 0 to 1; by default CLIP's.
     """
 
     min_pixels: int = 56 * 56
@@ -41,6 +44,8 @@ class ImageConfig:
     patch_size: int = 14
     merge_size: int = 2
     temporal_patch_size: int = 2
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +64,26 @@ class Patches:
 def crop_box(box: Box, size: tuple[int, int], config: ImageConfig) -> tuple[int, int, int, int]:
     """The crop's (left, top, right, bottom) in pixels, inside a photo of (width, height) `size`.
 
+    A long and thin box grows around its centre until the processor takes the crop's shape; so it
+    always does where it takes the photo's.
+
     Args:
       box: (x centre, y centre, width, height), fractions of the photo.
     """
-    spans = []
-    for centre, extent, pixels in zip(box[:2], box[2:], size, strict=True):
-        length = extent * pixels * (1 + 2 * config.crop_margin)
-        length = min(max(length, config.crop_least), pixels)
-        start = min(max(centre * pixels - length / 2, 0), pixels - length)
-        spans.append((int(start), min(max(round(start + length), int(start) + 1), pixels)))
-    (left, right), (top, bottom) = spans
+    least = config.crop_least
+    for _ in range(2):
+        spans = []
+        for centre, extent, pixels in zip(box[:2], box[2:], size, strict=True):
+            length = extent * pixels * (1 + 2 * config.crop_margin)
+            length = min(max(length, least), pixels)
+            start = min(max(centre * pixels - length / 2, 0), pixels - length)
+            spans.append((int(start), min(max(round(start + length), int(start) + 1), pixels)))
+        (left, right), (top, bottom) = spans
+        sides = right - left, bottom - top
+        if max(sides) <= _LONGEST * min(sides):
+            break
+        # One pixel more, for edges are rounded.
+        least = -(-max(sides) // _LONGEST) + 1
     return left, top, right, bottom
 
 
@@ -92,11 +107,9 @@ class ImageReader:
     @functools.cached_property
     def _levels(self) -> np.ndarray:
         """Normalised values by channel and level."""
-        # Imported when first used: whoever only opens photos does not wait for it.
-        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
         levels = np.arange(256, dtype=np.float32) / 255
-        mean, std = (np.float32(x)[:, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        shape = self.config.image_mean, self.config.image_std
+        mean, std = (np.float32(x)[:, None] for x in shape)
         return (levels - mean) / std
 
     def open(self, fact: Fact) -> Image.Image:

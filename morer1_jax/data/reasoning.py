@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from morer1_jax.files import expanded, plain_path
+from morer1_jax.files import expanded, is_hub_name, nearby, plain_path
 from morer1_jax.task.fact import DataError, Fact, one_line
 from morer1_jax.task.more import check_reasoning
 from morer1_jax.task.ontology import Ontology
@@ -26,7 +26,8 @@ def read_reasoning_dataset(
 
     Args:
       source: a JSONL or Parquet file, local or in a bucket; or what `datasets.load_dataset` takes,
-        a folder or the name of a dataset on the hub; where there is none of that name, a glob.
+        a folder or the name of a dataset on the hub (`owner/name`); where there is none of that
+        name, a glob.
       split: of the dataset; a file has `train` alone.
 
     Returns:
@@ -41,8 +42,13 @@ def read_reasoning_dataset(
         source = expanded(source, "data.reasoning")
     builder = next((name for suffix, name in _BUILDERS if re.search(suffix, source)), None)
     there = local and os.path.exists(source)
-    if builder and local and not (there or glob.glob(source)):
-        raise DataError(f"{source}: no such file; expected rows of fact and text")
+    if local and not (there or glob.glob(source)) and (builder or not is_hub_name(source)):
+        raise DataError(
+            f"{source}: no such file{nearby(source)}; expected rows of fact and text in JSONL or "
+            "Parquet, or a dataset on the hub, owner/name"
+        )
+    if builder is None and local and os.path.isfile(source):
+        raise DataError(f"{source}: not named as what it holds; expected .jsonl, .json or .parquet")
     try:
         import datasets  # noqa: F401
     except ImportError:

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import tokenizers
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -152,6 +154,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not any((Path(path) / name).exists() for name in _FILES):  # transformers makes one up.
         raise DataError(f"{path}: no tokenizer: none of {', '.join(_FILES)} found; copy it anew")
     try:
-        return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no tokenizer could be loaded: {one_line(error)}") from None
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # tokenizers has none of its own for a file of another release.
+        versions = f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}"
+        raise DataError(
+            f"{path}: no tokenizer could be loaded: {one_line(error)}; expected files that "
+            f"{versions} can read: update them, or save it anew with what made it"
+        ) from None

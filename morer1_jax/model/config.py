@@ -15,6 +15,13 @@ from morer1_jax.model.attention import XLA, Kernels
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _REMATS = ("none", "full", "dots")
+# What `transformers` takes where a config leaves them out.
+_DEFAULT_IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -143,14 +150,11 @@ class ModelConfig:
             raise ConfigError(f"model_type: found {config['model_type']!r}, expected 'qwen2_5_vl'")
         text = dict(config.get("text_config") or config)
         # Saves of transformers 4.5x keep this key inside text_config only.
-        tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         return cls(
             text=_text_from_hf(text),
             vision=_vision_from_hf(_need(config, "vision_config")),
-            image_token_id=_need(config, "image_token_id"),
-            video_token_id=_need(config, "video_token_id"),
-            vision_start_token_id=_need(config, "vision_start_token_id"),
-            vision_end_token_id=_need(config, "vision_end_token_id"),
+            **_DEFAULT_IDS | _given(config, *_DEFAULT_IDS),
             tie_word_embeddings=bool(tied),
         )
 
@@ -249,7 +253,7 @@ def _text_from_hf(text: Mapping[str, Any]) -> TextConfig:
         raise ConfigError("use_sliding_window: sliding-window attention is not implemented")
     if text.get("attention_dropout"):
         raise ConfigError(f"attention_dropout: found {text['attention_dropout']}, only 0 is done")
-    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    rope = text.get("rope_scaling") or text.get("rope_parameters")
     if not rope:
         raise ConfigError("rope_parameters: missing; expected one with an mrope_section")
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,15 @@ from morer1_jax.model.config import ModelConfig
 from morer1_jax.task.fact import DataError
 
 Params = dict[str, Any]
+_FORMS = (
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+    ("language_model.", "model."),
+)
+# Buffers of old saves.
+_FREQUENCIES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+# Most faults in one message.
+_MOST = 12
 
 
 class WeightsError(DataError):
@@ -58,11 +68,32 @@ class TensorSpec:
 
 
 def canonical_name(name: str) -> str:
-    """The published name of a tensor, from it or from the transformers 5 form."""
-    for new, published in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+    """The published name of a tensor, from it, from the transformers 5 form, or from that of a
+    model saved without its head."""
+    for new, published in _FORMS:
         if name.startswith(new):
             return published + name.removeprefix(new)
     return name
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Each tensor's published name to the one it has.
+
+    Rotary frequencies, which old releases of transformers saved, follow from the config and are
+    passed over, as transformers does.
+
+    Raises:
+        WeightsError: a tensor is there under both names.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        if name.endswith(_FREQUENCIES):
+            continue
+        if (other := found.setdefault(canonical_name(name), name)) != name:
+            raise WeightsError(
+                f"{other} and {name} are one tensor under two names; remove the one that is stale"
+            )
+    return found
 
 
 def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -101,10 +132,10 @@ def from_hf(
     """Our parameter tree (NumPy leaves of `dtype`) from a checkpoint's tensors.
 
     Raises:
-        WeightsError: tensors are missing, unexpected or of the wrong shape (all are named), or
-            a tied model comes with a head that is not its embedding.
+        WeightsError: tensors are missing, unexpected, of the wrong shape or there under two names,
+            or a tied model comes with a head that is not its embedding.
     """
-    tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
+    tensors = {ours: tensors[theirs] for ours, theirs in canonical_names(tensors).items()}
     if config.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
         embedding = tensors.get("model.embed_tokens.weight")
         if embedding is not None and not np.array_equal(head, embedding):
@@ -134,8 +165,14 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, Ten
     """Compares a checkpoint's tensors, by canonical name, with those the config calls for.
 
     Raises:
-        WeightsError: names every missing, unexpected and misshapen tensor.
+        WeightsError: names missing, unexpected and misshapen tensors, the first of them where they
+            are many, or the prefix that is all that is wrong with their names.
     """
+    if (prefix := _foreign_prefix(shapes, specs)) is not None:
+        raise WeightsError(
+            f"{prefix!r} stands before the names of tensors, which another library's wrapper puts "
+            "there; save the model inside it, or rename them"
+        )
     faults = [f"missing {name} {specs[name].shape}" for name in specs.keys() - shapes.keys()]
     faults += [f"unexpected {name}" for name in shapes.keys() - specs.keys()]
     faults += [
@@ -144,9 +181,25 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, Ten
         if tuple(shapes[name]) != specs[name].shape
     ]
     if faults:
+        more = f"; and {len(faults) - _MOST} more" if len(faults) > _MOST else ""
         raise WeightsError(
-            f"checkpoint does not fit the model's config: {'; '.join(sorted(faults))}"
+            f"checkpoint does not fit the model's config: {'; '.join(sorted(faults)[:_MOST])}{more}"
         )
+
+
+def _foreign_prefix(
+    shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, TensorSpec]
+) -> str | None:
+    """What stands before the names of most tensors, which without it would be those expected."""
+    # With whatever is before it, the norm's name belongs to one tensor alone.
+    for name in shapes.keys() - specs.keys():
+        if (found := re.fullmatch(r"(.+?)model\.(?:language_model\.)?norm\.weight", name)) is None:
+            continue
+        prefix = found.group(1)
+        inner = {canonical_name(n.removeprefix(prefix)) for n in shapes if n.startswith(prefix)}
+        if len(inner & specs.keys()) > len(specs) // 2:
+            return prefix
+    return None
 
 
 def empty_params(specs: Mapping[str, TensorSpec], dtype: str) -> Params:

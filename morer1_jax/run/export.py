@@ -8,19 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer
-from morer1_jax.files import atomic_dir
+from morer1_jax.files import atomic_dir, read_text
+from morer1_jax.model.config import ModelConfig
+from morer1_jax.rollout.sampler import allowed_ids
 from morer1_jax.run import weights
+from morer1_jax.run.processor import PROCESSOR, read_object, write_images
 from morer1_jax.run.student import LABELS, TASK, Student
 from morer1_jax.task.ontology import write_ontology_file
+from morer1_jax.task.prompt import END_OF_TURN, conversation
 
-PROCESSOR = "preprocessor_config.json"
+TOKENIZER = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+_OLD_TEMPLATE = "chat_template.json"
+# Of the config the student began with: what ours does not know. Whatever else it had might be
+# another library's or another release's, such as how it was quantised.
+_KEPT = ("bos_token_id", "vision_token_id")
+_KEPT_VISION = ("tokens_per_second", "spatial_patch_size")
 # Qwen2.5-VL's conversation, as `task.prompt` writes it.
 _TEMPLATE = """\
 {%- if messages[0].role != 'system' %}<|im_start|>system
@@ -47,8 +55,11 @@ def export(
 ) -> None:
     """Writes tensors, config, tokenizer, processor, chat template and generation config.
 
-    What the student began with is kept; what it never had is made. Beside the published files lie
-    `rel2id.json` and `more_r1.json`: labels, crop and answer's length, for our own commands.
+    Config, processor and generation config are written anew, so that every release of transformers
+    from 4.51 on reads the model, sees our pixels and by default generates our greedy answer; the
+    tokenizer is the one the student began with, and so is a chat template that writes our
+    conversation. Beside them lie `rel2id.json` and `more_r1.json`: labels, crop and answer's
+    length, for our own commands.
 
     Args:
       folder: where to; must not exist. It becomes whole or does not become.
@@ -61,11 +72,10 @@ def export(
     with atomic_dir(folder) as partial:
         weights.copy_others(student.source, partial)
         special = SpecialIds.of(tokenizer := load_tokenizer(student.source))
-        # What a model of other sizes would take by default is no token of a small vocabulary.
-        ids = {"bos_token_id": None, "eos_token_id": special.end_of_turn}
-        _write_config(partial / weights.CONFIG, student.model.config.to_hf() | ids, dtypes)
-        _write_processor(partial / PROCESSOR, student.images)
-        _write_generation(partial, tokenizer, special)
+        _write_config(partial / weights.CONFIG, student.model.config, special, dtypes)
+        write_images(partial, student.images)
+        _write_generation(partial / GENERATION, student, special, len(tokenizer))
+        _write_tokenizer(partial, tokenizer)
         _write_task(partial, student)
         weights.save_tensors(
             partial,
@@ -77,40 +87,89 @@ def export(
         )
 
 
-def _write_config(path: Path, ours: dict[str, Any], dtypes: str | Mapping[str, str]) -> None:
-    # A config that is there already says more than ours.
-    described = json.loads(path.read_text()) if path.exists() else ours
-    described.pop("torch_dtype", None)  # the older name of dtype
+def _write_config(
+    path: Path, config: ModelConfig, special: SpecialIds, dtypes: str | Mapping[str, str]
+) -> None:
+    """The published, flat form: releases before 4.52 read no other."""
+    theirs, ours = read_object(path), config.to_hf()
+    text = theirs.get("text_config") or theirs
+    kept = {key: text[key] for key in _KEPT if text.get(key) is not None}
+    vision = theirs.get("vision_config") or {}
+    ours["vision_config"] |= {key: vision[key] for key in _KEPT_VISION if key in vision}
     if not isinstance(dtypes, str):
         # Of several, the one that most tensors have, as `transformers` would load them.
         dtypes = Counter(dtypes.values()).most_common(1)[0][0]
-    _write(path, {**described, "dtype": dtypes})
+    # What a model of other sizes would take by default is no token of a small vocabulary.
+    ids = {"bos_token_id": None, "eos_token_id": special.end_of_turn}
+    # Of the dtype's two names each release reads one.
+    _write(path, ours | ids | kept | {"dtype": dtypes, "torch_dtype": dtypes})
 
 
-def _write_processor(path: Path, images: ImageConfig) -> None:
-    limits = {"shortest_edge": images.min_pixels, "longest_edge": images.max_pixels}
-    if not path.exists():
-        Qwen2VLImageProcessorPil(
-            size=limits,
-            patch_size=images.patch_size,
-            merge_size=images.merge_size,
-            temporal_patch_size=images.temporal_patch_size,
-        ).save_pretrained(path.parent)
-    described = json.loads(path.read_text())
-    # As trained; older files have the limits under names of their own, too.
-    older = {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels}
-    described |= {name: value for name, value in older.items() if name in described}
-    _write(path, {**described, "size": limits})
+def _write_generation(path: Path, student: Student, special: SpecialIds, tokens: int) -> None:
+    """What makes `generate()` by default give our greedy answer."""
+    allowed = allowed_ids(special, tokens, student.model.config.text.vocab_size)
+    described = {
+        "do_sample": False,
+        "eos_token_id": [special.end_of_turn, special.pad],
+        "pad_token_id": special.pad,
+        "max_new_tokens": student.completion,
+        "suppress_tokens": np.flatnonzero(~allowed).tolist(),
+    }
+    _write(path, described)
 
 
-def _write_generation(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, special: SpecialIds
-) -> None:
-    if not (folder / GENERATION).exists():
-        ids = {"eos_token_id": [special.end_of_turn, special.pad], "pad_token_id": special.pad}
-        _write(folder / GENERATION, {**ids, "do_sample": False})
-    if not tokenizer.chat_template and not (folder / "chat_template.json").exists():
-        (folder / TEMPLATE).write_text(_TEMPLATE)
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A tokenizer's config that older releases read too, and the chat template."""
+    described = read_object(folder / TOKENIZER)
+    described.pop("backend", None)
+    if described.get("tokenizer_class") == "TokenizersBackend":
+        described["tokenizer_class"] = "PreTrainedTokenizerFast"
+        described["model_input_names"] = ["input_ids", "attention_mask"]
+    if isinstance(extra := described.get("extra_special_tokens"), list):
+        del described["extra_special_tokens"]
+        described["additional_special_tokens"] = extra
+    whole = read_object(folder / PROCESSOR)
+    found = [
+        described.pop("chat_template", None),
+        whole.pop("chat_template", None),
+        read_object(folder / _OLD_TEMPLATE).get("chat_template"),
+        read_text(folder / TEMPLATE) if (folder / TEMPLATE).exists() else None,
+    ]
+    found = [template for template in found if template is not None]
+    if not all(_writes_ours(template, tokenizer) for template in found):
+        print("chat template: not that of the conversation trained on; replaced by ours")
+        found = []
+    template = found[-1] if found else _TEMPLATE
+    # One text wherever a release may look.
+    _write(folder / TOKENIZER, described | {"chat_template": template})
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    (folder / _OLD_TEMPLATE).unlink(missing_ok=True)
+    if whole:
+        _write(folder / PROCESSOR, whole)
+
+
+def _writes_ours(template: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a chat template writes the conversation that we train on, answer included."""
+    question, answer = "Is it {{ red }}?\nEntity: Heat", "<think>\nStep 1: a\n</think>\n<answer>"
+    images = [{"type": "image"}] * 2
+    asked = [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
+    system = [{"role": "system", "content": "You are a helpful assistant."}]
+    expected = conversation(question, 2)
+
+    def written(messages: list[dict[str, Any]], turn: bool) -> str:
+        return tokenizer.apply_chat_template(
+            messages, template, tokenize=False, add_generation_prompt=turn
+        )
+
+    try:
+        return all(
+            written(before + asked, True) == expected
+            and written([*before, *asked, {"role": "assistant", "content": answer}], False)
+            == f"{expected}{answer}{END_OF_TURN}\n"
+            for before in ([], system)
+        )
+    except Exception:  # A template is a program, and fails as it likes.
+        return False
 
 
 def _write_task(folder: Path, student: Student) -> None:
@@ -126,4 +185,4 @@ def _write_task(folder: Path, student: Student) -> None:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

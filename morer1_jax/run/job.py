@@ -32,6 +32,7 @@ from morer1_jax.run.config import ConfigError
 from morer1_jax.run.features import check_frozen, feature_store
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.policy import Policy
+from morer1_jax.run.processor import read_images
 from morer1_jax.run.settings import Settings, VisionSettings
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact
@@ -156,19 +157,25 @@ class Job:
             return self.checkpoint.config.vision
         return self.settings.model.vision
 
-    @property
+    @functools.cached_property
     def images(self) -> ImageConfig:
-        """How photos and crops are cut to patches, everywhere."""
+        """How photos and crops are cut to patches, everywhere: pixel limits and crop as the config
+        says, the rest as the checkpoint's processor does."""
         data, vision = self.settings.data, self._vision
-        return ImageConfig(
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-            crop_margin=data.crop_margin,
-            crop_least=data.crop_least,
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-        )
+        keys = ("min_pixels", "max_pixels", "crop_margin", "crop_least")
+        said = {key: getattr(data, key) for key in keys}
+        if self.checkpoint is None:
+            return ImageConfig(
+                patch_size=vision.patch_size,
+                merge_size=vision.spatial_merge_size,
+                temporal_patch_size=vision.temporal_patch_size,
+                **said,
+            )
+        theirs = read_images(self.checkpoint.local_files, vision)
+        for key in keys[:2]:
+            if (own := getattr(theirs, key)) != said[key]:
+                print(f"data.{key}: {said[key]}, though the processor of model.path has {own}")
+        return dataclasses.replace(theirs, **said)
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -7,7 +7,6 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -15,7 +14,7 @@ from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.shapes import widest
 from morer1_jax.data.tokenizer import load_tokenizer
-from morer1_jax.files import any_path, expanded, read_text
+from morer1_jax.files import any_path, expanded, is_hub_name, nearby, read_text
 from morer1_jax.learn.parts import Params
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import Runtime
@@ -27,9 +26,11 @@ from morer1_jax.run.checkpoint import MANIFEST, Checkpointer
 from morer1_jax.run.config import FILE as RUN_CONFIG
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.digests import of_lines, of_tokenizer
+from morer1_jax.run.folder import check_kind
 from morer1_jax.run.job import Job, like
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.policy import Policy
+from morer1_jax.run.processor import read_images, read_object
 from morer1_jax.run.settings import settings
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
@@ -141,10 +142,12 @@ def open_student(
     if (stage := _stage(Path(path))) is not None:
         return _trained(stage, ontology, completion)
     folder = Path(path)
-    bucket_or_hub = "://" in path or (weights.is_hub_name(path) and not folder.exists())
+    bucket_or_hub = "://" in path or (is_hub_name(path) and not folder.exists())
     if not bucket_or_hub and not (folder / weights.CONFIG).exists():
+        check_kind(folder)
+        found = "no checkpoint" if folder.is_dir() else f"no such folder{nearby(path)}"
         raise WeightsError(
-            f"{path}: {'no checkpoint' if folder.is_dir() else 'no such folder'}; expected a run's "
+            f"{path}: {found}; expected a run's "
             f"workdir, one of its stages {', '.join(_NEWEST_FIRST)}, a published folder (with a "
             f"{weights.CONFIG}), or a name on the hub"
         )
@@ -169,7 +172,7 @@ def _stage(path: Path) -> Path | None:
 
 def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> Student:
     workdir = stage.parent
-    config = _read(workdir / RUN_CONFIG)
+    config = read_object(workdir / RUN_CONFIG)
     # It was trained on devices that need not be here.
     config["mesh"] = _MESH
     if isinstance(runtime := config.get("runtime"), dict):
@@ -214,12 +217,12 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     model = Qwen25VL(checkpoint.config, runtime)
     abstract = abstract_params(model)
     wanted = like(abstract, meshes.param_shardings(mesh, abstract))
-    task = _read(folder / TASK)
+    task = read_object(folder / TASK)
     return Student(
         model=model,
         load=lambda: checkpoint.load(wanted),
         mesh=mesh,
-        images=_image_config(folder, task),
+        images=read_images(folder, checkpoint.config.vision, task),
         completion=completion or task.get("completion_length", 1024),
         source=folder,
         dtypes=checkpoint.dtypes,
@@ -227,28 +230,3 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
         digest=checkpoint.digest,
         checkpoint=checkpoint,
     )
-
-
-def _image_config(folder: Path, task: dict[str, Any]) -> ImageConfig:
-    """What the processor's file says, and of the crop what ours says."""
-    found = _read(folder / "preprocessor_config.json")
-    size = found.get("size") or {}
-    values = {
-        "min_pixels": found.get("min_pixels") or size.get("shortest_edge"),
-        "max_pixels": found.get("max_pixels") or size.get("longest_edge"),
-        **{key: found.get(key) for key in ("patch_size", "merge_size", "temporal_patch_size")},
-        **{key: task.get(key) for key in ("crop_margin", "crop_least")},
-    }
-    return ImageConfig(**{key: value for key, value in values.items() if value is not None})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: not a JSON object; copy it anew")
-    return value

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,25 +29,22 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from morer1_jax.files import any_path, expanded
+from morer1_jax.files import any_path, expanded, is_hub_name, nearby
 from morer1_jax.learn.parts import merged_kernel
 from morer1_jax.model.config import ConfigError, LoRA, ModelConfig
 from morer1_jax.model.names import (
     Params,
     TensorSpec,
     WeightsError,
-    canonical_name,
+    canonical_names,
     check_tensors,
     tensor_specs,
 )
+from morer1_jax.run.folder import CONFIG, INDEX, SINGLE, check_kind, read_json, tensor_files
 from morer1_jax.run.log import progress
 from morer1_jax.task.fact import GET_CLIENT, one_line
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SUFFIXES = (".json", ".txt", ".jinja")
 _WANTED = ("*.safetensors", *(f"*{suffix}" for suffix in _SUFFIXES))
 # Bytes of each tensor that tell it from another.
@@ -77,7 +73,8 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         path = str(path)
         self.folder = _find(path if "://" in path else expanded(path, "a checkpoint's path"))
-        described = _read_json(self.folder / CONFIG)
+        check_kind(self.folder)
+        described = read_json(self.folder / CONFIG)
         try:
             self.config = ModelConfig.from_hf(described)
         except ConfigError as e:
@@ -90,9 +87,12 @@ class Checkpoint:
         shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._files: dict[str, dict[str, str]] = {}
-        for file in _files(self.folder):
+        for file in tensor_files(self.folder):
             with self._open(file) as tensors:
-                self._files[file] = {canonical_name(name): name for name in list(tensors.keys())}
+                try:
+                    self._files[file] = canonical_names(list(tensors.keys()))
+                except WeightsError as e:
+                    raise WeightsError(f"{self.folder / file}: {e}") from None
                 for ours, theirs in self._files[file].items():
                     part = tensors.get_slice(theirs)
                     if part.get_dtype() not in _DTYPES:
@@ -268,12 +268,6 @@ def _slice(params: Params, spec: TensorSpec, lora: LoRA | None) -> np.ndarray:
     return np.asarray(jax.device_get(merged_kernel(one, lora)[0]))
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether a path is a name on the hub (`owner/name`), and none of this machine, mistyped."""
-    local = Path(path)
-    return bool(_HUB_NAME.fullmatch(path)) and not (path.startswith(".") or local.parent.exists())
-
-
 def _find(path: str) -> Path:
     if "://" in path:
         folder = any_path(path, "a checkpoint's path")
@@ -294,31 +288,10 @@ def _find(path: str) -> Path:
         raise WeightsError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
     if not there:
         raise WeightsError(
-            f"{path}: no such folder; expected one with a {CONFIG}, or a name on the hub"
+            f"{path}: no such folder{nearby(path)}; expected one with a {CONFIG}, or a name on the "
+            "hub"
         )
     return folder
-
-
-def _files(folder: Path) -> list[str]:
-    """The files of tensors, each once."""
-    if (folder / INDEX).exists():
-        index = _read_json(folder / INDEX)
-        if not isinstance(index.get("weight_map"), dict):
-            raise WeightsError(f"{folder / INDEX}: no weight_map, expected tensor name to file")
-        return sorted(set(index["weight_map"].values()))
-    if not (folder / SINGLE).exists():
-        raise WeightsError(f"{folder}: neither {SINGLE} nor {INDEX} found; expected one of them")
-    return [SINGLE]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise WeightsError(f"{path}: {one_line(e)}; expected a JSON object") from e
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: {type(value).__name__} found, a JSON object expected")
-    return value
 
 
 def copy_others(source: Path, folder: Path) -> None:

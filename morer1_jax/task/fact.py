@@ -24,6 +24,31 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+class Faults:
+    """Bad data found in one pass, to be named together: who has twenty wants to know them at once.
+
+    `add` raises when there are `most`, `check` at the end if there is any.
+    """
+
+    def __init__(self, most: int = 20) -> None:
+        self._most = most
+        self._found: list[DataError] = []
+
+    def add(self, fault: DataError) -> None:
+        """Keeps a fault.  Raises DataError, of all so far, if that makes as many as are named."""
+        self._found.append(fault)
+        if len(self._found) == self._most:
+            self.check(" or more")
+
+    def check(self, more: str = "") -> None:
+        """Raises DataError, in one line, if a fault was found."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            named = "; ".join(f"({n}) {fault}" for n, fault in enumerate(self._found, start=1))
+            raise DataError(f"{len(self._found)} faults{more}: {named}")
+
+
 @dataclass(frozen=True)
 class Fact:
     """One labelled pair of a visual object and a textual entity.

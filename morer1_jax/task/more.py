@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from morer1_jax.files import TextError, read_text
 from morer1_jax.task.answer import Special, read
-from morer1_jax.task.fact import GET_CLIENT, DataError, Fact, composed, one_line
+from morer1_jax.task.fact import GET_CLIENT, DataError, Fact, Faults, composed, one_line
 from morer1_jax.task.fields import fields, is_text, literal
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
 from morer1_jax.task.photo import DIGEST, open_photo
@@ -71,7 +71,7 @@ def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[F
     Text is composed, and photos are found whichever form of Unicode their names have.
 
     Raises:
-        DataError: naming file and line, if any line is not a whole and valid fact.
+        DataError: naming file and line of each that is not a whole and valid fact, up to 20.
     """
     path = split_path(folder, split)
     lines = _read_lines(path)
@@ -81,14 +81,15 @@ def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[F
             photos.setdefault(composed(photo.name), []).append(photo.name)
     except OSError as e:
         raise DataError(f"{one_line(e)}; expected the folder of the photos of {path}") from e
-    facts = []
+    facts, faults = [], Faults()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of '\d' in a title, which is data and no mistake.
         for number, line in enumerate(lines, start=1):
             try:
                 facts.append(_parse_fact(f"{split}:{number}", line, ontology, photos))
             except DataError as e:
-                raise DataError(f"{path}:{number}: {e}") from e
+                faults.add(DataError(f"{path}:{number}: {e}"))
+    faults.check()
     return facts
 
 
@@ -171,11 +172,14 @@ def see_photos(
         By `Fact.photo`.
 
     Raises:
-        DataError: naming the photo and the first fact that uses it, if it cannot be read.
+        DataError: naming each photo that cannot be read, up to 20, and the first fact that uses it.
     """
 
-    def see(fact: Fact) -> Seen:
-        photo = read_photo(folder, fact, photo_path)
+    def see(fact: Fact) -> Seen | DataError:
+        try:
+            photo = read_photo(folder, fact, photo_path)
+        except DataError as e:
+            return e
         return Seen(photo.size, photo.info[DIGEST])
 
     first = {}
@@ -183,8 +187,16 @@ def see_photos(
         first.setdefault(fact.photo, fact)
     with ThreadPoolExecutor(_READERS) as pool:
         seen = tqdm(pool.map(see, first.values()), "photos", len(first), unit="photo")
+        found: dict[str, Seen] = {}
+        faults = Faults()
         try:
-            return dict(zip(first, seen, strict=True))
+            for photo, outcome in zip(first, seen, strict=True):
+                if isinstance(outcome, DataError):
+                    faults.add(outcome)
+                else:
+                    found[photo] = outcome
+            faults.check()
+            return found
         except BaseException:  # an interrupt, too, waits for no other photo
             pool.shutdown(cancel_futures=True)
             raise

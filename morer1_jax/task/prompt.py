@@ -81,7 +81,12 @@ def student_prompt(
         a turn or an image of its own.
     """
     asked = question(fact, ontology, show_photo=show_photo, show_title=show_title)
-    return _CONVERSATION.format(images=_IMAGE * 2 if show_photo else "", question=asked)
+    return conversation(asked, 2 if show_photo else 0)
+
+
+def conversation(question: str, images: int) -> str:
+    """A question with images before it, up to where the assistant speaks."""
+    return _CONVERSATION.format(images=_IMAGE * images, question=question)
 
 
 def direct_answer(label: str) -> str:

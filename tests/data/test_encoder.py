@@ -222,9 +222,19 @@ TOO_SMALL = [
 @pytest.mark.parametrize(("limits", "what", "key"), TOO_SMALL)
 def test_what_does_not_fit_is_found_beforehand(make, facts, sizes, reasoning, limits, what, key):
     make().needs(facts, sizes, reasoning)
-    with pytest.raises(DataError, match=rf"^train:\d+: .*{what}.*{key}") as error:
+    with pytest.raises(DataError, match=rf"train:\d+: .*{what}.*{key}") as error:
         make(limits).needs(facts, sizes, reasoning)
     assert "\n" not in str(error.value)
+
+
+def test_all_that_does_not_fit_is_named_at_once(make, facts, sizes, reasoning):
+    encoder = make(dataclasses.replace(LIMITS, prompt=10))
+    with pytest.raises(DataError, match=r"^3 faults: \(1\) ") as error:
+        encoder.needs(facts[:3], sizes, reasoning)
+    for number, fact in enumerate(facts[:3], start=1):
+        assert f"({number}) {fact.id}: its prompt has" in str(error.value)
+    with pytest.raises(DataError, match=r"^20 faults or more: "):
+        encoder.needs(facts, sizes, reasoning)
 
 
 @pytest.mark.parametrize(("limits", "what", "key"), TOO_SMALL)

@@ -154,7 +154,6 @@ def test_bad_sources_are_named(world, tmp_path):
         (str(tmp_path / "empty.jsonl"), "train", "is empty"),
         (str(tmp_path / "none.json"), "train", "no data"),
         (str(tmp_path / "no.parquet"), "train", "Parquet magic bytes not found"),
-        (str(tmp_path / "absent"), "train", "Couldn't find"),
         (good, "valid", 'Unknown split "valid"'),
         ("team/absent", "train", "Couldn't reach 'team/absent' on the Hub"),
     ):
@@ -162,6 +161,32 @@ def test_bad_sources_are_named(world, tmp_path):
         assert found.startswith(f"{source}: split {split!r} "), found
         assert message in found
         assert "expected rows of fact and text" in found
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./texts", "no such file; expected rows"),
+        ("texts/written.csv", "no such file; expected rows"),
+        ("texts/written.jsonl", "no such file; expected rows"),
+        ("made/wirtten", "no such file; is it made/written?; expected rows"),
+        ("mode/written", "no such file; is it made/written?; expected rows"),
+        ("/nowhere/texts", "no such file; expected rows"),
+        ("texts", "no such file; expected rows"),
+        ("made/texts.txt", "not named as what it holds; expected .jsonl, .json or .parquet"),
+    ],
+)
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
+    world, tmp_path, monkeypatch, source, message
+):
+    def looked(*args, **_):
+        raise AssertionError(f"looked for {args}")
+
+    monkeypatch.setattr(datasets, "load_dataset", looked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made" / "written").mkdir(parents=True)
+    (tmp_path / "made" / "texts.txt").write_text("")
+    assert error_of(source, *world[:2]).startswith(f"{source}: {message}")
 
 
 def test_a_file_that_is_not_there_is_named_before_a_library_that_is_not(

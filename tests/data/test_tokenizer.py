@@ -1,5 +1,7 @@
 """The small tokenizer: any text comes back, and its special tokens are Qwen's."""
 
+import json
+import shutil
 import unicodedata
 
 import pytest
@@ -162,3 +164,37 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="no tokenizer could be loaded"):
         load_tokenizer(tmp_path)
+
+
+def _newer_model(whole):
+    whole["model"]["type"] = "BPE2"
+
+
+def _newer_cuts(whole):
+    whole["pre_tokenizer"] = {"type": "Cuts", "by": 3}
+
+
+@pytest.mark.parametrize("edit", [_newer_model, _newer_cuts])
+def test_a_tokenizer_of_another_release_is_refused_in_a_line(trained, tmp_path, edit):
+    copy = shutil.copytree(trained[1], tmp_path / "copy")
+    whole = json.loads((copy / "tokenizer.json").read_text())
+    edit(whole)
+    (copy / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(DataError, match=r"tokenizers [\d.]+ can read: update them, or") as error:
+        load_tokenizer(copy)
+    assert str(error.value).startswith(f"{copy}: no tokenizer could be loaded: data did not match")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_is_a_program_is_not_run(trained, tmp_path, monkeypatch):
+    copy = shutil.copytree(trained[1], tmp_path / "copy")
+    described = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(described))
+    (copy / "mine.py").write_text("raise SystemExit('it ran')")
+
+    def asked(*_):
+        raise AssertionError("a question to the user")
+
+    monkeypatch.setattr("builtins.input", asked)
+    with pytest.raises(DataError, match=r"no tokenizer could be loaded: .*custom code"):
+        load_tokenizer(copy)

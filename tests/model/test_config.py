@@ -111,12 +111,54 @@ def test_written_form_reads_back_here_and_in_transformers():
         ("vision_config.out_hidden_size", 1024, "expected the decoder's hidden_size 2048"),
         ("vision_config.window_size", 100, "window_size: found 100, expected a multiple"),
         ("num_key_value_heads", 3, "multiple of num_key_value_heads = 3"),
-        ("image_token_id", None, "image_token_id: missing"),
     ],
 )
 def test_refuses_by_name(path, value, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_hf(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: [c.pop(k) for k in list(c) if k.endswith("_token_id")],
+        lambda c: c.update(tie_word_embeddings=False),
+        lambda c: c.update(text_config=_nested(tie_word_embeddings=True)),
+        lambda c: c.update(text_config=_nested(tie_word_embeddings=False)),
+        lambda c: [
+            c.pop("tie_word_embeddings"),
+            c.update(text_config=_nested(tie_word_embeddings=True)),
+        ],
+        lambda c: c.update(
+            rope_parameters={"rope_type": "default", "mrope_section": [8, 28, 28], "rope_theta": 5}
+        ),
+        lambda c: [
+            c.pop("rope_scaling"),
+            c.update(rope_parameters={"mrope_section": [8, 28, 28], "rope_theta": 5.0}),
+        ],
+    ],
+)
+def test_what_a_config_says_twice_or_leaves_out_is_read_as_transformers_does(edit):
+    config = copy.deepcopy(PUBLISHED)
+    edit(config)
+    theirs = transformers.Qwen2_5_VLConfig(**copy.deepcopy(config))
+    ours = ModelConfig.from_hf(config)
+    for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        assert getattr(ours, key) == getattr(theirs, key)
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    rope = theirs.text_config.rope_parameters
+    assert list(ours.text.mrope_section) == rope["mrope_section"]
+    assert ours.text.rope_theta == rope["rope_theta"]
+
+
+def _nested(**changes):
+    return {k: v for k, v in PUBLISHED.items() if k != "vision_config"} | changes
+
+
+def test_a_head_that_the_root_keeps_apart_is_kept_whatever_its_text_config_says():
+    config = PUBLISHED | {"tie_word_embeddings": False, "text_config": _nested()}
+    assert config["text_config"]["tie_word_embeddings"]
+    assert not ModelConfig.from_hf(config).tie_word_embeddings
 
 
 def test_layer_types_may_not_slide():

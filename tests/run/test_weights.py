@@ -1,6 +1,5 @@
 """Checkpoints of others: read tensor by tensor onto the mesh, and written as they were."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -29,54 +28,11 @@ from morer1_jax.run.export import export
 from morer1_jax.run.job import like
 from morer1_jax.run.student import open_student
 from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint, save_tensors
-from morer1_jax.task import more
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).parents[2]
 VALUE_BOUND = 2e-5
-ROWS = 576  # of the embedding: more than the tokenizer has
-TIED = {"tied": "odd kv heads, tied, aperiodic", "untied": "odd heads, untied, periodic"}
-
-
-@pytest.fixture(scope="module")
-def published(reference, small_tokenizer, small_world, tmp_path_factory):
-    """`(tied, dtype, shard size) -> (case, folder)` as `transformers` saves it, weights redrawn."""
-    special = SpecialIds.of(small_tokenizer)
-    folder, made = tmp_path_factory.mktemp("published"), {}
-
-    def case_of(tied):
-        config = reference.CONFIGS[TIED[tied]]
-        return dataclasses.replace(
-            config,
-            text=dataclasses.replace(config.text, vocab_size=ROWS),
-            image_token_id=special.image,
-            video_token_id=special.video,
-            vision_start_token_id=special.vision_start,
-            vision_end_token_id=special.vision_end,
-        )
-
-    def make(tied="untied", dtype="float32", shard="10GB"):
-        key = f"{tied}-{dtype}-{shard}"
-        if key not in made:
-            config = case_of(tied)
-            theirs = reference.Reference(config)
-            theirs.model.to(getattr(torch, dtype)).save_pretrained(
-                folder / key, max_shard_size=shard
-            )
-            small_tokenizer.save_pretrained(folder / key)
-            more.write_ontology(folder / key, more.read_ontology(small_world))
-            # What was rounded stays rounded; buffers, which are not saved, never are.
-            load = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained
-            theirs.model = load(
-                folder / key, dtype=torch.float32, attn_implementation="eager"
-            ).eval()
-            made[key] = reference.Case(
-                config, reference.draw_samples(config), theirs, {}, Qwen25VL(config, Runtime())
-            )
-        return made[key], folder / key
-
-    return make
 
 
 def wanted(config, dtype="float32", **axes):
@@ -257,6 +213,7 @@ class TestFaults:
         assert "\n" not in str(error.value)
 
     def test_an_index_without_a_map(self, copy):
+        (copy / SINGLE).unlink()
         (copy / INDEX).write_text("{}")
         self.refused(copy, r"index\.json: no weight_map")
 

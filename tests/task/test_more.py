@@ -286,6 +286,21 @@ def test_bad_lines_are_named_in_one_line(folder, line, message):
     assert "\n" not in str(error.value)
 
 
+def test_all_bad_lines_are_named_at_once_up_to_twenty(folder):
+    bad = [changed(relation="/no/such"), changed(img_id="9.jpg"), "", changed(t__box=(1, 1, 0, 1))]
+    path = put(folder, repr(GOOD), *bad, repr(GOOD))
+    with pytest.raises(DataError) as error:
+        read_split(folder, "train", ONTOLOGY)
+    assert str(error.value).startswith(f"4 faults: (1) {path}:2: relation: ")
+    for number, what in ((3, "img_id: no photo"), (4, "malformed"), (5, "t.box: ")):
+        assert f"({number - 1}) {path}:{number}: {what}" in str(error.value)
+    assert "\n" not in str(error.value)
+    put(folder, *["x"] * 50)
+    with pytest.raises(DataError, match=r"^20 faults or more: .*train\.txt:20: ") as error:
+        read_split(folder, "train", ONTOLOGY)
+    assert "txt:21" not in str(error.value)
+
+
 def test_bad_files_are_named(folder):
     with pytest.raises(DataError, match=r"No such file.*valid\.txt"):
         read_split(folder, "valid", ONTOLOGY)
@@ -376,6 +391,27 @@ def test_a_folder_in_a_bucket_is_read_as_a_local_one(folder, monkeypatch):
     assert texts == read_reasoning(folder / "reasoning.jsonl", facts, ontology)
     with pytest.raises(DataError, match=r"^az://team/more/txt/test\.txt: .*expected a text file$"):
         read_split(found, "test", ontology)
+
+
+def test_all_damaged_photos_are_named_at_once_up_to_twenty(folder):
+    whole = (folder / "img_org" / "train" / "1.jpg").read_bytes()
+
+    def facts(count):
+        for number in range(10, 10 + count):
+            data = whole if number % 2 else whole[: 300 + number]
+            (folder / "img_org" / "train" / f"{number}.jpg").write_bytes(data)
+            yield dataclasses.replace(FACT, id=f"train:{number}", image=f"{number}.jpg")
+
+    with pytest.raises(DataError, match=r"^3 faults: \(1\) ") as error:
+        check_photos(list(facts(6)), folder)
+    for number in (10, 12, 14):
+        assert f"{number}.jpg (fact train:{number}): cannot be read" in str(error.value)
+    for number in (11, 13, 15):
+        assert f"{number}.jpg" not in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"^20 faults or more: ") as error:
+        check_photos(list(facts(60)), folder)
+    assert str(error.value).count("cannot be read") == 20
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no image", "empty", "gone"])

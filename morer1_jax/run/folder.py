@@ -1,0 +1,69 @@
+"""What a checkpoint folder holds: a whole model in safetensors, or something else, as is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from morer1_jax.files import read_text
+from morer1_jax.model.names import WeightsError
+from morer1_jax.task.fact import one_line
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+# Tensors as others keep them.
+_FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".safetensors")
+
+
+def check_kind(folder: Path) -> None:
+    """Finds out whether a folder holds a whole model.
+
+    Raises:
+      WeightsError: it holds an adapter, by itself or beside a model that it would change.
+    """
+    if not (folder / _ADAPTER).exists():
+        return
+    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    whole = any((folder / name).exists() for name in (SINGLE, INDEX))
+    raise WeightsError(
+        f"{folder}: {_ADAPTER} found, so {'beside a model ' if whole else ''}an adapter"
+        f"{f' of {base}' if base else ''}; a whole model expected: merge it "
+        "(peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out))"
+        f" and name that folder{f', or remove {_ADAPTER}' if whole else ''}"
+    )
+
+
+def tensor_files(folder: Path) -> list[str]:
+    """The files of tensors, each once: the single one if it is there, as `transformers` reads."""
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise WeightsError(f"{folder / INDEX}: no weight_map, expected tensor name to file")
+        return sorted(set(index["weight_map"].values()))
+    names = (path.name for path in folder.iterdir() if path.suffix in _FOREIGN)
+    others = sorted(names, key=lambda name: ("model" not in name, name))
+    found = f" but {others[0]}, which is not read" if others else ""
+    raise WeightsError(
+        f"{folder}: neither {SINGLE} nor {INDEX} found{found}; expected one of them, as "
+        "save_pretrained writes"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+      WeightsError: it is none.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except (OSError, ValueError) as e:
+        raise WeightsError(f"{path}: {one_line(e)}; expected a JSON object") from e
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: {type(value).__name__} found, a JSON object expected")
+    return value

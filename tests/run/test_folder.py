@@ -1,0 +1,186 @@
+"""Folders of others: read as `transformers` does, or refused in a line that says what to do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from morer1_jax.model.names import WeightsError, canonical_name
+from morer1_jax.run import weights
+from morer1_jax.run.config import ConfigError
+from morer1_jax.run.student import open_student
+from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+
+
+@pytest.fixture
+def copy(published, tmp_path):
+    return Path(shutil.copytree(published()[1], tmp_path / "copy"))
+
+
+def change(folder, edit):
+    """Replaces a folder's tensors by what `edit` makes of them."""
+    save_file(edit(load_file(folder / SINGLE)), folder / SINGLE, metadata={"format": "pt"})
+
+
+def same_as_transformers(folder):
+    """The tensors that we would load are those that `transformers` does."""
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    expected = {
+        canonical_name(name): value.detach().numpy() for name, value in theirs.named_parameters()
+    }
+    checkpoint = Checkpoint(folder)
+    found = {}
+    for file, names in checkpoint._files.items():
+        tensors = load_file(folder / file)
+        found |= {ours: tensors[name] for ours, name in names.items() if ours in checkpoint.specs}
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, expected[name], name)
+
+
+def refused(folder, match, error=WeightsError):
+    with pytest.raises(error, match=match) as found:
+        open_student(str(folder))
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 1500
+    return str(found.value)
+
+
+class TestTensors:
+    def test_the_single_file_before_a_stale_index(self, copy):
+        places = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+        (copy / INDEX).write_text(json.dumps({"weight_map": places}))
+        same_as_transformers(copy)
+
+    def test_rotary_frequencies_of_old_saves_are_passed_over(self, copy):
+        rotary = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(3)]
+        rotary += ["model.rotary_emb.inv_freq", "visual.rotary_pos_emb.inv_freq"]
+        change(copy, lambda t: t | {name: np.ones(4, np.float32) for name in rotary})
+        same_as_transformers(copy)
+
+    def test_a_model_saved_without_its_head(self, published, tmp_path):
+        copy = Path(shutil.copytree(published("tied")[1], tmp_path / "copy"))
+
+        def inner(name):
+            name = canonical_name(name)
+            return name if name.startswith("visual.") else name.replace("model.", "language_model.")
+
+        change(copy, lambda t: {inner(n): v for n, v in t.items() if n != "lm_head.weight"})
+        assert "language_model.norm.weight" in load_file(copy / SINGLE)
+        same_as_transformers(copy)
+
+    def test_a_tensor_under_two_names(self, copy):
+        name, other = "model.norm.weight", "model.language_model.norm.weight"
+
+        def both(tensors):
+            norm = tensors[name] if name in tensors else tensors[other]
+            return tensors | {name: norm, other: 2 * norm}
+
+        change(copy, both)
+        found = refused(copy, r"are one tensor under two names; remove the one that is stale")
+        assert f"{copy / SINGLE}: " in found
+        assert name in found
+        assert other in found
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+    def test_a_foreign_prefix_is_named_once(self, copy, prefix):
+        change(copy, lambda t: {prefix + name: value for name, value in t.items()})
+        found = refused(copy, "stands before the names of tensors")
+        assert found.count(prefix) == 1
+        assert len(found.removeprefix(str(copy))) < 200
+
+    def test_of_very_many_faults_the_first_and_their_number(self, copy):
+        change(copy, lambda t: {f"{name}.x": value for name, value in t.items()})
+        tensors = len(load_file(copy / SINGLE))
+        found = refused(copy, r"missing .*; and \d+ more")
+        assert found.count("; ") == 12
+        assert f"and {2 * tensors - 12} more" in found
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "m-q4.gguf"])
+    def test_tensors_in_another_form_are_named(self, copy, name):
+        (copy / SINGLE).rename(copy / name)
+        (copy / "training_args.bin").write_bytes(b"")
+        refused(copy, rf"neither .* found but {name}, which is not read; expected one of them")
+
+
+class TestAdapters:
+    def test_an_adapter_alone(self, tmp_path):
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Q"}')
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+        found = refused(tmp_path, "so an adapter of Qwen/Q; a whole model expected: merge it")
+        assert "merge_and_unload" in found
+
+    def test_an_adapter_beside_a_model(self, copy):
+        (copy / "adapter_config.json").write_text("{}")
+        refused(copy, r"beside a model an adapter; .* or remove adapter_config\.json")
+
+
+def test_the_file_that_transformers_5_saves_is_read_before_the_older_one(copy):
+    size = {"shortest_edge": 800, "longest_edge": 8000}
+    nested = {"size": size, "image_mean": [0.5, 0.4, 0.3]}
+    (copy / PROCESSOR).write_text(json.dumps({"image_processor": nested}))
+    (copy / PREPROCESSOR).write_text(json.dumps({"min_pixels": 700, "max_pixels": 7000}))
+    images = open_student(str(copy)).images
+    assert (images.min_pixels, images.max_pixels) == (800, 8000)
+    assert images.image_mean == (0.5, 0.4, 0.3)
+    # The tower's own, which no file here says.
+    assert images.patch_size == 4
+
+
+def test_limits_that_are_none_are_refused(copy):
+    (copy / PREPROCESSOR).write_text(json.dumps({"size": 448}))
+    refused(copy, "size: found 448, least and most pixels expected")
+
+
+class TestPlaces:
+    @pytest.fixture(autouse=True)
+    def no_hub(self, monkeypatch, tmp_path):
+        def looked(*args, **_):
+            raise AssertionError(f"looked for {args} on the hub")
+
+        monkeypatch.setattr(weights, "snapshot_download", looked)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs" / "demo").mkdir(parents=True)
+
+    @pytest.mark.parametrize(
+        ("path", "found"),
+        [
+            ("./qwen", "no such folder; expected"),
+            ("runs/dmeo", "no such folder; is it runs/demo?; expected"),
+            ("run/demo", "no such folder; is it runs/demo?; expected"),
+            ("qwen/model.safetensors", "no such folder; expected"),
+            ("qwen/exported.zip", "no such folder; expected"),
+        ],
+    )
+    def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(self, path, found):
+        for look in (open_student, Checkpoint):
+            with pytest.raises((WeightsError, ConfigError)) as error:
+                look(path)
+            assert str(error.value).startswith(f"{path}: {found}")
+
+    def test_a_name_of_the_hub_is(self):
+        for look in (open_student, Checkpoint):
+            with pytest.raises(AssertionError, match=r"Qwen/Qwen2\.5-VL-3B-Instruct"):
+                look("Qwen/Qwen2.5-VL-3B-Instruct")
+
+
+def test_a_config_that_leaves_the_ids_out_has_the_defaults(copy):
+    described = json.loads((copy / CONFIG).read_text())
+    for key in ("image_token_id", "video_token_id", "vision_start_token_id"):
+        del described[key]
+    (copy / CONFIG).write_text(json.dumps(described))
+    theirs = transformers.AutoConfig.from_pretrained(copy)
+    ours = Checkpoint(copy).config
+    assert ours.image_token_id == theirs.image_token_id == 151655
+    assert ours.video_token_id == theirs.video_token_id == 151656

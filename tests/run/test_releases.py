@@ -1,0 +1,191 @@
+"""An exported folder in the releases of `transformers` that people have: it loads, sees our pixels,
+writes our prompt and by default generates our greedy answer."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+
+from morer1_jax.data.images import ImageReader
+from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.run.answers import Asker
+from morer1_jax.run.export import export
+from morer1_jax.run.student import TASK, open_student
+from morer1_jax.task import more
+from morer1_jax.task.prompt import question
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+# The first with Qwen2.5-VL's flat config in common use, the last of 4, two of 5.
+RELEASES = ("4.51.3", "4.57.6", "5.4.0", "5.24.0")
+# A folder of environments that are made once and used again, each in `transformers-<release>`.
+ENVIRONMENTS = "MORER1_JAX_TRANSFORMERS"
+LENGTH = 24
+# As Qwen2.5-VL's own, without its ids of images and videos.
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>"
+    "system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|>"
+    "<|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>"
+    "assistant\n{% endif %}"
+)
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def save(reference, name, tokenizer, rows, folder):
+    """Saves a random model with a tokenizer, as the installed release of `transformers` does."""
+    special, config = SpecialIds.of(tokenizer), reference.CONFIGS[name]
+    config = dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, vocab_size=rows),
+        image_token_id=special.image,
+        video_token_id=special.video,
+        vision_start_token_id=special.vision_start,
+        vision_end_token_id=special.vision_end,
+    )
+    reference.Reference(config).model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return config
+
+
+def edit(path, **changes):
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | changes))
+
+
+LIMITS = {"min_pixels": 24 * 24, "max_pixels": 64 * 64}
+SIZE = {"shortest_edge": LIMITS["min_pixels"], "longest_edge": LIMITS["max_pixels"]}
+
+
+def newest(reference, small_tokenizer, folder):
+    """Nested config, one file for all processors with another mean, a template not ours."""
+    save(reference, "odd heads, untied, periodic", small_tokenizer, 576, folder)
+    images = {"image_processor_type": "Qwen2VLImageProcessor", "size": SIZE, "patch_size": 4}
+    images |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    edit(
+        folder / "processor_config.json",
+        image_processor=images,
+        processor_class="Qwen2_5_VLProcessor",
+    )
+    edit(folder / "preprocessor_config.json", min_pixels=64, max_pixels=128)
+    (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+
+
+def published(reference, qwen_tokenizer, folder):
+    """The flat form of first releases, with what is left over of others' work."""
+    config = save(reference, "odd kv heads, tied, aperiodic", qwen_tokenizer, 151_936, folder)
+    left = {"use_cache": False, "torch_dtype": "bfloat16", "bos_token_id": 151643}
+    left["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (folder / "config.json").unlink()
+    edit(folder / "config.json", **config.to_hf(), **left)
+    edit(folder / "preprocessor_config.json", **LIMITS, patch_size=2)
+    edit(
+        folder / "generation_config.json",
+        do_sample=True,
+        repetition_penalty=1.5,
+        temperature=0.7,
+        eos_token_id=[151645, 151643],
+        pad_token_id=151643,
+    )
+    edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", chat_template=TEMPLATE)
+    edit(folder / "chat_template.json", chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def exported(reference, small_tokenizer, qwen_tokenizer, small_world, tmp_path_factory):
+    """The exported folders, the facts to ask about, and what we make of them, by folder."""
+    base = tmp_path_factory.mktemp("exported")
+    ontology = more.read_ontology(small_world)
+    facts = more.read_split(small_world, "test", ontology)[:2]
+    sizes = more.check_photos(facts, small_world)
+    asked, ours = [], {}
+    for make, tokenizer in ((newest, small_tokenizer), (published, qwen_tokenizer)):
+        source, out = base / make.__name__, base / f"{make.__name__}-out"
+        make(reference, tokenizer, source)
+        edit(source / TASK, completion_length=LENGTH)
+        more.write_ontology(source, ontology)
+        export(open_student(str(source)), out)
+        student = open_student(str(source))
+        encoder = student.encoder(small_world, facts, sizes)
+        asker = Asker(student.policy, encoder, batch=2, group=1, temperature=0.0)
+        drawn = [rollout for _, rollout in asker.ask(student.params, facts, "ask")]
+        samples = [encoder.sample(fact) for fact in facts]
+        ours[str(out)] = [
+            {
+                "ids": sample.prompt,
+                "pixels": sample.images.values,
+                "grids": np.array(sample.images.grids),
+                "answer": rollout.tokens[0][rollout.mask[0]],
+            }
+            for sample, rollout in zip(samples, drawn, strict=True)
+        ]
+        reader = ImageReader(small_world, student.images)
+    for number, fact in enumerate(facts):
+        files = [str(base / f"{number}-{what}.png") for what in ("photo", "crop")]
+        for image, file in zip(reader.pair(fact), files, strict=True):
+            image.save(file)
+        asked.append({"photo": files[0], "crop": files[1], "question": question(fact, ontology)})
+    return ours, asked
+
+
+def check(ours, found, release):
+    """The same prompts, pixels and answers."""
+    for folder, answers in ours.items():
+        for number, expected in enumerate(answers):
+            for key, value in expected.items():
+                theirs = found[f"{folder}|{number}|{key}"]
+                message = f"{release}: {key} of {Path(folder).name}, fact {number}"
+                np.testing.assert_array_equal(theirs, value, err_msg=message)
+
+
+def test_the_installed_release_answers_as_we_do(exported, other_release):
+    ours, asked = exported
+    found = {}
+    for folder in ours:
+        for number, values in enumerate(other_release.ask(folder, asked)):
+            found |= {f"{folder}|{number}|{key}": value for key, value in values.items()}
+    check(ours, found, transformers.__version__)
+    # More than a token or two of each, and not of one kind.
+    answers = [expected["answer"] for several in ours.values() for expected in several]
+    assert max(map(len, answers)) == LENGTH
+    assert len({tuple(answer) for answer in answers}) == len(answers)
+
+
+def python_with(release, folder):
+    """The Python of an environment with that release; made if it is not there."""
+    path = folder / f"transformers-{release}"
+    python = path / "bin" / "python"
+    if not (path / "made").exists():
+        shutil.rmtree(path, ignore_errors=True)
+        venv.create(path, with_pip=True)
+        packages = [f"transformers=={release}", "torch==2.13.0", "pillow", "jinja2", "numpy"]
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        (path / "made").touch()
+    return python
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("release", RELEASES)
+def test_other_releases_answer_as_we_do(exported, release, tmp_path, tmp_path_factory):
+    ours, asked = exported
+    given = os.environ.get(ENVIRONMENTS)
+    python = python_with(release, Path(given) if given else tmp_path_factory.getbasetemp())
+    (tmp_path / "job.json").write_text(json.dumps({"folders": list(ours), "facts": asked}))
+    script = Path(__file__).parents[1] / "other_release.py"
+    command = [python, script, tmp_path / "job.json", tmp_path / "found.npz"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{release}: {done.stderr[-4000:]}"
+    found = np.load(tmp_path / "found.npz")
+    assert str(found["release"]) == release
+    check(ours, found, release)
