@@ -19,8 +19,7 @@ from PIL import Image
 def ask(folder, facts):
     """What a folder makes of the facts: a dict of arrays for each."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    # Torchvision is not needed: the processor is the one that goes through Pillow.
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    processor = _processor(folder)
     kind = transformers.Qwen2_5_VLForConditionalGeneration
     model, loading = kind.from_pretrained(folder, output_loading_info=True)
     model = model.eval()
@@ -34,6 +33,18 @@ def ask(folder, facts):
     ends = model.lm_head.weight, model.get_input_embeddings().weight
     assert (ends[0].data_ptr() == ends[1].data_ptr()) == saved["tie_word_embeddings"]
     return [_ask(tokenizer, processor, model, fact) for fact in facts]
+
+
+def _processor(folder):
+    """The image processor that goes through Pillow: that of torchvision has pixels of its own."""
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    except ImportError:  # Some releases of 5 want torchvision to choose one, whichever they choose.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        return Qwen2VLImageProcessorPil.from_pretrained(folder)
 
 
 def _ask(tokenizer, processor, model, fact):

@@ -174,17 +174,18 @@ class Encoder:
           targets: by fact id, what will be trained on.
 
         Raises:
-          DataError: the facts, up to 20, whose prompt, target or images exceed the limits.
+          DataError: the facts, up to 20, whose images have a shape that the processor refuses, or
+            the first whose prompt, target or images exceed the limits.
         """
         found, faults = [], Faults()
         for fact in facts:
             try:
-                need = self.need(fact, sizes[fact.photo], targets.get(fact.id))
-                self._check(fact.id, need)
-                found.append(need)
+                found.append(self.need(fact, sizes[fact.photo], targets.get(fact.id)))
             except DataError as e:
                 faults.add(e)
         faults.check()
+        for fact, need in zip(facts, found, strict=True):
+            self._check(fact.id, need)
         return found
 
     def _check(self, name: str, need: Need) -> None:

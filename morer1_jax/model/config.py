@@ -165,12 +165,13 @@ class ModelConfig:
         vision = dataclasses.asdict(self.vision)
         theta = vision.pop("rope_theta")
         vision["fullatt_block_indexes"] = list(self.vision.fullatt_block_indexes)
+        if theta != VisionConfig.rope_theta:  # The published form does not say it.
+            vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": theta}
         vision |= {
             # Older releases of transformers read `in_chans`, newer ones `in_channels`.
             "in_chans": self.vision.in_channels,
             "hidden_act": "silu",
             "model_type": "qwen2_5_vl",
-            "rope_parameters": {"rope_type": "axial", "rope_theta": theta},
         }
         return text | {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],

@@ -222,19 +222,20 @@ TOO_SMALL = [
 @pytest.mark.parametrize(("limits", "what", "key"), TOO_SMALL)
 def test_what_does_not_fit_is_found_beforehand(make, facts, sizes, reasoning, limits, what, key):
     make().needs(facts, sizes, reasoning)
-    with pytest.raises(DataError, match=rf"train:\d+: .*{what}.*{key}") as error:
+    with pytest.raises(DataError, match=rf"^train:\d+: .*{what}.*{key}") as error:
         make(limits).needs(facts, sizes, reasoning)
     assert "\n" not in str(error.value)
 
 
-def test_all_that_does_not_fit_is_named_at_once(make, facts, sizes, reasoning):
-    encoder = make(dataclasses.replace(LIMITS, prompt=10))
+def test_all_shapes_that_are_refused_are_named_at_once(make, facts, sizes, reasoning):
+    thin = sizes | {fact.photo: (900, 3) for fact in facts[:3]}
+    chosen = facts[:3] + [fact for fact in facts if thin[fact.photo] != (900, 3)]
     with pytest.raises(DataError, match=r"^3 faults: \(1\) ") as error:
-        encoder.needs(facts[:3], sizes, reasoning)
-    for number, fact in enumerate(facts[:3], start=1):
-        assert f"({number}) {fact.id}: its prompt has" in str(error.value)
+        make().needs(chosen, thin, reasoning)
+    for fact in facts[:3]:
+        assert f"(fact {fact.id}): the photo has 900 × 3 pixels" in str(error.value)
     with pytest.raises(DataError, match=r"^20 faults or more: "):
-        encoder.needs(facts, sizes, reasoning)
+        make().needs(facts, dict.fromkeys(sizes, (900, 3)), reasoning)
 
 
 @pytest.mark.parametrize(("limits", "what", "key"), TOO_SMALL)
