@@ -194,11 +194,15 @@ def _combine(total: tuple[Params, Metrics], part: tuple[Params, Metrics]) -> tup
 
 
 def combined_metrics(updates: Sequence[Metrics]) -> Metrics:
-    """Those of several updates as of one: means, and of what is a greatest value the greatest."""
+    """Those of several updates as of one: means, of what is a greatest value the greatest, and of
+    `skipped_updates` the sum."""
 
     def combined(name: str) -> Array:
         values = jnp.stack([metrics[name] for metrics in updates])
-        return jnp.max(values) if name.endswith("/max") else jnp.mean(values)
+        if name == "skipped_updates":
+            return jnp.sum(values)
+        greatest = name == "not_finite" or name.endswith("/max")
+        return jnp.max(values, axis=0) if greatest else jnp.mean(values)
 
     return {name: combined(name) for name in updates[0]}
 
@@ -227,7 +231,9 @@ def make_grpo_update(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """One optimizer update: `update(state, frozen, batch, allowed) -> (state, metrics)`.
 
-    `state.step` counts rollouts, so the caller raises it after the last update on one.
+    `state.step` counts rollouts, so the caller raises it after the last update on one. An update on
+    numbers that are not finite is skipped (see `apply_gradients`); `not_finite`, int32 [b], is
+    `prompts.fact` of each group that has such, by `not_finite_groups`, and -1 of the others.
     """
 
     def update(
@@ -236,7 +242,22 @@ def make_grpo_update(
         grads, metrics = grpo_gradients(
             model, state.params, batch, allowed, config, score, micro_batches, frozen
         )
-        params, opt_state, norm = apply_gradients(state, grads, optimizer)
-        return state.replace(params=params, opt_state=opt_state), {**metrics, "grad_norm": norm}
+        bad = not_finite_groups(batch)
+        sound = jnp.isfinite(metrics["loss"]) & ~jnp.any(bad)
+        params, opt_state, seen = apply_gradients(state, grads, optimizer, sound)
+        seen["not_finite"] = jnp.where(bad, batch.prompts.fact, -1)
+        return state.replace(params=params, opt_state=opt_state), metrics | seen
 
     return update
+
+
+def not_finite_groups(batch: GroupBatch) -> Bool[Array, " b"]:
+    """Whether a group has an advantage, or a completion's token a log-probability, not finite.
+
+    The loss alone does not tell: the clip and the importance weight's cap hide an infinite ratio.
+    """
+    bad = jnp.any(~jnp.isfinite(batch.advantages), axis=-1)
+    for logprobs in (batch.sampler, batch.old, batch.reference):
+        if logprobs is not None:
+            bad |= jnp.any(~jnp.isfinite(logprobs) & batch.mask, axis=(-2, -1))
+    return bad

@@ -72,11 +72,15 @@ def make_sft_step(
     config: ScoreConfig,
     micro_batches: int = 1,
 ) -> Callable[[TrainState, Params, SequenceBatch], tuple[TrainState, Metrics]]:
-    """One update: `step(state, frozen, batch) -> (state, metrics)`, to be jitted."""
+    """One update: `step(state, frozen, batch) -> (state, metrics)`, to be jitted.
+
+    `state.step` counts batches, also one whose update was skipped; see `apply_gradients`.
+    """
 
     def step(state: TrainState, frozen: Params, batch: SequenceBatch) -> tuple[TrainState, Metrics]:
         grads, metrics = sft_gradients(model, state.params, batch, config, micro_batches, frozen)
-        params, opt_state, norm = apply_gradients(state, grads, optimizer)
-        return TrainState(state.step + 1, params, opt_state), {**metrics, "grad_norm": norm}
+        sound = jnp.isfinite(metrics["loss"])
+        params, opt_state, seen = apply_gradients(state, grads, optimizer, sound)
+        return TrainState(state.step + 1, params, opt_state), metrics | seen
 
     return step

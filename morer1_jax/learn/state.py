@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from morer1_jax.learn.parts import ALL, Parts, factors
 from morer1_jax.model.vlm import Qwen25VL, init_params
@@ -125,8 +125,38 @@ def init_sharded(model: Qwen25VL, key: PRNGKeyArray, like: Params) -> Params:
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
-) -> tuple[Params, optax.OptState, Float[Array, ""]]:
-    """New parameters, new optimizer state, and the gradients' global norm before the clip."""
+    state: TrainState,
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    sound: Bool[Array, ""] | bool = True,
+) -> tuple[Params, optax.OptState, dict[str, Array]]:
+    """New parameters and optimizer state; both bit for bit the old ones if the update is skipped.
+
+    It is where the gradients' global norm is not finite, or what they were made of is not sound.
+    Both are known before anything is written, so that the new state still takes the old one's
+    place. Whether parameters overflow is known only afterwards, as `param_norm`: to keep a copy of
+    them until then would cost as much memory as they do, and only a setting such as a huge
+    learning rate does it, from which no skipping helps.
+
+    Args:
+      sound: False skips the update, too.
+
+    Returns:
+      The two, and metrics: `grad_norm`, before the clip; `param_norm`, of the parameters returned;
+      `skipped_updates`, 1 or 0.
+    """
+    norm = optax.tree.norm(grads)
+    taken = jnp.isfinite(norm) & sound
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(grads)
+    new = optax.apply_updates(state.params, updates), opt_state
+    old = state.params, state.opt_state
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old)
+    return (
+        params,
+        opt_state,
+        {
+            "grad_norm": norm,
+            "param_norm": optax.tree.norm(params),
+            "skipped_updates": 1 - taken.astype(jnp.int32),
+        },
+    )

@@ -8,6 +8,7 @@ depends on no other row and not on the mesh.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class SampleConfig:
     guided: bool = False
 
     def __post_init__(self) -> None:
-        if self.group < 1 or self.length < 1 or self.temperature < 0:
+        if self.group < 1 or self.length < 1 or not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"group {self.group}, length {self.length} and temperature {self.temperature}: at "
                 "least 1, 1 and 0 expected"
@@ -85,7 +86,8 @@ class Rollout:
     Attributes:
       tokens: int32 ids; meaningless where `mask` is False.
       mask: True up to and including end-of-turn.
-      logprobs: float32, the log-probability each token was drawn with.
+      logprobs: float32, the log-probability each token was drawn with; not finite where the model
+        gave no number for it.
       ended: False if the completion was cut off at the length limit.
       format, answer, effort: the three outcomes of `task.answer`; `answer` is a label's id or -1.
     """
@@ -273,6 +275,8 @@ def _draw(
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
     logprob = chosen - largest - jnp.log(jnp.sum(weights, axis=-1, keepdims=True))
+    # Where the logits of all ids that are allowed are -inf, one that is not would seem likely.
+    logprob = jnp.where(chosen <= DISALLOWED, -jnp.inf, logprob)
     return token, logprob[..., 0]
 
 

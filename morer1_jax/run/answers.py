@@ -16,6 +16,7 @@ from morer1_jax.data.loader import load_ahead
 from morer1_jax.data.shapes import Shape
 from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sample_keys
 from morer1_jax.run.config import ConfigError
+from morer1_jax.run.finite import check_drawn
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import progress
 from morer1_jax.run.mesh import batch_parts, fetch, this_host
@@ -118,6 +119,9 @@ class Asker:
         Args:
           params: of the whole model.
           start: facts that are passed over, a multiple of the batch.
+
+        Raises:
+          NotFiniteError: an answer was drawn from what are no probabilities.
         """
         policy, size = self._policy, self.batch
 
@@ -137,7 +141,9 @@ class Asker:
                 )
                 chunk = facts[number * size : (number + 1) * size]
                 for row, fact in enumerate(chunk):
-                    yield fact, jax.tree.map(lambda x, row=row: x[row], drawn)
+                    answers = jax.tree.map(lambda x, row=row: x[row], drawn)
+                    check_drawn(fact.id, answers)
+                    yield fact, answers
                 bar.update(len(chunk))
 
     def answers(self, params: Any, facts: Sequence[Fact], desc: str) -> list[Answer]:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole and verified, or absent.
+"""Checkpoints that are whole, finite and verified, or absent.
 
 Orbax writes and reads the arrays; it does not notice that a byte on the disk has changed.  So the
 digest of every file is kept in a manifest, which is written last, into a hidden folder that is only
@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from morer1_jax.files import atomic_dir, atomic_write, plain_path, remove, temporary_path
+from morer1_jax.run.finite import NotFiniteError, first_not_finite
 from morer1_jax.run.mesh import path_name
 from morer1_jax.task.fact import DataError, one_line
 
@@ -77,6 +78,7 @@ class Checkpointer:
 
         Raises:
           CheckpointError: a checkpoint of this or a later step is there.
+          NotFiniteError: a leaf has a value that is not finite; nothing is written.
         """
         latest = self.latest()
         if latest is not None and step <= latest:
@@ -95,7 +97,10 @@ class Checkpointer:
         """Keeps `params` if `metric` is the highest so far; the earlier of equals stays.
 
         Returns:
-          Whether they were kept.  A NaN never is.
+          Whether they were kept.  Those of a metric that is NaN never are.
+
+        Raises:
+          NotFiniteError: a leaf has a value that is not finite; nothing is written.
         """
         best = self.best()
         if math.isnan(metric) or (best is not None and metric <= best[1]):
@@ -135,8 +140,9 @@ class Checkpointer:
           The state and the `extra` it was saved with.
 
         Raises:
-          CheckpointError: none is there, a file differs from its digest, or a leaf of `like` is not
-            in the checkpoint with this shape and dtype, or the other way round.
+          CheckpointError: none is there, a file differs from its digest, a leaf of `like` is not
+            in the checkpoint with this shape and dtype, or the other way round, or a leaf has a
+            value that is not finite, as older versions saved them.
         """
         step = self.latest() if step is None else step
         if step is None:
@@ -166,6 +172,11 @@ class Checkpointer:
         }
         # As it will be read back, and refused before anything is written if it cannot be.
         body = json.loads(json.dumps(body, allow_nan=False))
+        if (bad := first_not_finite(leaves)) is not None:
+            raise NotFiniteError(
+                f"{path}: {bad} is not finite, so that step {step} is not saved; the checkpoints "
+                "before it are kept"
+            )
         first = _is_first()
         if first:
             for unfinished in path.parent.glob(".step_*.tmp"):
@@ -215,6 +226,11 @@ class Checkpointer:
                 args=ocp.args.PyTreeRestore(
                     item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
                 ),
+            )
+        if (bad := first_not_finite(arrays)) is not None:
+            raise CheckpointError(
+                f"{path}: {bad} is not finite, a checkpoint of finite numbers expected; delete "
+                f"{path} to go on from the one before it"
             )
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
         return tree, manifest["extra"]

@@ -17,6 +17,7 @@ from morer1_jax.rollout.program import Scored
 from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.digests import bind, of_lines
+from morer1_jax.run.finite import NotFiniteError
 from morer1_jax.run.grpo_step import GRPOStep
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import RecordLog
@@ -86,7 +87,8 @@ def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
     scored = (grpo.loss.beta > 0) + (grpo.updates > 1)
 
     def work(prompts: PromptBatch, metrics: Metrics) -> Work:
-        lengths = fetch(metrics["completions/lengths"])
+        lengths, bad = fetch((metrics["completions/lengths"], metrics["not_finite"]))
+        _check_finite(job, bad)
         return group_work(config, passes, prompts, lengths, scored=scored, updates=grpo.updates)
 
     asker = greedy_asker(job, job.encoder)
@@ -110,6 +112,26 @@ def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
         **job.loading,
         profile=job.settings.profile.steps,
     )
+
+
+def _check_finite(job: Job, bad: np.ndarray) -> None:
+    """Sees to it that a rollout is of finite numbers; one that is not was not trained on.
+
+    Args:
+      bad: `not_finite` of `make_grpo_update`.
+
+    Raises:
+      NotFiniteError: naming the first fact of a group that is not.
+    """
+    facts = job.facts["train"]
+    for number in bad[bad >= 0]:
+        # A fact that a batch has twice has other noise, and so another number, the second time.
+        raise NotFiniteError(
+            f"fact {facts[number % len(facts)].id}: an advantage, or the log-probability of a "
+            "token that was drawn (by the sampler, the old parameters or the reference), is no "
+            "finite number; its rollout is not trained on; with a new --workdir, compute in "
+            "float32 (runtime.dtype)"
+        )
 
 
 def _pools(job: Job) -> dict[str, list[int]]:

@@ -16,6 +16,7 @@ from morer1_jax.data.loader import WorkerKind, load_ahead
 from morer1_jax.learn.state import TrainState
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.compiles import CompileWatch
+from morer1_jax.run.finite import PATIENCE, SKIPPED, SkippedUpdates, check_scores
 from morer1_jax.run.log import MetricLog, progress
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.throughput import Work, throughput
@@ -77,8 +78,9 @@ def train(
     metrics go to `workdir/metrics.jsonl`, with `step_time`: seconds a step since the last record,
     validation and saving left out; `time/…`, what of it each of the step's programs took, and
     `time/host` what none of them did; what was done in that time, as `throughput` has it; and
-    `compilations` of steps so far. A run that is killed and started again ends with the same
-    parameters, and with every logged step in the log once.
+    `compilations` of steps so far; `skipped_updates`, all since the last record. A run that is
+    killed and started again ends with the same parameters, and with every logged step in the log
+    once. While updates are skipped in a row nothing is saved, except at the end.
 
     Args:
       begin: makes the state that training starts from; not called if there is a checkpoint, so
@@ -90,20 +92,24 @@ def train(
 
     Returns:
       The checkpointer, which knows the best parameters.
+
+    Raises:
+      NotFiniteError: too many updates in a row were skipped, or a score is not finite.
     """
     checkpoints = Checkpointer(workdir / name / "checkpoints", keep=config.keep_checkpoints)
     log = MetricLog(workdir, name)
     start = checkpoints.latest()
     log.resume_at(start)
     hooks.resume(start)
-    state = begin() if start is None else checkpoints.restore(start, like)[0]
+    state, extra = (begin(), {}) if start is None else checkpoints.restore(start, like)
     start = start or 0
     batches = load_ahead(hooks.batch, start, config.steps, workers=workers, kind=kind)
     bar = progress(desc=name, total=config.steps, initial=start)
     pending: tuple[int, Any, Metrics] | None = None
     watch, compiles = _StopWatch(start), CompileWatch()
     done, counted = Work(0.0, 0.0), start
-    tracing = False
+    tracing = due = False
+    skipped = SkippedUpdates(name, config.steps, checkpoints.latest, bar.write, extra)
 
     def settle() -> None:
         """Logs the step before: the next one keeps the device busy while it is waited for."""
@@ -114,8 +120,12 @@ def train(
         pending = None
         done += hooks.work(batch, metrics)
         if step % config.log_every and step != config.steps:
+            # The host is hardly ever further ahead than this, so that it does not wait here.
+            skipped.read(step - PATIENCE)
+            skipped.check()
             return
         jax.block_until_ready(metrics)
+        skipped.read(step)
         seconds = watch.seconds_a_step(step)
         scalars = {name: value for name, value in metrics.items() if np.ndim(value) == 0}
         steps = step - counted
@@ -129,8 +139,10 @@ def train(
                 **{f"time/{name}": spent for name, spent in phases.items()},
                 **throughput(done, seconds * steps),
                 "compilations": compiles.count,
+                SKIPPED: skipped.take(),
             },
         )
+        skipped.check()
         bar.set_postfix({k: f"{float(metrics[k]):.3g}" for k in hooks.shown}, refresh=False)
         done, counted = Work(0.0, 0.0), step
 
@@ -153,6 +165,7 @@ def train(
                 )
             settle()
             pending = (step, batch, metrics)
+            skipped.add(step, metrics)
             last = step == config.steps
             if tracing and (last or step == profile[1]):
                 jax.block_until_ready((state, metrics))
@@ -160,20 +173,24 @@ def train(
                 tracing = False
                 bar.write(f"{name}: trace of steps to {step} in {workdir / 'profile' / name}")
             validate = step % config.eval_every == 0 or last
-            save = step % config.save_every == 0 or last
-            if validate or save:
+            due = due or step % config.save_every == 0 or last
+            if stop := validate or due:
                 settle()
                 jax.block_until_ready(state)
                 watch.pause()
+                skipped.read(step)
+                skipped.check()
             if validate:
                 scores = hooks.validate(state.params)
                 log.write(step, {f"validation/{k}": v for k, v in scores.items()}, kind="valid")
+                check_scores(name, step, scores)
                 checkpoints.save_best(step, state.params, float(scores["micro_f1"]))
                 bar.write(f"{name} step {step}: validation micro F1 {scores['micro_f1']:.1f}")
-            if save:
+            if due and (last or not skipped.row):
                 log.sync()
-                checkpoints.save(step, state)
-            if validate or save:
+                checkpoints.save(step, state, skipped.extra())
+                due = False
+            if stop:
                 watch.go_on()
             bar.update()
     return checkpoints

@@ -7,6 +7,7 @@ code that reads it, so a key nobody reads cannot exist and a key that is read ca
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -312,6 +313,8 @@ class RateSettings:
     def __post_init__(self) -> None:
         if not 0.0 < self.easy_from <= 1.0:
             raise ValueError(f"easy_from: {self.easy_from} found, above 0 and at most 1 expected")
+        if not self.temperature < math.inf:
+            raise ValueError(f"temperature: {self.temperature} found, a finite number expected")
 
 
 @dataclasses.dataclass(frozen=True)

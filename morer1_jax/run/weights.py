@@ -40,6 +40,7 @@ from morer1_jax.model.names import (
     check_tensors,
     tensor_specs,
 )
+from morer1_jax.run.finite import NotFiniteError, count_not_finite
 from morer1_jax.run.folder import CONFIG, INDEX, SINGLE, check_kind, read_json, tensor_files
 from morer1_jax.run.log import progress
 from morer1_jax.task.fact import GET_CLIENT, one_line
@@ -144,6 +145,10 @@ class Checkpoint:
 
         Args:
           like: the leaves wanted, all or some, of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          WeightsError: a tensor of them has values that are not finite, or a tied head is another
+            than its embedding.
         """
         leaves: dict[tuple[str, ...], jax.Array] = {}
         wanted = {
@@ -162,6 +167,12 @@ class Checkpoint:
                         if not tied and spec.path not in wanted:
                             continue
                         tensor = tensors.get_tensor(theirs)
+                        if bad := count_not_finite(tensor):
+                            raise WeightsError(
+                                f"{self.folder / file}: {bad} of the {tensor.size} values of "
+                                f"{theirs} are not finite; copy it anew, or take a checkpoint from "
+                                "before its training broke"
+                            )
                         if tied:
                             digests[ours] = hashlib.sha256(tensor.view(np.uint8)).digest()
                         if spec is not None and spec.path in wanted:
@@ -228,6 +239,9 @@ def save_tensors(
       params: the whole tree, on the mesh or the host; adapters are merged into their kernels.
       dtype: of the written tensors, one or by name.
       shard_bytes: most bytes of tensors in a file.
+
+    Raises:
+      NotFiniteError: a tensor has values that are not finite, or that `dtype` has not.
     """
     specs = tensor_specs(config)
     dtypes = {name: jnp.dtype(dtype if isinstance(dtype, str) else dtype[name]) for name in specs}
@@ -247,7 +261,14 @@ def save_tensors(
         for file, names in zip(files, shards, strict=True):
             tensors = {}
             for name in names:
-                value = _slice(params, specs[name], lora).astype(dtypes[name])
+                with np.errstate(over="ignore"):  # What overflows is named.
+                    value = _slice(params, specs[name], lora).astype(dtypes[name])
+                if bad := count_not_finite(value):
+                    raise NotFiniteError(
+                        f"{name}: {bad} of its {value.size} values are not finite as "
+                        f"{dtypes[name].name}, so that nothing is written; take another dtype, or "
+                        "an earlier checkpoint"
+                    )
                 tensors[name] = specs[name].to_theirs(value)
                 bar.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})

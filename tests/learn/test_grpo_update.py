@@ -174,9 +174,22 @@ def test_an_update_on_eight_devices(tiny, learn, batch, axes, micro_batches):
     )
     gradients, expected = learn()(params, batch)
     tiny.assert_near(after.opt_state.trace, gradients, 1e-5)
-    norm = metrics.pop("grad_norm")
-    np.testing.assert_allclose(norm, tiny.norm(gradients), rtol=1e-5)
-    tiny.assert_near(metrics, expected, 1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], tiny.norm(gradients), rtol=1e-5)
+    tiny.assert_near({name: metrics[name] for name in expected}, expected, 1e-5)
     tiny.assert_near(after.params, jax.tree.map(np.add, params, gradients), 1e-5)
     # Rollouts are counted by the caller.
-    assert after.step == 0
+    assert (after.step, metrics["skipped_updates"]) == (0, 0)
+    assert (metrics["not_finite"] == -1).all()
+    # The importance weight's cap and the clip would hide an infinity: its update is skipped, too.
+    drawn, padding = (tuple(np.argwhere(mask)[-1]) for mask in (batch.mask, ~batch.mask))
+    for name, value in (("sampler", -np.inf), ("old", -np.inf), ("reference", np.nan)):
+        for place, skipped in ((drawn, 1), (padding, 0)):
+            spoilt = getattr(batch, name).copy()
+            spoilt[place] = value
+            given = meshes.put_batch(batch.replace(**{name: spoilt}), mesh)
+            left, metrics = update(after, {}, given, tiny.ALLOWED)
+            same = jax.tree.map(lambda a, b: (a == b).all(), left.params, after.params)
+            assert all(jax.tree.leaves(same)) == skipped
+            assert metrics["skipped_updates"] == skipped
+            expected = np.where(np.arange(tiny.PROMPTS) == place[0], 100 + place[0], -1)
+            np.testing.assert_array_equal(metrics["not_finite"], expected if skipped else -1)

@@ -126,11 +126,20 @@ def test_a_step_on_eight_devices(tiny, learn, axes, micro_batches):
     after, metrics = step(jax.device_put(state, shardings), {}, meshes.put_batch(batch, mesh))
     gradients, expected = learn()(params, batch)
     tiny.assert_near(after.opt_state.trace, gradients, 1e-5)
-    norm = metrics.pop("grad_norm")
-    np.testing.assert_allclose(norm, tiny.norm(gradients), rtol=1e-5)
-    tiny.assert_near(metrics, expected, 1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], tiny.norm(gradients), rtol=1e-5)
+    tiny.assert_near({name: metrics[name] for name in expected}, expected, 1e-5)
     tiny.assert_near(after.params, jax.tree.map(np.add, params, gradients), 1e-5)
-    assert after.step == 1
+    np.testing.assert_allclose(metrics["param_norm"], tiny.norm(after.params), rtol=1e-5)
+    assert (after.step, metrics["skipped_updates"]) == (1, 0)
+    # A photo that is not finite changes nothing, but the batch is spent.
+    patches = batch.vision.patches.copy()
+    patches[5, 0, 0] = np.nan
+    spoilt = batch._replace(vision=batch.vision._replace(patches=patches))
+    left, metrics = step(after, {}, meshes.put_batch(spoilt, mesh))
+    for name in ("params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(left, name), getattr(after, name))
+    assert not np.isfinite(metrics["grad_norm"])
+    assert (left.step, metrics["skipped_updates"]) == (2, 1)
     assert (
         after.params["head"].addressable_shards[0].data.size
         == 32 * 32 // axes["fsdp"] // axes["tensor"]

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from morer1_jax.learn.state import (
     OptimizerConfig,
@@ -55,8 +56,8 @@ def test_decay_is_of_matrices_alone(tiny):
         zero = jax.tree.map(jnp.zeros_like, params)
         return apply_gradients(new_state(params, optimizer), zero, optimizer)
 
-    after, _, norm = step(params)
-    assert norm == 0
+    after, _, seen = step(params)
+    assert seen["grad_norm"] == 0
     kept, decayed = set(), set()
     for (path, old), new in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(after), strict=True
@@ -76,15 +77,84 @@ def test_gradients_are_clipped_and_their_norm_is_that_before(tiny):
     grads = {"kernel": jnp.array([3.0, 0.0, -4.0, 0.0])}
     clip = OptimizerConfig(lr=1.0, clip_norm=0.5)
     optimizer = optax.chain(optax.clip_by_global_norm(clip.clip_norm), optax.sgd(1.0))
-    after, _, norm = apply_gradients(new_state(params, optimizer), grads, optimizer)
+    after, _, seen = apply_gradients(new_state(params, optimizer), grads, optimizer)
     np.testing.assert_allclose(after["kernel"], [-0.3, 0, 0.4, 0], rtol=1e-6)
-    assert norm == 5
+    assert seen["grad_norm"] == 5
     # Adam's first moment, of the built optimizer, is of the clipped gradient.
     built = clip.build(3)
-    _, opt_state, norm = apply_gradients(new_state(params, built), grads, built)
+    _, opt_state, seen = apply_gradients(new_state(params, built), grads, built)
     moment = optax.tree_utils.tree_get(opt_state, "mu")["kernel"]
     np.testing.assert_allclose(moment, (1 - clip.b1) * np.array([0.3, 0, -0.4, 0]), rtol=1e-5)
-    assert norm == 5
+    assert seen["grad_norm"] == 5
+
+
+@pytest.fixture(scope="module")
+def split_update(tiny):
+    """A state on eight devices, and an update of it as a run compiles it: its buffers given away.
+
+    `(state, grads, sound) -> (state, metrics)`
+    """
+    mesh = tiny.mesh(data=1, fsdp=2, tensor=4)
+    rng = np.random.default_rng(0)
+    params = {
+        "q": {"kernel": jnp.asarray(rng.standard_normal((8, 4, 2)), jnp.float32)},
+        "o": {"bias": -jnp.zeros(3)},  # Adding 0 would lose the sign.
+    }
+    optimizer = OptimizerConfig(lr=0.1, weight_decay=0.1).build(10)
+    state = new_state(params, optimizer)
+    shardings = meshes.state_shardings(mesh, state, params)
+
+    def update(state, grads, sound):
+        params, opt_state, seen = apply_gradients(state, grads, optimizer, sound)
+        return state.replace(params=params, opt_state=opt_state), seen
+
+    program = jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    return lambda: jax.device_put(jax.tree.map(jnp.copy, state), shardings), program
+
+
+def gradients(value=1.0):
+    """Ones, and `value` in one place."""
+    kernel = np.ones((8, 4, 2), np.float32)
+    kernel[3, 1, 0] = value
+    return {"q": {"kernel": kernel}, "o": {"bias": np.ones(3, np.float32)}}
+
+
+def same_bits(left, right):
+    return all(
+        np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.sharding == b.sharding
+        for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "sound"),
+    [(np.nan, True), (np.inf, True), (-np.inf, True), (1e30, True), (1.0, False)],
+)
+def test_an_update_that_is_not_finite_leaves_the_state_bit_for_bit(split_update, value, sound):
+    make, update = split_update
+    first, _ = update(make(), gradients(), True)  # moments that are not 0
+    kept = jax.tree.map(jnp.copy, first)
+    after, seen = update(first, gradients(value), sound)
+    assert same_bits(after, kept)
+    assert seen["skipped_updates"] == 1
+    assert np.isfinite(seen["param_norm"])
+    # What comes after is what would have come without it.
+    later, seen = update(after, gradients(), True)
+    expected, _ = update(kept, gradients(), True)
+    assert same_bits(later, expected)
+    assert seen["skipped_updates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "grad"), [({"lr": 1e22}, 1.0), ({"lr": 0.1, "eps": 0.0}, 0.0)], ids=["lr", "eps"]
+)
+def test_parameters_that_overflow_show_in_their_norm(wrong, grad):
+    optimizer = OptimizerConfig(**wrong).build(3)
+    state = new_state({"kernel": jnp.ones(4)}, optimizer)
+    grads = {"kernel": jnp.array([1.0, 1.0, 1.0, grad])}
+    _, _, seen = apply_gradients(state, grads, optimizer)
+    assert np.isfinite(seen["grad_norm"])
+    assert not np.isfinite(seen["param_norm"])
 
 
 def test_new_state_is_at_step_0(tiny):

@@ -1,0 +1,200 @@
+"""What is not finite: found in arrays, in answers, in updates; and the errors that say so.
+
+Numbers that are NaN or infinite never go away again: a checkpoint of them is worth nothing, and
+what is read off them looks like an answer. So they are looked for wherever numbers come in, are
+kept, or become a label.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from morer1_jax.rollout.sampler import Rollout
+from morer1_jax.run.mesh import fetch
+from morer1_jax.task.fact import DataError
+
+# Steps in a row with a skipped update after which a run ends.
+PATIENCE = 5
+
+SKIPPED, IN_A_ROW = "skipped_updates", "skipped_in_a_row"
+# Values looked at at once: few enough to stay in a core's cache.
+_CHUNK = 1 << 16
+
+
+class NotFiniteError(DataError):
+    """A number that is not finite; the message is one line."""
+
+
+def count_not_finite(values: np.ndarray) -> int:
+    """How many of an array's values are NaN or infinite.
+
+    Makes no copy of it, and takes less time than one would: some tenths of a second a gigabyte.
+
+    Args:
+      values: of a dtype of floating point of 2 or 4 bytes, bfloat16 among them.
+    """
+    bits = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
+    # Of such a value, and of no other, the bits but for the sign are at least infinity's.
+    magnitude = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    infinity = np.array(np.inf, values.dtype).view(bits.dtype)
+    count = 0
+    buffer = np.empty(min(_CHUNK, bits.size), bits.dtype)
+    for start in range(0, bits.size, _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        part = np.bitwise_and(chunk, magnitude, out=buffer[: chunk.size])
+        if part.max() >= infinity:
+            count += int(np.count_nonzero(part >= infinity))
+    return count
+
+
+def first_not_finite(leaves: Mapping[str, jax.Array]) -> str | None:
+    """The name of the first array that has a value that is not finite; None if none has.
+
+    Integers, and keys, are passed over. In a run of several processes all must call it at once.
+    """
+    # Arrays of one program must lie on the same devices.
+    groups: dict[Any, list[str]] = {}
+    for name, leaf in leaves.items():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            groups.setdefault(frozenset(leaf.sharding.device_set), []).append(name)
+    bad = []
+    for names in groups.values():
+        finite = fetch(_all_finite([leaves[name] for name in names]))
+        bad += [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    return next((name for name in leaves if name in bad), None)
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+
+
+def check_drawn(fact: str, drawn: Rollout) -> None:
+    """Sees to it that every token of a fact's answers was drawn from probabilities.
+
+    Guided or not, something is drawn where there are none, and may well be a label.
+
+    Args:
+      drawn: without the batch's axis, NumPy arrays.
+
+    Raises:
+      NotFiniteError: a log-probability is not finite.
+    """
+    bad = np.argwhere(~np.isfinite(drawn.logprobs) & drawn.mask)
+    if len(bad):
+        sample, place = bad[0]
+        raise NotFiniteError(
+            f"fact {fact}: the log-probability of token {place + 1} of answer {sample + 1} is "
+            f"{drawn.logprobs[sample, place]}, a finite number expected: the model's numbers "
+            "overflow; compute in float32, or ask a checkpoint from before they did"
+        )
+
+
+def check_scores(stage: str, step: int, scores: Mapping[str, float]) -> None:
+    """Sees to it that a validation's scores are numbers, so that one of them can be the best.
+
+    Raises:
+      NotFiniteError: one is not finite.
+    """
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"{stage} step {step}: validation/{name} is {value}, a finite number expected; "
+                "look at the validation split"
+            )
+
+
+class SkippedUpdates:
+    """Counts a training's skipped updates, and says when it must end.
+
+    The loop is steps ahead of the device, so metrics are put in as they are promised, by `add`, and
+    looked at later, by `read`.
+
+    Attributes:
+      row: steps in a row with a skipped update, of those that were read.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        steps: int,
+        latest: Callable[[], int | None],
+        write: Callable[[str], None],
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Begins, or goes on.
+
+        Args:
+          stage: for messages.
+          steps: of the whole training.
+          latest: gives the step of the newest checkpoint.
+          write: takes a line for the user.
+          extra: what `extra` gave for the checkpoint that training goes on from.
+        """
+        self._stage, self._latest, self._write = stage, latest, write
+        self._patience = min(PATIENCE, steps)
+        self._unread: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
+        self._count, self.row = extra.get(SKIPPED, 0), extra.get(IN_A_ROW, 0)
+        self._error: NotFiniteError | None = None
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Puts in the metrics of a step, possibly still being computed."""
+        self._unread.append((step, metrics))
+
+    def read(self, step: int) -> None:
+        """Looks at the steps up to this one; waits for those that are not computed."""
+        while self._unread and self._unread[0][0] <= step:
+            at, metrics = self._unread.popleft()
+            skipped, norm = (float(metrics.get(name, 0)) for name in (SKIPPED, "param_norm"))
+            self._count += int(skipped)
+            self.row = self.row + 1 if skipped else 0
+            broken = not math.isfinite(norm)
+            if self._error is not None or not (skipped or broken):
+                continue
+            what = f"{self._stage} step {at}: {_not_finite_metric(metrics)}"
+            if skipped:
+                self._write(f"{what}; its update is skipped")
+            if broken or self.row >= self._patience:
+                many = "" if broken else f", as in each of {self.row} steps in a row"
+                saved = self._latest()
+                kept = "there is none" if saved is None else f"that of step {saved}"
+                self._error = NotFiniteError(
+                    f"{what}{many}; of the stage's finite checkpoints the last is kept "
+                    f"({kept}); with a new --workdir, lower its optimizer.lr or lengthen its "
+                    "warmup, or compute in float32 (runtime.dtype)"
+                )
+
+    def take(self) -> int:
+        """Updates skipped since it was last asked for."""
+        count, self._count = self._count, 0
+        return count
+
+    def check(self) -> None:
+        """Ends a training that has skipped too many in a row, or has lost its parameters.
+
+        Raises:
+          NotFiniteError: step, metric, last finite checkpoint and what to do.
+        """
+        if self._error is not None:
+            raise self._error
+
+    def extra(self) -> dict[str, int]:
+        """What a checkpoint must remember: else a resumed run would count less."""
+        return {SKIPPED: self._count, IN_A_ROW: self.row}
+
+
+def _not_finite_metric(metrics: Mapping[str, Any]) -> str:
+    """The first metric that is not finite, with its value."""
+    numbers = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+    first = dict.fromkeys(("loss", "grad_norm", "param_norm")) | numbers
+    for name in first:
+        if name in numbers and not math.isfinite(numbers[name]):
+            return f"{name} is {numbers[name]}"
+    return "numbers are not finite"
