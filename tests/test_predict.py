@@ -1,5 +1,6 @@
 """The commands that take a checkpoint: predict, evaluate, rate, convert."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,18 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from morer1_jax.model.attention import XLA
+from morer1_jax.model.names import WeightsError
 from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.export import export
+from morer1_jax.run.finite import NotFiniteError
+from morer1_jax.run.grpo import run_grpo
+from morer1_jax.run.job import Job
 from morer1_jax.run.predict import predict, read_questions
-from morer1_jax.run.rate import read_ratings
+from morer1_jax.run.rate import Rating, read_ratings
+from morer1_jax.run.settings import settings
 from morer1_jax.run.student import open_student
+from morer1_jax.run.weights import SINGLE
 from morer1_jax.task import more
 from morer1_jax.task.answer import Special, read
-from morer1_jax.train import train
+from morer1_jax.train import first_params, train
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -141,6 +150,60 @@ def test_a_length_too_short_for_a_guided_answer_is_named(exported, questions):
 @pytest.mark.soak
 def test_a_thousand_guided_answers(exported, questions):
     guided_answers(exported, questions, 1000)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_an_answer_of_a_model_whose_numbers_overflow_is_none(exported, questions, guided):
+    """Guided or not, tokens are drawn; guided, they are a label."""
+    student = open_student(str(exported), completion=40)
+    student.params["language"]["norm"]["scale"] *= 3e38
+    facts = read_questions(questions)
+    with pytest.raises(NotFiniteError, match=r"^fact question:1: the log-probability of token 1"):
+        list(predict(student, facts, batch=4, guided=guided))
+
+
+@pytest.fixture(scope="module")
+def spoilt(exported, tmp_path_factory):
+    """The export with one NaN in one tensor, and the error that every command ends in."""
+    folder = shutil.copytree(exported, tmp_path_factory.mktemp("spoilt") / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / SINGLE)
+    tensors[name][3, 5] = np.nan
+    save_file(tensors, folder / SINGLE)
+    size = tensors[name].size
+    return folder, f"{folder / SINGLE}: 1 of the {size} values of {name} are not finite; "
+
+
+@pytest.mark.parametrize("stage", ["sft", "rate", "grpo"])
+def test_a_tensor_that_is_not_finite_is_trained_by_no_stage(spoilt, small_world, tmp_path, stage):
+    folder, message = spoilt
+    config = read_config(ROOT / "tests" / "configs" / "tiny.py")
+    config.stages, config.data.folder, config.model.path = stage, str(small_world), str(folder)
+    config.rate.begin = "checkpoint"
+    config.mesh.update(data=1, fsdp=1, tensor=-1)
+    job = Job(settings(config), tmp_path)
+    lines = [Rating(fact.id, 0.5, "hard") for fact in job.facts["train"]]
+    (tmp_path / "rate").mkdir()
+    (tmp_path / "rate" / "ratings.jsonl").write_text(
+        "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
+    )
+    with pytest.raises(WeightsError) as error:
+        run_grpo(job, lambda: first_params(job)) if stage == "grpo" else train(config, tmp_path)
+    assert str(error.value).startswith(message)
+    assert not list(tmp_path.glob("*/checkpoints/step_*"))
+    assert not list(tmp_path.glob("*/DONE.json"))
+
+
+def test_a_tensor_that_is_not_finite_answers_nothing(spoilt, questions, small_world, tmp_path):
+    folder, message = spoilt
+    with pytest.raises(WeightsError) as error:
+        list(predict(open_student(str(folder)), read_questions(questions), batch=4, guided=True))
+    assert str(error.value).startswith(message)
+    args = ["-m", "morer1_jax.evaluate", "--checkpoint", folder, "--data", small_world]
+    done = command(*args, "--out", tmp_path, code=2)
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("eval/*"))
 
 
 def test_evaluate_writes_tables_and_page(exported, small_world, tmp_path):

@@ -13,6 +13,7 @@ from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.sampler import (
     SampleConfig,
+    _draw,
     _inverse_cdf,
     allowed_ids,
     leads_to_end,
@@ -117,6 +118,19 @@ def test_banned_ids_are_never_drawn(tiny, draw, temperature):
     assert not np.isin(tokens, banned).any()
     assert all(np.isfinite(drawn.logprobs).all() for drawn in draws)
     assert len(np.unique(tokens)) > 10
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [1.0, 0.0], ids=["sampled", "greedy"])
+def test_what_is_drawn_without_probabilities_has_no_finite_log_probability(value, temperature):
+    """All ids that are allowed have this logit; those that are not have better ones."""
+    allowed = np.arange(6) < 3
+    logits = jnp.where(allowed, value, 2.0) * jnp.ones((1, 2, 6), jnp.float32)
+    keys = sample_keys(0, jnp.int32(0), jnp.zeros(1, jnp.int32), 2)
+    _, logprob = _draw(logits, allowed, keys, jnp.int32(0), temperature)
+    assert not np.isfinite(logprob).any()
+    _, logprob = _draw(logits.at[..., 1].set(3.0), allowed, keys, jnp.int32(0), temperature)
+    np.testing.assert_allclose(logprob, 0.0 if value == -np.inf else np.nan)
 
 
 def test_allowed_ids(tiny):
@@ -280,7 +294,11 @@ def test_keys_are_all_different(tiny):
     assert len(np.unique(np.reshape(data, (-1, 2)), axis=0)) == 4 * 50 * 8
 
 
-@pytest.mark.parametrize("wrong", [{"group": 0}, {"length": 0}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"group": 0}, {"length": 0}, *({"temperature": bad} for bad in (-1.0, np.nan, np.inf))],
+    ids=str,
+)
 def test_nonsense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SampleConfig(**{"group": 2, "length": 4, "temperature": 1.0, "end_of_turn": 1} | wrong)

@@ -337,6 +337,53 @@ def test_that_checkpoints_can_be_saved_is_tried_out(tmp_path, monkeypatch):
         check_saves(Path(deep))
 
 
+def spoil(state, name, value):
+    """The state with one value of the leaf whose path ends in `name` replaced."""
+
+    def put(path, leaf):
+        ends = jax.tree_util.keystr(path, simple=True, separator="/").endswith(name)
+        return leaf.reshape(-1).at[-1].set(value).reshape(leaf.shape) if ends else leaf
+
+    return jax.tree_util.tree_map_with_path(put, state)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["params/layers/mlp/down/kernel", "opt_state/1/0/nu/layers/q/bias"]
+)
+def test_a_leaf_that_is_not_finite_is_not_saved(tmp_path, name, value):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    good = make_state(1)
+    checkpointer.save(1, good)
+    checkpointer.save_best(1, good, 0.5)
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    bad = spoil(make_state(2), name, value)
+    for save in (checkpointer.save, lambda step, state: checkpointer.save_best(step, state, 0.9)):
+        with pytest.raises(DataError, match=f"step_00000002: {name} is not finite, so that step 2"):
+            save(2, bad)
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+    assert checkpointer.best() == (1, 0.5)
+
+
+def test_a_leaf_that_is_not_finite_is_not_restored(tmp_path, monkeypatch):
+    """Older versions saved such; split over a mesh or not, and the best likewise."""
+    checkpointer = Checkpointer(tmp_path)
+    bad = spoil(make_state(2), "params/embedding", np.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr("morer1_jax.run.checkpoint.first_not_finite", lambda leaves: None)
+        checkpointer.save(2, bad)
+        checkpointer.save_best(2, bad, 0.5)
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    for read in (
+        lambda: checkpointer.restore(None, like(bad)),
+        lambda: checkpointer.restore(2, like(bad, mesh)),
+        lambda: checkpointer.restore_best(like(bad)),
+    ):
+        with pytest.raises(CheckpointError, match=r"params/embedding is not finite.*delete") as e:
+            read()
+        assert "\n" not in str(e.value)
+
+
 # Prints a step once its save has returned; the state is a function of the step alone.
 SAVER = """
 import sys

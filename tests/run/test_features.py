@@ -93,6 +93,14 @@ def test_what_a_crash_leaves_is_not_taken_for_features(config, tmp_path, monkeyp
     assert not (tmp_path / "features").exists()
 
 
+def test_features_that_are_not_finite_are_not_kept(config, tmp_path):
+    job = Job(settings(config), tmp_path)
+    job.frozen["vision"]["patch_embed"]["kernel"] *= 1e38
+    with pytest.raises(DataError, match=r"^fact train:1: the features of its photo are not fin"):
+        features.feature_store(job)
+    assert not (tmp_path / "features").exists()
+
+
 def test_a_damaged_index_is_named(config, tmp_path):
     again = Job(settings(config), tmp_path)
     (tmp_path / "features").mkdir()

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from morer1_jax.learn.state import TrainState
+from morer1_jax.learn.state import OptimizerConfig, TrainState, apply_gradients, new_state
 from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.finite import NotFiniteError
 from morer1_jax.run.loop import Hooks, LoopConfig, train
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.throughput import Work
@@ -251,3 +252,140 @@ def test_a_trace_of_what_is_left_of_a_resumed_run(tmp_path):
         Toy(die_at=7).run(tmp_path)
     Toy().run(tmp_path, profile=(2, 99))
     assert len(list((tmp_path / "profile" / "toy").rglob("perfetto_trace.json.gz"))) == 1
+
+
+class Descent:
+    """A step of AdamW on (w - 3)²; the gradients of the batches `bad` are not numbers."""
+
+    LIKE = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=SHARDING)
+
+    def __init__(self, bad=(), die_at=None, **optimizer):
+        self.bad, self.die_at = set(bad), die_at
+        self.optimizer = OptimizerConfig(**{"lr": 0.1} | optimizer).build(11)
+        self.program = jax.jit(self._program, donate_argnums=0)
+        self.made = 0
+
+    def _program(self, state, scale):
+        grads = {"w": 2 * (state.params["w"] - 3) * scale}
+        params, opt_state, seen = apply_gradients(state, grads, self.optimizer)
+        metrics = {"loss": jnp.sum((state.params["w"] - 3) ** 2) * scale, **seen}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def step(self, state, batch, step):
+        if step + 1 == self.die_at:
+            raise KilledError
+        self.made = step + 1
+        return self.program(state, batch)
+
+    def run(self, workdir, config=CONFIG):
+        hooks = Hooks(
+            batch=lambda step: np.float32(np.nan if step + 1 in self.bad else 1.0),
+            step=self.step,
+            validate=lambda params: {"micro_f1": float(params["w"][0])},
+            work=lambda batch, metrics: Work(1.0, 1.0),
+            timer=PhaseTimer(),
+        )
+
+        def begin():
+            return new_state({"w": jnp.zeros(2)}, self.optimizer)
+
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SHARDING), begin()
+        )
+        return train("toy", workdir, begin, like, hooks, config)
+
+
+def saved(workdir):
+    return sorted(int(p.name[5:]) for p in (workdir / "toy" / "checkpoints").glob("step_*"))
+
+
+def counts(workdir):
+    return {r["step"]: r["skipped_updates"] for r in lines(workdir) if r["kind"] == "train"}
+
+
+def params_of(workdir):
+    checkpoints = Checkpointer(workdir / "toy" / "checkpoints")
+    manifest = workdir / "toy" / "checkpoints" / f"step_{checkpoints.latest():08d}/manifest.json"
+    described = json.loads(manifest.read_text())["body"]["leaves"]
+    assert "skipped_updates" not in " ".join(described)  # The checkpoint's leaves are the state's.
+    return checkpoints.restore_best({"w": Descent.LIKE})
+
+
+@pytest.mark.parametrize("log", [1, 4])
+def test_an_update_that_is_skipped_is_logged_and_the_rest_is_trained(tmp_path, log, capsys):
+    config = LoopConfig(steps=11, eval_every=4, save_every=3, log_every=log, keep_checkpoints=9)
+    Descent(bad=[2, 3, 7]).run(tmp_path, config)
+    expected = {1: 0, 2: 1, 3: 1, 4: 0, 5: 0, 6: 0, 7: 1, 8: 0, 9: 0, 10: 0, 11: 0}
+    if log == 4:
+        expected = {4: 2, 8: 1, 11: 0}
+    assert counts(tmp_path) == expected
+    shown = capsys.readouterr()
+    for step in (2, 3, 7):
+        assert f"toy step {step}: loss is nan; its update is skipped" in shown.out + shown.err
+    # Due at 3, while updates were skipped in a row: saved when that was over.
+    assert saved(tmp_path) == [4, 6, 9, 11]
+    # Eight updates, whatever was between them.
+    (tmp_path / "other").mkdir()
+    short = LoopConfig(steps=8, eval_every=8, save_every=8, log_every=1, keep_checkpoints=1)
+    Descent().run(tmp_path / "other", short)
+    assert params_of(tmp_path)[0]["w"].tolist() == params_of(tmp_path / "other")[0]["w"].tolist()
+
+
+@pytest.mark.parametrize("log", [1, 4, 100])
+@pytest.mark.parametrize("save", [1, 3])
+def test_too_many_skipped_in_a_row_end_the_run_and_keep_what_is_good(tmp_path, log, save):
+    config = LoopConfig(steps=40, eval_every=4, save_every=save, log_every=log, keep_checkpoints=1)
+    with pytest.raises(NotFiniteError) as error:
+        Descent(bad=range(5, 40)).run(tmp_path, config)
+    good = 4 if save == 1 else 3
+    message = str(error.value)
+    assert message.startswith("toy step 9: loss is nan, as in each of 5 steps in a row; ")
+    assert f"that of step {good}" in message
+    assert "lower its optimizer.lr" in message
+    assert "\n" not in message
+    assert saved(tmp_path) == [good]
+    assert np.isfinite(params_of(tmp_path)[0]["w"]).all()
+    # The same command does not get further by being repeated.
+    again = Descent(bad=range(5, 40))
+    with pytest.raises(NotFiniteError, match=r"^toy step 9: "):
+        again.run(tmp_path, config)
+    assert again.made < 9 + 2 * 5
+    assert saved(tmp_path) == [good]
+
+
+@pytest.mark.parametrize("die", range(2, 12))
+def test_a_killed_run_counts_what_it_skipped_as_one_that_was_not(tmp_path, die):
+    config = LoopConfig(steps=11, eval_every=4, save_every=3, log_every=4, keep_checkpoints=2)
+    bad = [2, 5, 6, 10]
+    with pytest.raises(KilledError):
+        Descent(bad, die_at=die).run(tmp_path, config)
+    Descent(bad).run(tmp_path, config)
+    assert counts(tmp_path) == {4: 1, 8: 2, 11: 1}
+    assert saved(tmp_path) == [9, 11]
+
+
+def test_a_last_step_that_is_skipped_is_remembered_by_its_checkpoint(tmp_path):
+    config = LoopConfig(steps=6, eval_every=6, save_every=6, log_every=6, keep_checkpoints=1)
+    Descent(bad=range(3, 99)).run(tmp_path, config)
+    assert saved(tmp_path) == [6]
+    longer = LoopConfig(steps=40, eval_every=40, save_every=40, log_every=40, keep_checkpoints=1)
+    with pytest.raises(NotFiniteError, match=r"^toy step 7: .* each of 5 steps in a row"):
+        Descent(bad=range(3, 99)).run(tmp_path, longer)
+
+
+@pytest.mark.parametrize("save", [1, 100])
+def test_a_huge_learning_rate_ends_in_one_line(tmp_path, save):
+    config = LoopConfig(
+        steps=40, eval_every=100, save_every=save, log_every=100, keep_checkpoints=1
+    )
+    with pytest.raises(NotFiniteError) as error:
+        Descent(lr=1e22).run(tmp_path, config)
+    assert str(error.value).startswith("toy step 1: param_norm is inf; ")
+    assert "there is none" in str(error.value)
+    assert not saved(tmp_path)
+
+
+def test_a_score_that_is_not_finite_is_never_the_best(tmp_path):
+    with pytest.raises(NotFiniteError, match=r"^toy step 4: validation/micro_f1 is nan"):
+        Toy(f1=lambda w: float("nan")).run(tmp_path)
+    assert Checkpointer(tmp_path / "toy" / "checkpoints").best() is None

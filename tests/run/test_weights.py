@@ -28,6 +28,7 @@ from morer1_jax.run.export import export
 from morer1_jax.run.job import like
 from morer1_jax.run.student import open_student
 from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint, save_tensors
+from morer1_jax.task.fact import DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -170,6 +171,28 @@ class TestFaults:
         self.change(copy, edit)
         self.refused(copy, r"is of type I32, expected one of F32, BF16, F16")
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("value", [np.nan, -np.inf])
+    def test_a_tensor_that_is_not_finite(self, published, tmp_path, dtype, value):
+        case, folder = published("untied", dtype)
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        name = next(n for n in load_file(copy / SINGLE) if n.endswith("self_attn.v_proj.weight"))
+        size = load_file(copy / SINGLE)[name].size
+
+        def edit(tensors):
+            tensors[name].reshape(-1)[[1, -1]] = value
+
+        self.change(copy, edit)
+        with pytest.raises(WeightsError) as error:
+            Checkpoint(copy).load(wanted(case.config))
+        message = str(error.value)
+        assert message.startswith(
+            f"{copy / SINGLE}: 2 of the {size} values of {name} are not finite; "
+        )
+        assert "\n" not in message
+        # What is not asked for is not read.
+        Checkpoint(copy).load({"vision": wanted(case.config)["vision"]})
+
     def test_a_truncated_file(self, copy):
         data = (copy / SINGLE).read_bytes()
         (copy / SINGLE).write_bytes(data[:-10])
@@ -258,6 +281,24 @@ def test_shards_hold_what_they_may_and_the_index_says_where(published, tmp_path)
         with safe_open(file, "numpy") as opened:
             assert opened.metadata() == {"format": "pt"}
     assert index["metadata"]["total_size"] == total
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e5), ("bfloat16", 3.4e38)])
+def test_what_overflows_in_an_exports_dtype_is_named_and_not_written(
+    published, tmp_path, dtype, value
+):
+    _, folder = published()
+    student = open_student(str(folder))
+    bias = student.params["language"]["layers"]["q"]["bias"]
+    student.params["language"]["layers"]["q"]["bias"] = bias.at[1, 0, :2].set(value)
+    with pytest.raises(DataError) as error:
+        export(student, tmp_path / "out", dtype=dtype)
+    assert str(error.value).startswith(
+        f"model.layers.1.self_attn.q_proj.bias: 2 of its {bias[0].size} values are not finite as "
+        f"{dtype}, "
+    )
+    assert not list(tmp_path.iterdir())
+    export(student, tmp_path / "out", dtype="float32")
 
 
 def test_tensors_of_two_dtypes_are_loaded_unrounded_and_go_back_as_they_came(published, tmp_path):

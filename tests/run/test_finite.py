@@ -1,0 +1,204 @@
+"""What is not finite is found: in arrays, in answers, in updates, in a run and what it leaves."""
+
+import json
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from morer1_jax.data.feed import SequenceFeed
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.config import read_config
+from morer1_jax.run.finite import (
+    PATIENCE,
+    NotFiniteError,
+    SkippedUpdates,
+    check_drawn,
+    check_scores,
+    count_not_finite,
+    first_not_finite,
+)
+from morer1_jax.run.grpo import _check_finite
+from morer1_jax.run.job import Job
+from morer1_jax.run.settings import settings
+from morer1_jax.task.fact import DataError
+from morer1_jax.train import train
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_values_that_are_not_finite_are_counted(dtype):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((3, 70_000)).astype(dtype)  # several chunks
+    values[0, :4] = (ml_dtypes.finfo(dtype).max, -ml_dtypes.finfo(dtype).max, 0.0, -0.0)
+    assert count_not_finite(values) == 0
+    for at, value in (((0, 9), np.nan), ((1, 65_536), np.inf), ((2, 69_999), -np.inf)):
+        values[at] = value
+    values[0, 10:12] = -np.asarray([np.nan, np.nan], dtype)
+    assert count_not_finite(values) == 5
+    assert count_not_finite(values[:, ::-1]) == 5
+    assert count_not_finite(values[:0]) == 0
+
+
+def test_the_first_leaf_that_is_not_finite_is_named(tiny):
+    mesh = tiny.mesh(data=2, fsdp=4, tensor=1)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    leaves = {
+        "count": jnp.int32(2**31 - 1),
+        "key": jax.random.key(0),
+        "split": jax.device_put(jnp.ones((8, 3)), split),
+        "short": jnp.ones(3, jnp.bfloat16),
+    }
+    assert first_not_finite(leaves) is None
+    assert first_not_finite({}) is None
+    assert first_not_finite(leaves | {"short": leaves["short"].at[1].set(jnp.inf)}) == "short"
+    bad = {name: leaves[name].at[2].set(jnp.nan) for name in ("split", "short")}
+    assert first_not_finite(leaves | bad) == "split"
+
+
+def drawn(value, counted):
+    logprobs, mask = np.full((2, 4), -0.5, np.float32), np.ones((2, 4), bool)
+    logprobs[1, 2], mask[1, 2] = value, counted
+    return types.SimpleNamespace(logprobs=logprobs, mask=mask)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_token_drawn_from_no_probabilities_is_named(value):
+    check_drawn("test:3", drawn(value, False))  # Padding may hold anything.
+    with pytest.raises(NotFiniteError, match=rf"^fact test:3: .* token 3 of answer 2 is {value},"):
+        check_drawn("test:3", drawn(value, True))
+
+
+def test_a_score_that_is_not_finite_is_named():
+    check_scores("sft", 4, {"micro_f1": 0.0})
+    with pytest.raises(DataError, match=r"^sft step 4: validation/macro_f1 is nan, "):
+        check_scores("sft", 4, {"micro_f1": 0.0, "macro_f1": float("nan")})
+
+
+class Training:
+    """Skipped updates of made-up steps."""
+
+    def __init__(self, steps=100, extra=None):
+        self.lines = []
+        self.skipped = SkippedUpdates("sft", steps, lambda: 7, self.lines.append, extra or {})
+        self.step = 0
+
+    def go(self, *skips, norm=1.0):
+        for skip in skips:
+            self.step += 1
+            loss = jnp.float32(np.nan if skip else 0.5)
+            self.skipped.add(
+                self.step,
+                {"axes": np.full(2, np.nan), "loss": loss, "skipped_updates": jnp.int32(skip)}
+                | {"param_norm": jnp.float32(norm)},
+            )
+        self.skipped.read(self.step)
+
+
+def test_skipped_updates_are_counted_until_they_are_asked_for():
+    training = Training()
+    training.go(0, 1, 0, 3, 1)
+    training.skipped.check()
+    assert training.skipped.row == 2
+    assert training.skipped.extra() == {"skipped_updates": 5, "skipped_in_a_row": 2}
+    assert (training.skipped.take(), training.skipped.take()) == (5, 0)
+    assert training.lines == [
+        f"sft step {n}: loss is nan; its update is skipped" for n in (2, 4, 5)
+    ]
+    training.go(0)
+    assert training.skipped.row == 0
+
+
+def test_only_what_is_asked_for_is_waited_for():
+    skipped = SkippedUpdates("sft", 100, lambda: 7, print, {})
+
+    class Promised:
+        def __float__(self):
+            raise AssertionError("not computed yet")
+
+    skipped.add(1, {"loss": 0.5})
+    skipped.add(2, {"skipped_updates": Promised()})
+    skipped.read(1)
+    with pytest.raises(AssertionError, match="not computed yet"):
+        skipped.read(2)
+
+
+def test_too_many_in_a_row_end_training_wherever_it_was_taken_up():
+    training = Training()
+    training.go(*[1] * (PATIENCE - 1))
+    training.skipped.check()
+    again = Training(extra=training.skipped.extra())
+    again.go(1)
+    with pytest.raises(NotFiniteError) as error:
+        again.skipped.check()
+    message = str(error.value)
+    assert message.startswith("sft step 1: loss is nan, as in each of 5 steps in a row; ")
+    assert "that of step 7" in message
+    assert "\n" not in message
+
+
+def test_a_training_shorter_than_its_patience_does_not_end_well_without_an_update():
+    training = Training(steps=2)
+    training.go(1, 1)
+    with pytest.raises(NotFiniteError, match="2 steps in a row"):
+        training.skipped.check()
+
+
+def test_parameters_that_are_lost_end_training_at_once():
+    training = Training()
+    training.go(0, norm=np.inf)
+    with pytest.raises(NotFiniteError, match=r"^sft step 1: param_norm is inf; .* step 7"):
+        training.skipped.check()
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_run_of_batches_that_are_not_finite_ends_and_keeps_its_checkpoints(
+    small_world, tmp_path, monkeypatch
+):
+    """Photos are spoilt from the fifth batch on; the run's last good checkpoint is of step 4."""
+    config = read_config(TINY)
+    config.stages, config.data.folder = "sft", str(small_world)
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    config.sft.update(steps=40, eval_every=2, save_every=2, log_every=3, keep_checkpoints=1)
+    made = SequenceFeed.__call__
+
+    def spoilt(feed, step):
+        batch = made(feed, step)
+        return batch if step < 4 else jax.tree.map(_with_nan, batch)
+
+    monkeypatch.setattr(SequenceFeed, "__call__", spoilt)
+    monkeypatch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
+    for _ in "ab":  # Typed again, it ends there again.
+        with pytest.raises(NotFiniteError) as error:
+            train(config, tmp_path)
+        assert str(error.value).startswith("sft step 9: loss is nan, as in each of 5 steps in a ro")
+        checkpoints = Checkpointer(tmp_path / "sft" / "checkpoints")
+        assert checkpoints.latest() == 4
+        assert checkpoints.best()[0] <= 4
+        checkpoints.restore_best(Job(settings(config), tmp_path).like[0])  # Refused if not finite.
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    trained = {r["step"]: r["skipped_updates"] for r in records if r["kind"] == "train"}
+    assert trained == {3: 0, 6: 2, 9: 3}
+    assert not (tmp_path / "sft" / "DONE.json").exists()
+
+
+def _with_nan(leaf):
+    if leaf.dtype != np.float32 or leaf.ndim < 3:
+        return leaf
+    return np.where(np.arange(leaf.size).reshape(leaf.shape) == 0, np.nan, leaf)
+
+
+def test_a_rollout_that_is_not_finite_is_named_by_its_fact(small_world, tmp_path):
+    config = read_config(TINY)
+    config.data.folder = str(small_world)
+    job = Job(settings(config), tmp_path)
+    count = len(job.facts["train"])
+    _check_finite(job, np.full(3, -1, np.int32))
+    # A fact that comes twice has another number the second time.
+    with pytest.raises(NotFiniteError, match=r"^fact train:3: .* is not trained on"):
+        _check_finite(job, np.asarray([-1, 2 + count, 5], np.int32))
