@@ -164,7 +164,8 @@ def test_a_run_of_batches_that_are_not_finite_ends_and_keeps_its_checkpoints(
     config = read_config(TINY)
     config.stages, config.data.folder = "sft", str(small_world)
     config.mesh.update(data=1, fsdp=1, tensor=1)
-    config.sft.update(steps=40, eval_every=2, save_every=2, log_every=3, keep_checkpoints=1)
+    config.data.shapes = 1
+    config.sft.update(steps=40, eval_every=99, save_every=2, log_every=3, keep_checkpoints=1)
     made = SequenceFeed.__call__
 
     def spoilt(feed, step):
@@ -173,14 +174,10 @@ def test_a_run_of_batches_that_are_not_finite_ends_and_keeps_its_checkpoints(
 
     monkeypatch.setattr(SequenceFeed, "__call__", spoilt)
     monkeypatch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
-    for _ in "ab":  # Typed again, it ends there again.
-        with pytest.raises(NotFiniteError) as error:
-            train(config, tmp_path)
-        assert str(error.value).startswith("sft step 9: loss is nan, as in each of 5 steps in a ro")
-        checkpoints = Checkpointer(tmp_path / "sft" / "checkpoints")
-        assert checkpoints.latest() == 4
-        assert checkpoints.best()[0] <= 4
-        checkpoints.restore_best(Job(settings(config), tmp_path).like[0])  # Refused if not finite.
+    with pytest.raises(NotFiniteError) as error:
+        train(config, tmp_path)
+    assert str(error.value).startswith("sft step 9: loss is nan, as in each of 5 steps in a row")
+    assert Checkpointer(tmp_path / "sft" / "checkpoints").latest() == 4
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     trained = {r["step"]: r["skipped_updates"] for r in records if r["kind"] == "train"}
     assert trained == {3: 0, 6: 2, 9: 3}
