@@ -155,7 +155,7 @@ def test_a_thousand_guided_answers(exported, questions):
 @pytest.mark.parametrize("guided", [True, False])
 def test_an_answer_of_a_model_whose_numbers_overflow_is_none(exported, questions, guided):
     """Guided or not, tokens are drawn; guided, they are a label."""
-    student = open_student(str(exported), completion=40)
+    student = open_student(str(exported), completion=48)
     student.params["language"]["norm"]["scale"] *= 3e38
     facts = read_questions(questions)
     with pytest.raises(NotFiniteError, match=r"^fact question:1: the log-probability of token 1"):
