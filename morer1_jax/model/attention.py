@@ -32,6 +32,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from morer1_jax.model.products import einsum
+
 # Finite, so that a token which may see nothing (padding) gets a finite output and no NaN.
 UNSEEN = -1e30
 # Blocks of queries that a causal pattern is cut into: three save a third of the scores, six little
@@ -118,8 +120,8 @@ class XLA:
         to_own = jnp.where(causal[:, None, :, None], to_own, UNSEEN)
         weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
         weights = weights.astype(q.dtype)
-        out = jnp.einsum("bkgrtp,bkpe->bkgrte", weights[..., :p], prompt_v)
-        out += jnp.einsum("bkgrtu,bkgue->bkgrte", weights[..., p:], own_v)
+        out = einsum("bkgrtp,bkpe->bkgrte", weights[..., :p], prompt_v)
+        out += einsum("bkgrtu,bkgue->bkgrte", weights[..., p:], own_v)
         out = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, g * t, *q.shape[2:])
         return jnp.concatenate([prompt_out, out], axis=1)
 
@@ -175,7 +177,7 @@ def masked_attention(
     scores = scaled_scores("bkrse,bkue->bkrsu", q, k)
     scores = jnp.where(visible[:, None, None], scores, UNSEEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkrsu,bkue->bkrse", weights, v)
+    out = einsum("bkrsu,bkue->bkrse", weights, v)
     b, _, _, s, e = out.shape
     return jnp.moveaxis(out, 3, 1).reshape(b, s, -1, e)
 
@@ -210,7 +212,7 @@ def _group_heads(q: Float[Array, "*s h e"], kv_heads: int) -> Float[Array, "*s k
 def scaled_scores(axes: str, q: Array, k: Array) -> Array:
     """Float32 products of queries and keys, divided by the root of the head size."""
     scale = q.shape[-1] ** -0.5
-    return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
+    return einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
 
 
 def causal_mask(length: int) -> Bool[Array, "s s"]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from morer1_jax.model.attention import XLA, Kernels
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16")  # In float16 activations overflow.
 _REMATS = ("none", "full", "dots")
 # What `transformers` takes where a config leaves them out.
 _DEFAULT_IDS = {
@@ -224,9 +224,12 @@ class Runtime:
     Attributes:
         param_dtype: dtype the parameters are held in.
         dtype: dtype of activations and matrix products; norms, rotary and softmax use float32.
+            Float32 products are so on every platform (`model.products`), which on accelerators
+            takes several times as long as bfloat16's.
         remat: what the backward pass recomputes per layer: "none" keeps all activations, "full"
             keeps only each layer's input, "dots" also keeps the results of weight products.
-        scan_unroll: layers a step of the forward scan (at least the layer count: a plain loop).
+        scan_unroll: layers a step of the forward scan (at least the layer count: no scan at all);
+            at most half of the layers where they are computed again.
         decode_unroll: whether one-token decoding is a plain loop over layers whose parameters are
             copied apart beforehand, not a scan. On a CPU it is the faster by far; elsewhere
             kernels read a layer's slice where it lies, and the copy is a second model in memory.

@@ -15,6 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.attention import UNSEEN, scaled_scores
+from morer1_jax.model.products import einsum
 
 KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
 """Keys (rotated) and values of a sequence at every layer."""
@@ -158,7 +159,7 @@ class Cached:
 
 
 def _mixed(axes: str, weights: Array, v: Array) -> Array:
-    return jnp.einsum(axes, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return einsum(axes, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
 
 def separate_layers(params: dict) -> dict:

@@ -89,9 +89,15 @@ class Decoder(nn.Module):
                 (x, own), _ = layer((x, own), rotary, attend)
                 after.append(own)
             return norm(x), tuple(after), None
-        layer = DecoderLayer if cache is not None else rematerialised(DecoderLayer, run)
-        unroll = run.scan_unroll if cache is None else 1
-        layers = scanned(layer, cfg.num_hidden_layers, inputs=2, unroll=unroll)
+        layer, count, unroll = DecoderLayer, cfg.num_hidden_layers, 1
+        if cache is None:
+            unroll = run.scan_unroll
+            if run.remat != "none":
+                # A loop of two steps at least: where none is left XLA merges what is computed
+                # again with the first time, or computes it early, and nothing is saved.
+                unroll = min(unroll, max(1, count // 2))
+            layer = rematerialised(DecoderLayer, run, in_scan=count > 1)
+        layers = scanned(layer, count, inputs=2, unroll=unroll)
         (x, cache), kv = layers(cfg, run, self.lora, keep_kv, name="layers")(
             (x, cache), rotary, attend
         )

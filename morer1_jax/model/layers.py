@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from morer1_jax.model.config import LoRA, Runtime
+from morer1_jax.model.products import dot_general
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -57,13 +58,15 @@ def linear_product(
     other way round and turns the result; XLA on a CPU then turns the cotangent first, the larger
     of the two, which takes about as long as the product itself.
     """
-    return jax.lax.dot_general(
-        x, kernel, dims, precision=precision, preferred_element_type=preferred_element_type
-    )
+    del precision  # Flax's, which says nothing; operands do.
+    return dot_general(x, kernel, dims, preferred_element_type)
 
 
-def _linear_forward(x: Array, kernel: Array, *static: Any) -> tuple[Array, tuple[Array, Array]]:
-    return linear_product(x, kernel, *static), (x, kernel)
+def _linear_forward(
+    x: Array, kernel: Array, dims: tuple, precision: Any, preferred: Any
+) -> tuple[Array, tuple[Array, Array]]:
+    # The product itself: a policy of rematerialisation does not see into `linear_product`.
+    return dot_general(x, kernel, dims, preferred), (x, kernel)
 
 
 def _linear_backward(
@@ -75,11 +78,10 @@ def _linear_backward(
     features = tuple(axis for axis in range(kernel.ndim) if axis not in along)
     outer = tuple(range(len(kept)))
     inner = tuple(range(len(kept), cotangent.ndim))
-    product = functools.partial(jax.lax.dot_general, precision=precision)
-    of_x = product(cotangent, kernel, ((inner, features), ((), ())))
+    of_x = dot_general(cotangent, kernel, ((inner, features), ((), ())))
     # Axes come out as (kept, contracted), each in its old order.
     of_x = jnp.moveaxis(of_x, range(x.ndim), (*kept, *contracted))
-    of_kernel = product(x, cotangent, ((kept, outer), ((), ())))
+    of_kernel = dot_general(x, cotangent, ((kept, outer), ((), ())))
     of_kernel = jnp.moveaxis(of_kernel, range(kernel.ndim), (*along, *features))
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
@@ -114,8 +116,10 @@ class AdaptedDense(nn.Module):
             "lora_b", nn.initializers.zeros, (self.lora.rank, *features), base.param_dtype
         )
         x, down, up = (value.astype(out.dtype) for value in (x, down, up))
-        narrow = jnp.tensordot(x, down, (axes, tuple(range(len(axes)))))
-        return out + self.lora.scale * jnp.tensordot(narrow, up, 1)
+        axes = tuple(axis % x.ndim for axis in axes)
+        narrow = dot_general(x, down, ((axes, tuple(range(len(axes)))), ((), ())))
+        wide = dot_general(narrow, up, (((narrow.ndim - 1,), (0,)), ((), ())))
+        return out + self.lora.scale * wide
 
 
 def rms_norm(epsilon: float, runtime: Runtime, *, name: str) -> nn.RMSNorm:
@@ -176,10 +180,14 @@ def rotate(x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
 def rematerialised(
     layer: type[nn.Module], runtime: Runtime, *, in_scan: bool = True
 ) -> type[nn.Module]:
-    """`layer` under the runtime's rematerialisation policy."""
+    """`layer` under the runtime's rematerialisation policy.
+
+    Args:
+        in_scan: whether it is repeated by a loop of at least two steps.
+    """
     if runtime.remat == "none":
         return layer
-    # Inside a scan the loop itself keeps XLA from merging the two computations.
+    # Of a loop XLA does not merge the two computations; elsewhere it would, and save nothing.
     return nn.remat(layer, policy=_REMAT_POLICIES[runtime.remat], prevent_cse=not in_scan)
 
 

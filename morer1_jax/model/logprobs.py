@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from morer1_jax.model.products import einsum
+
 # Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN,
 # so a masked-out position whose target is not allowed leaves loss and gradient finite.
 DISALLOWED = -1e30
@@ -143,12 +145,10 @@ def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any,
                 share * part["by_entropy"][..., None] * (logprobs + part["entropy"][..., None])
             )
         by_logits = (by_logits / temperature).astype(hidden.dtype)
-        by_hidden = jnp.einsum("bnv,vd->bnd", by_logits, head.astype(hidden.dtype))
+        by_hidden = einsum("bnv,vd->bnd", by_logits, head.astype(hidden.dtype))
         if total is not None:
             # The transpose of what is wanted: states are cheaper to turn than logits.
-            total += jnp.einsum(
-                "bnd,bnv->dv", hidden, by_logits, preferred_element_type=jnp.float32
-            )
+            total += einsum("bnd,bnv->dv", hidden, by_logits, preferred_element_type=jnp.float32)
         return total, by_hidden
 
     def nothing(total: Array | None, part: dict[str, Array]) -> tuple[Array | None, Array]:
@@ -187,6 +187,6 @@ def _logits(
 
 def plain_logits(hidden: Float[Array, "*b d"], head: Float[Array, "v d"]) -> Float[Array, "*b v"]:
     """Float32 logits of every id."""
-    return jnp.einsum(
+    return einsum(
         "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )

@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Int
 
 from morer1_jax.model.attention import Keys, Queries
+from morer1_jax.model.products import exact
 
 # The width of a TPU's vector registers, which heads and blocks are padded to multiples of.
 _LANES = 128
@@ -104,7 +105,12 @@ def _run(
         q_seq_shards=1,
         interpret=interpret,
     )
-    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
+
+    def attend(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
+
+    # The kernel's own products ask for no precision.
+    return (exact(attend) if q.dtype == jnp.float32 else attend)(q, k, v, ids)
 
 
 def _blocks(length: int) -> tuple[int, int]:

@@ -117,13 +117,14 @@ class VisionGroup(nn.Module):
         image_ids: Int[Array, "b w p"],
         part_ids: Int[Array, "b w p"],
     ) -> tuple[Float[Array, "b w p d"], None]:
-        block = rematerialised(VisionBlock, self.runtime)
-        windowed = self.config.period - 1
+        cfg, run = self.config, self.runtime
+        windowed, repeated = cfg.period - 1, cfg.depth > cfg.period
         if windowed:
-            repeat = scanned(block, windowed, inputs=3)
-            windows = repeat(self.config, self.runtime, False, name="windowed")
+            block = rematerialised(VisionBlock, run, in_scan=repeated or windowed > 1)
+            windows = scanned(block, windowed, inputs=3)(cfg, run, False, name="windowed")
             x, _ = windows(x, rotary, image_ids, part_ids)
-        return block(self.config, self.runtime, True, name="full")(x, rotary, image_ids, part_ids)
+        block = rematerialised(VisionBlock, run, in_scan=repeated)
+        return block(cfg, run, True, name="full")(x, rotary, image_ids, part_ids)
 
 
 class VisionTower(nn.Module):

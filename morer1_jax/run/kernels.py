@@ -59,7 +59,7 @@ def _unfit_for_cudnn(dtype: str, head_sizes: Sequence[int], mesh: Mesh) -> str |
     nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
     if not nvidia or float(device.compute_capability) < 8.0:
         return f"an NVIDIA GPU from Ampere on, and the mesh has {_kind(mesh)} devices"
-    if dtype not in ("bfloat16", "float16"):
+    if dtype != "bfloat16":
         return f"runtime.dtype='bfloat16', which is {dtype!r}"
     if wrong := [size for size in head_sizes if size % HEAD_MULTIPLE or size > HEAD_MOST]:
         return (

@@ -209,8 +209,6 @@ class RuntimeSettings:
 
     def __post_init__(self) -> None:
         Runtime(**self._values())
-        if self.dtype == "float16":
-            raise ValueError("dtype: 'float16' overflows in training; use 'bfloat16'")
         if self.param_dtype != "float32":
             raise ValueError(
                 f"param_dtype: {self.param_dtype!r} found, 'float32' expected: an update at a "

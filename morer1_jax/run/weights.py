@@ -63,7 +63,8 @@ class Checkpoint:
       folder: where it is.
       config: the model's.
       dtypes: of the tensors, by name.
-      dtype: what holds all of them without rounding: the one they have, or float32.
+      dtype: what the model is held and computed in, so that nothing is rounded: bfloat16 if all
+        have it, else float32. Not float16, in which activations overflow.
 
     Raises:
       WeightsError: there is no such folder; a file is missing or damaged; tensors are missing,
@@ -99,7 +100,7 @@ class Checkpoint:
                     if part.get_dtype() not in _DTYPES:
                         raise WeightsError(
                             f"{self.folder / file}: {theirs} is of type {part.get_dtype()}, "
-                            f"expected one of {', '.join(_DTYPES)}"
+                            f"expected one of {', '.join(_DTYPES)}; save it as one of them"
                         )
                     if ours in shapes:
                         raise WeightsError(f"{self.folder / file}: {theirs} is in two files")
@@ -112,8 +113,7 @@ class Checkpoint:
             check_tensors(shapes, self.specs)
         except WeightsError as e:
             raise WeightsError(f"{self.folder}: {e}") from None
-        found = {*self.dtypes.values()}
-        self.dtype = found.pop() if len(found) == 1 else "float32"
+        self.dtype = "bfloat16" if {*self.dtypes.values()} == {"bfloat16"} else "float32"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -335,6 +335,8 @@ def _insert(
     The old leaf's buffers are given away, so that it is never held twice.
     """
     value = spec.to_ours(tensor)
+    if value.dtype == np.float16:  # Which not every device knows.
+        value = value.astype(like.dtype)
     sharding = like.sharding
     if not spec.index:
         return jax.make_array_from_callback(

@@ -7,6 +7,7 @@ import types
 import jax
 import jaxtyping
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import morer1_jax.model
 
@@ -44,6 +45,26 @@ def _quick_to_compile_and_exact():
     with jax.default_matmul_precision("highest"):
         yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def weighed():
+    """`weighed(run, *args)`: products in the program, bytes it needs, and its results."""
+
+    def products(jaxpr):
+        count = 0
+        for equation in jaxpr.eqns:
+            count += equation.primitive.name == "dot_general"
+            count += sum(map(products, jaxprs_in_params(equation.params)))
+        return count
+
+    def run(function, *args):
+        traced = jax.jit(function).trace(*args)
+        compiled = traced.lower().compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return products(traced.jaxpr.jaxpr), memory, compiled(*args)
+
+    return run
 
 
 @pytest.fixture(scope="session")

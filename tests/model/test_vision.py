@@ -3,11 +3,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from morer1_jax.model.config import Runtime, VisionConfig
 from morer1_jax.model.layers import scanned
 from morer1_jax.model.vision import (
     VisionBlock,
     VisionGroup,
+    VisionInputs,
+    VisionTower,
     axial_rotary,
 )
 
@@ -74,6 +78,51 @@ def test_scanned_groups_are_the_blocks_in_turn(small_case, rows_of):
         params = jax.tree.map(lambda leaf, at=at: leaf[at], stack)
         x, _ = blocks[full]({"params": params}, x, *given)
     np.testing.assert_allclose(x, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("depth", "full", "barriers", "remat"),
+    [
+        (4, (1, 3), 0, "dots"),
+        (2, (1,), 2, "full"),
+        (3, (2,), 1, "dots"),
+        (2, (0, 1), 0, "full"),
+        (2, (0,), 2, "dots"),
+        (2, (0,), 2, "full"),
+    ],
+    ids=str,
+)
+def test_blocks_outside_of_a_loop_are_computed_again(depth, full, barriers, remat):
+    """XLA takes a loop of one step apart, and would merge a block with what computes it again."""
+    config = VisionConfig(
+        depth=depth,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        out_hidden_size=32,
+        fullatt_block_indexes=full,
+        patch_size=2,
+        window_size=8,
+    )
+    slots = (1, 3, config.window_patches)
+    ids = jnp.zeros(slots, jnp.int32)
+    patches = jnp.asarray(np.random.default_rng(0).standard_normal((*slots, config.patch_dim)))
+    images = VisionInputs(patches, jnp.zeros((*slots, 2), jnp.int32), ids, ids)
+
+    def program(remat):
+        tower = VisionTower(config, Runtime(remat=remat))
+        params = jax.eval_shape(lambda key: tower.init(key, images), jax.random.key(0))
+        return params, jax.grad(lambda params: jnp.sum(jnp.sin(tower.apply(params, images))))
+
+    params, gradient = program(remat)
+    text = jax.jit(gradient).trace(params).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("optimization_barrier") == barriers
+    # A block has five products with weights, of which all but the last are read again, and two
+    # of its attention, which always are computed again.
+    again = {"none": 0, "dots": 2, "full": 2 + 4}
+    plain, some = (str(jax.make_jaxpr(program(kind)[1])(params)) for kind in ("none", remat))
+    blocks = min(2, config.period) if config.period else depth
+    assert some.count("dot_general") - plain.count("dot_general") == again[remat] * blocks
 
 
 def test_axial_rotary(small_case):
