@@ -91,22 +91,22 @@ def _run(
     q: Array, k: Array, v: Array, ids: Array, *, mask: splash.Mask, block: int, interpret: bool
 ) -> Array:
     """The kernel over rows; all [b heads s e], `ids` [b s]."""
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * q.shape[1]),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
 
     def attend(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * q.shape[1]),
+            block_sizes=splash.BlockSizes(
+                block_q=block,
+                block_kv=block,
+                block_q_dkv=block,
+                block_kv_dkv=block,
+                block_q_dq=block,
+                block_kv_dq=block,
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
         return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
 
     # The kernel's own products ask for no precision.

@@ -202,6 +202,8 @@ def test_head_sizes_are_checked():
     ("field", "value", "message"),
     [
         ("dtype", "float8", "dtype: found 'float8'"),
+        ("dtype", "float16", "dtype: found 'float16', expected one of float32, bfloat16"),
+        ("param_dtype", "float16", "param_dtype: found 'float16'"),
         ("remat", "some", "remat: found 'some'"),
         ("scan_unroll", 0, "scan_unroll: found 0"),
     ],
