@@ -188,7 +188,8 @@ def sync_path(path: str | os.PathLike[str]) -> None:
     """Flushes a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -202,7 +203,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -229,6 +230,60 @@ def remove(path: str | os.PathLike[str]) -> None:
     os.rename(path, grave)
     sync_path(path.parent)
     shutil.rmtree(grave)
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives errors of the system in the block a file's name, which those of writing lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def allocate(path: str | os.PathLike[str], size: int) -> None:
+    """Makes a file of `size` bytes for which there is room on the disk.
+
+    Raises:
+      OSError: there is none; with the file's name.
+    """
+    with named(path), open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+
+
+# A disk without room, a quota that is used up, a file that may not grow.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What libraries make of it that are not written in Python.
+_FULL_TEXT = re.compile("|".join(re.escape(os.strerror(number)) for number in _FULL))
+
+
+def full_disk(error: BaseException) -> tuple[str | None, str] | None:
+    """The file that found no room, if known, and why; None if the error does not come from that.
+
+    Looked at are the error, what led to it, and what it is made of.
+    """
+    seen: list[BaseException] = []
+    found: tuple[str | None, str] | None = None
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop(0)
+        if one is None or any(one is other for other in seen):
+            continue
+        seen.append(one)
+        todo += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+        match = _FULL_TEXT.search(str(one))
+        if isinstance(one, OSError) and one.errno in _FULL:
+            found = (one.filename, one.strerror or os.strerror(one.errno))
+            if one.filename:
+                return found
+        elif match and found is None:
+            found = (None, match.group())
+    return found
 
 
 @contextlib.contextmanager

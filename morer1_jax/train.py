@@ -9,6 +9,7 @@ that was killed goes on from its last checkpoint. Any other key is set the same 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import signal
 import threading
@@ -22,13 +23,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from morer1_jax.files import check_writable, local_path, remove
+from morer1_jax.run import binding
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.checkpoint import Checkpointer, check_saves
 from morer1_jax.run.config import FILE as CONFIG_FILE
-from morer1_jax.run.config import ConfigError, identity, load, run_main
+from morer1_jax.run.config import ConfigError, load, run_main
 from morer1_jax.run.control import run_control
+from morer1_jax.run.disk import check_room
 from morer1_jax.run.evaluate import evaluate, read_scores
 from morer1_jax.run.grpo import run_grpo
 from morer1_jax.run.job import Job
@@ -48,19 +51,6 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run writes everything; by default runs/ and the config's name."
 )
 
-# What each stage's output depends on: with these keys equal it may serve another run.
-_DATA = ("seed", "world", "data")
-_MODEL = ("model", "tune", "runtime", "score")
-_SFT = (*_DATA, *_MODEL, "sft")
-_DEPENDS = {
-    "synthesise": _DATA,
-    "sft": _SFT,
-    "baselines": (*_DATA, *_MODEL, "baselines"),
-    "rate": (*_SFT, "rate"),
-    "grpo": (*_SFT, "rate", "grpo"),
-    "control": (*_SFT, "rate", "grpo", "control"),
-    "evaluate": (*_SFT, "rate", "grpo", "baselines", "evaluate"),
-}
 # What a run has in its workdir before the first step; the config first, which binds it.
 _BEGUN = (CONFIG_FILE, "data.json", "tokenizer", "synthesise", "data")
 
@@ -122,7 +112,10 @@ def _train(config: Any, job: Job) -> None:
     workdir = job.workdir
 
     def stage_of(name: str) -> Stage:
-        return Stage(workdir, name, identity(config, _DEPENDS[name]))
+        return binding.stage_of(config, workdir, name)
+
+    def done(name: str) -> bool:
+        return name != "evaluate" and stage_of(name).done()
 
     runners: dict[str, Callable[[], Any]] = {
         "synthesise": lambda: run_synthesise(job),
@@ -136,11 +129,8 @@ def _train(config: Any, job: Job) -> None:
         "evaluate": lambda: run_evaluate(job),
     }
 
-    def to_run(name: str) -> bool:
-        return name == "evaluate" or not stage_of(name).done()
-
     def run(name: str) -> None:
-        if not to_run(name):
+        if done(name):
             print(f"stage {name}: done before")
             return
         print(f"stage {name}", flush=True)
@@ -148,20 +138,26 @@ def _train(config: Any, job: Job) -> None:
         runners[name]()
         seconds = time.perf_counter() - before
         stage_of(name).finish({"seconds": round(seconds, 1)})
+        binding.drop_states(config, workdir)
         print(f"stage {name}: {seconds:.0f} s", flush=True)
 
     names = job.settings.stages.split(",")
     first = list(itertools.takewhile(lambda name: name == "synthesise", names))
     rest = names[len(first) :]
     with _start(workdir):
-        load(config, workdir, write=jax.process_index() == 0)
-        _check_order(job, lambda name: stage_of(name).done())
+        binding.upgrade_markers(config, workdir)
+        binding.check_steps(config, workdir)
+        bound = functools.partial(binding.why_bound, config, workdir)
+        load(config, workdir, write=jax.process_index() == 0, bound=bound)
+        _check_order(job, done)
+        binding.drop_states(config, workdir)
         for name in first:
             run(name)
-        if any(map(to_run, rest)):
-            if "rate" in filter(to_run, rest):
+        if to_run := [name for name in rest if not done(name)]:
+            if "rate" in to_run:
                 check_given(job)
             job.check()
+            check_room(job, to_run)
             check_saves(workdir)
     for name in rest:
         run(name)

@@ -1,7 +1,9 @@
 """Eight virtual CPU devices for every test; the flag must be set before jax is first imported."""
 
+import contextlib
 import importlib.util
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -58,6 +60,23 @@ def command(monkeypatch, capsys):
         return out, err
 
     return run
+
+
+@pytest.fixture
+def file_limit():
+    """`with file_limit(bytes)`: no file may grow beyond, as on a full disk, for all of a process's
+    threads and without rights."""
+
+    @contextlib.contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 def _beside(name):

@@ -1,3 +1,4 @@
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -6,10 +7,12 @@ import pytest
 
 from morer1_jax.files import (
     TextError,
+    allocate,
     any_path,
     atomic_dir,
     atomic_write,
     check_writable,
+    full_disk,
     is_hub_name,
     local_path,
     nearby,
@@ -226,3 +229,48 @@ def test_names_of_the_hub_and_of_this_machine(tmp_path, monkeypatch):
         assert not is_hub_name(name)
     assert nearby("rnus/demo") == nearby("runs/dmeo") == "; is it runs/demo?"
     assert nearby("/nowhere/at/all") == nearby("elsewhere") == ""
+
+
+def test_a_file_that_finds_no_room_is_named(tmp_path, file_limit):
+    atomic_write(tmp_path / "a", "old")
+    for write in (
+        lambda: atomic_write(tmp_path / "a", bytes(2000)),
+        lambda: allocate(tmp_path / "b", 2000),
+    ):
+        with file_limit(1000), pytest.raises(OSError, match="File too large") as error:
+            write()
+        assert error.value.errno == errno.EFBIG
+        assert error.value.filename in (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (tmp_path / "a").read_text() == "old"
+    allocate(tmp_path / "b", 2000)
+    assert (tmp_path / "b").read_bytes() == bytes(2000)
+
+
+def library(message):
+    """As a library that is not written in Python puts it."""
+    return ValueError(f"RESOURCE_EXHAUSTED: Failed to write: {message} [os_error_code='28']")
+
+
+def after(error, cause):
+    error.__context__ = cause
+    return error
+
+
+NO_ROOM = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (OSError(errno.ENOSPC, NO_ROOM, "x"), ("x", NO_ROOM)),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), (None, "Disk quota exceeded")),
+        (library(NO_ROOM), (None, NO_ROOM)),
+        (after(RuntimeError("closed"), OSError(errno.ENOSPC, NO_ROOM, "y")), ("y", NO_ROOM)),
+        (after(library(NO_ROOM), OSError(errno.ENOSPC, NO_ROOM, "y")), ("y", NO_ROOM)),
+        (ExceptionGroup("two", [KeyError(1), library(NO_ROOM)]), (None, NO_ROOM)),
+        (OSError(errno.ENOENT, "No such file", "x"), None),
+        (MemoryError("RESOURCE_EXHAUSTED: out of memory"), None),
+    ],
+)
+def test_a_full_disk_is_known_however_it_is_put(error, found):
+    assert full_disk(error) == found

@@ -1,19 +1,22 @@
 """The command as a whole: stages that run alone, and bad input that is named before any work."""
 
 import ast
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from morer1_jax.run.config import ConfigError, read_config
-from morer1_jax.run.grpo import run_grpo
+from morer1_jax.run.grpo import _pools, _schedule, run_grpo
 from morer1_jax.run.job import Job
+from morer1_jax.run.rate import Rating, read_ratings
 from morer1_jax.run.settings import settings
 from morer1_jax.task.fact import DataError
 from morer1_jax.train import train
@@ -307,10 +310,14 @@ def test_a_workdir_of_another_run_is_left_as_it_was(config, workdir):
     config.stages = "synthesise"
     train(config, workdir)
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
-    config.sft.optimizer.lr = 0.5
+    config.sft.optimizer.lr = 0.5  # Nothing has been trained with it.
     config.seed = 7
-    with pytest.raises(ConfigError, match=r"config\.json .* seed: 0 there, 7 here; sft\.optim"):
+    config.data.vocabulary = 999
+    with pytest.raises(ConfigError, match=r"config\.json belongs to another run: ") as error:
         train(config, workdir)
+    assert "data.vocabulary: 1024 there, 999 here (synthesise depends on it)" in str(error.value)
+    assert "; seed: 0 there, 7 here (synthesise depends on it); use a new" in str(error.value)
+    assert "lr" not in str(error.value)
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
 
 
@@ -344,6 +351,87 @@ def test_data_that_changed_since_the_run_began_is_named(data, config, workdir, m
     train(config, workdir)
 
 
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_run_out_of_memory_goes_on_with_other_parts_and_for_longer(
+    config, workdir, tmp_path, monkeypatch
+):
+    """As one that had these parts and steps from the start, within rounding."""
+    scores = {"micro_f1": 0.0}  # What is validated is not in question, and takes long to compile.
+    monkeypatch.setattr("morer1_jax.run.sft.validator", lambda *_: lambda params: scores)
+    config.stages = "sft"
+    config.sft.optimizer.update(schedule="constant", warmup=0)
+    config.sft.update(batch=4, save_every=2, steps=4)
+    whole = config.copy_and_resolve_references()
+    whole.sft.steps = 6
+    train(whole, tmp_path / "whole")
+    train(config, workdir)
+    marker = json.loads((workdir / "sft" / "DONE.json").read_text())
+    config.sft.update(steps=6, micro_batches=2, eval_facts=2)
+    config.runtime.update(remat="full", decode_unroll=False)
+    config.score.chunk = 64
+    config.evaluate.batch = 2
+    train(config, workdir)
+    assert marker["config"]["sft.steps"] == 4
+    assert json.loads((workdir / "sft" / "DONE.json").read_text())["config"]["sft.steps"] == 6
+    # Each says what all steps before it did. (A key's bias has no gradient but for rounding, which
+    # Adam makes large, so parameters themselves differ.)
+    found, expected = losses(workdir), losses(tmp_path / "whole")
+    assert found.keys() == expected.keys() == {1, 2, 3, 4, 5, 6}
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert abs(expected[6] / expected[4] - 1) > 1e-3
+    config.sft.optimizer.lr = 0.5
+    with pytest.raises(ConfigError, match=r"sft\.optimizer\.lr: 0\.01 there, 0\.5 here \(sft dep"):
+        train(config, workdir)
+
+
+def test_an_empty_pool_is_corrected_without_rating_again(config, workdir, monkeypatch, capsys):
+    """With the keys that the error names; not once GRPO has trained on the pools."""
+    facts = Job(settings(config), workdir).facts["train"]
+    rates = [0.25, 0.25, 0.0] * (len(facts) // 3)
+    monkeypatch.setattr("morer1_jax.train.run_sft", lambda job: None)
+    monkeypatch.setattr("morer1_jax.train.first_params", lambda job: {})
+    monkeypatch.setattr(Job, "whole", lambda job, params: params)
+
+    def run_rate(job, params):
+        ratings = [Rating(f.id, r, "hard") for f, r in zip(facts, rates, strict=True)]
+        rate_as(workdir, *(json.dumps(dataclasses.asdict(rating)) for rating in ratings))
+        print("rated")
+
+    pools = {}
+
+    def run_grpo(job, params):
+        pools.update(_pools(job))
+        _schedule(job, pools)
+
+    monkeypatch.setattr("morer1_jax.train.run_rate", run_rate)
+    monkeypatch.setattr("morer1_jax.train.run_grpo", run_grpo)
+    config.stages = "sft,rate,grpo"
+    config.grpo.mix.update(start=0.5, end=0.1)
+    with pytest.raises(DataError, match=r"easy facts is empty.*in this workdir.*rate.easy_from"):
+        train(config, workdir)
+    config.rate.update(easy_from=0.25, never="drop")
+    config.grpo.mix.update(start=1.0, end=1.0)
+    train(config, workdir)
+    assert capsys.readouterr().out.count("rated") == 1
+    assert [len(pools[name]) for name in ("easy", "hard", "dropped")] == [32, 0, 16]
+    kept = [rating.pool for rating in read_ratings(workdir / "rate" / "ratings.jsonl")]
+    assert kept.count("easy") == 32
+    config.rate.easy_from = 0.5
+    with pytest.raises(ConfigError, match=r"rate\.easy_from: 0\.25 there, 0\.5 here \(grpo dep"):
+        train(config, workdir)
+
+
+def test_too_small_a_disk_is_named_and_leaves_nothing(config, workdir, monkeypatch):
+    small = types.SimpleNamespace(free=10_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: small)
+    check_refused(config, workdir, ConfigError, "MB more will be written at most, 0.0 MB are free")
+
+
 def test_several_processes_are_refused(config, workdir, monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     check_refused(config, workdir, ConfigError, "2 processes found, one expected")
@@ -355,14 +443,15 @@ def rate_as(workdir, *lines):
 
 
 def rating(fact, pool):
-    return json.dumps({"fact": fact, "pass_rate": 0.5, "pool": pool})
+    rates = {"easy": 1.0, "hard": 0.25, "dropped": 0.0}
+    return json.dumps({"fact": fact, "pass_rate": rates[pool], "pool": pool})
 
 
 @pytest.mark.parametrize(
     ("there", "empty", "mixing", "way"),
     [
         ("easy", "hard", True, "raise rate.easy_from = 0.5, "),
-        ("hard", "easy", True, "lower rate.easy_from = 0.5, .*sft.steps.*grpo.mixing=False"),
+        ("hard", "easy", True, "lower rate.easy_from = 0.5, .*grpo.mixing=False.*sft.steps"),
         ("dropped", "training", False, "rate.never=hard"),
     ],
 )
@@ -371,12 +460,13 @@ def test_an_empty_pool_is_named_with_the_ways_out_before_a_rollout(
 ):
     config.grpo.mix.update(start=0.5, end=0.0)
     config.grpo.mixing = mixing
+    config.rate.never = "drop"
     job = Job(settings(config), workdir)
     rate_as(workdir, *(rating(fact.id, there) for fact in job.facts["train"]))
     with pytest.raises(DataError, match=f"the pool of {empty} facts is empty.*{way}") as error:
         run_grpo(job, None)
     assert f"48 {there}" in str(error.value)
-    assert "with a new --workdir" in str(error.value)
+    assert "in this workdir, without rating again: " in str(error.value)
     assert "\n" not in str(error.value)
     assert [p.name for p in workdir.iterdir()] == ["rate"]
 

@@ -80,7 +80,7 @@ def _rate(data: epath.Path, out: Path) -> None:
         temperature=config.temperature,
         seed=_SEED.value,
     )
-    names = ("samples", "temperature", "easy_from", "never", "seed", "length")
+    names = ("samples", "temperature", "seed", "length")
     identity = {name: flags.FLAGS[name].value for name in names}
     identity |= {"checkpoint": student.digest, "data": more.digests(data)}
     identity["photos"] = of_lines(seen.digest for seen in photos.values())

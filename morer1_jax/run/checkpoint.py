@@ -10,6 +10,7 @@ then renamed: a folder with a manifest is whole, one without was never finished.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from morer1_jax.files import atomic_dir, atomic_write, plain_path, remove, temporary_path
+from morer1_jax.files import atomic_dir, atomic_write, full_disk, plain_path, remove, temporary_path
 from morer1_jax.run.finite import NotFiniteError, first_not_finite
 from morer1_jax.run.mesh import path_name
 from morer1_jax.task.fact import DataError, one_line
@@ -113,6 +114,16 @@ class Checkpointer:
                     remove(_step_path(best_folder, found))
         return True
 
+    def drop(self, keep: int) -> None:
+        """Deletes all but the newest `keep` states, and what a killed save left; best ones stay."""
+        if _is_first():
+            for unfinished in self.folder.glob(".step_*.tmp"):
+                shutil.rmtree(unfinished)
+            whole = [step for step in _steps(self.folder) if _manifest(self._path(step))]
+            for step in _steps(self.folder):
+                if step not in whole[:keep]:
+                    remove(self._path(step))
+
     def latest(self) -> int | None:
         """The newest step with a whole checkpoint; others are passed over with a warning."""
         return _newest(self.folder)
@@ -184,7 +195,7 @@ class Checkpointer:
             if path.exists():  # Not whole: of a whole one the callers know.
                 remove(path)
         with atomic_dir(path) if first else contextlib.nullcontext(temporary_path(path)) as folder:
-            with plain_path(folder) as at:
+            with _one_error(path), plain_path(folder) as at:
                 self._orbax.save(at / ARRAYS, args=ocp.args.PyTreeSave(leaves))
                 saved = self._orbax.metadata(at / ARRAYS).item_metadata
             if first:
@@ -361,3 +372,22 @@ def _verify(path: Path, expected: Mapping[str, str]) -> None:
             f"{path / names[first_bad]}: missing or not what was saved (its SHA-256 differs); "
             f"delete {path} to go on from the checkpoint before it"
         )
+
+
+@contextlib.contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+    """Makes a full disk one error with a file's name; orbax's threads log it, too."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "_SignalingThread" not in str(record.msg)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    except Exception as error:
+        if full := full_disk(error):
+            raise OSError(errno.ENOSPC, full[1], str(path)) from None
+        raise
+    finally:
+        logger.removeFilter(keep)

@@ -17,21 +17,34 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from morer1_jax.files import atomic_write
+from morer1_jax.files import atomic_write, full_disk
 from morer1_jax.model.config import ConfigError
 from morer1_jax.task.fact import DataError, one_line
 
-# Keys that may differ when a run is resumed: how a step is computed does not depend on them. How
-# often is validated decides among which steps the best one is found.
-# Dotted prefixes (see `matches`).  Every other key is part of the run's identity.
+# Keys that may differ when a run is resumed: beyond rounding no step depends on them, so that a run
+# out of memory can be corrected. How often and on how many facts is validated decides which of its
+# steps is the best.
+# Dotted prefixes (see `matches`).  Every other key is part of the run's identity, from when it has
+# shaped something (see `binding`).
 OPERATIONAL = (
     "mesh",
     "stages",
     "profile",
     "model.path",  # what is in it is compared, not where it is
     "runtime.attention",
+    "runtime.remat",
+    "runtime.scan_unroll",
+    "runtime.decode_unroll",
+    "score.chunk",
     "data.round_to",  # of padding
     "data.shapes",
+    "data.prompt_length",  # what fits is checked; rows are as long as the data needs
+    "data.windows",
+    "data.keep_features",
+    "rate.batch",
+    "evaluate.batch",
+    "*.micro_batches",
+    "*.eval_facts",
     "*.workers",
     "*.worker_kind",
     "*.save_every",
@@ -116,14 +129,16 @@ def load(
     workdir: str | os.PathLike[str],
     operational: Sequence[str] = OPERATIONAL,
     write: bool = True,
+    bound: Callable[[str], str | None] | None = None,
 ) -> None:
     """Binds `workdir` to `config`: kept in `config.json` at first use, compared afterwards.
 
-    Operational keys may differ and are updated in the file; a difference in any other key is an
-    error that leaves the workdir as it was.
+    Operational keys may differ and are updated in the file; so do keys that bind nothing yet. A
+    difference in any other key is an error that leaves the workdir as it was.
 
     Args:
       write: whether this process keeps the file; in a run of several, only the first does.
+      bound: says why a key may not change, or None if it may; by default all are bound.
 
     Raises:
       ConfigError: keys of the run's identity differ, or the workdir's file cannot be read.
@@ -132,19 +147,35 @@ def load(
     now = flatten(config)
     before = _read(path) if path.exists() else None
     if before is not None:
-        changed = [
-            f"{key}: {_show(before.get(key, _ABSENT))} there, {_show(now.get(key, _ABSENT))} here"
-            for key in sorted(before.keys() | now.keys())
-            if not matches(key, operational)
-            and not _same(before.get(key, _ABSENT), now.get(key, _ABSENT))
-        ]
-        if changed:
+        there, here = (
+            {key: value for key, value in flat.items() if not matches(key, operational)}
+            for flat in (before, now)
+        )
+        if changed := differences(there, here, bound):
             raise ConfigError(
                 f"{path} belongs to another run: {'; '.join(changed)}; "
                 "use a new --workdir, or set these keys back"
             )
     if write and before != now:
         atomic_write(path, json.dumps(_tree(config), indent=1, ensure_ascii=False) + "\n")
+
+
+def differences(
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    bound: Callable[[str], str | None] | None = None,
+) -> list[str]:
+    """Each key whose values differ, with both of them, and why it is bound; see `load`."""
+    changed = []
+    for key in sorted(there.keys() | here.keys()):
+        before, now = there.get(key, _ABSENT), here.get(key, _ABSENT)
+        if _same(before, now):
+            continue
+        why = "" if bound is None else bound(key)
+        if why is not None:
+            why = f" ({why})" if why else ""
+            changed.append(f"{key}: {_show(before)} there, {_show(now)} here{why}")
+    return changed
 
 
 def check_config(config: ConfigDict | Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
@@ -243,11 +274,11 @@ def run_main(
 ) -> None:
     """Parses the absl flags, runs `main` and exits, telling the user's errors from the program's.
 
-    `ConfigError`, `DataError`, an error of the system about a file, and whatever is wrong with the
-    flags (an unknown `--config.` key, a value of the wrong type, a missing config file) become one
-    line on stderr and exit code 2. So does Ctrl-C, with exit code 130. Everything else keeps its
-    traceback, errors inside a config file included. Libraries' logs are shown from warnings on,
-    unless `--verbosity` says otherwise.
+    `ConfigError`, `DataError`, an error of the system about a file, a full disk however a library
+    puts it, and whatever is wrong with the flags (an unknown `--config.` key, a value of the wrong
+    type, a missing config file) become one line on stderr and exit code 2. So does Ctrl-C, with
+    exit code 130. Everything else keeps its traceback, errors inside a config file included.
+    Libraries' logs are shown from warnings on, unless `--verbosity` says otherwise.
 
     Args:
       main: gets what is left of the command line after the flags: the program's name alone.
@@ -264,12 +295,15 @@ def run_main(
         app.run(quiet_main, list(sys.argv if argv is None else argv), flags_parser=_parse_flags)
     except (ConfigError, DataError) as error:
         _exit(2, f"error: {one_line(error)}")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _exit(2, f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         _exit(130, interrupted)
+    except Exception as error:
+        if full := full_disk(error):
+            file, problem = full
+            _exit(2, f"error: {file or 'a file'}: {problem}; make room, then give the same command")
+        if not isinstance(error, OSError) or error.filename is None:
+            raise
+        _exit(2, f"error: {error.filename}: {error.strerror}")
 
 
 class ArgumentParser(argparse.ArgumentParser):

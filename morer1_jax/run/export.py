@@ -16,6 +16,7 @@ from morer1_jax.files import atomic_dir, read_text
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.rollout.sampler import allowed_ids
 from morer1_jax.run import weights
+from morer1_jax.run.disk import check_free
 from morer1_jax.run.processor import PROCESSOR, read_object, write_images
 from morer1_jax.run.student import LABELS, TASK, Student
 from morer1_jax.task.ontology import write_ontology_file
@@ -67,8 +68,11 @@ def export(
 
     Raises:
       FileExistsError: the folder is there already.
+      ConfigError: the disk has no room for the tensors.
     """
     dtypes = dtype or student.dtypes
+    needed = weights.tensor_bytes(student.model.config, dtypes)
+    check_free(Path(folder), needed, "make room, or name another --out")
     with atomic_dir(folder) as partial:
         weights.copy_others(student.source, partial)
         special = SpecialIds.of(tokenizer := load_tokenizer(student.source))

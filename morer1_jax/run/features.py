@@ -14,7 +14,7 @@ from morer1_jax.data.encoder import Encoder
 from morer1_jax.data.features import FEATURES, FeatureStore, Place, write_index
 from morer1_jax.data.images import crop_box
 from morer1_jax.data.loader import load_ahead
-from morer1_jax.files import atomic_dir
+from morer1_jax.files import allocate, atomic_dir
 from morer1_jax.learn.parts import Parts
 from morer1_jax.learn.scorer import vision_inputs
 from morer1_jax.model.vision import VisionTower
@@ -81,6 +81,14 @@ def _made_of(job: Job) -> dict[str, str]:
     }
 
 
+def features_shape(job: Job) -> tuple[tuple[int, int], str]:
+    """Shape [tokens, d] and dtype of all the features of a run."""
+    config = job.policy.model.config
+    merge = config.vision.spatial_merge_size
+    _, _, total = _images(job, job.new_encoder(pixels=True), merge)
+    return (total, config.text.hidden_size), job.policy.model.runtime.dtype
+
+
 def _encode(job: Job, folder: Path, merge: int) -> None:
     encoder, policy = job.new_encoder(pixels=True), job.policy
     images, places, total = _images(job, encoder, merge)
@@ -92,7 +100,9 @@ def _encode(job: Job, folder: Path, merge: int) -> None:
     )
     params = job.frozen["vision"]
     width, dtype = policy.model.config.text.hidden_size, policy.model.runtime.dtype
-    out = np.memmap(folder / FEATURES, np.dtype(dtype), "w+", shape=(total, width))
+    # Whole from the start: where the disk then were full, writing to memory would end the process.
+    allocate(folder / FEATURES, total * width * np.dtype(dtype).itemsize)
+    out = np.memmap(folder / FEATURES, np.dtype(dtype), "r+", shape=(total, width))
     rows = _ROWS * meshes.batch_parts(job.mesh)
 
     def make(number: int) -> tuple[VisionBatch, list[np.ndarray]]:

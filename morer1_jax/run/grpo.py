@@ -24,16 +24,17 @@ from morer1_jax.run.log import RecordLog
 from morer1_jax.run.loop import Hooks, Metrics, train
 from morer1_jax.run.mesh import fetch, this_host
 from morer1_jax.run.phases import PhaseTimer
-from morer1_jax.run.rate import FILE, POOLS, read_ratings
+from morer1_jax.run.rate import FILE, POOLS, pool_again, read_ratings
 from morer1_jax.run.sft import loop_config
 from morer1_jax.run.shapes import prompt_shapes
 from morer1_jax.run.throughput import Passes, Work, group_work
 from morer1_jax.task.fact import DataError
 
-# What to change where no fact was rated so. All of it is the run's identity.
+# What to change where no fact was rated so: pools follow from the pass rates that are there.
 _WAYS = {
-    "easy": "lower rate.easy_from = {easy_from:g}, train SFT longer (sft.steps), draw hard facts "
-    "alone (grpo.mix.start=0, grpo.mix.end=0), or do not mix (grpo.mixing=False)",
+    "easy": "lower rate.easy_from = {easy_from:g}, draw hard facts alone (grpo.mix.start=0, "
+    "grpo.mix.end=0), or do not mix (grpo.mixing=False); or train SFT longer (sft.steps) in a new "
+    "--workdir",
     "hard": "raise rate.easy_from = {easy_from:g}, keep facts never solved (rate.never=hard), draw "
     "easy facts alone (grpo.mix.start=1, grpo.mix.end=1), or do not mix (grpo.mixing=False)",
     "training": "keep facts never solved (rate.never=hard)",
@@ -139,7 +140,7 @@ def _pools(job: Job) -> dict[str, list[int]]:
     pools: dict[str, list[int]] = {name: [] for name in POOLS}
     path = job.workdir / "rate" / FILE
     known = {fact.id for fact in job.facts["train"]}
-    for number, rating in enumerate(read_ratings(path), start=1):
+    for number, rating in enumerate(pool_again(path, job.settings.rate), start=1):
         if rating.fact not in known:
             raise DataError(
                 f"{path}:{number}: fact {rating.fact!r} found, a fact of the training split "
@@ -171,7 +172,7 @@ def _schedule(job: Job, pools: dict[str, list[int]]) -> Draw:
         ways = _WAYS[error.pool].format(easy_from=job.settings.rate.easy_from)
         raise DataError(
             f"{error} (rated {len(easy)} easy, {len(hard)} hard, {len(pools['dropped'])} dropped); "
-            f"with a new --workdir, {ways}"
+            f"in this workdir, without rating again: {ways}"
         ) from None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from morer1_jax.files import atomic_write, sync_path
+from morer1_jax.files import atomic_write, named, sync_path
 from morer1_jax.task.fact import DataError
 
 # Seconds between two redrawings of a bar that goes to a file.
@@ -78,7 +78,7 @@ class RecordLog:
             )
         text = "".join(self._line(step, kind, record) + "\n" for record in records)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
+        with named(self.path), open(self.path, "ab") as file:
             file.write(text.encode())
         self._last[kind] = step
 
@@ -188,6 +188,7 @@ class _Events:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         # Of its own accord it names files by the second, and overwrites within the same one.
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed = time.monotonic()
@@ -206,11 +207,13 @@ class _Events:
             self.flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        with named(self._folder):
+            self._writer.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        with named(self._folder):
+            self._writer.close()
 
 
 def progress(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from morer1_jax.files import TextError, atomic_write, local_path, read_text
+from morer1_jax.files import TextError, atomic_write, local_path, named, read_text
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import RateSettings
@@ -90,18 +90,19 @@ def rate(
 
     Args:
       asker: draws `config.samples` answers to a fact.
-      identity: what the ratings depend on; what was begun under another is not gone on with.
+      identity: what the pass rates depend on; what was begun under another is not gone on with.
 
     Returns:
       The pools' sizes.
     """
     unfinished = out.with_suffix(".unfinished")
     head = json.dumps({"batch": asker.batch, **(identity or {})}) + "\n"
-    done = _begun(unfinished, head)
-    # Whole batches, so that each fact is asked in the company and with the noise it would have had.
+    done = _pooled(_begun(unfinished, head), config)
+    # Whole batches, so that each fact is asked in the company it would have had. Under another
+    # batch those rated so far stay: noise is a fact's own, company changes rounding alone.
     done = done[: len(done) // asker.batch * asker.batch]
     atomic_write(unfinished, head + "".join(map(_line, done)))
-    with open(unfinished, "a", buffering=1) as file:
+    with named(unfinished), open(unfinished, "a", buffering=1) as file:
         for fact, drawn in asker.ask(params, facts, "rate", start=len(done)):
             passed = float(np.mean(drawn.answer == asker.ontology.ids[fact.label]))
             done.append(Rating(fact.id, passed, classify(passed, config)))
@@ -117,9 +118,9 @@ def _line(rating: Rating) -> str:
 
 
 def _begun(path: Path, head: str) -> list[Rating]:
-    """The ratings of a run that was killed, if it began with the same head."""
+    """The ratings of a run that was killed, if it began with the same head but for the batch."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if not lines or lines[0] != head:
+    if not lines or not lines[0].endswith("\n") or _rated_as(lines[0]) != _rated_as(head):
         return []
     whole = lines[1:] if lines[-1].endswith("\n") else lines[1:-1]
     return [Rating(**json.loads(line)) for line in whole]
@@ -127,6 +128,32 @@ def _begun(path: Path, head: str) -> list[Rating]:
 
 def _file(config: RateSettings) -> Path:
     return local_path(config.file, "config.rate.file")
+
+
+def _rated_as(head: str) -> dict[str, Any]:
+    """What pass rates depend on, of a head; those of earlier versions have the pools' keys too."""
+    return {
+        name: value
+        for name, value in json.loads(head).items()
+        if name not in ("batch", "easy_from", "never")
+    }
+
+
+def _pooled(ratings: Sequence[Rating], config: RateSettings) -> list[Rating]:
+    """The ratings in the config's pools."""
+    return [
+        dataclasses.replace(rating, pool=classify(rating.pass_rate, config)) for rating in ratings
+    ]
+
+
+def pool_again(path: Path, config: RateSettings) -> list[Rating]:
+    """Puts facts rated before into the config's pools, and writes that down where it is news."""
+    before = read_ratings(path)
+    ratings = _pooled(before, config)
+    if ratings != before:
+        atomic_write(path, "".join(map(_line, ratings)))
+        print(histogram(ratings))
+    return ratings
 
 
 def _given(path: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating]:
@@ -140,10 +167,7 @@ def _given(path: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rati
             f"expected; {len(lacking)} missing, such as {lacking[:1]}, {len(foreign)} of no such "
             f"fact, such as {foreign[:1]}; rate the training split again"
         )
-    return [
-        dataclasses.replace(rating, pool=classify(rating.pass_rate, config))
-        for rating in (given[fact.id] for fact in facts)
-    ]
+    return _pooled([given[fact.id] for fact in facts], config)
 
 
 def read_ratings(path: Path) -> list[Rating]:

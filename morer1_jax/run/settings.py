@@ -248,7 +248,8 @@ class SFTSettings:
       batch: samples a step.
       micro_batches: parts of a batch whose activations exist at once.
       eval_every: steps between greedy validations; the best checkpoint by micro F1 is kept.
-      eval_facts: facts of the validation split that are asked.
+      eval_facts: facts of the validation split that are asked; if it changes midway, the best is
+        found among scores on different facts.
     """
 
     steps: int
@@ -298,6 +299,7 @@ class RateSettings:
       temperature: of sampling.
       easy_from: pass rate from which a fact is easy.
       never: what becomes of facts never solved: "hard" keeps them, "drop" leaves them out.
+        Both may change after rating, until GRPO has begun: pools follow from the pass rates.
     """
 
     begin: Literal["sft", "checkpoint"]

@@ -244,8 +244,7 @@ def save_tensors(
       NotFiniteError: a tensor has values that are not finite, or that `dtype` has not.
     """
     specs = tensor_specs(config)
-    dtypes = {name: jnp.dtype(dtype if isinstance(dtype, str) else dtype[name]) for name in specs}
-    sizes = {name: math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items()}
+    dtypes, sizes = _dtypes_and_sizes(specs, dtype)
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for name, needed in sizes.items():
@@ -276,6 +275,20 @@ def save_tensors(
         places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def tensor_bytes(config: ModelConfig, dtype: str | Mapping[str, str]) -> int:
+    """Bytes of all tensors that `save_tensors` writes."""
+    return sum(_dtypes_and_sizes(tensor_specs(config), dtype)[1].values())
+
+
+def _dtypes_and_sizes(
+    specs: Mapping[str, TensorSpec], dtype: str | Mapping[str, str]
+) -> tuple[dict[str, jnp.dtype], dict[str, int]]:
+    """The type and the bytes of each tensor, by name."""
+    dtypes = {name: jnp.dtype(dtype if isinstance(dtype, str) else dtype[name]) for name in specs}
+    sizes = {name: math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items()}
+    return dtypes, sizes
 
 
 def _slice(params: Params, spec: TensorSpec, lora: LoRA | None) -> np.ndarray:

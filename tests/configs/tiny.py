@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
     # differ in their rewards and GRPO changes the parameters.
     config.sft.optimizer.lr = 0.01
     config.grpo.temperature = 0.5
+    # So that more steps may be asked for, and the optimizer's state is kept for them.
+    config.grpo.optimizer.schedule = "constant"
     # An untrained model earns nothing but for effort, so effort begins with the first byte.
     config.grpo.reward.update(effort_from=0, effort_to=100)
     config.evaluate.batch = 4

@@ -220,6 +220,40 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "ckpt").exists()
 
 
+def test_dropping_leaves_the_newest_and_the_best(tmp_path):
+    checkpoints = Checkpointer(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"w": jnp.ones(2)})
+    checkpoints.save_best(1, {"w": jnp.ones(2)}, 1.0)
+    (tmp_path / ".step_00000004.tmp").mkdir()
+    checkpoints.drop(keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step_00000003"]
+    checkpoints.drop(keep=0)
+    assert checkpoints.latest() is None
+    assert checkpoints.best() == (1, 1.0)
+
+
+def test_a_full_disk_is_one_error_and_leaves_what_was_there(tmp_path, file_limit, caplog, capfd):
+    checkpoints = Checkpointer(tmp_path)
+    state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=100_000), jnp.float32)}
+    like = {"w": jax.ShapeDtypeStruct((100_000,), jnp.float32)}
+    checkpoints.save(1, state)
+    checkpoints.save_best(1, state, 1.0)
+    for write, path in (
+        (lambda: checkpoints.save(2, state), tmp_path / "step_00000002"),
+        (lambda: checkpoints.save_best(2, state, 2.0), tmp_path / "best" / "step_00000002"),
+    ):
+        with file_limit(50_000), pytest.raises(OSError, match="File too large") as error:
+            write()
+        assert error.value.filename == str(path)
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+    assert sorted(path.name for path in tmp_path.rglob("*step_*")) == ["step_00000001"] * 2
+    np.testing.assert_array_equal(checkpoints.restore(None, like)[0]["w"], state["w"])
+    checkpoints.save(2, state)
+    assert checkpoints.latest() == 2
+
+
 def test_the_best_is_kept_beside_the_newest(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep=1)
     assert checkpointer.best() is None

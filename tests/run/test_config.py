@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -314,3 +315,23 @@ def test_libraries_are_heard_from_warnings_on_unless_the_user_says_otherwise(arg
     with pytest.raises(SystemExit):
         run_main(lambda _: seen.append(logging.get_verbosity()), ["command", *argv])
     assert seen == [level]
+
+
+def test_a_full_disk_is_one_line_with_its_file(capsys):
+    """With or without a name; what a library makes of it too."""
+    full = os.strerror(errno.ENOSPC)
+    for error, named in (
+        (OSError(errno.ENOSPC, full, "run/best"), "run/best"),
+        (OSError(errno.ENOSPC, full), "a file"),
+        (RuntimeError(f"I/O error: {full} (os error 28)"), "a file"),
+    ):
+
+        def main(_, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as done:
+            run_main(main, ["command"])
+        assert done.value.code == 2
+        assert capsys.readouterr().err == (
+            f"error: {named}: {full}; make room, then give the same command\n"
+        )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,20 @@ def test_logits_of_the_export_are_our_own(request, small_world, kind):
         expected = expected.numpy()
         error = np.abs(ours[row, : len(expected)] - expected).max() / np.abs(expected).max()
         assert error < VALUE_BOUND
+
+
+def test_a_disk_without_room_for_the_tensors_is_named_before_any_is_written(
+    whole, tmp_path, monkeypatch
+):
+    student = open_student(str(whole[0]))
+    tensors = sum(x.size for x in jax.tree.leaves(student.params)) * 2
+    free = types.SimpleNamespace(free=tensors - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    with pytest.raises(ConfigError, match=r"0\.2 MB more will be written .*name another --out"):
+        export(student, tmp_path / "out", dtype="bfloat16")
+    assert not list(tmp_path.iterdir())
+    free.free += 1
+    export(student, tmp_path / "out", dtype="bfloat16")
 
 
 def test_adapters_trained_and_the_rest_is_as_it_was(adapted, whole, config):

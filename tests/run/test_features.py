@@ -82,6 +82,16 @@ def test_features_of_what_trains_are_refused_before_any_work(config, tmp_path, p
     assert not (tmp_path / "features").exists()
 
 
+def test_a_full_disk_is_found_before_an_image_is_encoded(job, tmp_path, file_limit, monkeypatch):
+    """Later it would end the process without a word: features are written to mapped memory."""
+    monkeypatch.setattr(job, "workdir", tmp_path)
+    monkeypatch.setattr(features, "load_ahead", None)
+    with file_limit(5000), pytest.raises(OSError, match="File too large") as error:
+        features.feature_store(job)
+    assert error.value.filename.endswith("features.bin")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_crash_leaves_is_not_taken_for_features(config, tmp_path, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt

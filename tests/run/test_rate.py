@@ -7,7 +7,16 @@ import types
 import numpy as np
 import pytest
 
-from morer1_jax.run.rate import FILE, Rating, classify, histogram, rate, read_ratings, run_rate
+from morer1_jax.run.rate import (
+    FILE,
+    Rating,
+    classify,
+    histogram,
+    pool_again,
+    rate,
+    read_ratings,
+    run_rate,
+)
 from morer1_jax.run.settings import RateSettings
 from morer1_jax.task.fact import DataError
 
@@ -178,3 +187,51 @@ def test_a_rating_of_another_checkpoint_begins_anew(tmp_path):
     again = Asked()
     rate(again, None, FACTS, RATE, out, {"checkpoint": "b"})
     assert again.seen == [fact.id for fact in FACTS]
+
+
+def test_a_rating_goes_on_under_another_batch_with_what_was_rated(tmp_path):
+    """So that one that is out of memory loses nothing."""
+    out = tmp_path / "ratings.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        rate(Asked(die_at=3), None, FACTS, RATE, out, {"checkpoint": "a"})
+    smaller = Asked()
+    smaller.batch = 1
+    rate(smaller, None, FACTS, RATE, out, {"checkpoint": "a"})
+    assert smaller.seen == ["train:4"]
+    assert [rating.pass_rate for rating in read_ratings(out)] == [0, 0.25, 0.5, 0.75]
+
+
+def test_a_rating_goes_on_under_other_pools(tmp_path):
+    out = tmp_path / "ratings.jsonl"
+    # As earlier versions began it, the pools' keys among what it depends on.
+    with pytest.raises(KeyboardInterrupt):
+        rate(Asked(die_at=3), None, FACTS, RATE, out, {"easy_from": 0.5, "never": "hard", "a": 1})
+    again, other = Asked(), dataclasses.replace(RATE, easy_from=0.25, never="drop")
+    rate(again, None, FACTS, other, out, {"a": 1})
+    assert again.seen == ["train:3", "train:4"]
+    assert [rating.pool for rating in read_ratings(out)] == ["dropped", "easy", "easy", "easy"]
+
+
+def test_pools_follow_from_the_pass_rates_that_are_there(tmp_path, capsys):
+    lines = [json.dumps(dataclasses.asdict(rating)) for rating in RATINGS]
+    path = write(tmp_path / "ratings.jsonl", *lines)
+    other = dataclasses.replace(RATE, easy_from=0.25)
+    ratings = pool_again(path, other)
+    assert [rating.pool for rating in ratings] == ["easy", "easy", "easy", "hard"]
+    assert read_ratings(path) == ratings
+    assert "pass rates of 4 facts (3 easy, 1 hard, 0 dropped)" in capsys.readouterr().out
+    before = path.stat().st_mtime_ns
+    assert pool_again(path, other) == ratings
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_rating_that_finds_no_room_is_kept_whole(tmp_path, file_limit):
+    out = tmp_path / "ratings.jsonl"
+    facts = [types.SimpleNamespace(id=f"train:{i}", label="none") for i in range(40)]
+    with file_limit(1000), pytest.raises(OSError, match="File too large") as error:
+        rate(Asked(), None, facts, RATE, out)
+    assert error.value.filename == str(out.with_suffix(".unfinished"))
+    again = Asked()
+    rate(again, None, facts, RATE, out)
+    assert 0 < len(again.seen) < 40
+    assert [rating.fact for rating in read_ratings(out)] == [fact.id for fact in facts]
