@@ -163,13 +163,16 @@ class TestFaults:
         self.refused(copy, r"missing model\.layers\.\d+\.input_layernorm\.weight \(24,\)")
         self.refused(copy, r"unexpected model\.extra")
 
-    def test_a_dtype_that_is_none(self, copy):
+    @pytest.mark.parametrize(
+        ("dtype", "found"), [("int32", "I32"), ("float64", "F64"), ("float8_e4m3fn", "F8_E4M3")]
+    )
+    def test_a_dtype_that_is_none(self, copy, dtype, found):
         def edit(tensors):
             name = next(iter(tensors))
-            tensors[name] = tensors[name].astype(np.int32)
+            tensors[name] = tensors[name].astype(dtype)
 
         self.change(copy, edit)
-        self.refused(copy, r"is of type I32, expected one of F32, BF16, F16")
+        self.refused(copy, rf"of type {found}, expected one of F32, BF16, F16; save it as one of")
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -314,6 +317,66 @@ def test_tensors_of_two_dtypes_are_loaded_unrounded_and_go_back_as_they_came(pub
     assert {str(value.dtype) for value in ours.values()} == {"bfloat16", "float32"}
     for ours_name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[ours_name], ours_name)
+
+
+def test_float16_is_computed_in_float32_and_goes_back_as_it_came(reference, published, tmp_path):
+    """Of a model whose activations float16 could not hold; the config's word is not asked."""
+    _, source = published("untied", "float16")
+    folder = shutil.copytree(source, tmp_path / "half")
+    tensors = load_file(folder / SINGLE)
+    for name, value in tensors.items():
+        if "language_model.layers" in name or name.startswith("model.layers"):
+            # What is lost below at last is lost to both: some become less than a normal number.
+            factor = {"up_proj": 3000, "gate_proj": 30, "down_proj": 1 / 90000}
+            scale = next((by for part, by in factor.items() if part in name), 1)
+            tensors[name] = (value.astype(np.float32) * scale).astype(np.float16)
+    assert all(np.isfinite(value).all() for value in tensors.values())
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    case, _ = published("untied")
+    given = reference.Reference(case.config)
+    given.model = theirs
+    half = dataclasses.replace(case, reference=given)
+    student = open_student(str(folder))
+    assert student.model.runtime.dtype == student.model.runtime.param_dtype == "float32"
+    rows = reference.lay_out(case.config, case.samples, [[3, 0], [1, 2]])
+    _, logits = reference.evaluate(student.model, student.params, rows)
+    assert reference.relative_error(logits, reference.reference_logits(half)) < VALUE_BOUND
+    export(student, tmp_path / "out")
+    ours, before = tensors_of(tmp_path / "out"), tensors_of(folder)
+    assert {str(value.dtype) for value in ours.values()} == {"float16"}
+    assert {name: v.tobytes() for name, v in ours.items()} == {
+        name: v.tobytes() for name, v in before.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "held", "dtype"),
+    [
+        ("float16", {"bfloat16"}, "bfloat16"),
+        ("bfloat16", {"float16"}, "float32"),
+        ("float16", {"float16", "bfloat16"}, "float32"),
+        ("float16", {"float16", "float32"}, "float32"),
+    ],
+)
+def test_what_tensors_have_decides_and_is_never_float16(published, tmp_path, said, held, dtype):
+    _, source = published("untied", "float32")
+    folder = shutil.copytree(source, tmp_path / "folder")
+    kinds = sorted(held)
+    tensors = {
+        name: value.astype(kinds[i % len(kinds)])
+        for i, (name, value) in enumerate(load_file(folder / SINGLE).items())
+    }
+    save_file(tensors, folder / SINGLE)
+    described = json.loads((folder / CONFIG).read_text())
+    for key in ("dtype", "torch_dtype"):
+        (folder / CONFIG).write_text(json.dumps(described | {key: said}))
+        checkpoint = Checkpoint(folder)
+        assert {*checkpoint.dtypes.values()} == held
+        assert checkpoint.dtype == dtype
+        assert open_student(str(folder)).model.runtime.dtype == dtype
 
 
 def test_a_buckets_checkpoint_can_be_asked_and_exported(published, tmp_path, monkeypatch):
