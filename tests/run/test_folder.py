@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from morer1_jax.model.names import WeightsError, canonical_name
 from morer1_jax.run import weights
-from morer1_jax.run.config import ConfigError
+from morer1_jax.run.config import ConfigError, read_config
+from morer1_jax.run.job import Job
+from morer1_jax.run.settings import settings
 from morer1_jax.run.student import open_student
 from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint
 
@@ -136,6 +138,22 @@ def test_the_file_that_transformers_5_saves_is_read_before_the_older_one(copy):
     assert images.image_mean == (0.5, 0.4, 0.3)
     # The tower's own, which no file here says.
     assert images.patch_size == 4
+
+
+def test_training_has_the_folder_s_mean_and_says_where_limits_differ(
+    copy, tmp_path, request, capsys
+):
+    found = {"min_pixels": 3136, "max_pixels": 7000, "image_std": [0.2, 0.3, 0.4]}
+    (copy / PREPROCESSOR).write_text(json.dumps(found))
+    config = read_config(request.config.rootpath / "tests" / "configs" / "tiny.py")
+    config.model.path = str(copy)
+    config.data.update(min_pixels=3136, max_pixels=6400)
+    job = Job(settings(config), tmp_path / "run")
+    assert job.images.image_std == (0.2, 0.3, 0.4)
+    assert (job.images.min_pixels, job.images.max_pixels) == (3136, 6400)
+    assert job.images.crop_margin == config.data.crop_margin
+    said = "data.max_pixels: 6400, though the processor of model.path has 7000\n"
+    assert capsys.readouterr().out == said
 
 
 def test_limits_that_are_none_are_refused(copy):

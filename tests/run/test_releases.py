@@ -80,10 +80,11 @@ def newest(reference, small_tokenizer, folder):
     (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
 
 
-def published(reference, qwen_tokenizer, folder):
+def oldest(reference, tokenizer, folder):
     """The flat form of first releases, with what is left over of others' work."""
-    config = save(reference, "odd kv heads, tied, aperiodic", qwen_tokenizer, 151_936, folder)
-    left = {"use_cache": False, "torch_dtype": "bfloat16", "bos_token_id": 151643}
+    rows = -(-len(tokenizer) // 64) * 64
+    config = save(reference, "odd kv heads, tied, aperiodic", tokenizer, rows, folder)
+    left = {"use_cache": False, "torch_dtype": "bfloat16", "bos_token_id": tokenizer.pad_token_id}
     left["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (folder / "config.json").unlink()
     edit(folder / "config.json", **config.to_hf(), **left)
@@ -93,22 +94,33 @@ def published(reference, qwen_tokenizer, folder):
         do_sample=True,
         repetition_penalty=1.5,
         temperature=0.7,
-        eos_token_id=[151645, 151643],
-        pad_token_id=151643,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
     )
     edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", chat_template=TEMPLATE)
     edit(folder / "chat_template.json", chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
-def exported(reference, small_tokenizer, qwen_tokenizer, small_world, tmp_path_factory):
-    """The exported folders, the facts to ask about, and what we make of them, by folder."""
-    base = tmp_path_factory.mktemp("exported")
+def exported(reference, small_tokenizer, small_world, tmp_path_factory):
+    """What we make of the exported folders, by folder, and the facts asked about."""
+    makers = ((newest, small_tokenizer), (oldest, small_tokenizer))
+    return make_exported(makers, reference, small_world, tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="module")
+def exported_with_all_tokens(reference, qwen_tokenizer, small_world, tmp_path_factory):
+    """As `exported`, of Qwen's own tokenizer."""
+    makers = ((oldest, qwen_tokenizer),)
+    return make_exported(makers, reference, small_world, tmp_path_factory.mktemp("all_tokens"))
+
+
+def make_exported(makers, reference, small_world, base):
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "test", ontology)[:2]
     sizes = more.check_photos(facts, small_world)
     asked, ours = [], {}
-    for make, tokenizer in ((newest, small_tokenizer), (published, qwen_tokenizer)):
+    for make, tokenizer in makers:
         source, out = base / make.__name__, base / f"{make.__name__}-out"
         make(reference, tokenizer, source)
         edit(source / TASK, completion_length=LENGTH)
@@ -160,6 +172,39 @@ def test_the_installed_release_answers_as_we_do(exported, other_release):
     assert len({tuple(answer) for answer in answers}) == len(answers)
 
 
+def test_what_is_written_is_for_all_releases(exported):
+    made = {Path(folder).name: Path(folder) for folder in exported[0]}
+
+    def read(name, file):
+        return json.loads((made[name] / file).read_text())
+
+    for name, tied in (("newest-out", False), ("oldest-out", True)):
+        config = read(name, "config.json")
+        assert config["tie_word_embeddings"] is tied
+        assert config["dtype"] == config["torch_dtype"] == "float32"
+        assert not {"quantization_config", "use_cache", "text_config"} & config.keys()
+        generation = read(name, "generation_config.json")
+        assert generation["do_sample"] is False
+        assert generation["max_new_tokens"] == LENGTH
+        assert not {"repetition_penalty", "temperature"} & generation.keys()
+        described = read(name, "preprocessor_config.json")
+        assert described["size"] == SIZE
+        assert {key: described[key] for key in LIMITS} == LIMITS
+        tokenizer = read(name, "tokenizer_config.json")
+        assert tokenizer["chat_template"] == (made[name] / "chat_template.jinja").read_text()
+        assert not (made[name] / "chat_template.json").exists()
+    nested = read("newest-out", "processor_config.json")["image_processor"]
+    assert {key: nested[key] for key in (*LIMITS, "size")} == LIMITS | {"size": SIZE}
+    assert nested["image_mean"] == [0.5, 0.4, 0.3]
+    # A template that writes our conversation is kept, another is not.
+    assert read("newest-out", "tokenizer_config.json")["chat_template"] != PLAIN_TEMPLATE
+    assert read("oldest-out", "tokenizer_config.json")["chat_template"] == TEMPLATE
+    assert read("newest-out", "tokenizer_config.json")["tokenizer_class"] == (
+        "PreTrainedTokenizerFast"
+    )
+    assert read("oldest-out", "config.json")["bos_token_id"] is not None
+
+
 def python_with(release, folder):
     """The Python of an environment with that release; made if it is not there."""
     path = folder / f"transformers-{release}"
@@ -175,8 +220,11 @@ def python_with(release, folder):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("release", RELEASES)
-def test_other_releases_answer_as_we_do(exported, release, tmp_path, tmp_path_factory):
-    ours, asked = exported
+def test_other_releases_answer_as_we_do(
+    exported, exported_with_all_tokens, release, tmp_path, tmp_path_factory
+):
+    (ours, asked), (more_of_ours, _) = exported, exported_with_all_tokens
+    ours = ours | more_of_ours
     given = os.environ.get(ENVIRONMENTS)
     python = python_with(release, Path(given) if given else tmp_path_factory.getbasetemp())
     (tmp_path / "job.json").write_text(json.dumps({"folders": list(ours), "facts": asked}))
