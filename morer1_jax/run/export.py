@@ -162,7 +162,7 @@ def _writes_ours(template: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
 
     def written(messages: list[dict[str, Any]], turn: bool) -> str:
         return tokenizer.apply_chat_template(
-            messages, template, tokenize=False, add_generation_prompt=turn
+            messages, chat_template=template, tokenize=False, add_generation_prompt=turn
         )
 
     try:
