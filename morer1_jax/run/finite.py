@@ -164,11 +164,11 @@ class SkippedUpdates:
             if broken or self.row >= self._patience:
                 many = "" if broken else f", as in each of {self.row} steps in a row"
                 saved = self._latest()
-                kept = "there is none" if saved is None else f"that of step {saved}"
+                kept = "none" if saved is None else f"of step {saved}"
                 self._error = NotFiniteError(
-                    f"{what}{many}; of the stage's finite checkpoints the last is kept "
-                    f"({kept}); with a new --workdir, lower its optimizer.lr or lengthen its "
-                    "warmup, or compute in float32 (runtime.dtype)"
+                    f"{what}{many}; the last finite checkpoint: {kept}; with a new --workdir, "
+                    "lower the stage's optimizer.lr or lengthen its warmup, or compute in float32 "
+                    "(runtime.dtype)"
                 )
 
     def take(self) -> int:

@@ -138,7 +138,7 @@ def test_too_many_in_a_row_end_training_wherever_it_was_taken_up():
         again.skipped.check()
     message = str(error.value)
     assert message.startswith("sft step 1: loss is nan, as in each of 5 steps in a row; ")
-    assert "that of step 7" in message
+    assert "; the last finite checkpoint: of step 7; " in message
     assert "\n" not in message
 
 

@@ -340,8 +340,8 @@ def test_too_many_skipped_in_a_row_end_the_run_and_keep_what_is_good(tmp_path, l
     good = 4 if save == 1 else 3
     message = str(error.value)
     assert message.startswith("toy step 9: loss is nan, as in each of 5 steps in a row; ")
-    assert f"that of step {good}" in message
-    assert "lower its optimizer.lr" in message
+    assert f"; the last finite checkpoint: of step {good}; " in message
+    assert "lower the stage's optimizer.lr" in message
     assert "\n" not in message
     assert saved(tmp_path) == [good]
     assert np.isfinite(params_of(tmp_path)[0]["w"]).all()
@@ -381,7 +381,7 @@ def test_a_huge_learning_rate_ends_in_one_line(tmp_path, save):
     with pytest.raises(NotFiniteError) as error:
         Descent(lr=1e22).run(tmp_path, config)
     assert str(error.value).startswith("toy step 1: param_norm is inf; ")
-    assert "there is none" in str(error.value)
+    assert "the last finite checkpoint: none; " in str(error.value)
     assert not saved(tmp_path)
 
 
