@@ -1,5 +1,6 @@
 """Checkpoints of others: read tensor by tensor onto the mesh, and written as they were."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
