@@ -151,7 +151,7 @@ def test_what_works_on_a_disk_only_is_no_bucket(command, folder, args):
         ((CONVERT, "--checkpoint=", "--out=x"), "--checkpoint=: no path; name one"),
         ((EVALUATE, "--checkpoint=a", "--data=foo://b", "--out=x"), "--data=foo://b: a path or gs"),
         ((CONVERT, "--checkpoint=foo://b", "--out=x"), "a checkpoint's path=foo://b: a path or gs"),
-        ((CONVERT, "--checkpoint=none", "--out=a\udcff"), "--out='a\\udcff': not UTF-8, or not in"),
+        ((CONVERT, "--checkpoint=none", "--out=a\udcff"), "'--out=a\\udcff': not UTF-8, or not in"),
         ((CONVERT, "--checkpoint=none", "--out=" + "n" * 300), "n" * 300 + ": File name too long"),
         ((TRAIN, "--config=a:b.py"), "--config=a:b.py: what follows a colon is given to the conf"),
     ],

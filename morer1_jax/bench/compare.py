@@ -10,7 +10,7 @@ from typing import Any
 
 from morer1_jax.bench.cases import Preset
 from morer1_jax.bench.turns import Timing, Worker, ratio, take_turns
-from morer1_jax.files import atomic_write
+from morer1_jax.files import atomic_write, read_text
 from morer1_jax.run.config import ConfigError
 
 OURS = "ours"
@@ -158,7 +158,7 @@ class Results:
         if not path.exists():
             return cls(preset, device)
         try:
-            saved = json.loads(path.read_text())
+            saved = json.loads(read_text(path))
             found = saved["device"], saved["preset"]
             tasks = {task: _measured(one) for task, one in saved["tasks"].items()}
             unfinished = saved.get("unfinished")

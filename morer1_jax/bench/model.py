@@ -79,7 +79,7 @@ def device_name() -> str:
 def _processor() -> str | None:
     """As Linux calls it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -52,9 +52,9 @@ class Side(Protocol):
 
 def process_peak() -> int:
     """Most resident memory of this process since the last call, in bytes."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     return 1024 * int(line.split()[1])
 
 
@@ -74,7 +74,7 @@ def serve(make: Callable[[], Side]) -> None:
     `{"do": "forget peak"}`, `{"do": "run"}` and `{"do": "close"}`. What the program itself prints
     goes to stderr.
     """
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     side, task = make(), None
     for line in sys.stdin:

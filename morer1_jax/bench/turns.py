@@ -43,7 +43,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             bufsize=1,
         )
         self._said: deque[str] = deque(maxlen=40)

@@ -17,8 +17,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from morer1_jax.files import atomic_write, full_disk
+from morer1_jax.files import atomic_write, full_disk, read_text
 from morer1_jax.model.config import ConfigError
+from morer1_jax.run.output import check_text, lasting_output
 from morer1_jax.task.fact import DataError, one_line
 
 # Keys that may differ when a run is resumed: beyond rounding no step depends on them, so that a run
@@ -232,7 +233,7 @@ def _check(key: str, value: Any, rule: Rule) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_text(path))
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON ({one_line(error)}); use a new --workdir") from None
     if not isinstance(found, dict):
@@ -291,19 +292,25 @@ def run_main(
             logging.set_verbosity(logging.WARNING)  # orbax reports every file it touches
         return main(rest)
 
-    try:
-        app.run(quiet_main, list(sys.argv if argv is None else argv), flags_parser=_parse_flags)
-    except (ConfigError, DataError) as error:
-        _exit(2, f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        _exit(130, interrupted)
-    except Exception as error:
-        if full := full_disk(error):
-            file, problem = full
-            _exit(2, f"error: {file or 'a file'}: {problem}; make room, then give the same command")
-        if not isinstance(error, OSError) or error.filename is None:
-            raise
-        _exit(2, f"error: {error.filename}: {error.strerror}")
+    with lasting_output():
+        try:
+            argv = list(sys.argv if argv is None else argv)
+            check_text([*argv, *sys.argv])
+            app.run(quiet_main, argv, flags_parser=_parse_flags)
+        except (ConfigError, DataError) as error:
+            _exit(2, f"error: {one_line(error)}")
+        except KeyboardInterrupt:
+            _exit(130, interrupted)
+        except Exception as error:
+            if full := full_disk(error):
+                file, problem = full
+                _exit(
+                    2,
+                    f"error: {file or 'a file'}: {problem}; make room, then give the same command",
+                )
+            if not isinstance(error, OSError) or error.filename is None:
+                raise
+            _exit(2, f"error: {error.filename}: {error.strerror}")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -322,7 +329,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _exit(code: int, line: str) -> NoReturn:
-    print(line, file=sys.stderr)
+    print(" ".join(line.split()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -102,7 +102,7 @@ def rate(
     # batch those rated so far stay: noise is a fact's own, company changes rounding alone.
     done = done[: len(done) // asker.batch * asker.batch]
     atomic_write(unfinished, head + "".join(map(_line, done)))
-    with named(unfinished), open(unfinished, "a", buffering=1) as file:
+    with named(unfinished), open(unfinished, "a", buffering=1, encoding="utf-8") as file:
         for fact, drawn in asker.ask(params, facts, "rate", start=len(done)):
             passed = float(np.mean(drawn.answer == asker.ontology.ids[fact.label]))
             done.append(Rating(fact.id, passed, classify(passed, config)))
@@ -119,7 +119,7 @@ def _line(rating: Rating) -> str:
 
 def _begun(path: Path, head: str) -> list[Rating]:
     """The ratings of a run that was killed, if it began with the same head but for the batch."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = read_text(path).splitlines(keepends=True) if path.exists() else []
     if not lines or not lines[0].endswith("\n") or _rated_as(lines[0]) != _rated_as(head):
         return []
     whole = lines[1:] if lines[-1].endswith("\n") else lines[1:-1]
@@ -211,7 +211,7 @@ def histogram(ratings: Sequence[Rating], width: int = 40) -> str:
     counts = Counter(rating.pass_rate for rating in ratings)
     most = max(counts.values())
     rows = [
-        f"  {rate:5.2f} {'█' * round(width * counts[rate] / most):{width}} {counts[rate]}"
+        f"  {rate:5.2f} {'#' * round(width * counts[rate] / most):{width}} {counts[rate]}"
         for rate in sorted(counts)
     ]
     pools = Counter(rating.pool for rating in ratings)

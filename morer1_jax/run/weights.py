@@ -274,7 +274,7 @@ def save_tensors(
     if count > 1:
         places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def tensor_bytes(config: ModelConfig, dtype: str | Mapping[str, str]) -> int:

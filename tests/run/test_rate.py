@@ -103,7 +103,7 @@ def test_histogram_counts_facts_by_pass_rate():
     ratings = [*RATINGS, *(Rating(f"train:{i}", 1.0, "easy") for i in range(5, 8))]
     title, *rows = histogram(ratings, width=8).splitlines()
     assert title == "pass rates of 7 facts (5 easy, 1 hard, 1 dropped):"
-    assert [(float(r.split()[0]), r.count("█"), int(r.split()[-1])) for r in rows] == [
+    assert [(float(r.split()[0]), r.count("#"), int(r.split()[-1])) for r in rows] == [
         (0.0, 2, 1),
         (0.25, 2, 1),
         (0.5, 2, 1),
