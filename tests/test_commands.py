@@ -64,7 +64,7 @@ SCORE = (EVALUATE, "--checkpoint=runs/a/sft", "--data=none")
         ((STUDY, "--folder=file"), "file: a file found, a folder to write expected"),
         ((CONVERT, "--checkpoint=runs", "--out=x"), "runs: no checkpoint; expected a run's work"),
         ((CONVERT, "--checkpoint=runs/old", "--out=x"), "runs/old: no checkpoint; expected a run"),
-        ((CONVERT, "--checkpoint=runs/dmo", "--out=x"), "runs/dmo: no such folder; expected a ru"),
+        ((CONVERT, "--checkpoint=runs/dmo", "--out=x"), "runs/dmo: no such folder; is it runs/dem"),
         ((CONVERT, "--checkpoint=./dmo", "--out=x"), "./dmo: no such folder; expected a run's"),
         ((CONVERT, "--checkpoint=/a/b", "--out=x"), "/a/b: no such folder; expected a run's"),
         ((CONVERT, "--checkpoint=a/b/c", "--out=x"), "a/b/c: no such folder; expected a run's"),
