@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -18,6 +19,39 @@ def pytest_xdist_auto_num_workers(config):
     """One worker a core; the long counts alone, because they fill memory and watch the clock."""
     alone = config.option.markexpr == "soak"
     return 0 if alone else min(os.cpu_count() or 1, 8)
+
+
+# Files that take longest, so that no worker is left with one of them at the end.
+LONGEST = (
+    "run/test_resume.py",
+    "test_predict.py",
+    "test_published.py",
+    "test_steady.py",
+    "bench/test_ours.py",
+    "learn/test_grpo_update.py",
+    "learn/test_scorer.py",
+    "model/test_parity.py",
+    "run/test_writer_killed.py",
+    "learn/test_sft.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first; the others stay in their order."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_ignore_collect(collection_path):
+    """Leaves out, where there is no PyTorch (`.ci/versions`), the files that compare with it."""
+    if importlib.util.find_spec("torch") is None and collection_path.suffix == ".py":
+        text = collection_path.read_text(encoding="utf-8")
+        return (
+            True
+            if re.search(r"^(import|from) (torch|morer1_jax\.bench\.peers)", text, re.MULTILINE)
+            else None
+        )
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +130,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def reference():
     """The module `reference.py` beside this file: small models as `transformers` has them."""
+    pytest.importorskip("torch")
     return _beside("reference")
 
 

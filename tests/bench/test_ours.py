@@ -36,6 +36,7 @@ def ours(worker):
 
 @pytest.fixture(scope="module")
 def theirs(worker):
+    pytest.importorskip("torch")
     return worker("peers", "--form=default")
 
 

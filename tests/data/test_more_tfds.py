@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -147,10 +146,8 @@ def test_a_dataset_or_split_that_is_not_there_is_named(folder, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_command_builds_or_says_why_not_in_one_line(folder, tmp_path):
+def test_the_command_builds_or_says_why_not_in_one_line(command, folder, tmp_path):
     tool = Path(__file__).parents[2] / "tools" / "build_tfds.py"
-    command = [sys.executable, tool, f"--folder={folder}", f"--data_dir={tmp_path / 'tfds'}"]
     cut_line(folder)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}/txt/test.txt:5: malformed")
+    _, error = command(str(tool), f"--folder={folder}", f"--data_dir={tmp_path / 'tfds'}", code=2)
+    assert error.splitlines()[-1].startswith(f"error: {folder}/txt/test.txt:5: malformed")

@@ -16,7 +16,10 @@ from morer1_jax.model.splash import Splash
 KERNELS = {"xla": XLA(), "splash": Splash(interpret=True), "cudnn": CuDNN("xla")}
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+# Of each kernel a program as a whole is tried daily, this one or the next; all else is soak's.
+@pytest.mark.parametrize(
+    "kernels", ["xla", "splash", pytest.param("cudnn", marks=pytest.mark.soak)]
+)
 def test_a_group_scores_as_its_completions_do_alone(tiny, kernels):
     """Value and gradient: prompt and images once a group, or once with each completion.
 
@@ -62,7 +65,7 @@ def test_a_group_scores_as_its_completions_do_alone(tiny, kernels):
     tiny.assert_near(free, gradients, 1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["splash", "cudnn"])
+@pytest.mark.parametrize("kernels", ["cudnn", pytest.param("splash", marks=pytest.mark.soak)])
 def test_packed_rows_by_every_kernel(tiny, kernels):
     """Rows of several samples with photos, and padding: SFT's log-probabilities and gradients."""
     params, batch = tiny.params(), tiny.sequences([[0, 1], [2], [4, 6], [7]])

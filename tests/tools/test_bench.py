@@ -15,6 +15,7 @@ ASK = (BENCH, "--preset=tiny", f"--tasks={','.join(TASKS)}", "--forms=default", 
 @pytest.fixture
 def sides(monkeypatch):
     """Sides that are no processes: what is measured, in order, and the tasks that fail."""
+    pytest.importorskip("torch")
     measured, failing = [], {}
 
     class Side:
