@@ -32,6 +32,8 @@ from morer1_jax.train import first_params, train
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).parents[1]
+PREDICT, EVALUATE = "morer1_jax.predict", "morer1_jax.evaluate"
+RATE, CONVERT = (str(ROOT / "tools" / f"{name}.py") for name in ("rate_difficulty", "convert"))
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +73,12 @@ def questions(tmp_path_factory):
     return path
 
 
-def command(*args, code=0):
+def process(*args, code=0):
+    """A command in a process of its own, on one device, as most users have."""
     done = subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},  # One device, as most users have.
+        env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
     )
@@ -83,12 +86,12 @@ def command(*args, code=0):
     return done
 
 
-def test_predict_prints_text_json_and_a_picture(exported, questions, tmp_path):
+def test_predict_prints_text_json_and_a_picture(command, exported, questions, tmp_path):
     picture = tmp_path / "box.png"
     given = ["--image", questions.parent / "cat.png", "--box=0.5,0.4,0.5,0.5"]
     given += ["--title", "A cat, is seen", "--entity=cat", "--guided"]
-    ask = ["-m", "morer1_jax.predict", "--checkpoint", exported, *given]
-    shown = command(*ask, "--picture", picture).stdout.splitlines()
+    ask = [f"--checkpoint={exported}", *given]
+    shown = process("-m", PREDICT, *ask, "--picture", picture).stdout.splitlines()
     assert [line.split(":")[0] for line in shown if line.startswith("Step")] == [
         f"Step {k}" for k in range(1, 7)
     ]
@@ -96,7 +99,7 @@ def test_predict_prints_text_json_and_a_picture(exported, questions, tmp_path):
     assert shown[-1].removeprefix("Answer: ") in labels
     with Image.open(questions.parent / "cat.png") as photo, Image.open(picture) as drawn:
         assert photo.size == drawn.size
-    parsed = json.loads(command(*ask, "--json").stdout)
+    parsed = json.loads(command(PREDICT, *ask, "--json", code=0)[0])
     assert parsed["label"] == shown[-1].removeprefix("Answer: ")
 
 
@@ -199,23 +202,23 @@ def test_a_tensor_that_is_not_finite_answers_nothing(spoilt, questions, small_wo
     with pytest.raises(WeightsError) as error:
         list(predict(open_student(str(folder)), read_questions(questions), batch=4, guided=True))
     assert str(error.value).startswith(message)
-    args = ["-m", "morer1_jax.evaluate", "--checkpoint", folder, "--data", small_world]
-    done = command(*args, "--out", tmp_path, code=2)
+    args = ["-m", EVALUATE, "--checkpoint", folder, "--data", small_world]
+    done = process(*args, "--out", tmp_path, code=2)
     assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("eval/*"))
 
 
-def test_evaluate_writes_tables_and_page(exported, small_world, tmp_path):
-    args = ["-m", "morer1_jax.evaluate", "--checkpoint", exported, "--data", small_world]
-    done = command(*args, "--split=valid", "--out", tmp_path, "--name=untrained")
-    assert "untrained" in done.stdout
+def test_evaluate_writes_tables_and_page(command, exported, small_world, tmp_path):
+    args = [EVALUATE, "--checkpoint", exported, "--data", small_world]
+    out, _ = command(*args, "--split=valid", "--out", tmp_path, "--name=untrained", code=0)
+    assert "untrained" in out
     scores = json.loads((tmp_path / "eval" / "untrained.json").read_text())
     assert scores["facts"] == 16
     page = (tmp_path / "report.html").read_text()
     assert "Valid scores" in page
     assert "untrained on the valid facts" in page
-    error = command(*args, "--split=test", "--out", tmp_path, code=2).stderr
+    _, error = command(*args, "--split=test", "--out", tmp_path, code=2)
     assert "untrained.answers.jsonl is of valid:1, not of test; name another" in error
 
 
@@ -234,11 +237,11 @@ def test_a_model_is_told_from_one_of_another_run_of_as_many_steps(workdir, tmp_p
         path.write_text(before, encoding="utf-8")
 
 
-def test_rating_by_command_is_what_grpo_reads(workdir, small_world, tmp_path):
+def test_rating_by_command_is_what_grpo_reads(command, workdir, small_world, tmp_path):
     out = tmp_path / "ratings.jsonl"
-    args = ["tools/rate_difficulty.py", "--checkpoint", workdir / "sft", "--data", small_world]
-    done = command(*args, "--out", out, "--samples=2", "--length=8")
-    assert "pass rates of 48 facts" in done.stdout
+    args = [RATE, "--checkpoint", workdir / "sft", "--data", small_world]
+    shown, _ = command(*args, "--out", out, "--samples=2", "--length=8", code=0)
+    assert "pass rates of 48 facts" in shown
     assert len(read_ratings(out)) == 48
     assert not out.with_suffix(".unfinished").exists()
 
@@ -246,12 +249,12 @@ def test_rating_by_command_is_what_grpo_reads(workdir, small_world, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["-m", "morer1_jax.predict", "--checkpoint=nowhere", "--jsonl=none.jsonl"], "none.jsonl"),
-        (["-m", "morer1_jax.predict", "--checkpoint=nowhere"], "--image, --box, --title, --entity"),
-        (["tools/convert.py", "--checkpoint=nowhere", "--out=x"], "nowhere: no such folder"),
+        ([PREDICT, "--checkpoint=nowhere", "--jsonl=none.jsonl"], "none.jsonl"),
+        ([PREDICT, "--checkpoint=nowhere"], "--image, --box, --title, --entity"),
+        ([CONVERT, "--checkpoint=nowhere", "--out=x"], "nowhere: no such folder"),
     ],
 )
-def test_what_is_wrong_is_one_line(args, message):
-    error = command(*args, code=2).stderr.strip().splitlines()[-1]
+def test_what_is_wrong_is_one_line(command, args, message):
+    error = command(*args, code=2)[1].strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
