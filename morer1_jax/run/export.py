@@ -29,7 +29,7 @@ _OLD_TEMPLATE = "chat_template.json"
 # Of the config the student began with: what ours does not know. Whatever else it had might be
 # another library's or another release's, such as how it was quantised.
 _KEPT = ("bos_token_id", "vision_token_id")
-_KEPT_VISION = ("tokens_per_second", "spatial_patch_size")
+_KEPT_VISION = ("spatial_patch_size",)
 # Qwen2.5-VL's conversation, as `task.prompt` writes it.
 _TEMPLATE = """\
 {%- if messages[0].role != 'system' %}<|im_start|>system
@@ -100,6 +100,8 @@ def _write_config(
     kept = {key: text[key] for key in _KEPT if text.get(key) is not None}
     vision = theirs.get("vision_config") or {}
     ours["vision_config"] |= {key: vision[key] for key in _KEPT_VISION if key in vision}
+    # 5.4 multiplies the time of photos, too, by what is meant for videos, which no answer is about.
+    ours["vision_config"]["tokens_per_second"] = 1
     if not isinstance(dtypes, str):
         # Of several, the one that most tensors have, as `transformers` would load them.
         dtypes = Counter(dtypes.values()).most_common(1)[0][0]

@@ -117,6 +117,7 @@ def exported_with_all_tokens(reference, qwen_tokenizer, small_world, tmp_path_fa
 
 
 def make_exported(makers, reference, small_world, base):
+    """Exports what `makers` (what saves a folder, a tokenizer, whether it is asked) give."""
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "test", ontology)[:2]
     sizes = more.check_photos(facts, small_world)
@@ -185,6 +186,7 @@ def test_what_is_written_is_for_all_releases(exported):
         config = read(name, "config.json")
         assert config["tie_word_embeddings"] is tied
         assert config["dtype"] == config["torch_dtype"] == "float32"
+        assert config["vision_config"]["tokens_per_second"] == 1
         assert not {"quantization_config", "use_cache", "text_config"} & config.keys()
         generation = read(name, "generation_config.json")
         assert generation["do_sample"] is False
