@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from morer1_jax.files import check_writable, local_path, remove
+from morer1_jax.files import atomic_write, check_writable, local_path, remove
 from morer1_jax.run import binding
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
@@ -138,7 +138,6 @@ def _train(config: Any, job: Job) -> None:
         runners[name]()
         seconds = time.perf_counter() - before
         stage_of(name).finish({"seconds": round(seconds, 1)})
-        binding.drop_states(config, workdir)
         print(f"stage {name}: {seconds:.0f} s", flush=True)
 
     names = job.settings.stages.split(",")
@@ -146,11 +145,10 @@ def _train(config: Any, job: Job) -> None:
     rest = names[len(first) :]
     with _start(workdir):
         binding.upgrade_markers(config, workdir)
-        binding.check_steps(config, workdir)
         bound = functools.partial(binding.why_bound, config, workdir)
         load(config, workdir, write=jax.process_index() == 0, bound=bound)
+        binding.check_steps(config, workdir)
         _check_order(job, done)
-        binding.drop_states(config, workdir)
         for name in first:
             run(name)
         if to_run := [name for name in rest if not done(name)]:
@@ -159,8 +157,11 @@ def _train(config: Any, job: Job) -> None:
             job.check()
             check_room(job, to_run)
             check_saves(workdir)
+    # What nothing brings back goes once nothing refuses the command any more.
+    binding.drop_states(config, workdir)
     for name in rest:
         run(name)
+        binding.drop_states(config, workdir)
 
 
 @contextlib.contextmanager
@@ -168,14 +169,23 @@ def _start(workdir: Path) -> Iterator[None]:
     """If the block fails or is interrupted, what it made of a run is gone, and nothing else.
 
     Otherwise the command could not be corrected: the workdir would belong to the one that failed.
+    What binds the workdir is as it was before.
     """
     new = [workdir / name for name in _BEGUN if not (workdir / name).exists()]
+    binds = [
+        path for path in (workdir / CONFIG_FILE, *workdir.glob(f"*/{MARKER}")) if path.exists()
+    ]
+    before = {path: path.read_bytes() for path in binds}
     try:
         with _ended_by_signals():
             yield
     except BaseException:
         for path in new:
             remove(path)
+        with contextlib.suppress(OSError):  # Of a full disk; then what it has is as good.
+            for path, text in before.items():
+                if path.read_bytes() != text:
+                    atomic_write(path, text)
         raise
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -11,9 +12,12 @@ import sys
 import types
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
-from morer1_jax.run.config import ConfigError, read_config
+from morer1_jax.run import binding
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.config import ConfigError, identity, read_config
 from morer1_jax.run.grpo import _pools, _schedule, run_grpo
 from morer1_jax.run.job import Job
 from morer1_jax.run.rate import Rating, read_ratings
@@ -213,18 +217,97 @@ def test_a_command_may_be_corrected_after_a_start_that_failed(
         train(config, workdir)
     assert [path.name for path in workdir.iterdir()] == ["notes"]
     train(good, workdir)
-    kept = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    kept = contents(workdir)
     assert {"config.json", "data.json", "sft"} <= {path.name for path in kept}
     # Now it is a run's, and what fails takes nothing away.
     good.stages = "sft,rate"
     monkeypatch.setattr(Job, "check", lambda job: interrupt())
     with pytest.raises(KeyboardInterrupt):
         train(good, workdir)
-    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}.keys() == kept.keys()
+    assert contents(workdir) == kept
+
+
+def contents(folder):
+    """Every folder, and every file with its bytes."""
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def old_marker(workdir, name, config):
+    """As earlier versions wrote it: with a digest of the keys."""
+    keys = identity(config, binding.DEPENDS[name], binding._OPERATIONAL_BEFORE)
+    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+    marker = {"stage": name, "config": digest, "results": {"seconds": 1.0}}
+    (workdir / name / "DONE.json").write_text(json.dumps(marker))
+
+
+@pytest.mark.parametrize("refusal", ["stages", "photo", "disk", "steps"])
+def test_a_refused_command_takes_nothing_from_a_run(data, config, workdir, monkeypatch, refusal):
+    """Neither what it is bound to, nor states that a command that goes on takes away."""
+
+    def run_sft(job):
+        checkpoints = Checkpointer(workdir / "sft" / "checkpoints")
+        checkpoints.save(2, {"w": jnp.ones(3)})
+        checkpoints.save_best(2, {"w": jnp.ones(3)}, 1.0)
+
+    monkeypatch.setattr("morer1_jax.train.run_sft", run_sft)
+    monkeypatch.setattr("morer1_jax.train.first_params", lambda job: {})
+    monkeypatch.setattr("morer1_jax.train.run_rate", lambda job, params: None)
+    monkeypatch.setattr(Job, "whole", lambda job, params: params)
+    config.sft.optimizer.schedule = "cosine"
+    config.stages = "sft"
+    train(config, workdir)
+    checkpoints = Checkpointer(workdir / "sft" / "checkpoints")
+    assert checkpoints.latest() is None
+    # As an earlier version left it, which kept them.
+    checkpoints.save(2, {"w": jnp.ones(3)})
+    old_marker(workdir, "sft", config)
+    before = contents(workdir)
+    # It goes through keys that bind nothing yet, and is refused after that.
+    wrong = config.copy_and_resolve_references()
+    wrong.stages, wrong.rate.samples, wrong.sft.log_every = "synthesise,rate", 7, 3
+    with pytest.MonkeyPatch.context() as patch:
+        if refusal == "stages":
+            wrong.stages, error = "synthesise,grpo", ConfigError
+        elif refusal == "photo":
+            patch.setattr(Job, "_check_digests", lambda *_: interrupt())
+            error = KeyboardInterrupt
+        elif refusal == "disk":
+            patch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=0))
+            error = ConfigError
+        else:
+            Checkpointer(workdir / "grpo" / "checkpoints").save_best(9, {"w": jnp.ones(3)}, 1.0)
+            before, error = contents(workdir), ConfigError
+        with pytest.raises(error):
+            train(wrong, workdir)
+    assert contents(workdir) == before
+    config.stages = "synthesise,rate"
+    if refusal == "steps":
+        config.grpo.steps = 9
+    train(config, workdir)
+    assert checkpoints.latest() is None
+    assert checkpoints.best() == (2, 1.0)
+    assert json.loads((workdir / "sft" / "DONE.json").read_text())["config"]["sft.steps"] == 40
+    assert json.loads((workdir / "config.json").read_text())["rate"]["samples"] == 2
+
+
+def test_what_differs_is_named_before_steps_that_would_too(config, workdir, monkeypatch):
+    def run_sft(job):
+        Checkpointer(workdir / "sft" / "checkpoints").save_best(40, {"w": jnp.ones(3)}, 1.0)
+
+    monkeypatch.setattr("morer1_jax.train.run_sft", run_sft)
+    config.stages = "sft"
+    config.sft.optimizer.schedule = "constant"
+    train(config, workdir)
+    config.sft.steps = 20
+    with pytest.raises(ConfigError, match=r"config\.sft\.steps: 20 found, but .* is at step 40; "):
+        train(config, workdir)
+    config.seed = 7
+    with pytest.raises(ConfigError, match=r"belongs to another run: seed: 0 there, 7 here"):
+        train(config, workdir)
 
 
 def test_a_second_run_is_refused_and_takes_nothing_from_the_first(config, workdir, monkeypatch):

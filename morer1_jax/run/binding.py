@@ -132,7 +132,9 @@ def check_steps(config: Any, workdir: Path) -> None:
         made = marker["config"] if marker else {}
         ended = made.get(key) if isinstance(made, dict) else None
         steps = [(found.latest(), found) for found in kept]
-        reached = max([step for step, _ in steps if step is not None], default=0)
+        # Of what was trained since, a validation may have been kept without its state.
+        bests = [best[0] for _, found in steps if (best := found.best()) is not None]
+        reached = max([*bests, *(step for step, _ in steps if step is not None)], default=0)
         if (least := max(reached, ended or 0)) > wanted:
             raise ConfigError(
                 f"config.{key}: {wanted} found, but {workdir / name} is at step {least}; at least "

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from morer1_jax.files import temporary_path
 from morer1_jax.run import binding
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.features import features_shape
@@ -103,6 +104,8 @@ def needed_bytes(job: Job, names: Sequence[str]) -> int:
     if job.settings.data.keep_features and not (job.workdir / "features").exists():
         shape, dtype = features_shape(job)
         new += math.prod(shape) * np.dtype(dtype).itemsize
+        # What a killed encoding has left goes first.
+        new -= bytes_in(temporary_path(job.workdir / "features"))
     return new + _OTHERS
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer
-from morer1_jax.files import atomic_dir, read_text
+from morer1_jax.files import atomic_dir, read_text, temporary_path
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.rollout.sampler import allowed_ids
 from morer1_jax.run import weights
-from morer1_jax.run.disk import check_free
+from morer1_jax.run.disk import bytes_in, check_free
 from morer1_jax.run.processor import PROCESSOR, read_object, write_images
 from morer1_jax.run.student import LABELS, TASK, Student
 from morer1_jax.task.ontology import write_ontology_file
@@ -72,6 +72,8 @@ def export(
     """
     dtypes = dtype or student.dtypes
     needed = weights.tensor_bytes(student.model.config, dtypes)
+    # What a killed export has left goes first.
+    needed -= bytes_in(temporary_path(folder))
     check_free(Path(folder), needed, "make room, or name another --out")
     with atomic_dir(folder) as partial:
         weights.copy_others(student.source, partial)

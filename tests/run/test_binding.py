@@ -160,6 +160,36 @@ def test_a_stage_that_is_done_goes_on_when_its_steps_are_raised(config, tmp_path
         binding.check_steps(config, tmp_path)
 
 
+def test_steps_are_not_lowered_below_the_best(config, tmp_path):
+    """Whose step is beyond the newest state where a run was killed between the two."""
+    config.sft.optimizer.schedule = "constant"
+    config.sft.steps = 20
+    finish(config, tmp_path, "sft")
+    state = {"w": jnp.ones(3)}
+    Checkpointer(tmp_path / "sft" / "checkpoints").save_best(30, state, 2.0)
+    for steps in (20, 29):
+        config.sft.steps = steps
+        with pytest.raises(
+            ConfigError, match=rf"steps: {steps} found, but .* is at step 30; at le"
+        ):
+            binding.check_steps(config, tmp_path)
+    config.sft.steps = 30
+    binding.check_steps(config, tmp_path)
+    assert not binding.stage_of(config, tmp_path, "sft").done()
+
+
+def test_steps_of_a_stage_that_was_killed_are_not_lowered_below_its_best(config, tmp_path):
+    config.baselines.optimizer.schedule = "constant"
+    save(tmp_path, "baselines/photo_hidden", step=24)
+    checkpoints = save(tmp_path, "baselines/title_hidden", step=24, best=False)
+    checkpoints.save_best(30, {"w": jnp.ones(3)}, 2.0)
+    config.baselines.steps = 26
+    with pytest.raises(ConfigError, match=r"baselines\.steps: 26 found, but .* is at step 30; at"):
+        binding.check_steps(config, tmp_path)
+    config.baselines.steps = 31
+    binding.check_steps(config, tmp_path)
+
+
 def test_steps_are_not_raised_from_a_state_that_is_gone(config, tmp_path):
     config.grpo.optimizer.schedule = "constant"
     finish(config, tmp_path, "grpo")
