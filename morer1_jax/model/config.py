@@ -227,9 +227,11 @@ class Runtime:
             Float32 products are so on every platform (`model.products`), which on accelerators
             takes several times as long as bfloat16's.
         remat: what the backward pass recomputes per layer: "none" keeps all activations, "full"
-            keeps only each layer's input, "dots" also keeps the results of weight products.
+            keeps only each layer's input, "dots" also keeps the results of linear maps, each
+            with its bias and adapter.
         scan_unroll: layers a step of the forward scan (at least the layer count: no scan at all);
-            at most half of the layers where they are computed again.
+            1 where layers are computed again: of layers that share a step, or stand outside of the
+            loop, XLA merges what is computed again with the first time, and little is saved.
         decode_unroll: whether one-token decoding is a plain loop over layers whose parameters are
             copied apart beforehand, not a scan. On a CPU it is the faster by far; elsewhere
             kernels read a layer's slice where it lies, and the copy is a second model in memory.
@@ -249,6 +251,12 @@ class Runtime:
         _one_of("remat", self.remat, _REMATS)
         if self.scan_unroll < 1:
             raise ConfigError(f"scan_unroll: found {self.scan_unroll}, expected at least 1")
+        if self.remat != "none" and self.scan_unroll != 1:
+            raise ConfigError(
+                f"scan_unroll: found {self.scan_unroll} with remat = {self.remat!r}, expected 1 "
+                "there: of layers that share a step of the scan what is computed again is merged "
+                "with the first time, and little memory is saved"
+            )
 
 
 def _text_from_hf(text: Mapping[str, Any]) -> TextConfig:

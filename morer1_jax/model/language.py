@@ -92,10 +92,6 @@ class Decoder(nn.Module):
         layer, count, unroll = DecoderLayer, cfg.num_hidden_layers, 1
         if cache is None:
             unroll = run.scan_unroll
-            if run.remat != "none":
-                # A loop of two steps at least: where none is left XLA merges what is computed
-                # again with the first time, or computes it early, and nothing is saved.
-                unroll = min(unroll, max(1, count // 2))
             layer = rematerialised(DecoderLayer, run, in_scan=count > 1)
         layers = scanned(layer, count, inputs=2, unroll=unroll)
         (x, cache), kv = layers(cfg, run, self.lora, keep_kv, name="layers")(

@@ -9,14 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from morer1_jax.model.config import LoRA, Runtime
 from morer1_jax.model.products import dot_general
 
+# What `dense` gives: the product, its bias and its adapter's part in one, kept once.
+_PRODUCT = "product"
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
 }
 
 
@@ -40,11 +43,11 @@ def dense(
         "dtype": runtime.dtype,
         "param_dtype": runtime.param_dtype,
         "kernel_init": nn.initializers.normal(std),
-        "dot_general": linear_product,
     }
     if lora is None or name not in lora.targets:
-        return nn.DenseGeneral(features, **plain, name=name)
-    return AdaptedDense(nn.DenseGeneral(features, **plain, parent=None), lora, name=name)
+        return nn.DenseGeneral(features, **plain, dot_general=_kept_product, name=name)
+    base = nn.DenseGeneral(features, **plain, dot_general=linear_product, parent=None)
+    return AdaptedDense(base, lora, name=name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -62,16 +65,20 @@ def linear_product(
     return dot_general(x, kernel, dims, preferred_element_type)
 
 
+def _kept_product(*args: Any, **given: Any) -> Array:
+    return checkpoint_name(linear_product(*args, **given), _PRODUCT)
+
+
 def _linear_forward(
     x: Array, kernel: Array, dims: tuple, precision: Any, preferred: Any
 ) -> tuple[Array, tuple[Array, Array]]:
-    # The product itself: a policy of rematerialisation does not see into `linear_product`.
-    return dot_general(x, kernel, dims, preferred), (x, kernel)
+    return linear_product(x, kernel, dims, precision, preferred), (x, kernel)
 
 
 def _linear_backward(
     dims: tuple, precision: Any, preferred: Any, saved: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
+    del precision, preferred
     x, kernel = saved
     ((contracted, along), _) = dims
     kept = tuple(axis for axis in range(x.ndim) if axis not in contracted)
@@ -119,7 +126,7 @@ class AdaptedDense(nn.Module):
         axes = tuple(axis % x.ndim for axis in axes)
         narrow = dot_general(x, down, ((axes, tuple(range(len(axes)))), ((), ())))
         wide = dot_general(narrow, up, (((narrow.ndim - 1,), (0,)), ((), ())))
-        return out + self.lora.scale * wide
+        return checkpoint_name(out + self.lora.scale * wide, _PRODUCT)
 
 
 def rms_norm(epsilon: float, runtime: Runtime, *, name: str) -> nn.RMSNorm:

@@ -211,3 +211,15 @@ def test_head_sizes_are_checked():
 def test_runtime_refuses(field, value, message):
     with pytest.raises(ConfigError, match=message):
         Runtime(**{field: value})
+
+
+@pytest.mark.parametrize("unroll", [2, 99])
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_layers_that_are_computed_again_are_not_unrolled(remat, unroll):
+    with pytest.raises(
+        ConfigError, match=f"^scan_unroll: found {unroll} with .*'{remat}'"
+    ) as error:
+        Runtime(remat=remat, scan_unroll=unroll)
+    assert "\n" not in str(error.value)
+    assert Runtime(scan_unroll=unroll).scan_unroll == unroll
+    assert Runtime(remat=remat, scan_unroll=1).remat == remat
