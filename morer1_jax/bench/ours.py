@@ -20,7 +20,7 @@ from morer1_jax.bench.ours_model import Ours
 from morer1_jax.bench.task import Numbers, Task, arguments, process_peak, serve
 from morer1_jax.data.batch import PromptBatch, SequenceBatch
 from morer1_jax.data.curriculum import MixConfig
-from morer1_jax.data.shapes import largest_sample, plan_rows
+from morer1_jax.data.shapes import plan_rows
 from morer1_jax.learn.grpo import (
     GroupBatch,
     GRPOConfig,
@@ -55,7 +55,7 @@ class SFTTask:
         needs = [encoder.need_of(sample) for sample in samples]
         # As a run that draws such samples packs them.
         cost = row_cost(side.model.config)
-        plan = plan_rows([needs], largest_sample(needs), cost, multiple=micro_batches)
+        plan = plan_rows([needs], cost, multiple=micro_batches)
         rows = [[samples[i] for i in row] for row in plan.rows(needs)]
         self.batch: SequenceBatch = jax.device_put(encoder.sequences(rows, plan.shape))
         step = make_sft_step(side.model, side.optimizer, _SCORE, micro_batches)

@@ -98,7 +98,6 @@ class RowPlan:
 
 def plan_rows(
     draws: Iterable[Sequence[Need]],
-    largest: Shape,
     cost: Cost,
     *,
     multiple: int = 1,
@@ -108,14 +107,16 @@ def plan_rows(
     """The rows that cost least on batches like the ones given.
 
     Args:
-      draws: the samples of some steps; of all, if none is to have more rows than `counts` foresee.
-      largest: what any one sample may need; a row holds it, whether it is among `draws` or not.
+      draws: the samples of every step: a row holds any of them, and no step has more rows than
+        `counts` foresee.
       multiple: rows of a batch come in multiples of this, for a mesh or micro-batches.
       round_to: a row's tokens are a multiple of this.
       most: counts of rows, each of which is a program of its own.
     """
     draws = [list(draw) for draw in draws]
-    first = -(-largest.length // round_to)
+    drawn = list(itertools.chain(*draws))
+    first = -(-max(need.tokens for need in drawn) // round_to)
+    widest_one = max(need.windows for need in drawn)
     some = draws[:_TRIED]
     best: tuple[float, Shape] | None = None
     for units in sorted({round(first * factor) for factor in np.linspace(1, 4, 25)}):
@@ -127,7 +128,7 @@ def plan_rows(
             for draw, rows in zip(some, free, strict=True)
             for row in rows
         )
-        shape = Shape(length, max(windows, largest.windows))
+        shape = Shape(length, max(windows, widest_one))
         spent = sum(-(-len(rows) // multiple) * multiple for rows in free) * cost(shape)
         if best is None or spent < 0.99 * best[0]:
             best = spent, shape
@@ -172,11 +173,6 @@ def plan_prompts(
 def widest(needs: Sequence[Need]) -> Shape:
     """The row that holds any one of the prompts."""
     return Shape(max(need.prompt for need in needs), max(need.windows for need in needs))
-
-
-def largest_sample(needs: Sequence[Need]) -> Shape:
-    """The row that holds any one of the samples, prompt and target."""
-    return Shape(max(need.tokens for need in needs), max(need.windows for need in needs))
 
 
 def smallest(shapes: Sequence[Shape], needed: Shape) -> Shape:

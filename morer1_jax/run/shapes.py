@@ -11,7 +11,6 @@ from morer1_jax.data.shapes import (
     Need,
     RowPlan,
     Shape,
-    largest_sample,
     plan_prompts,
     plan_rows,
     widest,
@@ -40,7 +39,8 @@ def sequence_plan(
     job: Job, needs: Sequence[Need], draw: Draw, steps: int, micro_batches: int
 ) -> RowPlan:
     """How the samples of each step become rows: of every step, so that none has more rows, or a
-    larger sample, than there is room for.
+    larger sample, than there is room for, and none but these, so that no row is as long as a sample
+    that is never drawn. A run of more steps has another plan.
 
     Args:
       needs: of the facts that `draw` points into.
@@ -48,7 +48,6 @@ def sequence_plan(
     data = job.settings.data
     return plan_rows(
         [[needs[i] for i in draw(step)] for step in range(steps)],
-        largest_sample(needs),
         row_cost(job.policy.model.config),
         multiple=meshes.batch_parts(job.mesh) * micro_batches,
         round_to=data.round_to,

@@ -13,7 +13,7 @@ from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.feed import Host, PromptFeed, SequenceFeed, noise_ids
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.loader import load_ahead
-from morer1_jax.data.shapes import largest_sample, plan_prompts, plan_rows, widest
+from morer1_jax.data.shapes import plan_prompts, plan_rows, widest
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError
 
@@ -51,7 +51,6 @@ def feeds(small_world, small_tokenizer):
     draw = functools.partial(pool.batch, size=SAMPLES)
     plan = plan_rows(
         [[needs[i] for i in draw(step)] for step in range(STEPS)],
-        largest_sample(needs),
         lambda shape: shape.length,
         multiple=4,
     )

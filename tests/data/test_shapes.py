@@ -12,7 +12,6 @@ from morer1_jax.data.shapes import (
     RowPlan,
     Shape,
     cheapest_levels,
-    largest_sample,
     pack,
     plan_prompts,
     plan_rows,
@@ -56,23 +55,13 @@ def test_rows_are_filled_best_fit_first():
 
 @given(DRAWS, st.integers(1, 4), st.integers(1, 3))
 def test_a_plan_holds_every_batch(draws, multiple, most):
-    largest = largest_sample(list(itertools.chain(*draws)))
-    plan = plan_rows(draws, largest, by_tokens, multiple=multiple, round_to=8, most=most)
+    plan = plan_rows(draws, by_tokens, multiple=multiple, round_to=8, most=most)
     assert plan.shape.length % 8 == 0
     assert len(plan.counts) <= most
     assert all(count % multiple == 0 for count in plan.counts)
     for draw in draws:
         assert len(plan.rows(draw)) in plan.counts
         check_rows(plan, draw)
-
-
-@given(DRAWS, st.data())
-def test_a_plan_holds_samples_that_no_batch_it_was_made_from_had(draws, data):
-    known = list(itertools.chain(*draws))
-    seen = [draws[0][:1]]
-    plan = plan_rows(seen, largest_sample(known), by_tokens, round_to=8)
-    later = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=12))
-    check_rows(plan, later)
 
 
 def check_rows(plan, needs):
@@ -95,12 +84,12 @@ def test_short_samples_share_rows_and_long_ones_do_not():
     noise = np.random.default_rng(0)
     lengths = (64 * 4 ** noise.random((40, 32))).astype(int)
     draws = [[Need(int(n), 0, 0) for n in draw] for draw in lengths]
-    plan = plan_rows(draws, largest_sample(list(itertools.chain(*draws))), by_tokens)
+    plan = plan_rows(draws, by_tokens)
     spent = sum(len(plan.rows(draw)) for draw in draws) * plan.shape.length
     # A sample a row of the longest would fill 0.54 of the places.
     assert lengths.sum() / spent > 0.85
     same = [[Need(100, 0, 0)] * 4] * 3
-    assert plan_rows(same, Shape(100, 0), lambda shape: shape.length**2).shape.length == 112
+    assert plan_rows(same, lambda shape: shape.length**2).shape.length == 112
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4))

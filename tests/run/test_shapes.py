@@ -69,6 +69,19 @@ def test_rows_are_planned_for_batches_that_come_late(job):
     assert len(plan.rows(needs[:8])) < len(plan.rows(needs[8:]))
 
 
+def test_a_sample_that_no_step_draws_takes_no_room(job):
+    needs = [Need(60, 40, 2)] * 12 + [Need(60, 900, 60)]
+
+    def draw(step):
+        return np.arange(4) + step
+
+    plan = sequence_plan(job, needs, draw, 9, 1)
+    assert plan.shape.length <= 4 * 112
+    assert plan.shape.windows <= 8
+    # A run of one step more does draw it.
+    assert sequence_plan(job, needs, draw, 10, 1).shape.holds(Shape(960, 60))
+
+
 def test_shapes_of_prompts_are_those_of_the_whole_run(job):
     # 200 of 500 steps ask longer prompts.
     needs = [Need(60, 0, 2)] * 4 + [Need(300, 0, 8)] * 4
