@@ -243,7 +243,7 @@ def test_rating_by_command_is_what_grpo_reads(command, workdir, small_world, tmp
     shown, _ = command(*args, "--out", out, "--samples=2", "--length=8", code=0)
     assert "pass rates of 48 facts" in shown
     assert len(read_ratings(out)) == 48
-    assert not out.with_suffix(".unfinished").exists()
+    assert os.listdir(tmp_path) == ["ratings.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -217,22 +217,32 @@ def run_bench(
         "loading": lambda: time_loading(job),
     }
     identity = json.loads(json.dumps([dataclasses.asdict(config), dict(facts), dict(photos)]))
-    unfinished = None if out is None else out.with_suffix(".unfinished")
-    results = _begun(unfinished, identity)
+    results, unfinished = {}, None
+    if out is not None:
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        # Where earlier versions had it; theirs, or another file's, does not say whose it is.
+        before = out.with_suffix(".unfinished")
+        results = _begun(unfinished, identity, out.name)
+        if not unfinished.exists() and (results := _begun(before, identity)):
+            before.rename(unfinished)
     for name, measure in parts.items():
         if name not in results:
             results[name] = measure()
             if unfinished is not None:
-                atomic_write(unfinished, json.dumps({"of": identity, "results": results}))
+                atomic_write(
+                    unfinished, json.dumps({"of": identity, "out": out.name, "results": results})
+                )
     if unfinished is not None:
         atomic_write(out, json.dumps(results, indent=1) + "\n")
         unfinished.unlink()
     return results
 
 
-def _begun(path: Path | None, identity: Any) -> dict[str, dict[str, Any]]:
-    """What an equal run that was cut off has measured."""
-    if path is None or not path.exists():
+def _begun(path: Path, identity: Any, name: str | None = None) -> dict[str, dict[str, Any]]:
+    """What an equal run that was cut off has measured, for the file `name`."""
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        same = begun["of"] == identity and begun.get("out") in (None, name)
+        return begun["results"] if same else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    return begun["results"] if begun["of"] == identity else {}

@@ -37,11 +37,13 @@ DEPENDS = {
 TRAINED = ("sft", "baselines", "grpo", "control")
 # Pools follow from the pass rates that are kept, so that rating does not depend on them.
 _POOLS = ("rate.easy_from", "rate.never")
+# Those of earlier versions have no suffix of the file's.
+_BEGUN_RATINGS = ("rate/ratings.jsonl.unfinished", "rate/ratings.unfinished")
 # What of a stage is there as soon as it has output that is gone on with.
 _SIGNS = {
     "synthesise": ("synthesise", "data", "tokenizer", "data.json"),
     "features": ("features",),
-    "rate": (f"rate/{MARKER}", "rate/ratings.jsonl", "rate/ratings.unfinished"),
+    "rate": (f"rate/{MARKER}", "rate/ratings.jsonl", *_BEGUN_RATINGS),
 }
 # Operational keys when markers held a digest; a later change must not change that digest.
 _OPERATIONAL_BEFORE = (

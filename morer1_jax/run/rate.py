@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from morer1_jax.files import TextError, atomic_write, local_path, named, read_text
 from morer1_jax.run.answers import Asker
+from morer1_jax.run.config import ConfigError
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import RateSettings
 from morer1_jax.run.shapes import asking_shape
@@ -54,6 +56,10 @@ def run_rate(job: Job, params: Any) -> dict[str, int]:
         atomic_write(out, "".join(map(_line, given)))
         print(histogram(given))
         return dict(Counter(rating.pool for rating in given))
+    if (whole := _whole(out, job.facts["train"], config)) is not None:
+        atomic_write(out, "".join(map(_line, whole)))
+        print(histogram(whole))
+        return dict(Counter(rating.pool for rating in whole))
     asker = Asker(
         job.policy,
         job.encoder,
@@ -90,18 +96,25 @@ def rate(
 
     Args:
       asker: draws `config.samples` answers to a fact.
-      identity: what the pass rates depend on; what was begun under another is not gone on with.
+      identity: what the pass rates depend on.
 
     Returns:
       The pools' sizes.
+
+    Raises:
+      ConfigError: what was begun depends on something else; it stays as it is.
     """
-    unfinished = out.with_suffix(".unfinished")
-    head = json.dumps({"batch": asker.batch, **(identity or {})}) + "\n"
-    done = _pooled(_begun(unfinished, head), config)
+    unfinished, before = unfinished_paths(out)
+    head = json.dumps({"batch": asker.batch, "out": out.name, **(identity or {})}) + "\n"
+    taken = before.exists() and _is_of_before(before, head)
+    begun = unfinished if unfinished.exists() or not taken else before
+    done = _pooled(_begun(begun, head), config)
     # Whole batches, so that each fact is asked in the company it would have had. Under another
     # batch those rated so far stay: noise is a fact's own, company changes rounding alone.
     done = done[: len(done) // asker.batch * asker.batch]
     atomic_write(unfinished, head + "".join(map(_line, done)))
+    if taken:
+        before.unlink()
     with named(unfinished), open(unfinished, "a", buffering=1, encoding="utf-8") as file:
         for fact, drawn in asker.ask(params, facts, "rate", start=len(done)):
             passed = float(np.mean(drawn.answer == asker.ontology.ids[fact.label]))
@@ -118,10 +131,19 @@ def _line(rating: Rating) -> str:
 
 
 def _begun(path: Path, head: str) -> list[Rating]:
-    """The ratings of a run that was killed, if it began with the same head but for the batch."""
+    """The ratings of a run that was killed, which began with the same head but for the batch.
+
+    Raises:
+      ConfigError: it began with another.
+    """
     lines = read_text(path).splitlines(keepends=True) if path.exists() else []
-    if not lines or not lines[0].endswith("\n") or _rated_as(lines[0]) != _rated_as(head):
+    if not lines or not lines[0].endswith("\n"):
         return []
+    if changed := _changed(lines[0], head):
+        raise ConfigError(
+            f"{path}: ratings that were begun with another {', '.join(changed)}; give what they "
+            "were begun with, or delete it to rate anew"
+        )
     whole = lines[1:] if lines[-1].endswith("\n") else lines[1:-1]
     return [Rating(**json.loads(line)) for line in whole]
 
@@ -130,13 +152,65 @@ def _file(config: RateSettings) -> Path:
     return local_path(config.file, "config.rate.file")
 
 
-def _rated_as(head: str) -> dict[str, Any]:
-    """What pass rates depend on, of a head; those of earlier versions have the pools' keys too."""
-    return {
-        name: value
-        for name, value in json.loads(head).items()
-        if name not in ("batch", "easy_from", "never")
-    }
+def unfinished_paths(out: Path) -> tuple[Path, Path]:
+    """Where what is begun of `out` lies until it is whole, and where earlier versions had it.
+
+    They left out the suffix, so that theirs may be of another file.
+    """
+    return out.with_name(f"{out.name}.unfinished"), out.with_suffix(".unfinished")
+
+
+def _is_of_before(path: Path, head: str) -> bool:
+    """Whether a file is what an earlier version began of these ratings; if of others, says so."""
+    try:
+        first = read_text(path).partition("\n")[0]
+    except TextError:
+        return False
+    found = _head(first)
+    if found is None or "batch" not in found or "out" in found:
+        return False
+    if changed := _changed(first, head):
+        print(
+            f"{path}: left as it is, ratings that an earlier version began with another "
+            f"{', '.join(changed)}",
+            file=sys.stderr,
+        )
+    return not changed
+
+
+def _changed(there: str, here: str) -> list[str]:
+    """What two heads differ in, of what pass rates depend on; numbers and names with both."""
+    found, wanted = _head(there), json.loads(here)
+    if found is None:
+        return ["first line"]
+    # Those of earlier versions have the pools' keys too, and say nothing of photos.
+    free = {"batch", "out", "easy_from", "never", *({"photos"} - found.keys())}
+    changed = []
+    for name in sorted((found.keys() | wanted.keys()) - free):
+        values = [found.get(name), wanted.get(name)]
+        if values[0] != values[1]:
+            short = all(value is None or isinstance(value, int | float) for value in values)
+            changed.append(f"{name} ({values[0]} there, {values[1]} here)" if short else name)
+    return changed
+
+
+def _head(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _whole(out: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating] | None:
+    """The ratings of a stage that was killed after its last fact and before it was marked."""
+    if not out.exists() or any(path.exists() for path in unfinished_paths(out)):
+        return None
+    try:
+        return _given(out, facts, config)
+    except DataError as error:
+        print(f"{error}; all are rated anew", file=sys.stderr)
+        return None
 
 
 def _pooled(ratings: Sequence[Rating], config: RateSettings) -> list[Rating]:

@@ -59,7 +59,7 @@ def test_what_was_measured_before_it_was_cut_off_is_kept(config, tmp_path, monke
 
         monkeypatch.setattr(bench_data, f"time_{name}", measure)
 
-    def run(number, **changes):
+    def run(number, out=out, **changes):
         measured.clear()
         given = dataclasses.replace(settings(config), **changes)
         return bench_data.run_bench(given, tmp_path / str(number), few, few, out=out)
@@ -75,7 +75,7 @@ def test_what_was_measured_before_it_was_cut_off_is_kept(config, tmp_path, monke
     results = run(2)
     assert measured == ["loading"]
     assert results == json.loads(out.read_text()) == {name: {"of": name} for name in names}
-    assert not out.with_suffix(".unfinished").exists()
+    assert not list(tmp_path.glob("*.unfinished"))
     # What has come to its end is measured anew; so is what another config began.
     run(3)
     assert measured == list(names)
@@ -85,6 +85,22 @@ def test_what_was_measured_before_it_was_cut_off_is_kept(config, tmp_path, monke
     broken = None
     run(5, seed=9)
     assert measured == list(names)
+    # Two files have each their own; that of an earlier version is taken if it is of the same.
+    broken = "loading"
+    other = tmp_path / "figures.7b"
+    for number, path in enumerate((other, out), start=6):
+        with pytest.raises(KeyboardInterrupt):
+            run(number, path)
+        assert measured == list(names)
+    begun = json.loads((tmp_path / "figures.json.unfinished").read_text())
+    del begun["out"]
+    (tmp_path / "figures.json.unfinished").unlink()
+    (tmp_path / "figures.unfinished").write_text(json.dumps(begun))
+    broken = None
+    for number, path in enumerate((other, out), start=8):
+        run(number, path)
+        assert measured == ["loading"]
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_data_that_is_wrong_is_named_before_anything_is_measured(config, tmp_path, monkeypatch):

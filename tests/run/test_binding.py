@@ -119,9 +119,10 @@ def test_a_key_binds_from_when_a_stage_that_depends_on_it_has_begun(config, tmp_
     assert why("grpo.micro_batches") is None
 
 
-def test_a_rating_that_was_begun_binds_what_it_depends_on(config, tmp_path):
+@pytest.mark.parametrize("name", ["ratings.jsonl.unfinished", "ratings.unfinished"])
+def test_a_rating_that_was_begun_binds_what_it_depends_on(config, tmp_path, name):
     (tmp_path / "rate").mkdir()
-    (tmp_path / "rate" / "ratings.unfinished").write_text('{"batch": 8}\n')
+    (tmp_path / "rate" / name).write_text('{"batch": 8}\n')
     assert binding.why_bound(config, tmp_path, "rate.temperature") == "rate depends on it"
     assert binding.why_bound(config, tmp_path, "rate.batch") is None
     assert binding.why_bound(config, tmp_path, "rate.easy_from") is None

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import os
+import re
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from morer1_jax.run.config import ConfigError
 from morer1_jax.run.rate import (
     FILE,
     Rating,
@@ -180,13 +184,139 @@ def test_a_rating_that_was_killed_goes_on_at_its_last_whole_batch(tmp_path):
     assert [rating.pass_rate for rating in read_ratings(out)] == [0, 0.25, 0.5, 0.75]
 
 
-def test_a_rating_of_another_checkpoint_begins_anew(tmp_path):
-    out = tmp_path / "ratings.jsonl"
+def kill(out, identity, die_at=3):
+    """Rates until the fact of that number."""
     with pytest.raises(KeyboardInterrupt):
-        rate(Asked(die_at=3), None, FACTS, RATE, out, {"checkpoint": "a"})
+        rate(Asked(die_at), None, FACTS, RATE, out, identity)
+
+
+def rated(out, identity):
+    """The facts that are asked until `out` is whole."""
     again = Asked()
-    rate(again, None, FACTS, RATE, out, {"checkpoint": "b"})
-    assert again.seen == [fact.id for fact in FACTS]
+    rate(again, None, FACTS, RATE, out, identity)
+    assert [rating.pass_rate for rating in read_ratings(out)] == [0, 0.25, 0.5, 0.75]
+    return again.seen
+
+
+ALL, REST = [fact.id for fact in FACTS], ["train:3", "train:4"]
+
+
+def test_ratings_of_another_kind_are_not_overwritten(tmp_path):
+    out = tmp_path / "ratings.jsonl"
+    mine = {"checkpoint": "a", "seed": 0, "photos": "p"}
+    kill(out, mine)
+    before = (tmp_path / "ratings.jsonl.unfinished").read_bytes()
+    for changes, names in (
+        ({"seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({"photos": "q"}, "photos"),
+        ({"checkpoint": "b", "length": 8}, r"checkpoint, length \(None there, 8 here\)"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            rate(Asked(), None, FACTS, RATE, out, mine | changes)
+        assert re.fullmatch(
+            rf"{tmp_path}/ratings\.jsonl\.unfinished: ratings that were begun with another "
+            rf"{names}; give what they were begun with, or delete it to rate anew",
+            str(error.value),
+        )
+        assert (tmp_path / "ratings.jsonl.unfinished").read_bytes() == before
+    assert rated(out, mine) == REST
+    assert os.listdir(tmp_path) == ["ratings.jsonl"]
+
+
+def test_each_file_has_its_own_beginning(tmp_path):
+    """Also one whose name is as what is begun of another is called."""
+    outs = [tmp_path / name for name in ("ratings.3b", "ratings.7b", "ratings")]
+    for out in outs:
+        kill(out, {"checkpoint": "the same"})
+    (tmp_path / "whole").mkdir()
+    whole = tmp_path / "whole" / "ratings.unfinished"
+    assert rated(whole, {"checkpoint": "a"}) == ALL
+    before = whole.read_bytes()
+    assert rated(tmp_path / "whole" / "ratings.3b", {"checkpoint": "a"}) == ALL
+    assert whole.read_bytes() == before
+    for out in outs:
+        assert rated(out, {"checkpoint": "the same"}) == REST
+    assert sorted(os.listdir(tmp_path)) == ["ratings", "ratings.3b", "ratings.7b", "whole"]
+
+
+@pytest.mark.parametrize("identity", [None, {"checkpoint": "a", "seed": 0, "photos": "p"}])
+def test_what_an_earlier_version_began_is_gone_on_with(tmp_path, capsys, identity):
+    """It knew nothing of photos, and kept it under a name that may be another file's, too."""
+    out, before = tmp_path / "ratings.3b", tmp_path / "ratings.unfinished"
+    kill(out, identity)
+    _, *lines = (tmp_path / "ratings.3b.unfinished").read_text().splitlines(keepends=True)
+    (tmp_path / "ratings.3b.unfinished").unlink()
+    head = {"batch": 2, "easy_from": 0.5, "never": "hard", **(identity or {})}
+    head.pop("photos", None)
+    before.write_text(json.dumps(head) + "\n" + "".join(lines))
+    if identity:
+        assert rated(tmp_path / "ratings.7b", identity | {"checkpoint": "b"}) == ALL
+        assert capsys.readouterr().err == (
+            f"{before}: left as it is, ratings that an earlier version began with another "
+            "checkpoint\n"
+        )
+    assert rated(out, identity) == REST
+    assert not before.exists()
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b'{"batch": 2', b"\xff\xfe", b"3\n", b"notes\n"])
+def test_what_is_no_rating_under_the_earlier_name_is_left(tmp_path, capsys, content):
+    before = tmp_path / "ratings.unfinished"
+    before.write_bytes(content)
+    assert rated(tmp_path / "ratings.jsonl", None) == ALL
+    assert before.read_bytes() == content
+    assert not capsys.readouterr().err
+
+
+def test_what_is_no_beginning_is_refused_and_a_torn_one_is_none(tmp_path):
+    out, unfinished = tmp_path / "ratings.jsonl", tmp_path / "ratings.jsonl.unfinished"
+    unfinished.write_text("notes\n")
+    with pytest.raises(ConfigError, match=r"begun with another first line; .* delete it to rate"):
+        rated(out, None)
+    unfinished.write_text('{"batch": 2')
+    assert rated(out, None) == ALL
+
+
+def staged(tmp_path, monkeypatch, **changes):
+    """The stage; gives the facts that it asks."""
+    asked = Asked()
+    monkeypatch.setattr("morer1_jax.run.rate.Asker", lambda *_, **__: asked)
+    monkeypatch.setattr("morer1_jax.run.rate.asking_shape", lambda *_: None)
+    job = types.SimpleNamespace(
+        workdir=tmp_path,
+        facts={"train": FACTS},
+        policy=None,
+        encoder=None,
+        settings=types.SimpleNamespace(
+            rate=dataclasses.replace(RATE, **changes),
+            seed=0,
+            data=types.SimpleNamespace(workers=0),
+        ),
+    )
+    pools = run_rate(job, None)
+    assert pools == Counter(rating.pool for rating in read_ratings(tmp_path / "rate" / FILE))
+    return asked.seen
+
+
+def test_whole_ratings_are_not_made_again_for_want_of_a_marker(tmp_path, monkeypatch, capsys):
+    """Such as of a run that failed as it printed their histogram."""
+    out = tmp_path / "rate" / FILE
+    out.parent.mkdir()
+    assert staged(tmp_path, monkeypatch) == ALL
+    assert staged(tmp_path, monkeypatch, easy_from=0.25, never="drop") == []
+    assert [rating.pool for rating in read_ratings(out)] == ["dropped", "easy", "easy", "easy"]
+    assert "pass rates of 4 facts (3 easy, 0 hard, 1 dropped)" in capsys.readouterr().out
+    # What was begun goes before what was whole; what is torn, or of other facts, is none.
+    kill(out, None)
+    assert staged(tmp_path, monkeypatch) == REST
+    for lines in (out.read_text()[:-3], out.read_text().replace("train:4", "train:5")):
+        out.write_text(lines)
+        assert staged(tmp_path, monkeypatch) == ALL
+        error = capsys.readouterr().err
+        assert error.startswith(f"{out}:")
+        assert error.endswith("; all are rated anew\n")
+    assert staged(tmp_path, monkeypatch) == []
 
 
 def test_a_rating_goes_on_under_another_batch_with_what_was_rated(tmp_path):
@@ -230,7 +360,7 @@ def test_a_rating_that_finds_no_room_is_kept_whole(tmp_path, file_limit):
     facts = [types.SimpleNamespace(id=f"train:{i}", label="none") for i in range(40)]
     with file_limit(1000), pytest.raises(OSError, match="File too large") as error:
         rate(Asked(), None, facts, RATE, out)
-    assert error.value.filename == str(out.with_suffix(".unfinished"))
+    assert error.value.filename == f"{out}.unfinished"
     again = Asked()
     rate(again, None, facts, RATE, out)
     assert 0 < len(again.seen) < 40
