@@ -27,7 +27,7 @@ from morer1_jax.run import binding
 from morer1_jax.run.answers import greedy_asker
 from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.cache import use_program_cache
-from morer1_jax.run.checkpoint import Checkpointer, check_saves
+from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.config import FILE as CONFIG_FILE
 from morer1_jax.run.config import ConfigError, load, run_main
 from morer1_jax.run.control import run_control
@@ -43,6 +43,7 @@ from morer1_jax.run.report import write_report
 from morer1_jax.run.settings import settings
 from morer1_jax.run.sft import run_sft
 from morer1_jax.run.stages import MARKER, Stage
+from morer1_jax.run.trial import check_saves
 from morer1_jax.task import metrics
 from morer1_jax.task.synthetic import synthesise
 

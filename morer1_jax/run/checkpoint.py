@@ -24,15 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from morer1_jax.files import atomic_dir, atomic_write, full_disk, plain_path, remove, temporary_path
+from morer1_jax.files import (
+    atomic_dir,
+    atomic_write,
+    full_disk,
+    named,
+    plain_path,
+    remove,
+    temporary_path,
+)
 from morer1_jax.run.finite import NotFiniteError, first_not_finite
 from morer1_jax.run.mesh import path_name
-from morer1_jax.task.fact import DataError, one_line
+from morer1_jax.task.fact import DataError
 
 PyTree = Any
 
@@ -42,6 +49,7 @@ MANIFEST = "manifest.json"
 _MERGED = f"{ARRAYS}/manifest.ocdbt"
 _FORMAT = 1
 _DIGEST_THREADS = 8
+_TRIES = 5  # To read what a run beside may replace.
 
 
 class CheckpointError(DataError):
@@ -131,13 +139,14 @@ class Checkpointer:
     def best(self) -> tuple[int, float] | None:
         """Step and metric of the best parameters kept, or None."""
         folder = self.folder / "best"
-        best = None
-        for step in _steps(folder):
+        best, steps = None, _steps(folder)
+        for step in steps:
             manifest = _manifest(_step_path(folder, step))
             # A run killed before it removed the best but one leaves both.
             if manifest and (best is None or manifest["extra"]["metric"] > best[1]):
                 best = (step, manifest["extra"]["metric"])
-        return best
+        # A run may have put a better one in its place meanwhile.
+        return self.best() if best is None and _steps(folder) != steps else best
 
     def restore(self, step: int | None, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Verifies a checkpoint's digests, then reads it.
@@ -161,11 +170,23 @@ class Checkpointer:
         return self._read(self._path(step), like)
 
     def restore_best(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """As `restore`, for what `save_best` kept; `extra` holds `metric`."""
-        best = self.best()
-        if best is None:
-            raise CheckpointError(f"{self.folder / 'best'}: no whole checkpoint found; train first")
-        return self._read(_step_path(self.folder / "best", best[0]), like)
+        """As `restore`, for what `save_best` kept; `extra` holds `metric`.
+
+        If a run keeps a better one meanwhile, that one.
+        """
+        tries = _TRIES
+        while True:
+            best, tries = self.best(), tries - 1
+            if best is None:
+                raise CheckpointError(
+                    f"{self.folder / 'best'}: no whole checkpoint found; train first"
+                )
+            path = _step_path(self.folder / "best", best[0])
+            try:
+                return self._read(path, like)
+            except Exception:  # Whatever orbax says of what is gone.
+                if not tries or (path.exists() and self.best() == best):
+                    raise
 
     def _path(self, step: int) -> Path:
         return _step_path(self.folder, step)
@@ -247,37 +268,6 @@ class Checkpointer:
         return tree, manifest["extra"]
 
 
-def check_saves(workdir: Path) -> None:
-    """Saves a small checkpoint, reads it back and deletes it.
-
-    So a path or a disk with which that fails is found before the work that is to be saved.
-
-    Raises:
-      CheckpointError: it fails.
-    """
-    trial = workdir / ".checkpoint-to-try-it-out"  # A path as long as any stage's.
-    state = {"a": jnp.arange(3.0), "b": {"c": jnp.ones((2, 2), jnp.bfloat16)}}
-    shutil.rmtree(trial, ignore_errors=True)  # Of a run that was killed meanwhile.
-    try:
-        checkpoints = Checkpointer(trial / "best")
-        checkpoints.save(1, state)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        found, _ = checkpoints.restore(1, like)
-        same = jax.tree.map(
-            lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), state, found
-        )
-        if not all(jax.tree.leaves(same)):
-            raise CheckpointError("other numbers were read than were saved")
-    except Exception as error:  # Of orbax, tensorstore and the file system.
-        why = getattr(error, "strerror", None) or one_line(error)
-        raise CheckpointError(
-            f"{workdir}: no checkpoint can be saved there and read back: {why}; use another "
-            "--workdir"
-        ) from error
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
-
-
 def _check_saved(path: Path, wanted: Mapping[str, str], saved: Mapping[str, Any]) -> None:
     """Finds out whether every leaf can be found again where orbax says that it has saved it.
 
@@ -311,7 +301,10 @@ def _step_path(folder: Path, step: int) -> Path:
 
 def _steps(folder: Path) -> list[int]:
     """Steps that have a folder, whole or not, newest first."""
-    names = os.listdir(folder) if folder.exists() else []
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
     return sorted((int(m[1]) for n in names if (m := re.fullmatch(r"step_(\d+)", n))), reverse=True)
 
 
@@ -329,12 +322,17 @@ def _newest(folder: Path) -> int | None:
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a whole checkpoint; None if it is missing or damaged itself."""
+    """The manifest of a whole checkpoint; None if it is missing or damaged itself.
+
+    Raises:
+      OSError: it cannot be read now, which says nothing of the checkpoint; with the file's name.
+    """
     try:
-        found = json.loads((path / MANIFEST).read_bytes())
+        with named(path / MANIFEST):
+            found = json.loads((path / MANIFEST).read_bytes())
         body = found["body"]
         whole = found["sha256"] == _json_digest(body) and _MERGED in body["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
     if whole and body["format"] != _FORMAT:
         raise CheckpointError(
@@ -348,10 +346,16 @@ def _json_digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(folder: Path, names: list[str]) -> list[str]:
-    def digest(name: str) -> str:
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(folder: Path, names: list[str]) -> list[str | None]:
+    """Of each file; None of one that is not there."""
+
+    def digest(name: str) -> str | None:
+        path = folder / name
+        try:
+            with named(path), open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
         return list(pool.map(digest, names))
@@ -361,9 +365,7 @@ def _verify(path: Path, expected: Mapping[str, str]) -> None:
     """Compares every file with its digest; the processes share the work and the verdict."""
     names = sorted(expected)
     mine = names[jax.process_index() :: jax.process_count()]
-    missing = [name for name in mine if not (path / name).is_file()]
-    found = [] if missing else _digests(path, mine)
-    bad = missing or [n for n, d in zip(mine, found, strict=True) if d != expected[n]]
+    bad = [n for n, d in zip(mine, _digests(path, mine), strict=True) if d != expected[n]]
     first_bad = names.index(bad[0]) if bad else len(names)
     if jax.process_count() > 1:
         first_bad = int(multihost_utils.process_allgather(np.int32(first_bad)).min())

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import logging
@@ -20,7 +21,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from morer1_jax.run.checkpoint import Checkpointer, CheckpointError, check_saves
+from morer1_jax.run import checkpoint
+from morer1_jax.run.checkpoint import Checkpointer, CheckpointError
 from morer1_jax.run.mesh import make_mesh, state_shardings
 from morer1_jax.task.fact import DataError
 
@@ -270,6 +272,103 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert os.listdir(tmp_path / "best") == ["step_00000002"]
 
 
+def test_the_best_is_read_beside_a_run_that_keeps_better_ones(tmp_path, monkeypatch):
+    """One that goes while it is chosen, looked at, verified, or read by orbax."""
+    run, reader = Checkpointer(tmp_path), Checkpointer(tmp_path)
+    kept = iter(range(1, 10))
+
+    def keep():
+        step = next(kept)
+        run.save_best(step, {"x": jnp.full(2, step)}, step)
+
+    def meanwhile(module, name, matches=lambda *_: True):
+        """Keeps a better one once, when the function is called next by the reader."""
+        function, done = getattr(module, name), []
+
+        def changed(*args, **kwargs):
+            if not done and matches(*args):
+                done.append(True)
+                keep()
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, changed)
+        return done
+
+    keep()
+    ways = [(checkpoint, "_manifest"), (checkpoint, "_verify"), (checkpoint, "_digests")]
+    ways += [(checkpoint, "first_not_finite"), (Checkpointer, "_read"), (checkpoint, "plain_path")]
+    for module, name in ways:
+        with monkeypatch.context():
+            before = run.best()[0]
+            done = meanwhile(module, name)
+            params, extra = reader.restore_best(like({"x": jnp.full(2, 0)}))
+            monkeypatch.undo()
+        assert done, name
+        # What was read whole before it went is as good.
+        newest = run.best()[0]
+        assert newest == before + 1
+        assert params["x"].tolist() == [extra["metric"]] * 2
+        assert extra["metric"] in (before, newest)
+
+
+def test_the_best_that_is_damaged_is_an_error_at_once(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save_best(1, {"x": jnp.ones(2)}, 0.5)
+    files(tmp_path / "best" / "step_00000001" / "arrays")[0].write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"its SHA-256 differs\); delete .*step_00000001 to"):
+        checkpointer.restore_best(like({"x": jnp.ones(2)}))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, number):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    for step in (1, 2):
+        checkpointer.save(step, {"x": jnp.full(2, step)})
+        checkpointer.save_best(step, {"x": jnp.full(2, step)}, step)
+    (tmp_path / "step_00000001").mkdir()  # Not whole.
+    before = files(tmp_path)
+    path = tmp_path / "step_00000002" / "manifest.json"
+
+    def fail(self, read=Path.read_bytes):
+        if self == path:
+            raise OSError(number, os.strerror(number))  # As reading, it does not name the file.
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        for act in (
+            checkpointer.latest,
+            lambda: checkpointer.drop(keep=1),
+            lambda: checkpointer.save(3, {"x": jnp.ones(2)}),
+            lambda: checkpointer.restore(2, like({"x": jnp.ones(2)})),
+        ):
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))) as error:
+                act()
+            assert error.value.filename == str(path)
+            assert files(tmp_path) == before
+    checkpointer.save(3, {"x": jnp.full(2, 3)})
+    assert sorted(os.listdir(tmp_path)) == ["best", "step_00000003"]
+
+
+def test_a_folder_and_arrays_that_cannot_be_read_now_are_named(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, {"x": jnp.ones(2)})
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", fail)
+        with pytest.raises(OSError, match="Input/output error") as error:
+            checkpointer.restore(1, like({"x": jnp.ones(2)}))
+        assert error.value.filename.startswith(f"{tmp_path}/step_00000001/arrays/")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", fail)
+        with pytest.raises(OSError, match="Input/output error") as error:
+            checkpointer.latest()
+    assert checkpointer.latest() == 1
+
+
 ODD = (
     "lr=[1e-5]",
     "1234[1].pbs",
@@ -349,26 +448,6 @@ def test_a_checkpoint_that_was_never_merged_is_not_whole(tmp_path):
     (path / "manifest.json").write_text(json.dumps({"sha256": digest, "body": body}))
     assert checkpointer.latest() == 1
     assert checkpointer.restore(None, like({"x": jnp.ones(3)}))[0]["x"].tolist() == [1, 1, 1]
-
-
-def test_that_checkpoints_can_be_saved_is_tried_out(tmp_path, monkeypatch):
-    (tmp_path / ".checkpoint-to-try-it-out" / "best" / "step_00000001").mkdir(parents=True)
-    check_saves(tmp_path)
-    assert os.listdir(tmp_path) == []
-    as_it_is(monkeypatch)
-    odd = tmp_path / "[1]"
-    with pytest.raises(CheckpointError) as error:
-        check_saves(odd)
-    assert str(error.value).startswith(f"{odd}: no checkpoint can be saved there and read ba")
-    assert str(error.value).endswith("; use another --workdir")
-    assert "\n" not in str(error.value)
-    assert os.listdir(odd) == []
-    deep = str(tmp_path)
-    while len(deep) < 4050:
-        deep += "/" + "d" * min(200, 4050 - len(deep))
-        os.mkdir(deep)
-    with pytest.raises(CheckpointError, match="File name too long; use another --workdir"):
-        check_saves(Path(deep))
 
 
 def spoil(state, name, value):
