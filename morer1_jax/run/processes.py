@@ -14,9 +14,10 @@ import jax
 
 from morer1_jax.run.config import ConfigError
 
-# How many processes there are: by Slurm (of the step, else of the job), Open MPI, MPICH and Intel
-# MPI, MVAPICH, torchrun, JAX's own, and slices of TPUs.
+# How many processes there are: by Slurm (of srun's step; a job that has room for several tasks may
+# start one), Open MPI, MPICH and Intel MPI, MVAPICH, torchrun, JAX's own, and slices of TPUs.
 _COUNTS = (
+    "SLURM_STEP_NUM_TASKS",
     "OMPI_COMM_WORLD_SIZE",
     "PMI_SIZE",
     "MV2_COMM_WORLD_SIZE",
@@ -24,7 +25,6 @@ _COUNTS = (
     "JAX_NUM_PROCESSES",
     "MEGASCALE_NUM_SLICES",
 )
-_SLURM_STEP, _SLURM_JOB = "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"
 # Which of them this one is, from 0.
 _NUMBERS = (
     "SLURM_PROCID",
@@ -62,9 +62,7 @@ def check_alone(*, devices: bool = True, environment: Mapping[str, str] | None =
 
 def _told(environment: Mapping[str, str]) -> Iterator[tuple[str, str, int]]:
     """Each variable that is there, its value, and how many processes it means at least."""
-    # A step of a job may have fewer tasks than the job.
-    slurm = _SLURM_STEP if _SLURM_STEP in environment else _SLURM_JOB
-    for name in (slurm, *_COUNTS, *_NUMBERS, *_LISTS):
+    for name in (*_COUNTS, *_NUMBERS, *_LISTS):
         value = environment.get(name, "").strip()
         if name in _LISTS:
             yield name, value, len([host for host in value.split(",") if host.strip()])

@@ -15,7 +15,7 @@ WORDS = "processes found, one expected: several hosts are not supported yet"
 @pytest.mark.parametrize(
     ("environment", "count", "named"),
     [
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 4, "SLURM_NTASKS=4"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, 4, "SLURM_STEP_NUM_TASKS=4"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "8"}, 2, "SLURM_STEP_NUM_TASKS=2"),
         ({"SLURM_PROCID": "3"}, 4, "SLURM_PROCID=3"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, 2, "OMPI_COMM_WORLD_SIZE=2"),
@@ -39,6 +39,9 @@ def test_one_of_several_is_refused_and_told_by_what(environment, count, named):
     [
         {},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_NNODES": "1"},
+        # A batch script, or an allocation's shell, with room for several, that starts one python.
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_PROCID": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "4"},
         # A step of one task in a job that has room for more.
         {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
         {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
@@ -66,12 +69,14 @@ def test_two_that_a_launcher_starts_side_by_side_both_end(tmp_path):
             [*command, f"--out={tmp_path / 'scores'}"],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "SLURM_NTASKS": "2", "SLURM_PROCID": str(number)},
+            env={**os.environ, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(number)},
         )
         for number in range(2)
     ]
     said = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], said
-    assert all(text.startswith(f"error: 2 {WORDS} (SLURM_NTASKS=2; ") for text in said), said
+    assert all(text.startswith(f"error: 2 {WORDS} (SLURM_STEP_NUM_TASKS=2; ") for text in said), (
+        said
+    )
     assert [text.count("\n") for text in said] == [1, 1]
     assert not (tmp_path / "scores").exists()
