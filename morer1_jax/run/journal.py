@@ -11,9 +11,9 @@ a run was killed, or its answer never came; it may have been billed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ from typing import Any, Literal
 from morer1_jax.files import sync_path
 from morer1_jax.run.budget import Size, Usage
 from morer1_jax.run.config import ConfigError, flatten
+from morer1_jax.run.lock import hold
 from morer1_jax.task.fact import DataError, one_line
 
 Outcome = Literal["kept", "rejected", "refused", "unanswered"]
@@ -113,29 +114,22 @@ class Journal:
 
         Raises:
           ConfigError: another process writes it, or it belongs to another identity.
-          DataError: a whole line is damaged, or the file cannot be written or locked.
+          DataError: a whole line is damaged, or the file cannot be written.
         """
         self.path = Path(path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
+            with contextlib.ExitStack() as closing:
+                closing.enter_context(hold(self.path))
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                closing.callback(os.close, self._file)
                 self._open(identity)
-            except BaseException:
-                os.close(self._file)
-                raise
+                self._closing = closing.pop_all()
         except OSError as error:
             raise DataError(
                 f"{self.path}: {one_line(error)}; give an --out on a local disk that can be written"
             ) from None
 
     def _open(self, identity: Mapping[str, Any]) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{self.path}: another run is writing it; wait until it ends, or use another --out"
-            ) from None
         data = self.path.read_bytes()
         self.entries, self._length = _parse(data, self.path, identity)
         self.repaired: str | None = None
@@ -152,7 +146,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        self._closing.close()
 
     def add(self, entry: Entry) -> None:
         """Appends a line; an answer is on the disk when this returns.

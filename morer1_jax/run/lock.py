@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -24,6 +25,8 @@ LOCK = ".lock"
 # Of file systems that know no locks.
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _COMMAND = 200  # characters of it that are shown
+# Flags that are shown: where it reads and writes. The values of others may be secret, or long.
+_SHOWN = re.compile(r"--?(workdir|out|config|checkpoint|data|data_dir|folder|json|jsonl|reasoning)")
 _held: set[int] = set()
 
 
@@ -48,10 +51,12 @@ def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None
         at the end; else a file, or a folder that others are to find whole or not at all.
 
     Raises:
-      ConfigError: another process holds it; says who.
+      ConfigError: another process holds it, says who; or `path` is no file's.
       OSError: nothing can be written there.
     """
     path = Path(path).resolve()
+    if not folder and not path.name:
+        raise ConfigError(f"{path}: the root of all folders found, a path below it expected")
     lock = path / LOCK if folder else path.with_name(f".{path.name}{LOCK}")
     made = [parent for parent in lock.parents if not parent.exists()]
     file = _take(lock, path)
@@ -115,11 +120,31 @@ def _sign(file: int, path: Path) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-        "command": shlex.join(sys.orig_argv),
+        "command": _command(),
     }
     with contextlib.suppress(OSError):  # On a full disk the lock is one all the same.
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(now).encode(), 0)
+
+
+def _command() -> str:
+    """This process's program, and where it reads and writes."""
+    program, *arguments = sys.argv or [""]
+    shown = [sys.executable, program]
+    wanted = False  # The value of the flag before.
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        known = _SHOWN.fullmatch(flag) is not None
+        if known or (wanted and not flag.startswith("-")):
+            shown.append(argument)
+        wanted = known and not equals
+    return _public(shlex.join(shown))
+
+
+def _public(command: str) -> str:
+    """Without the passwords and keys that URLs may have: before an `@`, and from `?` or `#` on."""
+    command = re.sub(r"//[^\s'\"]*@", "//…@", command)
+    return re.sub(r"(://[^\s'\"?#]*[?#])[^\s'\"]*", r"\1…", command)
 
 
 def _holder(file: int) -> str:
@@ -137,7 +162,7 @@ def _read(file: int) -> dict[str, object] | None:
 
 
 def _who(found: dict[str, object]) -> str:
-    command = " ".join(str(found["command"]).split())
+    command = _public(" ".join(str(found["command"]).split()))
     if len(command) > _COMMAND:
         command = command[: _COMMAND - 1] + "…"
     return f"process {found['pid']} on {found['host']} since {found['since']} ({command})"

@@ -26,7 +26,6 @@ from morer1_jax.run.config import ConfigError
 from morer1_jax.run.dispatch import Desk, Dispatch
 from morer1_jax.run.endpoint import Endpoint, EndpointConfig
 from morer1_jax.run.journal import Began, Entry, Journal, read_journal
-from morer1_jax.run.lock import hold
 from morer1_jax.run.log import progress
 from morer1_jax.run.request import JPEG_QUALITY, Request, build_request
 from morer1_jax.task import more
@@ -161,7 +160,7 @@ class Writer:
         """
         endpoint = Endpoint(self.config.endpoint)
         path = self.config.folder / JOURNAL
-        with hold(path), Journal(path, self.identity) as journal:
+        with Journal(path, self.identity) as journal:
             if journal.repaired:
                 print(f"{journal.repaired}: torn when a run was killed; cut off")
             journal.add(self._replay(journal.entries))

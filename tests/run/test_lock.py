@@ -43,7 +43,7 @@ def test_a_lock_names_its_holder_and_ends_with_it_whatever_it_forked(tmp_path):
         assert message.startswith(
             f"{folder}: process {process.pid} on {socket.gethostname()} since 20"
         )
-        assert f"{sys.executable} -c " in message
+        assert f"({sys.executable} -c)" in message
         assert message.endswith("; wait until it has ended, or name another")
         assert "\n" not in message
         process.kill()
@@ -100,6 +100,37 @@ def test_what_a_killed_process_left_blocks_nobody(tmp_path, capsys):
         f"{tmp_path}: process 7 on elsewhere since 2024-01-01 00:00:00+00:00 (a b) did not end in "
         "order; is it over?\n"
     )
+
+
+def test_of_a_command_a_lock_says_the_program_and_where_it_writes(tmp_path, monkeypatch):
+    secret = ["--base-url=https://me:s3cret@proxy/v1", "--key", "s3cret", "s3cret", "-k=s3cret"]
+    urls = ["--data=gs://me:s3/cret@bucket/a?token=s3cret&b=c#s3cret", "--folder=/a#b?c"]
+    paths = ["--workdir", "runs/a b", "s3cret", "-out=o", "--checkpoint=runs/demo/sft"]
+    monkeypatch.setattr(sys, "argv", ["tools/x.py", *secret, *urls, *paths, "--dataset=s3cret"])
+    with hold(tmp_path, folder=True):
+        text, message = (tmp_path / LOCK).read_text(), refusal(tmp_path, folder=True)
+    shown = (
+        f"{sys.executable} tools/x.py '--data=gs://…@bucket/a?…' '--folder=/a#b?c' --workdir "
+        "'runs/a b' -out=o --checkpoint=runs/demo/sft"
+    )
+    assert json.loads(text)["command"] == shown
+    assert f"({shown})" in message or f"({shown[:199]}…)" in message
+    for written in (text, message):
+        assert "cret" not in written
+
+
+def test_what_an_earlier_version_wrote_of_a_command_is_shown_without_secrets(tmp_path):
+    left = {"host": socket.gethostname(), "pid": 7, "since": "now"}
+    with hold(tmp_path, folder=True):
+        command = "python x --base-url=https://me:s3cret@proxy/v1?key=s3cret --out=a"
+        (tmp_path / LOCK).write_text(json.dumps(left | {"command": command}))
+        message = refusal(tmp_path, folder=True)
+    assert "(python x --base-url=https://…@proxy/v1?… --out=a)" in message
+
+
+def test_the_root_of_all_folders_is_no_file(tmp_path):
+    for root in ("/", "//", f"{tmp_path}/" + "../" * len(tmp_path.parts)):
+        assert refusal(root) == "/: the root of all folders found, a path below it expected"
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
