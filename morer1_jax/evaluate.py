@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
-from morer1_jax.files import any_path, check_writable, local_path, read_text
+from morer1_jax.files import any_path, check_writable, expanded, local_path, read_text
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.config import ConfigError, run_main
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     out, name = local_path(_OUT.value, "--out"), _NAME.value
     data = any_path(_DATA.value, "--data")
     if name is None:
-        name = Path(_CHECKPOINT.value).expanduser().resolve().name
+        name = Path(expanded(_CHECKPOINT.value, "--checkpoint")).resolve().name
     check_writable(out / "eval", folder=True)
     with hold(out, folder=True):
         _check_out(out, _SPLIT.value, name)

@@ -57,7 +57,10 @@ def any_path(path: str | os.PathLike[str], name: str) -> epath.Path:
 
 
 def expanded(text: str, name: str) -> str:
-    """The text of a local path with `~` as a shell has it; raises OSError as `local_path` does."""
+    """The text of a local path with `~` as a shell has it; raises OSError as `local_path` does.
+
+    Once more it is the same: a folder whose own name begins with `~` is named from the root.
+    """
     if not text.strip() or "\0" in text:
         raise _no_path(name, text, "no path; name one")
     try:
@@ -65,7 +68,8 @@ def expanded(text: str, name: str) -> str:
     except UnicodeEncodeError:
         problem = "not UTF-8, or not in this locale; name another, or set PYTHONUTF8=1"
         raise _no_path(name, text, problem) from None
-    return os.path.expanduser(text)
+    text = os.path.expanduser(text)
+    return os.path.join(os.getcwd(), Path(text)) if str(Path(text)).startswith("~") else text
 
 
 def _no_path(name: str, text: str, problem: str) -> OSError:

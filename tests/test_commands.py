@@ -59,6 +59,9 @@ SCORE = (EVALUATE, "--checkpoint=runs/a/sft", "--data=none")
         ((CONVERT, "--checkpoint=none", "--out=/proc/x"), "/proc/x: cannot be written: /proc: "),
         ((CONVERT, "--checkpoint=none", "--out=file"), "file: a file found, a folder to write exp"),
         ((CONVERT, "--checkpoint=none", "--out=runs"), "--out=runs: exists already"),
+        ((CONVERT, "--checkpoint=none", "--out=/"), "/: "),
+        ((EVALUATE, "--checkpoint=~nobody-here/x", "--data=none", "--out=o"), "none/rel2id.json: "),
+        ((CONVERT, "--checkpoint=~nobody-here/x", "--out=x"), "{here}/~nobody-here/x: no such fol"),
         ((TFDS, "--folder=none", "--data_dir=file"), "file: a file found, a folder to write exp"),
         ((STUDY, "--folder=s", "--seeds=0,a"), "--seeds: '0,a' found, whole numbers"),
         ((STUDY, "--folder=file"), "file: a file found, a folder to write expected"),
@@ -73,6 +76,7 @@ SCORE = (EVALUATE, "--checkpoint=runs/a/sft", "--data=none")
 def test_what_cannot_work_is_one_line_before_any_work(command, folder, args, message):
     before = tree(folder)
     out, err = command(*args, code=2)
+    message = message.replace("{here}", str(folder))
     assert err.startswith(f"error: {message}") or err.startswith("error: argument " + message), err
     assert err.count("\n") == 1
     assert out == ""

@@ -28,8 +28,12 @@ def test_a_path_is_as_a_shell_has_it(monkeypatch, tmp_path):
         assert os.fspath(way("~", "--out")) == f"{tmp_path}"
         assert os.fspath(way("~/a [1] é", "--out")) == f"{tmp_path}/a [1] é"
         assert os.fspath(way("~root/a", "--out")) == f"{os.path.expanduser('~root')}/a"
-        for same in ("a~", "./~", "a b", "no:url", "/x/gs:/y", "*?[1]\\ "):
+        for same in ("a~", "a b", "no:url", "/x/gs:/y", "*?[1]\\ "):
             assert os.fspath(way(same, "--out")) == os.fspath(Path(same))
+        for own in ("./~", "./~/a", "~nobody-of-this-name/a", ".//~b"):
+            once = way(own, "--out")
+            assert os.fspath(once) == os.path.join(os.getcwd(), Path(own))
+            assert way(once, "--out") == once
     assert os.fspath(any_path("gs://b/~ [1]", "--data")) == "gs://b/~ [1]"
 
 
