@@ -181,6 +181,22 @@ def nearby(path: str) -> str:
     return next((f"; is it {other}?" for other in alike if other.exists()), "")
 
 
+def why_local(path: str, kind: str = "") -> str:
+    """Why what might be a name on the hub was not looked for there, and how to have it; or nothing.
+
+    Args:
+      kind: what `hf download` is told of the kind of the repository.
+    """
+    if not _HUB_NAME.fullmatch(path) or path.startswith(".") or _FILE_NAME.search(path):
+        return ""
+    parent = Path(path).parent
+    here = parent if parent.exists() else nearby(path).removeprefix("; is it ").removesuffix("?")
+    return (
+        f" (not looked for there, as {here} is on this machine; if it is meant, hf download "
+        f"{kind}{path}, and name the folder that it prints)"
+    )
+
+
 def _alike(name: str, folder: Path) -> list[str]:
     try:
         return difflib.get_close_matches(name, os.listdir(folder), cutoff=0.7)

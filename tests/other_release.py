@@ -8,6 +8,7 @@ of each folder and fact the prompt, its ids, the pixels, their grids and the ans
 
 import inspect
 import json
+import logging
 import sys
 
 import numpy as np
@@ -18,7 +19,16 @@ from PIL import Image
 
 def ask(folder, facts):
     """What a folder makes of the facts: a dict of arrays for each."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    warned = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    # Several releases suspect every large vocabulary, unless the config says which wrote it.
+    assert not [text for text in warned if "incorrect" in text], warned
     processor = _processor(folder)
     kind = transformers.Qwen2_5_VLForConditionalGeneration
     model, loading = kind.from_pretrained(folder, output_loading_info=True)

@@ -28,7 +28,7 @@ _PACKAGES = ("jax", "torch", "transformers", "trl")
 def write_model(preset: Preset, folder: Path) -> None:
     """Writes weights, config, tokenizer and processor into `folder`, which must not exist."""
     source = folder.with_name(f"{folder.name}-tokenizer")
-    special = SpecialIds.of(make_tokenizer(preset, source))
+    special = SpecialIds.of(tokenizer := make_tokenizer(preset, source))
     config = ModelConfig(
         text=preset.text,
         vision=preset.vision,
@@ -46,6 +46,7 @@ def write_model(preset: Preset, folder: Path) -> None:
         images=ImageConfig(),
         completion=preset.completion,
         source=source,
+        tokenizer=tokenizer,
         dtypes="float32",
         ontology=Ontology(LABELS),
         digest="random",

@@ -158,7 +158,9 @@ class Encoder:
           size: the photo's (width, height).
           target: what the assistant says, if anything is known of it.
         """
-        grids = self.grids(fact, size)
+        return self._need(fact, self.grids(fact, size), target)
+
+    def _need(self, fact: Fact, grids: Sequence[layout.Grid], target: str | None) -> Need:
         prompt = len(self.prompt_tokens(fact, grids))
         tokens = 0 if target is None else len(self.target_tokens(target))
         return Need(prompt, tokens, layout.count_windows(grids, **self._sizes))
@@ -174,13 +176,21 @@ class Encoder:
           targets: by fact id, what will be trained on.
 
         Raises:
-          DataError: the facts, up to 20, whose images have a shape that the processor refuses, or
-            the first whose prompt, target or images exceed the limits.
+          DataError: the photos, up to 20, of a shape that the processor refuses, each with the
+            first fact it refuses; or the first fact whose prompt, target or images exceed the
+            limits.
         """
-        found, faults = [], Faults()
+        found, faults, refused = [], Faults(), set()
         for fact in facts:
             try:
-                found.append(self.need(fact, sizes[fact.photo], targets.get(fact.id)))
+                grids = self.grids(fact, sizes[fact.photo])
+            except DataError as e:
+                if fact.photo not in refused:
+                    refused.add(fact.photo)
+                    faults.add(e)
+                continue
+            try:
+                found.append(self._need(fact, grids, targets.get(fact.id)))
             except DataError as e:
                 faults.add(e)
         faults.check()

@@ -64,8 +64,8 @@ class Patches:
 def crop_box(box: Box, size: tuple[int, int], config: ImageConfig) -> tuple[int, int, int, int]:
     """The crop's (left, top, right, bottom) in pixels, inside a photo of (width, height) `size`.
 
-    A long and thin box grows around its centre until the processor takes the crop's shape; so it
-    always does where it takes the photo's.
+    A long and thin box grows around its centre until the processor takes the crop's shape, which
+    it can wherever the processor takes the photo's own shape.
 
     Args:
       box: (x centre, y centre, width, height), fractions of the photo.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from morer1_jax.files import expanded, is_hub_name, nearby, plain_path
+from morer1_jax.files import expanded, is_hub_name, nearby, plain_path, why_local
 from morer1_jax.task.fact import DataError, Fact, one_line
 from morer1_jax.task.more import check_reasoning
 from morer1_jax.task.ontology import Ontology
@@ -46,6 +46,7 @@ def read_reasoning_dataset(
         raise DataError(
             f"{source}: no such file{nearby(source)}; expected rows of fact and text in JSONL or "
             "Parquet, or a dataset on the hub, owner/name"
+            + why_local(source, "--repo-type=dataset ")
         )
     if builder is None and local and os.path.isfile(source):
         raise DataError(f"{source}: not named as what it holds; expected .jsonl, .json or .parquet")

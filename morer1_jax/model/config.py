@@ -16,7 +16,7 @@ from morer1_jax.model.attention import XLA, Kernels
 _DTYPES = ("float32", "bfloat16")  # In float16 activations overflow.
 _REMATS = ("none", "full", "dots")
 # What `transformers` takes where a config leaves them out.
-_DEFAULT_IDS = {
+DEFAULT_IDS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
     "vision_start_token_id": 151652,
@@ -154,7 +154,7 @@ class ModelConfig:
         return cls(
             text=_text_from_hf(text),
             vision=_vision_from_hf(_need(config, "vision_config")),
-            **_DEFAULT_IDS | _given(config, *_DEFAULT_IDS),
+            **DEFAULT_IDS | _given(config, *DEFAULT_IDS),
             tie_word_embeddings=bool(tied),
         )
 

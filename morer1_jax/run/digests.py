@@ -11,7 +11,8 @@ from morer1_jax.files import atomic_write, read_text
 from morer1_jax.task.fact import DataError
 
 # Kinds of digests, which a name is of up to its first /, that runs begun before did not keep.
-_ADDED = ("img_org", "tokenizer")
+_PHOTOS = "img_org"
+_ADDED = (_PHOTOS, "tokenizer")
 # Of a tokenizer's folder, what tokens depend on.
 _TOKENIZER = (
     "added_tokens.json",
@@ -21,8 +22,9 @@ _TOKENIZER = (
     "tokenizer_config.json",
     "vocab.json",
 )
-# Names an error has room for.
-_NAMED = 3
+_WAYS = ("changed", "new", "gone")
+# Names of a way that an error has room for.
+_NAMED = 2
 
 
 def bind(path: Path, found: Mapping[str, str], where: object) -> None:
@@ -45,21 +47,28 @@ def bind(path: Path, found: Mapping[str, str], where: object) -> None:
         for name, digest in found.items()
         if not kept or (_kind(name) in _ADDED and _kind(name) not in kinds)
     }
-    if changed := differing({**kept, **new}, found):
+    if changed := differences({**kept, **new}, found):
         raise DataError(
-            f"{where}: {listed(changed)} changed since the run began ({path}); put what was there "
-            "back, or use a new --workdir"
+            f"{where}: {changed} since the run began ({path}); put what was there back, or use a "
+            "new --workdir"
         )
     if new:
         atomic_write(path, json.dumps(kept | new, indent=1) + "\n")
 
 
-def differing(kept: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """The names, sorted, whose digest is another or is in one of the two alone."""
-    return sorted(name for name in {*kept, *found} if kept.get(name) != found.get(name))
+def differences(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """What is another, is new or is gone: some names of each, texts before photos; "" if nothing.
+
+    A few words, such as `txt/train.txt changed, img_org/train/1.jpg and 7 more gone`.
+    """
+    groups: dict[tuple[bool, int], list[str]] = {}
+    for name in sorted(name for name in {*kept, *found} if kept.get(name) != found.get(name)):
+        way = 1 if name not in kept else 2 if name not in found else 0
+        groups.setdefault((_kind(name) == _PHOTOS, way), []).append(name)
+    return ", ".join(f"{_listed(names)} {_WAYS[way]}" for (_, way), names in sorted(groups.items()))
 
 
-def listed(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     """Some names, and of how many more they stand for."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more

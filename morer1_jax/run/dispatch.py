@@ -157,7 +157,7 @@ class Dispatch:
             size = self._size(request)
             if self._stopping.is_set() or not desk.book.ledger.fits(size):
                 return
-            sent = Sent(desk.book.requests + 1, fact.id, size)
+            sent = Sent(desk.book.requests + 1, fact.id, size, request.photo)
             desk.journal.add(sent)
             desk.book.apply(sent)
             self._ready.popleft()

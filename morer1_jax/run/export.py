@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer
+from morer1_jax.data.tokenizer import SpecialIds
 from morer1_jax.files import atomic_dir, read_text, temporary_path
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.rollout.sampler import allowed_ids
 from morer1_jax.run import weights
 from morer1_jax.run.disk import bytes_in, check_free
-from morer1_jax.run.processor import PROCESSOR, read_object, write_images
+from morer1_jax.run.folder import read_json, write_json
+from morer1_jax.run.processor import PROCESSOR, write_images
 from morer1_jax.run.student import LABELS, TASK, Student
 from morer1_jax.task.ontology import write_ontology_file
 from morer1_jax.task.prompt import END_OF_TURN, conversation
@@ -30,6 +30,9 @@ _OLD_TEMPLATE = "chat_template.json"
 # another library's or another release's, such as how it was quantised.
 _KEPT = ("bos_token_id", "vision_token_id")
 _KEPT_VISION = ("spatial_patch_size",)
+# The oldest release that reads the folder. Above 4.57.2, or without one, releases from 4.57.3 on
+# take a large vocabulary for one of Mistral's that is broken, and tell people to change it.
+_RELEASE = "4.51.3"
 # Qwen2.5-VL's conversation, as `task.prompt` writes it.
 _TEMPLATE = """\
 {%- if messages[0].role != 'system' %}<|im_start|>system
@@ -77,7 +80,7 @@ def export(
     check_free(Path(folder), needed, "make room, or name another --out")
     with atomic_dir(folder) as partial:
         weights.copy_others(student.source, partial)
-        special = SpecialIds.of(tokenizer := load_tokenizer(student.source))
+        special = SpecialIds.of(tokenizer := student.tokenizer)
         _write_config(partial / weights.CONFIG, student.model.config, special, dtypes)
         write_images(partial, student.images)
         _write_generation(partial / GENERATION, student, special, len(tokenizer))
@@ -97,7 +100,7 @@ def _write_config(
     path: Path, config: ModelConfig, special: SpecialIds, dtypes: str | Mapping[str, str]
 ) -> None:
     """The published, flat form: releases before 4.52 read no other."""
-    theirs, ours = read_object(path), config.to_hf()
+    theirs, ours = read_json(path, needed=False), config.to_hf()
     text = theirs.get("text_config") or theirs
     kept = {key: text[key] for key in _KEPT if text.get(key) is not None}
     vision = theirs.get("vision_config") or {}
@@ -110,7 +113,8 @@ def _write_config(
     # What a model of other sizes would take by default is no token of a small vocabulary.
     ids = {"bos_token_id": None, "eos_token_id": special.end_of_turn}
     # Of the dtype's two names each release reads one.
-    _write(path, ours | ids | kept | {"dtype": dtypes, "torch_dtype": dtypes})
+    said = {"dtype": dtypes, "torch_dtype": dtypes, "transformers_version": _RELEASE}
+    write_json(path, ours | ids | kept | said)
 
 
 def _write_generation(path: Path, student: Student, special: SpecialIds, tokens: int) -> None:
@@ -123,12 +127,12 @@ def _write_generation(path: Path, student: Student, special: SpecialIds, tokens:
         "max_new_tokens": student.completion,
         "suppress_tokens": np.flatnonzero(~allowed).tolist(),
     }
-    _write(path, described)
+    write_json(path, described)
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """A tokenizer's config that older releases read too, and the chat template."""
-    described = read_object(folder / TOKENIZER)
+    described = read_json(folder / TOKENIZER, needed=False)
     described.pop("backend", None)
     if described.get("tokenizer_class") == "TokenizersBackend":
         described["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -136,11 +140,11 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     if isinstance(extra := described.get("extra_special_tokens"), list):
         del described["extra_special_tokens"]
         described["additional_special_tokens"] = extra
-    whole = read_object(folder / PROCESSOR)
+    whole = read_json(folder / PROCESSOR, needed=False)
     found = [
         described.pop("chat_template", None),
         whole.pop("chat_template", None),
-        read_object(folder / _OLD_TEMPLATE).get("chat_template"),
+        read_json(folder / _OLD_TEMPLATE, needed=False).get("chat_template"),
         read_text(folder / TEMPLATE) if (folder / TEMPLATE).exists() else None,
     ]
     found = [template for template in found if template is not None]
@@ -149,11 +153,11 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         found = []
     template = found[-1] if found else _TEMPLATE
     # One text wherever a release may look.
-    _write(folder / TOKENIZER, described | {"chat_template": template})
+    write_json(folder / TOKENIZER, described | {"chat_template": template})
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
     (folder / _OLD_TEMPLATE).unlink(missing_ok=True)
     if whole:
-        _write(folder / PROCESSOR, whole)
+        write_json(folder / PROCESSOR, whole)
 
 
 def _writes_ours(template: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -187,10 +191,6 @@ def _write_task(folder: Path, student: Student) -> None:
         "crop_least": images.crop_least,
         "completion_length": student.completion,
     }
-    _write(folder / TASK, task)
+    write_json(folder / TASK, task)
     if student.ontology is not None:
         write_ontology_file(folder / LABELS, student.ontology.labels)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

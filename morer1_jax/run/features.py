@@ -20,7 +20,7 @@ from morer1_jax.learn.scorer import vision_inputs
 from morer1_jax.model.vision import VisionTower
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.config import ConfigError
-from morer1_jax.run.digests import differing, listed, of_lines
+from morer1_jax.run.digests import differences, of_lines
 from morer1_jax.run.finite import NotFiniteError, count_not_finite
 from morer1_jax.run.log import progress
 from morer1_jax.task import more
@@ -60,13 +60,11 @@ def feature_store(job: Job) -> FeatureStore:
         with atomic_dir(folder) as partial:
             _encode(job, partial, merge)
     store = FeatureStore(folder, merge)
-    if changed := differing(store.made_of, _made_of(job)):
-        found = (
-            f"of another {listed(changed)}" if store.made_of else "that do not say of which photos"
-        )
+    if changed := differences(store.made_of, _made_of(job)):
+        found = f"are of others: {changed}" if store.made_of else "do not say what they are of"
         raise DataError(
-            f"{folder}: features {found} found, of those in {job.data} expected; delete the "
-            "folder, and they are encoded anew"
+            f"{folder}: the features {found}; features of the photos in {job.data}, as this run "
+            "sees them, expected; delete the folder, and they are encoded anew"
         )
     return store
 

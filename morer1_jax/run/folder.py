@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
+from morer1_jax.data.tokenizer import SpecialIds
 from morer1_jax.files import read_text
+from morer1_jax.model.config import DEFAULT_IDS
 from morer1_jax.model.names import WeightsError
 from morer1_jax.task.fact import one_line
 
@@ -54,8 +59,35 @@ def tensor_files(folder: Path) -> list[str]:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def token_ids(
+    said: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, path: Path
+) -> dict[str, int]:
+    """The ids that stand for images and videos: the tokenizer's, which a config may leave out.
+
+    Args:
+      said: those that the config has, by key.
+      path: of the config, which errors name.
+
+    Raises:
+      WeightsError: one that it has is another than the tokenizer's.
+      DataError: the tokenizer has none.
+    """
+    special = SpecialIds.of(tokenizer)
+    ids = {key: getattr(special, key.removesuffix("_token_id")) for key in DEFAULT_IDS}
+    for key, expected in ids.items():
+        if (found := said.get(key)) not in (None, expected):
+            raise WeightsError(
+                f"{path}: {key}: found {found!r}, but its tokenizer has {expected}; expected "
+                "config and tokenizer of one model"
+            )
+    return ids
+
+
+def read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
     """The JSON object of a file.
+
+    Args:
+      needed: whether the file must be there; else what is not is empty.
 
     Raises:
       WeightsError: it is none.
@@ -63,7 +95,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except (OSError, ValueError) as e:
-        raise WeightsError(f"{path}: {one_line(e)}; expected a JSON object") from e
+        if isinstance(e, FileNotFoundError) and not needed:
+            return {}
+        raise WeightsError(f"{path}: {one_line(e)}; expected a JSON object, copy it anew") from e
     if not isinstance(value, dict):
-        raise WeightsError(f"{path}: {type(value).__name__} found, a JSON object expected")
+        raise WeightsError(
+            f"{path}: {type(value).__name__} found, a JSON object expected; copy it anew"
+        )
     return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object as `transformers` does, for people to read."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -24,7 +24,6 @@ from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
 from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
 from morer1_jax.model.config import ModelConfig, VisionConfig
-from morer1_jax.model.names import WeightsError
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import digests, weights
 from morer1_jax.run import mesh as meshes
@@ -171,11 +170,7 @@ class Job:
                 temporal_patch_size=vision.temporal_patch_size,
                 **said,
             )
-        theirs = read_images(self.checkpoint.local_files, vision)
-        for key in keys[:2]:
-            if (own := getattr(theirs, key)) != said[key]:
-                print(f"data.{key}: {said[key]}, though the processor of model.path has {own}")
-        return dataclasses.replace(theirs, **said)
+        return dataclasses.replace(read_images(self.checkpoint.local_files, vision), **said)
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -227,12 +222,7 @@ class Job:
     def _model_config(self) -> ModelConfig:
         special, sizes = SpecialIds.of(self.tokenizer), self.settings.model
         if self.checkpoint is not None:
-            config = self.checkpoint.config
-            if config.image_token_id != special.image:
-                raise WeightsError(
-                    f"{self.checkpoint.folder}: image_token_id is {config.image_token_id}, but its "
-                    f"tokenizer has {special.image}; expected config and tokenizer of one model"
-                )
+            config = self.checkpoint.config_with(self.tokenizer)
         else:
             rows = -(-len(self.tokenizer) // _ROWS) * _ROWS
             config = ModelConfig(
@@ -345,6 +335,11 @@ class Job:
             facts = [fact for facts in self.facts.values() for fact in facts]
             self.new_encoder(pixels=True, show_title=False).needs(facts, self.sizes, {})
         self._check_digests(self._known_reasoning())
+        if self.checkpoint is not None:
+            theirs = read_images(self.checkpoint.local_files, self._vision)
+            for key in ("min_pixels", "max_pixels"):
+                if (said := getattr(self.images, key)) != (own := getattr(theirs, key)):
+                    print(f"data.{key}: {said}, though the processor of model.path has {own}")
 
     def _known_reasoning(self) -> dict[str, str]:
         """The written reasoning; none is an error only where a stage learns from it."""

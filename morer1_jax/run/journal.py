@@ -2,7 +2,8 @@
 
     {"journal": {"model": …, "temperature": …, …}}        what the answers depend on
     {"run": 1}                                            a run begins
-    {"sent": 1, "fact": "train:7", "text": …, …}          a request, written before it is sent
+    {"sent": 1, "fact": "train:7", "text": …, …}          a request, of a photo of this digest,
+                                                          written before it is sent
     {"answered": 1, "fact": "train:7", "outcome": …, …}   what became of it
 
 An answer is flushed to the disk before it counts. A request without an answer was on its way when
@@ -53,14 +54,17 @@ class Sent:
       number: 1, 2, 3, … in the journal's order.
       fact: the id of the fact it is for.
       size: what its price depends on.
+      photo: SHA-256 of the photo's file; None in journals of before it was kept.
     """
 
     number: int
     fact: str
     size: Size
+    photo: str | None = None
 
     def line(self) -> dict[str, Any]:
-        return {"sent": self.number, "fact": self.fact, **dataclasses.asdict(self.size)}
+        line = {"sent": self.number, "fact": self.fact, **dataclasses.asdict(self.size)}
+        return line if self.photo is None else line | {"photo": self.photo}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +237,9 @@ def _entry(value: Any) -> Entry:
         size = Size(*(value[field.name] for field in dataclasses.fields(Size)))
         if not all(type(n) is int and n > 0 for n in dataclasses.astuple(size)):
             raise ValueError
-        entry = Sent(value["sent"], value["fact"], size)
+        entry = Sent(value["sent"], value["fact"], size, value.get("photo"))
+        if not isinstance(entry.photo, str | None):
+            raise ValueError
     else:
         tokens = value["prompt_tokens"], value["answer_tokens"]
         usage = None if tokens == (None, None) else Usage(*tokens)

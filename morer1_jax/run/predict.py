@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize
 
 from PIL import Image, ImageDraw
 
@@ -18,6 +18,7 @@ from morer1_jax.run.student import Student
 from morer1_jax.task import more
 from morer1_jax.task.answer import read_steps
 from morer1_jax.task.fact import DataError, Fact, composed
+from morer1_jax.task.fields import is_text
 from morer1_jax.task.ontology import NONE
 from morer1_jax.task.photo import open_photo
 
@@ -45,11 +46,12 @@ def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
     for key in ("image", "title", "entity"):
         if not isinstance(given[key], str) or not given[key].strip():
             raise DataError(f"{key} is {given[key]!r}, expected text")
+    for key in ("title", "entity"):
+        if not is_text(given[key]):
+            raise DataError(f"{key} is {given[key]!a}: a lone surrogate, expected Unicode text")
     if not isinstance(given["box"], list | tuple):
         raise DataError(f"box is {given['box']!r}, expected four numbers")
-    # A system may have another form of Unicode in its files' names than the one typed here.
-    forms = (given["image"], *(normalize(form, given["image"]) for form in ("NFC", "NFD")))
-    path = next((folder / form for form in forms if (folder / form).is_file()), None)
+    path = next((p for p in _alike(folder / given["image"]) if p.is_file()), None)
     if path is None:
         raise DataError(
             f"no photo {given['image']!r} in {folder.absolute()}; give its path from there, or a "
@@ -59,6 +61,25 @@ def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
     tokens, span = _words(composed(given["title"]), composed(given["entity"]))
     entity = " ".join(tokens[slice(*span)])
     return Fact(f"question:{number}", tokens, entity, span, "object", box, str(path), NONE)
+
+
+def _alike(path: Path) -> Iterator[Path]:
+    """The path, and then those that are there whose names differ from it in the form of Unicode
+    alone, which systems choose each for itself, and level by level."""
+    yield path
+    above = [Path(path.anchor)]
+    for part in path.parts[bool(path.anchor) :]:
+        below = []
+        for folder in above:
+            below += [folder / part] if (folder / part).exists() else []
+            try:
+                names = sorted(os.listdir(folder))
+            except OSError:  # Not a folder, or one whose names are not for us to see.
+                continue
+            alike = [name for name in names if composed(name) == composed(part) and name != part]
+            below += [folder / name for name in alike]
+        above = below
+    yield from above
 
 
 def _words(title: str, entity: str) -> tuple[tuple[str, ...], tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from morer1_jax.data.images import ImageConfig
-from morer1_jax.files import read_text
 from morer1_jax.model.config import VisionConfig
 from morer1_jax.model.names import WeightsError
+from morer1_jax.run.folder import read_json, write_json
 from morer1_jax.task.fact import one_line
 
 # The older releases' file, and that of all processors, which newer releases write alone.
@@ -62,12 +62,7 @@ def read_images(
     for key, done in _DONE.items():
         if (value := getattr(theirs, key)) != done:
             raise WeightsError(f"{path}: {key}: found {value!r}, only {done!r} is done")
-    limits = theirs.size.shortest_edge, theirs.size.longest_edge
-    if not all(isinstance(x, int) and x > 0 for x in limits) or limits[0] > limits[1]:
-        raise WeightsError(
-            f"{path}: size: found {found.get('size')!r}, least and most pixels expected: "
-            '{"shortest_edge": 3136, "longest_edge": 1003520}'
-        )
+    limits = _limits(path, found, (theirs.size.shortest_edge, theirs.size.longest_edge))
     sizes = {
         "patch_size": vision.patch_size,
         "merge_size": vision.spatial_merge_size,
@@ -83,11 +78,44 @@ def read_images(
     crop = {key: task[key] for key in ("crop_margin", "crop_least") if task.get(key) is not None}
     return ImageConfig(
         *limits,
-        image_mean=tuple(map(float, theirs.image_mean)),
-        image_std=tuple(map(float, theirs.image_std)),
+        image_mean=_channels(path, "image_mean", theirs.image_mean),
+        image_std=_channels(path, "image_std", theirs.image_std),
         **sizes,
         **crop,
     )
+
+
+def _limits(path: Path, found: Mapping[str, Any], limits: tuple[Any, Any]) -> tuple[int, int]:
+    """Least and most pixels, if they are that."""
+    whole = [int(x) for x in limits if _is_number(x) and x == int(x) > 0]
+    if len(whole) == 2 and whole[0] <= whole[1]:
+        return whole[0], whole[1]
+    said = {
+        key: found[key]
+        for key in ("size", "min_pixels", "max_pixels")
+        if found.get(key) is not None
+    }
+    keys, values = ", ".join(said), ", ".join(map(repr, said.values()))
+    raise WeightsError(
+        f"{path}: {keys}: found {values}, least and most pixels expected: "
+        '"size": {"shortest_edge": 3136, "longest_edge": 1003520}'
+    )
+
+
+def _channels(path: Path, key: str, values: Any) -> tuple[float, ...]:
+    """A number for each of a photo's three channels, if they are that."""
+    there = list(values) if isinstance(values, list | tuple) else []
+    least = 0.0 if key == "image_std" else -math.inf
+    if len(there) != 3 or not all(_is_number(x) and x > least for x in there):
+        above = " above 0" if key == "image_std" else ""
+        raise WeightsError(
+            f"{path}: {key}: found {values!r}, three numbers{above} expected; copy it anew"
+        )
+    return tuple(map(float, there))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def write_images(folder: Path, images: ImageConfig) -> None:
@@ -107,41 +135,20 @@ def write_images(folder: Path, images: ImageConfig) -> None:
         "temporal_patch_size": images.temporal_patch_size,
         "processor_class": "Qwen2_5_VLProcessor",
     }
-    _write(folder / PREPROCESSOR, described)
+    write_json(folder / PREPROCESSOR, described)
     if (folder / PROCESSOR).exists():
-        whole = read_object(folder / PROCESSOR)
+        whole = read_json(folder / PROCESSOR, needed=False)
         if _NESTED in whole:
             kind = whole[_NESTED].get("image_processor_type", _CLASSES[0])
-            _write(
+            write_json(
                 folder / PROCESSOR, whole | {_NESTED: {**described, "image_processor_type": kind}}
             )
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty if there is no such file.
-
-    Raises:
-      WeightsError: it is none.
-    """
-    try:
-        value = json.loads(read_text(path))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: not a JSON object; copy it anew")
-    return value
-
-
 def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
-    nested = read_object(folder / PROCESSOR).get(_NESTED)
+    nested = read_json(folder / PROCESSOR, needed=False).get(_NESTED)
     if nested is None:
-        return folder / PREPROCESSOR, read_object(folder / PREPROCESSOR)
+        return folder / PREPROCESSOR, read_json(folder / PREPROCESSOR, needed=False)
     if not isinstance(nested, dict):
         raise WeightsError(f"{folder / PROCESSOR}: {_NESTED} is no JSON object; copy it anew")
     return folder / PROCESSOR, nested
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.shapes import widest
 from morer1_jax.data.tokenizer import load_tokenizer
-from morer1_jax.files import any_path, expanded, is_hub_name, nearby, read_text
+from morer1_jax.files import any_path, expanded, is_hub_name, nearby, read_text, why_local
 from morer1_jax.learn.parts import Params
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import Runtime
@@ -26,11 +29,11 @@ from morer1_jax.run.checkpoint import MANIFEST, Checkpointer
 from morer1_jax.run.config import FILE as RUN_CONFIG
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.digests import of_lines, of_tokenizer
-from morer1_jax.run.folder import check_kind
+from morer1_jax.run.folder import check_kind, read_json
 from morer1_jax.run.job import Job, like
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.policy import Policy
-from morer1_jax.run.processor import read_images, read_object
+from morer1_jax.run.processor import read_images
 from morer1_jax.run.settings import settings
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
@@ -57,6 +60,7 @@ class Student:
       images: pixel limits and crop as in training.
       completion: most tokens of an answer, as in training.
       source: the folder of its tokenizer and whatever else is published beside tensors.
+      tokenizer: the one that is there.
       dtypes: what its tensors are saved in, one or by name.
       ontology: the labels it answers with; None if they are not known.
       digest: tells it from another model.
@@ -70,6 +74,7 @@ class Student:
     images: ImageConfig
     completion: int
     source: Path
+    tokenizer: PreTrainedTokenizerFast
     dtypes: str | Mapping[str, str]
     ontology: Ontology | None
     digest: str
@@ -90,13 +95,13 @@ class Student:
         """
         if self.ontology is None:
             raise ConfigError(f"{self.source}: no {LABELS} in it; say --labels=, a {LABELS}")
-        tokenizer, rows = load_tokenizer(self.source), self.model.config.text.vocab_size
-        if len(tokenizer) > rows:
+        tokens, rows = len(self.tokenizer), self.model.config.text.vocab_size
+        if tokens > rows:
             raise WeightsError(
-                f"{self.source}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} "
-                "rows; expected tokenizer and model of one kind"
+                f"{self.source}: its tokenizer has {tokens} tokens, its embedding {rows} rows; "
+                "expected tokenizer and model of one kind"
             )
-        return Policy(self.model, tokenizer, self.ontology, self.mesh)
+        return Policy(self.model, self.tokenizer, self.ontology, self.mesh)
 
     def encoder(
         self,
@@ -149,7 +154,7 @@ def open_student(
         raise WeightsError(
             f"{path}: {found}; expected a run's "
             f"workdir, one of its stages {', '.join(_NEWEST_FIRST)}, a published folder (with a "
-            f"{weights.CONFIG}), or a name on the hub"
+            f"{weights.CONFIG}), or a name on the hub{'' if folder.is_dir() else why_local(path)}"
         )
     return _published(path, ontology, completion)
 
@@ -172,7 +177,7 @@ def _stage(path: Path) -> Path | None:
 
 def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> Student:
     workdir = stage.parent
-    config = read_object(workdir / RUN_CONFIG)
+    config = read_json(workdir / RUN_CONFIG, needed=False)
     # It was trained on devices that need not be here.
     config["mesh"] = _MESH
     if isinstance(runtime := config.get("runtime"), dict):
@@ -191,6 +196,7 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
         images=job.images,
         completion=completion or job.settings.data.completion_length,
         source=workdir / "tokenizer",
+        tokenizer=job.tokenizer,
         dtypes="float32" if job.checkpoint is None else job.checkpoint.dtypes,
         ontology=job.ontology,
         digest=_digest(stage),
@@ -205,6 +211,23 @@ def _digest(stage: Path) -> str:
     return of_lines([stage.name, *map(read_text, sorted(best)), *tokens, *tokens.values()])
 
 
+def _task(path: Path) -> dict[str, Any]:
+    """What the model was trained with, as far as the file says it."""
+    task = read_json(path, needed=False)
+    for key, kinds, least in (
+        ("crop_margin", (int, float), 0),
+        ("crop_least", (int,), 1),
+        ("completion_length", (int,), 1),
+    ):
+        value = task.get(key)
+        if value is not None and not (type(value) in kinds and least <= value < math.inf):
+            kind = "a number" if float in kinds else "a whole number"
+            raise WeightsError(
+                f"{path}: {key}: found {value!r}, {kind} from {least} on expected; copy it anew"
+            )
+    return task
+
+
 def _published(path: str, ontology: Ontology | None, completion: int | None) -> Student:
     checkpoint = weights.Checkpoint(path)
     folder = checkpoint.local_files
@@ -214,10 +237,11 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     dtype = checkpoint.dtype
     kernels = choose("auto", dtype, checkpoint.config.head_sizes, mesh)
     runtime = Runtime(param_dtype=dtype, dtype=dtype, kernels=kernels)
-    model = Qwen25VL(checkpoint.config, runtime)
+    tokenizer = load_tokenizer(folder)
+    model = Qwen25VL(checkpoint.config_with(tokenizer), runtime)
     abstract = abstract_params(model)
     wanted = like(abstract, meshes.param_shardings(mesh, abstract))
-    task = read_object(folder / TASK)
+    task = _task(folder / TASK)
     return Student(
         model=model,
         load=lambda: checkpoint.load(wanted),
@@ -225,6 +249,7 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
         images=read_images(folder, checkpoint.config.vision, task),
         completion=completion or task.get("completion_length", 1024),
         source=folder,
+        tokenizer=tokenizer,
         dtypes=checkpoint.dtypes,
         ontology=ontology,
         digest=checkpoint.digest,

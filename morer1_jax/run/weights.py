@@ -11,6 +11,7 @@ folder/
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,10 +29,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.files import any_path, expanded, is_hub_name, nearby
+from morer1_jax.files import any_path, expanded, is_hub_name, nearby, why_local
 from morer1_jax.learn.parts import merged_kernel
-from morer1_jax.model.config import ConfigError, LoRA, ModelConfig
+from morer1_jax.model.config import DEFAULT_IDS, ConfigError, LoRA, ModelConfig
 from morer1_jax.model.names import (
     Params,
     TensorSpec,
@@ -41,7 +43,16 @@ from morer1_jax.model.names import (
     tensor_specs,
 )
 from morer1_jax.run.finite import NotFiniteError, count_not_finite
-from morer1_jax.run.folder import CONFIG, INDEX, SINGLE, check_kind, read_json, tensor_files
+from morer1_jax.run.folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    check_kind,
+    read_json,
+    tensor_files,
+    token_ids,
+    write_json,
+)
 from morer1_jax.run.log import progress
 from morer1_jax.task.fact import GET_CLIENT, one_line
 
@@ -61,7 +72,7 @@ class Checkpoint:
 
     Attributes:
       folder: where it is.
-      config: the model's.
+      config: the model's; see `config_with` for its ids of tokens.
       dtypes: of the tensors, by name.
       dtype: what the model is held and computed in, so that nothing is rounded: bfloat16 if all
         have it, else float32. Not float16, in which activations overflow.
@@ -85,6 +96,7 @@ class Checkpoint:
             raise ConfigError(
                 f"{self.folder / CONFIG}: {one_line(e)}; expected Qwen2.5-VL's, copy it anew"
             ) from e
+        self._ids = {key: described.get(key) for key in DEFAULT_IDS}
         self.specs = tensor_specs(self.config)
         shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -110,10 +122,16 @@ class Checkpoint:
             # Some savers write a tied head out; `load` sees to it that it is the embedding.
             shapes.pop(_HEAD, None)
         try:
-            check_tensors(shapes, self.specs)
+            there = [name for names in self._files.values() for name in names.values()]
+            check_tensors(shapes, self.specs, there)
         except WeightsError as e:
             raise WeightsError(f"{self.folder}: {e}") from None
         self.dtype = "bfloat16" if {*self.dtypes.values()} == {"bfloat16"} else "float32"
+
+    def config_with(self, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
+        """The config, with its tokenizer's ids where it leaves them out; see `token_ids`."""
+        ids = token_ids(self._ids, tokenizer, self.folder / CONFIG)
+        return dataclasses.replace(self.config, **ids)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -274,7 +292,7 @@ def save_tensors(
     if count > 1:
         places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def tensor_bytes(config: ModelConfig, dtype: str | Mapping[str, str]) -> int:
@@ -323,7 +341,7 @@ def _find(path: str) -> Path:
     if not there:
         raise WeightsError(
             f"{path}: no such folder{nearby(path)}; expected one with a {CONFIG}, or a name on the "
-            "hub"
+            f"hub{why_local(path)}"
         )
     return folder
 

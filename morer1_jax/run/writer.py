@@ -25,9 +25,9 @@ from morer1_jax.run.budget import Ledger, Prices, Size, Usage, money
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.dispatch import Desk, Dispatch
 from morer1_jax.run.endpoint import Endpoint, EndpointConfig
-from morer1_jax.run.journal import Began, Entry, Journal, read_journal
+from morer1_jax.run.journal import Began, Entry, Journal, Sent, read_journal
 from morer1_jax.run.log import progress
-from morer1_jax.run.request import JPEG_QUALITY, Request, build_request
+from morer1_jax.run.request import JPEG_QUALITY, Request, build_request, photo_digests
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact, one_line
 from morer1_jax.task.teacher import balanced, prompt_digest, teacher_prompt
@@ -244,11 +244,30 @@ class Writer:
                     f"{self.config.data}; restore the file, or use another --out"
                 )
             self.book.apply(entry)
+        self._check_photos(entries)
         if unsettled := self.book.unsettled():
             print(f"from earlier runs: {unsettled}")
         began = Began(self.book.runs + 1)
         self.book.apply(began)
         return began
+
+    def _check_photos(self, entries: Sequence[Entry]) -> None:
+        """Raises DataError if an answer is about a photo that has been replaced since."""
+        asked = [entry for entry in entries if isinstance(entry, Sent) and entry.photo is not None]
+        found = photo_digests((self.by_id[entry.fact] for entry in asked), self.config.data)
+        changed = {
+            entry.fact: None
+            for entry in asked
+            if found[self.by_id[entry.fact].photo] != entry.photo
+        }
+        if changed:
+            first = next(iter(changed))
+            others = f" and {len(changed) - 1} facts more" if len(changed) > 1 else ""
+            raise DataError(
+                f"{self.config.folder / JOURNAL}: {first}{others} asked about with another photo "
+                f"than {more.photo_path(self.config.data, self.by_id[first])} is now; put back "
+                "what was there, or use another --out"
+            )
 
     def _build(self, fact: Fact) -> Request:
         return build_request(fact, self.ontology, self.reader)

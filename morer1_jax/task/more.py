@@ -137,8 +137,15 @@ class Seen(NamedTuple):
 
 def photo_digests(seen: Mapping[str, Seen]) -> dict[str, str]:
     """Those of `see_photos` in the form of `digests`."""
-    # A copy of the dataset on another system may have the names in another form.
-    return {f"img_org/{composed(photo)}": found.digest for photo, found in seen.items()}
+    # A copy of the dataset on another system may have the names in another form. Two photos whose
+    # names differ by no more than that share an entry, which either of them changes.
+    found: dict[str, list[str]] = {}
+    for photo in sorted(seen):
+        found.setdefault(f"img_org/{composed(photo)}", []).append(seen[photo].digest)
+    return {
+        name: each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+        for name, each in found.items()
+    }
 
 
 def read_photo(

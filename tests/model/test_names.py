@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from morer1_jax.model import names
+from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from morer1_jax.model.names import WeightsError, canonical_name, from_hf, tensor_specs, to_hf
 from morer1_jax.model.vlm import init_params
 
@@ -79,3 +80,51 @@ def test_a_tied_head_must_be_the_embedding_and_another_must_be_there(case):
         del tensors["lm_head.weight"]
         with pytest.raises(WeightsError, match=r"missing lm_head.weight"):
             from_hf(tensors, case.config)
+
+
+# As the 7B, which has 339 tensors of text and 390 of the tower: fewer than half are text's.
+LIKE_7B = ModelConfig(
+    text=TextConfig(64, 8, 8, 2, 2, 1, (1, 1, 0)),
+    vision=VisionConfig(8, 8, 8, 2, 8, (3, 7), patch_size=4, window_size=16),
+    image_token_id=1,
+    video_token_id=2,
+    vision_start_token_id=3,
+    vision_end_token_id=4,
+)
+
+
+def newer(name):
+    """The name of transformers 5's state dicts."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "form"),
+    [
+        ("model.", lambda name: f"model.{name}"),
+        ("model.", lambda name: f"model.{newer(name)}"),
+        ("language_model.", lambda n: n if n.startswith("visual.") else f"language_model.{n}"),
+        ("llm.", lambda n: n if n.startswith("visual.") else f"llm.{n}"),
+        ("model.language_model.", lambda n: newer(n).replace("language_", "language_model.", 1)),
+        ("student.model.", lambda name: f"student.model.{newer(name)}"),
+        ("module.", lambda name: f"module.{name}"),
+    ],
+)
+def test_a_foreign_prefix_is_named_though_it_be_part_of_a_known_form(prefix, form):
+    specs = names.tensor_specs(LIKE_7B)
+    text = [name for name in specs if not name.startswith("visual.")]
+    assert len(text) < len(specs) / 2
+    tensors = {form(name): np.zeros(spec.shape) for name, spec in specs.items()}
+    with pytest.raises(WeightsError, match="stands before the names of tensors") as error:
+        from_hf(tensors, LIKE_7B)
+    assert str(error.value).startswith(f"{prefix!r} ")
+
+
+@pytest.mark.parametrize("form", [str, newer])
+def test_a_norm_alone_that_is_missing_is_no_prefix(form):
+    tensors = {form(n): np.zeros(s.shape) for n, s in names.tensor_specs(LIKE_7B).items()}
+    tensors["x.model.norm.weight"] = tensors.pop(form("model.norm.weight"))
+    with pytest.raises(WeightsError, match=r"missing model\.norm.*unexpected x\.model\.norm"):
+        from_hf(tensors, LIKE_7B)

@@ -130,11 +130,11 @@ def test_features_of_other_photos_or_pixel_limits_are_named(job, config, tmp_pat
     photo = job.facts["valid"][0].photo
     with Image.open(folder / "img_org" / photo) as before:
         ImageOps.invert(before).save(folder / "img_org" / photo)
-    stale = rf"{tmp_path}/features: features of another img_org/{photo} found.* delete the folder"
+    stale = rf"^{tmp_path}/features: the features are of others: img_org/{photo} changed; .*delete"
     with pytest.raises(DataError, match=stale):
         features.feature_store(Job(settings(changed), tmp_path))
     changed.data.update(folder=str(small_world), crop_margin=0.3)
-    with pytest.raises(DataError, match="features of another pixel limits or crop found"):
+    with pytest.raises(DataError, match="are of others: pixel limits or crop changed; "):
         features.feature_store(Job(settings(changed), tmp_path))
 
 
@@ -146,5 +146,5 @@ def test_features_that_do_not_say_what_they_were_made_of_are_refused_at_the_star
     described = json.loads(path.read_text())
     del described["made_of"]
     path.write_text(json.dumps(described))
-    with pytest.raises(DataError, match=r"features that do not say of which .*delete the folder"):
+    with pytest.raises(DataError, match=r"features do not say what they are of; .*delete"):
         Job(settings(config), tmp_path).check()

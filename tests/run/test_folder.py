@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 from morer1_jax.model.names import WeightsError, canonical_name
 from morer1_jax.run import weights
 from morer1_jax.run.config import ConfigError, read_config
+from morer1_jax.run.export import export
 from morer1_jax.run.job import Job
 from morer1_jax.run.settings import settings
-from morer1_jax.run.student import open_student
+from morer1_jax.run.student import TASK, open_student
 from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -141,7 +142,7 @@ def test_the_file_that_transformers_5_saves_is_read_before_the_older_one(copy):
 
 
 def test_training_has_the_folder_s_mean_and_says_where_limits_differ(
-    copy, tmp_path, request, capsys
+    copy, tmp_path, request, capsys, small_world
 ):
     found = {"min_pixels": 3136, "max_pixels": 7000, "image_std": [0.2, 0.3, 0.4]}
     (copy / PREPROCESSOR).write_text(json.dumps(found))
@@ -152,13 +153,38 @@ def test_training_has_the_folder_s_mean_and_says_where_limits_differ(
     assert job.images.image_std == (0.2, 0.3, 0.4)
     assert (job.images.min_pixels, job.images.max_pixels) == (3136, 6400)
     assert job.images.crop_margin == config.data.crop_margin
-    said = "data.max_pixels: 6400, though the processor of model.path has 7000\n"
-    assert capsys.readouterr().out == said
+    # Who only asks the model, as `predict --json` does, is told nothing of it.
+    assert capsys.readouterr().out == ""
+    config.data.update(
+        folder=str(small_world), windows=400, prompt_length=900, completion_length=300
+    )
+    config.mesh.update(data=1, fsdp=1, tensor=-1)
+    job = Job(settings(config), tmp_path / "run")
+    job.check()
+    said = "data.max_pixels: 6400, though the processor of model.path has 7000"
+    assert [line for line in capsys.readouterr().out.splitlines() if "pixels" in line] == [said]
 
 
 def test_limits_that_are_none_are_refused(copy):
     (copy / PREPROCESSOR).write_text(json.dumps({"size": 448}))
     refused(copy, "size: found 448, least and most pixels expected")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("crop_margin", "0.1", "a number from 0 on expected"),
+        ("crop_margin", -0.1, "a number from 0 on expected"),
+        ("crop_margin", float("nan"), "a number from 0 on expected"),
+        ("crop_least", True, "a whole number from 1 on expected"),
+        ("crop_least", 2.5, "a whole number from 1 on expected"),
+        ("completion_length", [40], "a whole number from 1 on expected"),
+    ],
+)
+def test_what_our_own_file_says_must_be_of_its_kind(copy, key, value, expected):
+    (copy / TASK).write_text(json.dumps({key: value}))
+    found = refused(copy, f"{key}: found .*, {expected}; copy it anew")
+    assert found.startswith(f"{copy / TASK}: ")
 
 
 class TestPlaces:
@@ -187,6 +213,25 @@ class TestPlaces:
                 look(path)
             assert str(error.value).startswith(f"{path}: {found}")
 
+    @pytest.mark.parametrize(
+        ("path", "here"), [("run/demo", "runs/demo"), ("runs/Qwen2.5-VL-3B", "runs")]
+    )
+    def test_why_it_is_not_is_said_and_how_to_have_it(self, path, here):
+        for look in (open_student, Checkpoint):
+            with pytest.raises(WeightsError) as error:
+                look(path)
+            assert str(error.value).endswith(
+                f"or a name on the hub (not looked for there, as {here} is on this machine; if it "
+                f"is meant, hf download {path}, and name the folder that it prints)"
+            )
+
+    @pytest.mark.parametrize("path", ["./qwen", "qwen/model.safetensors", "runs", "a/b/c"])
+    def test_of_what_is_no_name_of_the_hub_nothing_is_said(self, path):
+        for look in (open_student, Checkpoint):
+            with pytest.raises((WeightsError, ConfigError)) as error:
+                look(path)
+            assert "hf download" not in str(error.value)
+
     def test_a_name_of_the_hub_is(self):
         for look in (open_student, Checkpoint):
             with pytest.raises(AssertionError, match=r"Qwen/Qwen2\.5-VL-3B-Instruct"):
@@ -202,3 +247,43 @@ def test_a_config_that_leaves_the_ids_out_has_the_defaults(copy):
     ours = Checkpoint(copy).config
     assert ours.image_token_id == theirs.image_token_id == 151655
     assert ours.video_token_id == theirs.video_token_id == 151656
+
+
+IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def job_of(folder, workdir, request, small_world):
+    config = read_config(request.config.rootpath / "tests" / "configs" / "tiny.py")
+    config.model.path, config.data.folder = str(folder), str(small_world)
+    return Job(settings(config), workdir)
+
+
+@pytest.mark.parametrize("key", IDS)
+def test_ids_that_are_not_the_tokenizer_s_are_refused_wherever_the_folder_is_used(
+    copy, key, tmp_path, request, small_world
+):
+    described = json.loads((copy / CONFIG).read_text())
+    expected, described[key] = described[key], 7
+    (copy / CONFIG).write_text(json.dumps(described))
+    problem = f"{copy / CONFIG}: {key}: found 7, but its tokenizer has {expected}; expected"
+    for use in (
+        lambda: open_student(str(copy)),
+        lambda: job_of(copy, tmp_path / "run", request, small_world).policy,
+    ):
+        with pytest.raises(WeightsError) as error:
+            use()
+        assert str(error.value).startswith(problem)
+
+
+def test_ids_that_are_left_out_are_the_tokenizer_s(copy, tmp_path, request, small_world):
+    described = json.loads((copy / CONFIG).read_text())
+    expected = {key: described.pop(key) for key in IDS}
+    (copy / CONFIG).write_text(json.dumps(described))
+    student = open_student(str(copy))
+    job = job_of(copy, tmp_path / "run", request, small_world)
+    export(student, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / CONFIG).read_text())
+    for key, value in expected.items():
+        assert getattr(student.model.config, key) == value
+        assert getattr(job.policy.model.config, key) == value
+        assert written[key] == value

@@ -60,6 +60,8 @@ def test_an_entity_is_found_in_its_title(folder, title, entity, words, span):
         ({"entity": "elt"}, "entity 'elt' is not in the title"),
         ({"entity": " "}, "entity is ' ', expected text"),
         ({"title": 3}, "title is 3, expected text"),
+        ({"title": "Heat \ud800"}, r"^title is 'Heat \\ud800': a lone surrogate, expected Unicode"),
+        ({"entity": "\udfff"}, r"^entity is '\\udfff': a lone surrogate"),
         (
             {"image": "none.jpg"},
             "^no photo 'none.jpg' in /.*; give its path from there, or a whole",
@@ -101,6 +103,22 @@ def test_what_is_asked_may_be_in_any_form_of_unicode(folder):
         # A letter's mark is no end of a word.
         fact = question(1, GIVEN | given | {"entity": "Jos"}, here)
         assert fact.entity_span == (2, 3)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_a_photo_is_found_though_each_folder_above_has_a_form_of_its_own(folder, forms):
+    inner = folder / normalize(forms[0], "\xe9quipe") / "x"
+    inner.mkdir(parents=True)
+    photo = inner / normalize(forms[1], "\xe9t\xe9.jpg")
+    Image.new("RGB", (20, 10)).save(photo)
+    # One of nearly the same name, without the photo.
+    (folder / normalize({"NFC": "NFD", "NFD": "NFC"}[forms[0]], "\xe9quipe")).mkdir()
+    for form in ("NFC", "NFD"):
+        name = normalize(form, "\xe9quipe/x/\xe9t\xe9.jpg")
+        for image in (name, f"./{name}", folder / name):
+            assert question(1, GIVEN | {"image": str(image)}, folder).image == str(photo)
+    with pytest.raises(DataError, match="no photo"):
+        question(1, GIVEN | {"image": "\xe9quipe/y/\xe9t\xe9.jpg"}, folder)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_question(folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from packaging import version
 
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.tokenizer import SpecialIds
@@ -186,6 +187,7 @@ def test_what_is_written_is_for_all_releases(exported):
         config = read(name, "config.json")
         assert config["tie_word_embeddings"] is tied
         assert config["dtype"] == config["torch_dtype"] == "float32"
+        assert version.parse(config["transformers_version"]) <= version.parse("4.57.2")
         assert config["vision_config"]["tokens_per_second"] == 1
         assert not {"quantization_config", "use_cache", "text_config"} & config.keys()
         generation = read(name, "generation_config.json")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import fsspec
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
 from morer1_jax.data.images import ImageConfig
 from morer1_jax.run.config import ConfigError
@@ -118,6 +120,38 @@ def test_another_dataset_over_one_journal_is_an_error(teacher, teachable, settin
     more.write_split(folder, "train", facts[:3])
     with pytest.raises(ConfigError, match=r'data\.txt/train\.txt: "\w+" there, "\w+" here'):
         Writer(settings(folder, count=2)).run()
+
+
+def test_answers_about_a_photo_that_was_replaced_serve_no_other(
+    teacher, teachable, settings, written
+):
+    folder, facts = teachable(8)
+    teacher.set(facts)
+    assert Writer(settings(folder, count=6)).run() == 0
+    sent = [line for line in written.journal(folder) if "sent" in line]
+    assert len(sent) == 6
+    path = folder / "img_org" / "train" / "1.jpg"
+    before, whole = path.read_bytes(), (folder / "journal.jsonl").read_bytes()
+    about = [line["fact"] for line in sent if facts[int(line["fact"][6:]) - 1].image == "1.jpg"]
+    digest = hashlib.sha256(before).hexdigest()
+    assert {line["photo"] for line in sent if line["fact"] in about} == {digest}
+    with Image.open(path) as photo:
+        photo.rotate(180).save(path)
+    for start in (Writer(settings(folder, count=8)).run, Writer(settings(folder, count=8)).dry_run):
+        with pytest.raises(DataError, match=rf"{about[0]}.* asked about with .*1\.jpg is now; put"):
+            start()
+    assert len(teacher.log()) == 6
+    assert (folder / "journal.jsonl").read_bytes() == whole
+    # One of before, which does not say of which photos, is not refused.
+    lines = [json.loads(line) for line in whole.splitlines()]
+    older = [{key: line[key] for key in line if key != "photo"} for line in lines]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert Writer(settings(folder, count=6)).run() == 0
+    # Nor is a photo that nothing was asked about.
+    (folder / "journal.jsonl").write_bytes(whole)
+    path.write_bytes(before)
+    assert Writer(settings(folder, count=8)).run() == 0
+    assert len(teacher.log()) == 8
 
 
 @pytest.mark.parametrize("unit", ["dollars", "tokens"])

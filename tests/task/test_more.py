@@ -153,6 +153,26 @@ def test_a_photo_is_found_in_whichever_form_of_unicode_its_name_is(folder, there
     assert more.photo_digests(seen).keys() == {f"img_org/train/{NAMES['NFC']}"}
 
 
+def test_of_two_photos_whose_names_read_alike_both_have_a_part_in_the_digest(folder):
+    photos = {form: folder / "img_org" / "train" / NAMES[form] for form in ("NFC", "NFD")}
+    put(folder, *(changed(img_id=NAMES[form]) for form in photos))
+
+    def found(first, second):
+        for path, colour in zip(photos.values(), (first, second), strict=True):
+            Image.new("RGB", (50, 40), colour).save(path)
+        facts = read_split(folder, "train", ONTOLOGY)
+        assert [fact.image for fact in facts] == [NAMES[form] for form in photos]
+        there = more.photo_digests(more.see_photos(facts, folder))
+        assert there == more.photo_digests(more.see_photos(facts[::-1], folder))
+        assert there.keys() == {f"img_org/train/{NAMES['NFC']}"}
+        return there
+
+    begun = found("red", "blue")
+    assert begun == found("red", "blue")
+    for other in (("red", "red"), ("blue", "blue"), ("blue", "red")):
+        assert found(*other) != begun
+
+
 def test_a_photo_of_two_names_that_read_alike_is_refused(folder):
     for name in NAMES.values():
         (folder / "img_org" / "train" / name).touch()
