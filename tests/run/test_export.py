@@ -285,7 +285,7 @@ def test_a_tokenizer_that_is_gone_is_named_before_a_tensor_is_read(whole, tmp_pa
 @pytest.mark.parametrize(
     ("text", "path", "found"),
     [
-        ("{", "run/sft", "not a JSON object; copy it anew"),
+        ("{", "run/sft", ".*expected a JSON object, copy it anew"),
         ("{", "run", ".*expected a JSON object"),
         ("3", "run", "int found, a JSON object expected"),
         ('{"stages": "sft"}', "run/sft", r"config\.\w+: the key is missing"),
