@@ -152,14 +152,15 @@ def _train(config: Any, job: Job) -> None:
         _check_order(job, done)
         for name in first:
             run(name)
-        if to_run := [name for name in rest if not done(name)]:
+        to_run = [name for name in rest if not done(name)]
+        if to_run:
             if "rate" in to_run:
                 check_given(job)
             job.check()
-            check_room(job, to_run)
+            check_room(job, config, to_run)
             check_saves(workdir)
     # What nothing brings back goes once nothing refuses the command any more.
-    binding.drop_states(config, workdir)
+    binding.drop_states(config, workdir, goes_on=to_run)
     for name in rest:
         run(name)
         binding.drop_states(config, workdir)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,7 @@ def growing(flat: Flat, name: str) -> str | None:
 def why_bound(config: Any, workdir: Path, key: str) -> str | None:
     """Which stages that have begun depend on a key, in words; None if it may change."""
     flat = flatten(config)
-    names = [
-        name
-        for name, keys in DEPENDS.items()
-        if matches(key, keys)
-        and not matches(key, _free(name))
-        and key != growing(flat, name)
-        and begun(workdir, name)
-    ]
+    names = [name for name in _dependants(flat, key) if begun(workdir, name)]
     if not names:
         return None
     verb = "depends" if len(names) == 1 else "depend"
@@ -102,6 +95,15 @@ def why_bound(config: Any, workdir: Path, key: str) -> str | None:
     return f"{', '.join(names)} {verb} on it" + (
         ": the learning rate's cosine ends with the last step" if cosine else ""
     )
+
+
+def _dependants(flat: Flat, key: str) -> list[str]:
+    """The stages that depend on a key."""
+    return [
+        name
+        for name, keys in DEPENDS.items()
+        if matches(key, keys) and not matches(key, _free(name)) and key != growing(flat, name)
+    ]
 
 
 def begun(workdir: Path, name: str) -> bool:
@@ -154,24 +156,63 @@ def check_steps(config: Any, workdir: Path) -> None:
             )
 
 
-def drop_states(config: Any, workdir: Path) -> None:
+def drop_states(config: Any, workdir: Path, goes_on: Collection[str] = ()) -> None:
     """Deletes what no stage can go on from any more: the states of stages that are done.
 
-    The best parameters stay. Where more steps may be asked for, so does the newest state, until a
-    later stage has begun with what was trained.
+    The best parameters stay; of states `kept_when_done`.
+
+    Args:
+      goes_on: stages that are not done and will go on: of them states beyond those to keep go.
+    """
+    for checkpoints, keep in _kept(config, workdir, goes_on):
+        checkpoints.drop(keep)
+
+
+def surplus(config: Any, workdir: Path, goes_on: Collection[str] = ()) -> list[Path]:
+    """What `drop_states` would delete."""
+    return [path for one, keep in _kept(config, workdir, goes_on) for path in one.surplus(keep)]
+
+
+def kept_when_done(config: Any, workdir: Path, name: str, later: Collection[str] = ()) -> int:
+    """How many states stay of a stage that is done: one where more steps may be asked for.
+
+    That is until a later stage has begun with what was trained.
+
+    Args:
+      later: stages to be taken as begun, beside those that have.
     """
     flat = flatten(config)
+    key = growing(flat, name)
+    dependants = [] if key is None else _dependants(flat, key)
+    used = any(one in later or begun(workdir, one) for one in dependants)
+    return int(key is not None and not used)
+
+
+def kept_while_training(config: Any, name: str) -> int:
+    """How many states stay of a stage that is not done."""
+    of = "sft" if name == "control" else name
+    return 1 if name == "baselines" else flatten(config)[f"{of}.keep_checkpoints"]
+
+
+def is_done(config: Any, workdir: Path, name: str) -> bool:
+    """Whether a stage is done, under this config."""
+    try:
+        return stage_of(config, workdir, name).done()
+    except ConfigError:  # Another config's, which has been said if it matters.
+        return False
+
+
+def _kept(
+    config: Any, workdir: Path, goes_on: Collection[str]
+) -> Iterator[tuple[Checkpointer, int]]:
+    """Checkpoints of which no more than so many states are to stay."""
     for name in TRAINED:
-        try:
-            if not stage_of(flat, workdir, name).done():
-                continue
-        except ConfigError:
-            continue  # Another config's, which has been said if it matters.
-        key = growing(flat, name)
-        later = key is not None and why_bound(flat, workdir, key) is not None
+        done = is_done(config, workdir, name)
         for checkpoints in saved(workdir, name):
-            if checkpoints.best() is not None:
-                checkpoints.drop(keep=int(key is not None and not later))
+            if done and checkpoints.best() is not None:
+                yield checkpoints, kept_when_done(config, workdir, name)
+            elif not done and name in goes_on:
+                yield checkpoints, kept_while_training(config, name)
 
 
 def upgrade_markers(config: Any, workdir: Path) -> None:

@@ -122,15 +122,17 @@ class Checkpointer:
                     remove(_step_path(best_folder, found))
         return True
 
+    def surplus(self, keep: int) -> list[Path]:
+        """All states but the newest `keep`, and what a killed save left; best ones stay."""
+        whole = [step for step in _steps(self.folder) if _manifest(self._path(step))]
+        older = [step for step in _steps(self.folder) if not keep or step < max(whole, default=0)]
+        states = [self._path(step) for step in older if step not in whole[:keep]]
+        return [*self.folder.glob(".step_*.tmp"), *states]
+
     def drop(self, keep: int) -> None:
-        """Deletes all but the newest `keep` states, and what a killed save left; best ones stay."""
-        if _is_first():
-            for unfinished in self.folder.glob(".step_*.tmp"):
-                shutil.rmtree(unfinished)
-            whole = [step for step in _steps(self.folder) if _manifest(self._path(step))]
-            for step in _steps(self.folder):
-                if step not in whole[:keep]:
-                    remove(self._path(step))
+        """Deletes the surplus."""
+        for path in self.surplus(keep) if _is_first() else ():
+            shutil.rmtree(path) if path.suffix else remove(path)
 
     def latest(self) -> int | None:
         """The newest step with a whole checkpoint; others are passed over with a warning."""

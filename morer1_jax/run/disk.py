@@ -14,6 +14,8 @@ import numpy as np
 
 from morer1_jax.files import temporary_path
 from morer1_jax.run import binding
+from morer1_jax.run.baselines import BLIND
+from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.features import features_shape
 from morer1_jax.run.job import Job
@@ -30,32 +32,41 @@ class Training:
       state: of a checkpoint: parameters that train and the optimizer's state.
       best: of the best parameters.
       keep: checkpoints that stay while it trains.
-      saves: checkpoints that it makes.
-      after: checkpoints that stay once it is done.
+      there: of what it has written already and will not delete before its first save.
+      states: checkpoints in that.
+      best_there: whether the best parameters are in that.
+      saves: checkpoints that it will make.
     """
 
     state: int
     best: int
     keep: int
+    there: int
+    states: int
+    best_there: bool
     saves: int
-    after: int
 
     @property
     def most(self) -> int:
         """While it trains: what is new is whole before what is old is deleted."""
-        keep, more = min(self.keep, self.saves), min(self.keep + 1, self.saves)
-        return max(keep * self.state + 2 * self.best, more * self.state + self.best)
+        if not self.saves:
+            return self.there
+        made = self.states + self.saves
+        keep, more = min(self.keep, made), min(self.keep + 1, made)
+        beside = self.there + self.state + (0 if self.best_there else self.best)
+        return max(keep * self.state + 2 * self.best, more * self.state + self.best, beside)
 
     @property
     def left(self) -> int:
-        """Once it is done."""
-        return self.best + self.after * self.state
+        """When it has ended, as long as its stage has not."""
+        return min(self.keep, self.states + self.saves) * self.state + self.best
 
 
-def check_room(job: Job, names: Sequence[str]) -> None:
+def check_room(job: Job, config: Any, names: Sequence[str]) -> None:
     """Finds out whether what the stages will write fits the disk.
 
     Args:
+      config: the job's.
       names: the stages that will run, in order.
 
     Raises:
@@ -63,9 +74,8 @@ def check_room(job: Job, names: Sequence[str]) -> None:
     """
     keys = [f"{name}.keep_checkpoints" for name in names if name in ("sft", "grpo")]
     lower = f"lower {' or '.join(keys)}, " if keys else ""
-    check_free(
-        job.workdir, needed_bytes(job, names), f"{lower}make room, or name another --workdir"
-    )
+    needed = needed_bytes(job, config, names)
+    check_free(job.workdir, needed, f"{lower}make room, or name another --workdir")
 
 
 def check_free(path: Path, needed: int, ways: str) -> None:
@@ -84,50 +94,73 @@ def check_free(path: Path, needed: int, ways: str) -> None:
         )
 
 
-def needed_bytes(job: Job, names: Sequence[str]) -> int:
-    """What the stages need at most at any time, beyond what they have written already."""
-    trainings = {name: _trainings(job, name, names) for name in binding.TRAINED}
-    there = {name: bytes_in(job.workdir / name) for name in binding.TRAINED}
+def needed_bytes(job: Job, config: Any, names: Sequence[str]) -> int:
+    """What the stages need at most at any time, beyond what they have written already.
+
+    What `binding.drop_states` deletes goes before anything is written, and after each stage.
+    """
+    workdir = job.workdir
+    gone = binding.surplus(config, workdir, names)
+    there = {folder: bytes_in(folder) for name in binding.TRAINED for folder in _folders(job, name)}
     held = dict(there)
-    for name, parts in trainings.items():
-        if name not in names and held[name] and binding.begun(job.workdir, name):
-            # Of a stage that is done its states go before anything is written.
-            held[name] = min(held[name], sum(part.left for part in parts))
+    for folder in held:
+        held[folder] -= sum(bytes_in(path) for path in gone if path.is_relative_to(folder))
+    ended = [name for name in binding.TRAINED if binding.is_done(config, workdir, name)]
     most = 0
-    for name in names:
-        parts = trainings.get(name, [])
-        held[name] = 0
-        for part in parts:
-            most = max(most, sum(held.values()) + part.most)
-            held[name] += part.left
+    for place, name in enumerate(names):
+        if name in binding.TRAINED:
+            for folder in _folders(job, name):
+                training = _training(job, config, name, folder, held[folder], gone)
+                most = max(most, sum(held.values()) - held[folder] + training.most)
+                held[folder] = training.left
+            ended.append(name)
+        for one in ended:
+            state, best = _sizes(job, one)
+            after = best + state * binding.kept_when_done(config, workdir, one, names[: place + 1])
+            held |= {folder: min(held[folder], after) for folder in _folders(job, one)}
     new = max(0, most - sum(there.values()))
-    if job.settings.data.keep_features and not (job.workdir / "features").exists():
+    if job.settings.data.keep_features and not (workdir / "features").exists():
         shape, dtype = features_shape(job)
         new += math.prod(shape) * np.dtype(dtype).itemsize
         # What a killed encoding has left goes first.
-        new -= bytes_in(temporary_path(job.workdir / "features"))
+        new -= bytes_in(temporary_path(workdir / "features"))
     return new + _OTHERS
 
 
-def _trainings(job: Job, name: str, names: Sequence[str]) -> list[Training]:
-    """What a stage trains, one after another."""
-    config = getattr(job.settings, name)
-    like = job.settings.sft if name == "control" else config
-    keep, every = (
-        (1, like.eval_every) if name == "baselines" else (like.keep_checkpoints, like.save_every)
-    )
-    # As `binding.drop_states` has it.
-    grows = name == "control" or config.optimizer.schedule == "constant"
-    later = {"sft": {"rate", "grpo", "control"}, "grpo": {"control"}}.get(name, set())
-    used = later & {*names} or any(binding.begun(job.workdir, one) for one in later)
-    training = Training(
-        state=tree_bytes(job.like_state(like.optimizer.build(1, job.parts))),
-        best=tree_bytes(job.like[0]),
+def _folders(job: Job, name: str) -> list[Path]:
+    """Of what a stage trains, one after another."""
+    folder = (job.workdir / name).absolute()  # As checkpoints name theirs.
+    return [folder / one for one in BLIND] if name == "baselines" else [folder]
+
+
+def _training(
+    job: Job, config: Any, name: str, folder: Path, there: int, gone: Sequence[Path]
+) -> Training:
+    """What a stage trains into one folder, which will hold `there` bytes when `gone` is."""
+    keep, steps = binding.kept_while_training(config, name), getattr(job.settings, name).steps
+    like = job.settings.sft if name == "control" else getattr(job.settings, name)
+    every = like.eval_every if name == "baselines" else like.save_every
+    checkpoints = Checkpointer(folder / "checkpoints")
+    state, best = _sizes(job, name)
+    return Training(
+        state=state,
+        best=best,
         keep=keep,
-        saves=keep + 1 if config.steps is None else -(-config.steps // every),
-        after=int(grows and not used),
+        there=there,
+        states=sum(path not in gone for path in checkpoints.folder.glob("step_*")),
+        best_there=checkpoints.best() is not None,
+        # Of as many steps as time allows any number.
+        saves=keep + 1
+        if steps is None
+        else max(0, -(-steps // every) - (checkpoints.latest() or 0) // every),
     )
-    return [training] * (2 if name == "baselines" else 1)
+
+
+def _sizes(job: Job, name: str) -> tuple[int, int]:
+    """Bytes of a state and of the best parameters of what a stage trains."""
+    like = job.settings.sft if name == "control" else getattr(job.settings, name)
+    state = tree_bytes(job.like_state(like.optimizer.build(1, job.parts)))
+    return state, tree_bytes(job.like[0])
 
 
 def tree_bytes(tree: Any) -> int:

@@ -116,7 +116,7 @@ def test_a_disk_without_room_for_the_tensors_is_named_before_any_is_written(
     tensors = sum(x.size for x in jax.tree.leaves(student.params)) * 2
     free = types.SimpleNamespace(free=tensors - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
-    with pytest.raises(ConfigError, match=r"0\.2 MB more will be written .*name another --out"):
+    with pytest.raises(ConfigError, match=r"0\.\d MB more will be written .*name another --out"):
         export(student, tmp_path / "out", dtype="bfloat16")
     assert not list(tmp_path.iterdir())
     # What a killed export has left makes room for the next.
