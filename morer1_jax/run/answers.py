@@ -142,7 +142,7 @@ class Asker:
                 chunk = facts[number * size : (number + 1) * size]
                 for row, fact in enumerate(chunk):
                     answers = jax.tree.map(lambda x, row=row: x[row], drawn)
-                    check_drawn(fact.id, answers)
+                    check_drawn(fact.id, answers, policy.model.runtime.dtype)
                     yield fact, answers
                 bar.update(len(chunk))
 

@@ -262,9 +262,11 @@ class Checkpointer:
                 ),
             )
         if (bad := first_not_finite(arrays)) is not None:
+            way = f"delete {path} to go on from the one before it"
+            if path.parent.name == "best":  # There is none before it.
+                way = "ask a stage before this one, or train in a new --workdir"
             raise CheckpointError(
-                f"{path}: {bad} is not finite, a checkpoint of finite numbers expected; delete "
-                f"{path} to go on from the one before it"
+                f"{path}: {bad} is not finite, a checkpoint of finite numbers expected; {way}"
             )
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
         return tree, manifest["extra"]

@@ -21,7 +21,7 @@ from morer1_jax.model.vision import VisionTower
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.config import ConfigError
 from morer1_jax.run.digests import differences, of_lines
-from morer1_jax.run.finite import NotFiniteError, count_not_finite
+from morer1_jax.run.finite import NotFiniteError, count_not_finite, ways
 from morer1_jax.run.log import progress
 from morer1_jax.task import more
 from morer1_jax.task.fact import DataError, Fact
@@ -123,7 +123,7 @@ def _encode(job: Job, folder: Path, merge: int) -> None:
                     fact, which = images[number * rows + row]
                     raise NotFiniteError(
                         f"fact {fact.id}: the features of {('its photo', 'its crop')[which]} are "
-                        f"not finite in {dtype}; set runtime.dtype to 'float32'"
+                        f"not finite in {dtype}; {ways(dtype, 'begin with another checkpoint')}"
                     )
                 out[start : start + len(tokens)] = tokens
                 start += len(tokens)

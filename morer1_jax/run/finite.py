@@ -76,13 +76,25 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
-def check_drawn(fact: str, drawn: Rollout) -> None:
+def ways(dtype: str, *others: str) -> str:
+    """What to do about numbers that are not finite.
+
+    Args:
+      dtype: that they were computed in; float32 is named where it is another.
+      others: what else may help.
+    """
+    wider = "compute in float32 (runtime.dtype; of a folder, tools/convert.py --dtype=float32)"
+    return ", or ".join((*others, *(() if dtype == "float32" else (wider,))))
+
+
+def check_drawn(fact: str, drawn: Rollout, dtype: str) -> None:
     """Sees to it that every token of a fact's answers was drawn from probabilities.
 
     Guided or not, something is drawn where there are none, and may well be a label.
 
     Args:
       drawn: without the batch's axis, NumPy arrays.
+      dtype: that the model computed in.
 
     Raises:
       NotFiniteError: a log-probability is not finite.
@@ -93,7 +105,7 @@ def check_drawn(fact: str, drawn: Rollout) -> None:
         raise NotFiniteError(
             f"fact {fact}: the log-probability of token {place + 1} of answer {sample + 1} is "
             f"{drawn.logprobs[sample, place]}, a finite number expected: the model's numbers "
-            "overflow; compute in float32, or ask a checkpoint from before they did"
+            f"overflow in {dtype}; {ways(dtype, 'ask another checkpoint')}"
         )
 
 
@@ -118,7 +130,7 @@ class SkippedUpdates:
     looked at later, by `read`.
 
     Attributes:
-      row: steps in a row with a skipped update, of those that were read.
+      row: steps in a row whose updates were all skipped, of those that were read.
     """
 
     def __init__(
@@ -128,6 +140,9 @@ class SkippedUpdates:
         latest: Callable[[], int | None],
         write: Callable[[str], None],
         extra: Mapping[str, Any],
+        *,
+        updates: int = 1,
+        dtype: str = "float32",
     ) -> None:
         """Begins, or goes on.
 
@@ -137,7 +152,10 @@ class SkippedUpdates:
           latest: gives the step of the newest checkpoint.
           write: takes a line for the user.
           extra: what `extra` gave for the checkpoint that training goes on from.
+          updates: of a step.
+          dtype: that they are computed in.
         """
+        self._updates, self._dtype = updates, dtype
         self._stage, self._latest, self._write = stage, latest, write
         self._patience = min(PATIENCE, steps)
         self._unread: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
@@ -154,21 +172,21 @@ class SkippedUpdates:
             at, metrics = self._unread.popleft()
             skipped, norm = (float(metrics.get(name, 0)) for name in (SKIPPED, "param_norm"))
             self._count += int(skipped)
-            self.row = self.row + 1 if skipped else 0
+            self.row = self.row + 1 if skipped >= self._updates else 0
             broken = not math.isfinite(norm)
             if self._error is not None or not (skipped or broken):
                 continue
             what = f"{self._stage} step {at}: {_not_finite_metric(metrics)}"
-            if skipped:
-                self._write(f"{what}; its update is skipped")
+            if not broken:
+                many = f"{skipped:.0f} of its {self._updates} updates are"
+                self._write(f"{what}; {'its update is' if self._updates == 1 else many} skipped")
             if broken or self.row >= self._patience:
                 many = "" if broken else f", as in each of {self.row} steps in a row"
                 saved = self._latest()
                 kept = "none" if saved is None else f"of step {saved}"
                 self._error = NotFiniteError(
                     f"{what}{many}; the last finite checkpoint: {kept}; with a new --workdir, "
-                    "lower the stage's optimizer.lr or lengthen its warmup, or compute in float32 "
-                    "(runtime.dtype)"
+                    + ways(self._dtype, "lower the stage's optimizer.lr or lengthen its warmup")
                 )
 
     def take(self) -> int:
@@ -191,9 +209,9 @@ class SkippedUpdates:
 
 
 def _not_finite_metric(metrics: Mapping[str, Any]) -> str:
-    """The first metric that is not finite, with its value."""
+    """The first metric that is not finite, with its value; lost parameters before what they do."""
     numbers = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
-    first = dict.fromkeys(("loss", "grad_norm", "param_norm")) | numbers
+    first = dict.fromkeys(("param_norm", "loss", "grad_norm")) | numbers
     for name in first:
         if name in numbers and not math.isfinite(numbers[name]):
             return f"{name} is {numbers[name]}"

@@ -17,7 +17,7 @@ from morer1_jax.rollout.program import Scored
 from morer1_jax.run.answers import greedy_asker, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.digests import bind, of_lines
-from morer1_jax.run.finite import NotFiniteError
+from morer1_jax.run.finite import NotFiniteError, ways
 from morer1_jax.run.grpo_step import GRPOStep
 from morer1_jax.run.job import Job
 from morer1_jax.run.log import RecordLog
@@ -101,6 +101,8 @@ def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
         timer=timer,
         resume=records.resume_at,
         shown=("reward", "rewards/accuracy/mean"),
+        updates=grpo.updates,
+        dtype=job.policy.model.runtime.dtype,
     )
     return train(
         "grpo",
@@ -124,14 +126,15 @@ def _check_finite(job: Job, bad: np.ndarray) -> None:
     Raises:
       NotFiniteError: naming the first fact of a group that is not.
     """
-    facts = job.facts["train"]
-    for number in bad[bad >= 0]:
+    bad = bad[bad >= 0]
+    if bad.size:
+        facts = job.facts["train"]
         # A fact that a batch has twice has other noise, and so another number, the second time.
         raise NotFiniteError(
-            f"fact {facts[number % len(facts)].id}: an advantage, or the log-probability of a "
-            "token that was drawn (by the sampler, the old parameters or the reference), is no "
-            "finite number; its rollout is not trained on; with a new --workdir, compute in "
-            "float32 (runtime.dtype)"
+            f"fact {facts[bad[0] % len(facts)].id}: an advantage, or the "
+            "log-probability of a token that was drawn (by the sampler, the old parameters or the "
+            "reference), is no finite number; its rollout is not trained on; "
+            + ways(job.policy.model.runtime.dtype, "with a new --workdir, lower grpo.optimizer.lr")
         )
 
 

@@ -16,7 +16,13 @@ from morer1_jax.data.loader import WorkerKind, load_ahead
 from morer1_jax.learn.state import TrainState
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.compiles import CompileWatch
-from morer1_jax.run.finite import PATIENCE, SKIPPED, SkippedUpdates, check_scores
+from morer1_jax.run.finite import (
+    PATIENCE,
+    SKIPPED,
+    NotFiniteError,
+    SkippedUpdates,
+    check_scores,
+)
 from morer1_jax.run.log import MetricLog, progress
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.throughput import Work, throughput
@@ -44,11 +50,14 @@ class Hooks:
         are sent a copy of.
       step: `(state, batch, step) -> (state, metrics)`, metrics possibly still being computed;
         those that are arrays with axes are for `work` and are not logged.
-      work: `(batch, metrics) -> Work`, asked of each step once the next one has begun.
+      work: `(batch, metrics) -> Work`, asked of each step once the next one has begun; its
+        `NotFiniteError` gets the step's name.
       validate: `params -> metrics`; its `micro_f1` decides which checkpoint is the best.
       timer: that `step` tells what it starts.
       resume: told the step training is taken up at, before anything is written.
       shown: metrics to show beside the progress bar.
+      updates: of a step, each of which may be skipped.
+      dtype: that a step computes in.
     """
 
     batch: Callable[[int], Any]
@@ -58,6 +67,8 @@ class Hooks:
     timer: PhaseTimer
     resume: Callable[[int | None], None] = lambda step: None
     shown: tuple[str, ...] = ("loss",)
+    updates: int = 1
+    dtype: str = "float32"
 
 
 def train(
@@ -109,7 +120,15 @@ def train(
     watch, compiles = _StopWatch(start), CompileWatch()
     done, counted = Work(0.0, 0.0), start
     tracing = due = False
-    skipped = SkippedUpdates(name, config.steps, checkpoints.latest, bar.write, extra)
+    skipped = SkippedUpdates(
+        name,
+        config.steps,
+        checkpoints.latest,
+        bar.write,
+        extra,
+        updates=hooks.updates,
+        dtype=hooks.dtype,
+    )
 
     def settle() -> None:
         """Logs the step before: the next one keeps the device busy while it is waited for."""
@@ -118,7 +137,13 @@ def train(
             return
         step, batch, metrics = pending
         pending = None
-        done += hooks.work(batch, metrics)
+        try:
+            done += hooks.work(batch, metrics)
+        except NotFiniteError as error:
+            # Of numbers that are not finite the step before may be the cause.
+            skipped.read(step)
+            skipped.check()
+            raise NotFiniteError(f"{name} step {step}: {error}") from None
         if step % config.log_every and step != config.steps:
             # The host is hardly ever further ahead than this, so that it does not wait here.
             skipped.read(step - PATIENCE)

@@ -83,6 +83,7 @@ def train_sft(
         validate=validator(asker, job, job.facts["valid"][:eval_facts]),
         work=lambda arrays, _: sequence_work(policy.model.config, passes, arrays),
         timer=timer,
+        dtype=policy.model.runtime.dtype,
     )
     return train(
         name,

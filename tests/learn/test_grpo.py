@@ -209,6 +209,17 @@ def test_several_updates_metrics():
     assert combined[f"{name}max"] == 5.0
 
 
+def test_what_updates_skipped_is_summed_and_what_they_name_is_kept():
+    """One of two was skipped, for its second group; neither is lost in a mean."""
+    updates = [
+        {"skipped_updates": jnp.int32(skipped), "not_finite": jnp.asarray(facts, jnp.int32)}
+        for skipped, facts in ((0, [-1, -1, 4]), (1, [-1, 7, -1]))
+    ]
+    combined = combined_metrics(updates)
+    assert combined["skipped_updates"] == 1
+    assert combined["not_finite"].tolist() == [-1, 7, 4]
+
+
 @pytest.mark.parametrize("beta", [0.04, 1.0])
 def test_the_gradient_of_kl_by_finite_differences(tiny, gradients_of, data, beta):
     config = GRPOConfig(beta=beta, importance_cap=None, normalisation="sequence")

@@ -1,5 +1,6 @@
 """What is not finite is found: in arrays, in answers, in updates, in a run and what it leaves."""
 
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -22,8 +23,10 @@ from morer1_jax.run.finite import (
     count_not_finite,
     first_not_finite,
 )
-from morer1_jax.run.grpo import _check_finite
+from morer1_jax.run.grpo import run_grpo
+from morer1_jax.run.grpo_step import GRPOStep
 from morer1_jax.run.job import Job
+from morer1_jax.run.rate import Rating
 from morer1_jax.run.settings import settings
 from morer1_jax.task.fact import DataError
 from morer1_jax.train import train
@@ -67,11 +70,15 @@ def drawn(value, counted):
     return types.SimpleNamespace(logprobs=logprobs, mask=mask)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_token_drawn_from_no_probabilities_is_named(value):
-    check_drawn("test:3", drawn(value, False))  # Padding may hold anything.
-    with pytest.raises(NotFiniteError, match=rf"^fact test:3: .* token 3 of answer 2 is {value},"):
-        check_drawn("test:3", drawn(value, True))
+def test_a_token_drawn_from_no_probabilities_is_named(value, dtype):
+    check_drawn("test:3", drawn(value, False), dtype)  # Padding may hold anything.
+    named = rf"^fact test:3: .* token 3 of answer 2 is {value},.* overflow in {dtype}; "
+    with pytest.raises(NotFiniteError, match=named) as error:
+        check_drawn("test:3", drawn(value, True), dtype)
+    # What computes in float32 is not told to.
+    assert ("--dtype=float32" in str(error.value)) == (dtype == "bfloat16")
 
 
 def test_a_score_that_is_not_finite_is_named():
@@ -83,9 +90,11 @@ def test_a_score_that_is_not_finite_is_named():
 class Training:
     """Skipped updates of made-up steps."""
 
-    def __init__(self, steps=100, extra=None):
+    def __init__(self, steps=100, extra=None, **given):
         self.lines = []
-        self.skipped = SkippedUpdates("sft", steps, lambda: 7, self.lines.append, extra or {})
+        self.skipped = SkippedUpdates(
+            "sft", steps, lambda: 7, self.lines.append, extra or {}, **given
+        )
         self.step = 0
 
     def go(self, *skips, norm=1.0):
@@ -149,11 +158,32 @@ def test_a_training_shorter_than_its_patience_does_not_end_well_without_an_updat
         training.skipped.check()
 
 
-def test_parameters_that_are_lost_end_training_at_once():
-    training = Training()
-    training.go(0, norm=np.inf)
-    with pytest.raises(NotFiniteError, match=r"^sft step 1: param_norm is inf; .* step 7"):
+def test_a_step_counts_as_skipped_where_all_its_updates_were():
+    training = Training(updates=2)
+    training.go(2, 1, *[2] * (PATIENCE - 1), 1)
+    training.skipped.check()
+    assert training.skipped.row == 0
+    assert training.skipped.take() == 2 + 1 + 2 * (PATIENCE - 1) + 1
+    counts = [2, 1, *[2] * (PATIENCE - 1), 1]
+    assert training.lines == [
+        f"sft step {n}: loss is nan; {count} of its 2 updates are skipped"
+        for n, count in enumerate(counts, start=1)
+    ]
+    training.go(*[2] * PATIENCE)
+    with pytest.raises(NotFiniteError, match=r"^sft step 12: loss is nan, as in each of 5 steps"):
         training.skipped.check()
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_that_are_lost_end_training_at_once(skip, dtype):
+    """Whether or not a later update of the step found its loss not finite and was skipped."""
+    training = Training(updates=2, dtype=dtype)
+    training.go(skip, norm=np.inf)
+    with pytest.raises(NotFiniteError, match=r"^sft step 1: param_norm is inf; .* step 7") as error:
+        training.skipped.check()
+    assert training.lines == []
+    assert ("compute in float32" in str(error.value)) == (dtype == "bfloat16")
 
 
 @pytest.mark.usefixtures("quick_compiles")
@@ -190,12 +220,49 @@ def _with_nan(leaf):
     return np.where(np.arange(leaf.size).reshape(leaf.shape) == 0, np.nan, leaf)
 
 
-def test_a_rollout_that_is_not_finite_is_named_by_its_fact(small_world, tmp_path):
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_rollout_that_is_not_finite_ends_the_run_by_its_facts_name(
+    small_world, tmp_path, monkeypatch
+):
+    """One log-probability of the third step's last group, whose fact the step has twice."""
     config = read_config(TINY)
-    config.data.folder = str(small_world)
+    config.data.folder, config.data.shapes = str(small_world), 1
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    config.grpo.loss.beta = 0.0  # Compiles no reference.
+    config.grpo.update(steps=8, prompts=6, mixing=False, save_every=1, log_every=8)
+    monkeypatch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
     job = Job(settings(config), tmp_path)
-    count = len(job.facts["train"])
-    _check_finite(job, np.full(3, -1, np.int32))
-    # A fact that comes twice has another number the second time.
-    with pytest.raises(NotFiniteError, match=r"^fact train:3: .* is not trained on"):
-        _check_finite(job, np.asarray([-1, 2 + count, 5], np.int32))
+    lines = [Rating(fact.id, 0.5, "hard") for fact in job.facts["train"][:4]]
+    (tmp_path / "rate").mkdir()
+    (tmp_path / "rate" / "ratings.jsonl").write_text(
+        "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
+    )
+
+    class Spoilt(GRPOStep):
+        """As the stage has it, but for a NaN that its sampler gives."""
+
+        def __call__(self, state, prompts, number):
+            if number == 2:
+                self.rollout = spoil(self.rollout)
+            return super().__call__(state, prompts, number)
+
+    def spoil(program):
+        def run(*args):
+            scored, metrics = program(*args)
+            drawn = scored.rollout
+            bad = drawn.replace(logprobs=drawn.logprobs.at[5, 0, 0].set(jnp.nan))
+            return scored.replace(rollout=bad), metrics
+
+        return run
+
+    monkeypatch.setattr("morer1_jax.run.grpo.GRPOStep", Spoilt)
+    with pytest.raises(NotFiniteError) as error:
+        run_grpo(job, lambda: job.init_params(0))
+    drawn = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").open()]
+    facts = [r["fact"] for r in drawn if r["step"] == 3 and r["sample"] == 0]
+    assert facts[5] in facts[:5]
+    assert str(error.value).startswith(f"grpo step 3: fact {facts[5]}: ")
+    assert "(by the sampler, the old parameters or the reference)" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "float32" not in str(error.value)  # What it computes in.
+    assert Checkpointer(tmp_path / "grpo" / "checkpoints").latest() == 2
