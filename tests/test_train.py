@@ -580,7 +580,7 @@ def test_pass_rates_that_changed_since_grpo_began_are_named(config, workdir, mon
         with pytest.raises(Began):
             run_grpo(job, None)
     path = workdir / "rate" / "ratings.jsonl"
-    path.write_text(path.read_text().replace("0.5", "0.25", 1))
+    path.write_text(path.read_text().replace("0.25", "0.5", 1))
     with pytest.raises(DataError, match=rf"^{workdir}: rate/ratings\.jsonl changed since"):
         run_grpo(job, None)
 

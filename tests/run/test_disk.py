@@ -197,7 +197,10 @@ def test_too_little_room_is_named_before_the_first_step(config, tmp_path, monkey
 
 
 def test_what_is_written_is_what_was_counted(config, tmp_path):
-    """By a state as a training saves it: orbax adds little and compresses noise little."""
+    """By a state as a training saves it: orbax compresses noise little.
+
+    What it says of each array besides is much beside a tiny one, and nothing beside a real one.
+    """
     job = Job(settings(config), tmp_path)
     state = job.new_state(job.init_params(0), job.settings.sft.optimizer.build(1, job.parts))
     random = np.random.default_rng(0)
@@ -210,9 +213,9 @@ def test_what_is_written_is_what_was_counted(config, tmp_path):
     checkpoints = Checkpointer(tmp_path / "sft" / "checkpoints")
     checkpoints.save(1, jax.tree.map(filled, state))
     counted, _ = sizes(job)
-    manifest = (checkpoints.folder / "step_00000001" / "manifest.json").stat().st_size
-    written = disk.bytes_in(checkpoints.folder) - manifest
-    assert written == pytest.approx(counted, rel=0.1)
+    arrays = checkpoints.folder / "step_00000001" / "arrays"
+    written = sum(disk.bytes_in(folder) for folder in arrays.rglob("d"))
+    assert written == pytest.approx(counted, rel=0.06)
     training = disk._training(job, config, "sft", tmp_path / "none", 0, [])
     assert (training.state, training.best) == sizes(job)
 
