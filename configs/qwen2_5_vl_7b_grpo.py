@@ -6,6 +6,8 @@
 In the workdir of `qwen2_5_vl_7b_sft.py` it begins with what that trained. In a new one it can begin
 with an SFT model's folder, as `tools/convert.py` writes it: `--config.rate.begin=checkpoint
 --config.model.path=…`.
+
+It has not been run yet, and as it stands it fits not eight v6e chips (README).
 """
 
 from pathlib import Path

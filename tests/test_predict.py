@@ -185,7 +185,7 @@ def test_a_tensor_that_is_not_finite_is_trained_by_no_stage(spoilt, small_world,
     config.rate.begin = "checkpoint"
     config.mesh.update(data=1, fsdp=1, tensor=-1)
     job = Job(settings(config), tmp_path)
-    lines = [Rating(fact.id, 0.5, "hard") for fact in job.facts["train"]]
+    lines = [Rating(fact.id, 0.0, "hard") for fact in job.facts["train"]]
     (tmp_path / "rate").mkdir()
     (tmp_path / "rate" / "ratings.jsonl").write_text(
         "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)

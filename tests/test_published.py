@@ -10,6 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.learn.parts import split
+from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import ModelConfig, Runtime
 from morer1_jax.model.vlm import Qwen25VL, init_params
 from morer1_jax.run import weights
@@ -124,3 +126,28 @@ def test_grpo_alone_needs_no_reasoning(config, tmp_path):
     alone.stages = "sft"
     with pytest.raises(DataError, match=r"reasoning\.jsonl: no such file.*data\.reasoning"):
         train(alone, tmp_path)
+
+
+def test_what_grpo_of_the_3b_holds_is_most_of_an_h100():
+    """README's figure: of what trains the parameters, AdamW's two moments, the reference and two
+    gradients (the sum of parts and a part's own), all in float32, before any activation."""
+    made = settings(read_config(ROOT / "configs" / "qwen2_5_vl_3b_grpo.py"))
+    text, vision = made.model.text, made.model.vision
+    shapes = ModelConfig(
+        text=text.config(text.vocab_size),
+        vision=vision.config(text.hidden_size),
+        image_token_id=151_655,
+        video_token_id=151_656,
+        vision_start_token_id=151_652,
+        vision_end_token_id=151_653,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    runtime = Runtime(param_dtype=made.runtime.param_dtype, dtype=made.runtime.dtype)
+    trained, frozen = split(abstract_params(Qwen25VL(shapes, runtime)), made.tune.parts())
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {np.dtype("float32")}
+    assert made.grpo.loss.beta > 0
+    assert made.grpo.micro_batches > 1
+    held = 6 * sum(leaf.size for leaf in jax.tree.leaves(trained)) * 4
+    held += sum(leaf.size for leaf in jax.tree.leaves(frozen)) * 2
+    print(f"{held / 1e9:.1f} GB")
+    assert 74e9 < held < 77e9

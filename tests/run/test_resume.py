@@ -21,7 +21,7 @@ STAGES = "synthesise,sft,rate,grpo"
 STEPS = {"sft": 40, "grpo": 8}
 # Of a constant learning rate, and used by no later stage: its last state is kept.
 GOES_ON = ("grpo",)
-TIMEOUT = 300.0
+TIMEOUT = 900.0  # of a busy machine
 
 # What depends on the machine's mood, and on how often the run was started.
 TIMED = ("step_time", "time/", "throughput/", "mfu", "compilations")
