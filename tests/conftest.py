@@ -79,16 +79,30 @@ def command(monkeypatch, capsys):
 
     from absl import flags
 
+    def defined(target):
+        """The flags of the commands of this project, `{name: (flag, module)}`."""
+        return {
+            flag.name: (flag, module)
+            for module, found in flags.FLAGS.flags_by_module_dict().items()
+            if module == target or module.startswith("morer1_jax")
+            for flag in found
+        }
+
     def run(target, *args, code):
         monkeypatch.setattr(sys, "argv", [target, *map(str, args)])
         start = runpy.run_path if target.endswith(".py") else runpy.run_module
+        # The flags of a command that another test imported are put aside: two may share a name.
+        aside = defined(target)
+        for name in aside:
+            delattr(flags.FLAGS, name)
         try:
             with pytest.raises(SystemExit) as done:
                 start(target, run_name="__main__")
         finally:
-            # A module that was imported before has defined its flags twice.
-            for name in {f.name for f in flags.FLAGS.flags_by_module_dict().get(target, ())}:
+            for name in defined(target):
                 delattr(flags.FLAGS, name)
+            for flag, module in aside.values():
+                flags.DEFINE_flag(flag, module_name=module)
         out, err = capsys.readouterr()
         assert (done.value.code or 0) == code, err
         return out, err
