@@ -1,18 +1,29 @@
 """Eight virtual CPU devices for every test; the flag must be set before jax is first imported."""
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import re
 import resource
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Nothing is kept from one run of the tests to the next.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# Compiled programs are shared by the tests, by the workers and by the commands that they start, but
+# nothing is kept from one run of the tests to the next.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-of-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -54,13 +65,8 @@ def pytest_ignore_collect(collection_path):
     return None
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Hardly optimised programs, here and in processes started from here.
-
-    For a file whose tests run every program a few times on a tiny model, so that compiling is most
-    of their time, and that check what is done rather than to how many digits.
-    """
+@contextlib.contextmanager
+def _quick():
     import jax
 
     name = "jax_disable_most_optimizations"
@@ -70,6 +76,17 @@ def quick_compiles():
         jax.config.update(name, True)
         yield
         jax.config.update(name, before)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Hardly optimised programs, here and in processes started from here.
+
+    For a file whose tests run every program a few times on a tiny model, so that compiling is most
+    of their time, and that check what is done rather than to how many digits.
+    """
+    with _quick():
+        yield
 
 
 @pytest.fixture
@@ -155,13 +172,55 @@ def other_release():
 
 
 @pytest.fixture(scope="session")
-def small_world(tmp_path_factory):
+def once(tmp_path_factory):
+    """`once(name, make)`: a folder that `make(folder)` fills, once for all workers together; tests
+    must not change what is in it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def folder(name, make):
+        made = shared / name
+        with open(shared / f"{name}.lock", "a+", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if lock.read() != "made":
+                # What an error left of it.
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+                make(made)
+                lock.write("made")
+        return made
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_world(once):
     """The folder of a small synthetic dataset; tests must not change it."""
     from morer1_jax.task.synthetic import WorldConfig, synthesise
 
-    folder = tmp_path_factory.mktemp("small_world") / "data"
-    synthesise(folder, WorldConfig(train=48, valid=16, test=16, written=0.5), seed=0)
-    return folder
+    config = WorldConfig(train=48, valid=16, test=16, written=0.5)
+    return once("small_world", lambda folder: synthesise(folder / "data", config, seed=0)) / "data"
+
+
+@pytest.fixture(scope="session")
+def small_run(once, small_world):
+    """The workdir of a run on `small_world` that trained for three steps, and has learnt nothing;
+    tests must not change it."""
+    from morer1_jax.run.config import read_config
+    from morer1_jax.train import train
+
+    def make(folder):
+        config = read_config(Path(__file__).parent / "configs" / "tiny.py")
+        config.stages = "sft"
+        config.data.folder = str(small_world)
+        config.mesh.update(data=1, fsdp=1, tensor=-1)
+        config.sft.update(steps=3, eval_every=3, save_every=3)
+        with _quick():
+            train(config, folder / "run")
+
+    return once("small_run", make) / "run"
 
 
 @pytest.fixture(scope="session")
