@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test; the flag must be set before jax is first imported."""
+"""Eight virtual CPU devices for every test, and what the tests of several folders share."""
 
 import contextlib
 import fcntl
@@ -11,14 +11,25 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Compiled programs are shared by the tests, by the workers and by the commands that they start, but
-# nothing is kept from one run of the tests to the next.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-of-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
 import pytest
+
+# An older way of XLA's, in which fused loops compile in half the time. The long counts are compiled
+# as users' programs are.
+QUICK = "--xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_configure(config):
+    flags = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = flags if _soak(config) else f"{flags} {QUICK}"
+    # Compiled programs are shared by the tests, by the workers and by the commands that they start,
+    # but nothing is kept from one run of the tests to the next.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-of-tests-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def _soak(config):
+    return config.option.markexpr == "soak"
 
 
 def pytest_unconfigure():
@@ -28,8 +39,7 @@ def pytest_unconfigure():
 
 def pytest_xdist_auto_num_workers(config):
     """One worker a core; the long counts alone, because they fill memory and watch the clock."""
-    alone = config.option.markexpr == "soak"
-    return 0 if alone else min(os.cpu_count() or 1, 8)
+    return 0 if _soak(config) else min(os.cpu_count() or 1, 8)
 
 
 # Files that take longest, so that no worker is left with one of them at the end.
@@ -87,6 +97,14 @@ def quick_compiles():
     """
     with _quick():
         yield
+
+
+@pytest.fixture(scope="session")
+def without_torch():
+    """The environment of a process on one device that finds no PyTorch, and so starts quickly."""
+    paths = (str(Path(__file__).with_name("without_torch")), os.environ.get("PYTHONPATH"))
+    flags = os.environ["XLA_FLAGS"].partition(" ")[2]
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @pytest.fixture

@@ -66,20 +66,25 @@ def questions(tmp_path_factory):
     return path
 
 
-def process(*args, code=0):
+@pytest.fixture
+def process(without_torch):
     """A command in a process of its own, on one device, as most users have."""
-    done = subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == code, done.stderr
-    return done
+
+    def run(*args, code=0):
+        done = subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=ROOT,
+            env=without_torch,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        return done
+
+    return run
 
 
-def test_predict_prints_text_json_and_a_picture(command, exported, questions, tmp_path):
+def test_predict_prints_text_json_and_a_picture(command, process, exported, questions, tmp_path):
     picture = tmp_path / "box.png"
     given = ["--image", questions.parent / "cat.png", "--box=0.5,0.4,0.5,0.5"]
     given += ["--title", "A cat, is seen", "--entity=cat", "--guided"]
@@ -190,7 +195,9 @@ def test_a_tensor_that_is_not_finite_is_trained_by_no_stage(spoilt, small_world,
     assert not list(tmp_path.glob("*/DONE.json"))
 
 
-def test_a_tensor_that_is_not_finite_answers_nothing(spoilt, questions, small_world, tmp_path):
+def test_a_tensor_that_is_not_finite_answers_nothing(
+    process, spoilt, questions, small_world, tmp_path
+):
     folder, message = spoilt
     with pytest.raises(WeightsError) as error:
         list(predict(open_student(str(folder)), read_questions(questions), batch=4, guided=True))

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     )
     config.runtime.remat = "none"  # Compiles faster.
     config.sft.update(
-        steps=40, batch=4, micro_batches=1, eval_every=100, eval_facts=4, save_every=6, log_every=1
+        steps=40, batch=4, micro_batches=1, eval_every=100, eval_facts=4, save_every=15, log_every=1
     )
     config.baselines.update(steps=2, batch=4, eval_every=2, eval_facts=4)
     config.rate.update(samples=2, batch=8, easy_from=0.5, never="hard")
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
         micro_batches=1,
         eval_every=100,
         eval_facts=4,
-        save_every=2,
+        save_every=3,
         log_every=1,
         rollouts_every=1,
     )

@@ -1,7 +1,6 @@
 """A run that is killed, at any moment, and started again is the run that never was."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -28,37 +27,32 @@ TIMED = ("step_time", "time/", "throughput/", "mfu", "compilations")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs, shared by all runs of this file."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, cache):
-    """The workdir of a run that is left in peace."""
-    workdir = tmp_path_factory.mktemp("reference") / "run"
-    finish(start(workdir, cache))
-    return workdir
-
-
-def start(workdir, cache, stages=STAGES, *overrides):
+def start(without_torch, tmp_path_factory):
+    """Starts a run: `(process, its log's path)`."""
     environment = {
-        **os.environ,
-        "XLA_FLAGS": "",
+        **without_torch,
         "OMP_NUM_THREADS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # Of this file alone: a killed run may leave half of a program.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         # Of programs this small, compiling is most of the time.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, "-m", "morer1_jax.train", f"--config={CONFIG}"]
-    with open(workdir.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}", f"--config.stages={stages}", *overrides],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        ), log.name
+
+    def begin(workdir, stages=STAGES, *overrides):
+        command = [sys.executable, "-m", "morer1_jax.train", f"--config={CONFIG}"]
+        command += [f"--workdir={workdir}", f"--config.stages={stages}", *overrides]
+        with open(workdir.with_suffix(".log"), "ab") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log), log.name
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def reference(start, tmp_path_factory):
+    """The workdir of a run that is left in peace."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    finish(start(workdir))
+    return workdir
 
 
 def finish(run):
@@ -132,11 +126,11 @@ def check_same(workdir, reference):
     assert found == expected
 
 
-def check_killed(workdir, cache, reference, kills):
+def check_killed(workdir, start, reference, kills):
     """Kills one run at each of `kills` in turn, then lets it end."""
     for stage, step, delay in kills:
-        kill(start(workdir, cache), workdir, stage, step, delay)
-    finish(start(workdir, cache))
+        kill(start(workdir), workdir, stage, step, delay)
+    finish(start(workdir))
     check_same(workdir, reference)
 
 
@@ -157,9 +151,9 @@ def test_a_run_logs_every_step_once_and_learns_from_its_rollouts(reference):
     assert len(moved) > 20
 
 
-def test_the_stages_beside_the_main_way_run_and_are_scored(reference, cache, tmp_path):
+def test_the_stages_beside_the_main_way_run_and_are_scored(reference, start, tmp_path):
     workdir = shutil.copytree(reference, tmp_path / "run")
-    finish(start(workdir, cache, "baselines,control,evaluate"))
+    finish(start(workdir, "baselines,control,evaluate"))
     systems = ("sft", "control", "grpo", "majority", "photo_hidden", "title_hidden")
     for name in systems:
         assert "micro_f1" in json.loads((workdir / "eval" / f"{name}.json").read_text())
@@ -176,13 +170,13 @@ def test_the_stages_beside_the_main_way_run_and_are_scored(reference, cache, tmp
     assert all(name in page for name in ("SFT for longer", "Title hidden", "Majority label"))
 
 
-def test_several_updates_a_rollout_without_mixing(reference, cache, tmp_path):
+def test_several_updates_a_rollout_without_mixing(reference, start, tmp_path):
     workdir = tmp_path / "run"
     for name in ("data", "tokenizer", "sft", "rate"):
         shutil.copytree(reference / name, workdir / name)
     keys = ("mixing=False", "updates=2", "micro_batches=2", "scale_rewards=batch", "loss.beta=0.0")
     overrides = [f"--config.grpo.{key}" for key in keys]
-    finish(start(workdir, cache, "grpo", *overrides))
+    finish(start(workdir, "grpo", *overrides))
     trained = [r for r in records(workdir) if r["kind"] == "train"]
     assert [r["step"] for r in trained] == list(range(1, STEPS["grpo"] + 1))
     found = arrays(workdir, "grpo")
@@ -192,21 +186,21 @@ def test_several_updates_a_rollout_without_mixing(reference, cache, tmp_path):
     assert all("kl" in r for r in records(reference) if r["kind"] == "train" and "reward" in r)
 
 
-def test_a_run_killed_twice_ends_as_one_never_killed(reference, cache, tmp_path):
+def test_a_run_killed_twice_ends_as_one_never_killed(reference, start, tmp_path):
     rng = random.Random(0)
     kills = (
         ("sft", rng.randint(2, 38), rng.uniform(0, 0.2)),
         ("grpo", rng.randint(3, 6), rng.uniform(0, 0.2)),
     )
-    check_killed(tmp_path / "run", cache, reference, kills)
+    check_killed(tmp_path / "run", start, reference, kills)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_runs_killed_twenty_times_end_as_one_never_killed(reference, cache, tmp_path, seed):
+def test_runs_killed_twenty_times_end_as_one_never_killed(reference, start, tmp_path, seed):
     rng = random.Random(seed)
     # Far enough apart that a run cannot have passed its next moment before it is killed.
     steps = [("sft", start + rng.randint(0, 3)) for start in sorted(rng.sample(range(1, 36, 7), 3))]
     steps += [("grpo", rng.randint(1, 2)), ("grpo", rng.randint(5, 6))]
     kills = [(*moment, rng.uniform(0, 0.2)) for moment in steps]
-    check_killed(tmp_path / "run", cache, reference, kills)
+    check_killed(tmp_path / "run", start, reference, kills)
