@@ -302,19 +302,24 @@ def in_sample_order(rows, values):
     return np.asarray(values).reshape(flat.size, -1)[order[flat[order] >= 0]]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _outputs(model, params, tokens, positions, attend, images, vision_index):
-    def verb(name, *args):
-        return model.apply({"params": params}, *args, method=name)
+@functools.cache
+def _outputs(model):
+    """Compiled `(params, *arguments) -> (features, logits)`."""
 
-    vision_tokens = verb("encode_images", images)
-    x = verb("embed", tokens, vision_tokens, vision_index)
-    features = jnp.take_along_axis(vision_tokens, jnp.maximum(vision_index, 0)[..., None], axis=1)
-    return features, verb("logits", verb("forward", x, positions, attend))
+    def run(params, tokens, positions, attend, images, vision_index):
+        def verb(name, *args):
+            return model.apply({"params": params}, *args, method=name)
+
+        seen = verb("encode_images", images)
+        x = verb("embed", tokens, seen, vision_index)
+        features = jnp.take_along_axis(seen, jnp.maximum(vision_index, 0)[..., None], axis=1)
+        return features, verb("logits", verb("forward", x, positions, attend))
+
+    return jax.jit(run)
 
 
 def evaluate(model, params, rows):
     """Image features and logits of all samples in the reference's order."""
-    features, logits = _outputs(model, params, *rows.arguments())
+    features, logits = _outputs(model)(params, *rows.arguments())
     is_image = in_sample_order(rows, rows.vision_index)[:, 0] >= 0
     return in_sample_order(rows, features)[is_image], in_sample_order(rows, logits)

@@ -19,13 +19,13 @@ def case(request, reference):
     return reference.case(list(reference.CONFIGS)[request.param])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_case(reference):
     """The first config alone."""
     return reference.case(next(iter(reference.CONFIGS)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rows_of(reference):
     """`lay_out`, for tests to place samples in rows."""
     return reference.lay_out
@@ -38,10 +38,11 @@ def suppressed(reference):
 
 
 @pytest.fixture(autouse=True)
-def _quick_to_compile_and_exact():
+def _quick_to_compile_and_exact(monkeypatch, tiny):
     """Compiling is most of these tests' time; their bounds are for true float32 products."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
+    monkeypatch.setattr(jax, "jit", tiny.jit)
     with jax.default_matmul_precision("highest"):
         yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -1,5 +1,7 @@
 """Every pattern, by every kernel, equals plain attention under the dense mask it stands for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,30 +32,39 @@ def plain(q, k, v, visible):
 def draw(rows, length, seed=0):
     rng = np.random.default_rng(seed)
     shapes = [(rows, length, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-@jax.jit
-def pattern_value(qkv, pattern, weights):
-    out, cache = pattern(*qkv, None)
-    assert cache is None
-    return jnp.sum(out * weights), out
+@functools.cache
+def by_pattern():
+    """Compiled `(qkv, pattern, weights) -> (gradients of the weighted sum by qkv, output)`."""
+
+    def value(qkv, pattern, weights):
+        out, cache = pattern(*qkv, None)
+        assert cache is None
+        return jnp.sum(out * weights), out
+
+    return jax.jit(jax.grad(value, has_aux=True))
 
 
-@jax.jit
-def plain_value(qkv, visible, weights):
-    out = plain(*qkv, visible)
-    return jnp.sum(out * weights), out
+@functools.cache
+def by_mask():
+    """The same of plain attention: `(qkv, visible, weights)`."""
+
+    def value(qkv, visible, weights):
+        out = plain(*qkv, visible)
+        return jnp.sum(out * weights), out
+
+    return jax.jit(jax.grad(value, has_aux=True))
 
 
 def assert_same_values_and_gradients(pattern, qkv, visible, counted):
     """Of the outputs at the places that count, and of a random linear function of them."""
     weights = np.random.default_rng(9).standard_normal(qkv[0].shape) * counted[..., None, None]
-    ours, out = jax.grad(pattern_value, has_aux=True)(qkv, pattern, weights)
+    ours, out = by_pattern()(qkv, pattern, weights)
     # Places that do not count may see all: NaN there would spoil the gradients elsewhere.
-    theirs, expected = jax.grad(plain_value, has_aux=True)(
-        qkv, visible | ~counted[..., None], weights
-    )
+    theirs, expected = by_mask()(qkv, visible | ~counted[..., None], weights)
+    out, expected = np.asarray(out), np.asarray(expected)
     np.testing.assert_allclose(out[counted], expected[counted], atol=2e-6)
     for got, wanted in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
@@ -107,7 +118,7 @@ def test_shared_prefix(prompt, kernels):
     visible = mine & np.tri(17, dtype=bool) & valid[:, None]
     pattern = SharedPrefix(jnp.asarray(prompt), jnp.asarray(completion), kernels)
     assert_same_values_and_gradients(pattern, draw(2, 17), visible, valid)
-    assert np.isfinite(pattern_value(draw(2, 17), pattern, 1.0)[1]).all()
+    assert np.isfinite(by_pattern()(draw(2, 17), pattern, np.ones((2, 17, HEADS, SIZE)))[1]).all()
 
 
 def test_shared_prefix_of_many_blocks(kernels):
@@ -124,14 +135,14 @@ def test_shared_prefix_of_many_blocks(kernels):
 
 def test_shared_prefix_without_any_valid_token_is_finite(kernels):
     pattern = SharedPrefix(jnp.zeros((1, 3), bool), jnp.zeros((1, 2, 2), bool), kernels)
-    gradients, _ = jax.grad(pattern_value, has_aux=True)(draw(1, 7), pattern, 1.0)
+    gradients, _ = by_pattern()(draw(1, 7), pattern, 1.0)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_half_precision_keeps_softmax_in_float32(kernels):
-    q, k, v = (x.astype(jnp.bfloat16) for x in draw(1, 300))
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in draw(1, 300))
     pattern = PackedCausal(jnp.ones((1, 300), jnp.int32), kernels)
-    out, _ = pattern(q * 0, k, jnp.ones_like(v), None)
+    out, _ = jax.jit(lambda *qkv: pattern(*qkv, None))(q * 0, k, jnp.ones_like(v))
     # 300 equal weights; a bfloat16 sum of them would be far from 1.
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1, atol=4e-3)

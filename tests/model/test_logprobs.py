@@ -1,5 +1,7 @@
 """Chunked log-probabilities equal plain ones, and never hold what plain ones hold."""
 
+import functools
+import itertools
 from unittest import mock
 
 import jax
@@ -20,45 +22,72 @@ def numbers(rng, rows=2, length=12):
     return head, hidden, jnp.asarray(rng.integers(0, 91, (rows, length)), jnp.int32)
 
 
-@pytest.mark.parametrize("asked", ["both", "logprob", "entropy"])
-@pytest.mark.parametrize("counted", ["all", "some", "one row", "none"])
-@pytest.mark.parametrize("chunk", [1, 5, 12, 99])
-def test_chunked_equal_plain(chunk, counted, asked):
+MASKS = {
+    "all": np.ones((2, 12), bool),
+    "some": np.random.default_rng(1).random((2, 12)) < 0.5,
+    "one row": np.arange(2)[:, None] == np.ones(12),
+    "none": np.zeros((2, 12), bool),
+}
+
+
+@functools.cache
+def compiled(way, asked, **options):
+    """`(head, hidden, targets, mask, weights)`: values and entropies, and the gradients by head
+    and hidden states of the sum of what is asked for."""
+
+    def total(head, hidden, targets, mask, weights):
+        results = way(hidden, head, targets, mask, **options)
+        parts = [jnp.sum(w * r) for w, r in zip(weights, results, strict=True)]
+        parts = {"both": parts, "logprob": parts[:1], "entropy": parts[1:]}[asked]
+        return sum(parts), results
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+
+def in_chunks(hidden, head, targets, mask, *, left_out, chunk, masked):
+    allowed = jnp.arange(V) < 91 if left_out else None
+    options = {"allowed": allowed, "temperature": 0.7, "chunk": chunk}
+    return token_logprobs(hidden, head, targets, counted=mask if masked else None, **options)
+
+
+def at_once(hidden, head, targets, mask, *, left_out):
+    logps = jax.nn.log_softmax(hidden @ (head[:91] if left_out else head).T / 0.7)
+    logprob = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+    return logprob * mask, -jnp.sum(jnp.exp(logps) * logps, axis=-1) * mask
+
+
+# Daily each chunk, each of what is asked for, with a mask and without; the rest takes longer.
+DAILY = (
+    (1, True, "both"),
+    (5, True, "both"),
+    (12, True, "entropy"),
+    (99, True, "logprob"),
+    (99, False, "both"),
+)
+ALL = itertools.product((1, 5, 12, 99), (True, False), ("both", "logprob", "entropy"))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "masked", "asked"),
+    [
+        pytest.param(*case, marks=() if case in DAILY else pytest.mark.soak, id=str(case))
+        for case in ALL
+    ],
+)
+def test_chunked_equal_plain(chunk, masked, asked):
     """In value, entropy and gradients of both the hidden states and the head."""
     rng = np.random.default_rng(0)
     head, hidden, targets = numbers(rng)
-    allowed = jnp.arange(V) < 91 if chunk != 5 else None
-    mask = {
-        "all": np.ones((2, 12), bool),
-        "some": rng.random((2, 12)) < 0.5,
-        "one row": np.arange(2)[:, None] == np.ones(12),
-        "none": np.zeros((2, 12), bool),
-    }[counted]
     weights = rng.standard_normal((2, 2, 12))
-
-    def total(logprob, entropy):
-        parts = [jnp.sum(w * r) for w, r in zip(weights, (logprob, entropy), strict=True)]
-        parts = {"both": parts, "logprob": parts[:1], "entropy": parts[1:]}[asked]
-        return sum(parts), (logprob, entropy)
-
-    def ours(head, hidden):
-        options = {"allowed": allowed, "temperature": 0.7, "chunk": chunk}
-        if counted != "all":
-            options["counted"] = mask
-        return total(*token_logprobs(hidden, head, targets, **options))
-
-    def theirs(head, hidden):
-        logps = jax.nn.log_softmax(hidden @ (head if allowed is None else head[:91]).T / 0.7)
-        logprob = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
-        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-        return total(logprob * mask, entropy * mask)
-
-    got, wanted = (
-        jax.jit(jax.value_and_grad(way, argnums=(0, 1), has_aux=True))(head, hidden)
-        for way in (ours, theirs)
-    )
-    for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(np.abs(b).max())))
+    ours = compiled(in_chunks, asked, left_out=chunk != 5, chunk=chunk, masked=masked)
+    theirs = compiled(at_once, asked, left_out=chunk != 5)
+    for name in MASKS if masked else ["all"]:
+        given = head, hidden, targets, MASKS[name], weights
+        got, wanted = ours(*given), theirs(*given)
+        for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+            np.testing.assert_allclose(
+                a, b, atol=1e-5 * max(1, float(np.abs(b).max())), err_msg=name
+            )
 
 
 def test_bfloat16_states():
@@ -68,8 +97,8 @@ def test_bfloat16_states():
     def loss(head, hidden):
         return jnp.sum(token_logprobs(hidden, head, targets, chunk=5)[0])
 
-    exact = jax.grad(loss, (0, 1))(head, hidden)
-    half = jax.grad(loss, (0, 1))(head, hidden.astype(jnp.bfloat16))
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    exact, half = (gradient(head, hidden.astype(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
     assert [x.dtype for x in half] == [jnp.float32, jnp.bfloat16]
     for a, b in zip(half, exact, strict=True):
         np.testing.assert_allclose(np.float32(a), b, atol=2e-2 * float(jnp.abs(b).max()), rtol=0)
@@ -87,8 +116,8 @@ def test_a_head_that_does_not_train_costs_nothing():
         return text.count("stablehlo.dot_general")
 
     assert (products((0, 1)), products(1)) == (4, 3)
-    both = jax.grad(loss, (0, 1))(head, hidden)[1]
-    np.testing.assert_array_equal(both, jax.grad(loss, 1)(head, hidden))
+    both, alone = (jax.jit(jax.grad(loss, which))(head, hidden) for which in ((0, 1), 1))
+    np.testing.assert_array_equal(both[1], alone)
 
 
 def test_logits_only_where_counted():
@@ -109,7 +138,7 @@ def test_logits_only_where_counted():
             return jnp.sum(token_logprobs(hidden, head, targets, counted=counted, chunk=chunk)[0])
 
         with mock.patch.object(logprobs, "_logits", counting):
-            (jax.grad(total) if gradient else total)(hidden)
+            jax.jit(jax.grad(total) if gradient else total)(hidden)
         jax.effects_barrier()
         return seen
 
@@ -158,6 +187,6 @@ def test_target_that_is_not_allowed_is_finite():
         logprob, _ = token_logprobs(hidden, head, targets, allowed=jnp.arange(V) < 91)
         return jnp.sum(logprob * mask), logprob
 
-    gradient, logprob = jax.grad(loss, has_aux=True)(hidden)
+    gradient, logprob = jax.jit(jax.grad(loss, has_aux=True))(hidden)
     assert logprob[0, 1] < -1e29
     assert np.isfinite(gradient).all()

@@ -1,5 +1,8 @@
 """Kernels over a mesh compute what one device computes, each device its own part."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,27 +19,67 @@ ROWS = ("data", "fsdp")
 B, S, H, K, E = 4, 40, 4, 2, 8
 
 
-@pytest.mark.parametrize("kernels", [Splash(interpret=True), CuDNN("xla")], ids=["splash", "cudnn"])
-@pytest.mark.parametrize("pattern", ["causal", "shared_prefix"])
-@pytest.mark.parametrize(
-    ("axes", "split", "part"),
-    [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, P(ROWS, None, "tensor"), (1, H // 2, K // 2)),
-        ({"data": 1, "fsdp": 2, "tensor": 4}, P(ROWS), (B // 2, 1, 1)),
-        ({"data": 1, "fsdp": 1, "tensor": 8}, P(), (B, H, K)),
-        ({"data": 8, "fsdp": 1, "tensor": 1}, P(), (B, H, K)),
-    ],
-    ids=["rows and heads", "repeated heads", "more devices than heads", "more devices than rows"],
+KERNELS = {"splash": Splash(interpret=True), "cudnn": CuDNN("xla")}
+MESHES = {
+    "rows and heads": (
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        P(ROWS, None, "tensor"),
+        (1, H // 2, K // 2),
+    ),
+    "repeated heads": ({"data": 1, "fsdp": 2, "tensor": 4}, P(ROWS), (B // 2, 1, 1)),
+    "more devices than heads": ({"data": 1, "fsdp": 1, "tensor": 8}, P(), (B, H, K)),
+    "more devices than rows": ({"data": 8, "fsdp": 1, "tensor": 1}, P(), (B, H, K)),
+}
+# Daily each pair of a mesh, a pattern and a kernel.
+DAILY = (
+    ("rows and heads", "causal", "splash"),
+    ("rows and heads", "shared_prefix", "cudnn"),
+    ("repeated heads", "causal", "cudnn"),
+    ("repeated heads", "shared_prefix", "splash"),
+    ("more devices than heads", "causal", "cudnn"),
+    ("more devices than heads", "shared_prefix", "splash"),
+    ("more devices than rows", "causal", "splash"),
+    ("more devices than rows", "shared_prefix", "cudnn"),
 )
-def test_a_mesh_changes_nothing(tiny, axes, split, part, pattern, kernels):
-    """Values and gradients where rows and heads lie on devices, and where they do not divide."""
-    mesh = tiny.mesh(**axes)
+
+
+def numbers(pattern):
+    """Queries, keys and values; what else the pattern is given; the weights of a sum."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((B, S, heads, E)).astype(np.float32) for heads in (H, K, K)]
     weights = rng.standard_normal(arrays[0].shape).astype(np.float32)
     given = [np.sort(rng.integers(1, 4, (B, S)), axis=1)]
     if pattern == "shared_prefix":
         given = [np.ones((B, 16), bool), np.ones((B, 3, 8), bool)]
+    return arrays, given, weights
+
+
+def value_and_gradients(kernels, pattern, arrays):
+    _, given, weights = numbers(pattern)
+
+    def total(arrays):
+        out = getattr(kernels, pattern)(*arrays, *given)
+        return jnp.sum(out * weights), out
+
+    return jax.jit(jax.grad(total, has_aux=True))(arrays)
+
+
+@functools.cache
+def expected(pattern):
+    return value_and_gradients(XLA(), pattern, numbers(pattern)[0])
+
+
+@pytest.mark.parametrize(
+    ("axes", "pattern", "kernels"),
+    [
+        pytest.param(*case, marks=() if case in DAILY else pytest.mark.soak, id="-".join(case))
+        for case in itertools.product(MESHES, ("causal", "shared_prefix"), KERNELS)
+    ],
+)
+def test_a_mesh_changes_nothing(tiny, axes, pattern, kernels):
+    """Values and gradients where rows and heads lie on devices, and where they do not divide."""
+    (axes, split, part), kernels = MESHES[axes], KERNELS[kernels]
+    mesh = tiny.mesh(**axes)
     seen = []
 
     class Watched:
@@ -49,24 +92,16 @@ def test_a_mesh_changes_nothing(tiny, axes, split, part, pattern, kernels):
 
             return run
 
-    def run(kernels, arrays, given):
-        def total(arrays):
-            out = getattr(kernels, pattern)(*arrays, *given)
-            return jnp.sum(out * weights), out
-
-        return jax.grad(total, has_aux=True)(arrays)
-
-    placed = jax.device_put(arrays, NamedSharding(mesh, split))
-    run = jax.jit(run, static_argnums=0)
-    ours = run(Split(Watched(), mesh, ROWS, "tensor"), placed, given)
+    placed = jax.device_put(numbers(pattern)[0], NamedSharding(mesh, split))
+    ours = value_and_gradients(Split(Watched(), mesh, ROWS, "tensor"), pattern, placed)
     assert set(seen) == {part}
-    expected = run(XLA(), arrays, given)
-    for got, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+    for got, wanted in zip(*map(jax.tree.leaves, (ours, expected(pattern))), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_axes_that_a_mesh_does_not_have_split_nothing(tiny):
     mesh = tiny.mesh(data=8, fsdp=1, tensor=1)
     q, k = (jnp.ones((8, 4, heads, 8)) for heads in (2, 1))
-    out = Split(XLA(), mesh, ("data",), None).causal(q, k, k, jnp.ones((8, 4), jnp.int32))
+    kernels = Split(XLA(), mesh, ("data",), None)
+    out = jax.jit(kernels.causal)(q, k, k, jnp.ones((8, 4), jnp.int32))
     np.testing.assert_allclose(out, 1.0)

@@ -18,14 +18,15 @@ def verb(case, name, *args, params=None, **kwargs):
     return case.model.apply({"params": params or case.params}, *args, method=name, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden(model, params, arguments):
-    return model.apply({"params": params}, *arguments)
+@functools.cache
+def compiled(model):
+    """Compiled `(params, arguments) -> hidden states`."""
+    return jax.jit(lambda params, arguments: model.apply({"params": params}, *arguments))
 
 
 def hidden_states(case, rows, **changes):
     arguments = dataclasses.replace(rows, **changes).arguments()
-    return np.asarray(_hidden(case.model, case.params, arguments))
+    return np.asarray(compiled(case.model)(case.params, arguments))
 
 
 def test_amount_and_side_of_padding_change_nothing(small_case, rows_of):
@@ -67,7 +68,7 @@ def test_exchanged_images_change_the_result(small_case, rows_of):
     np.testing.assert_allclose(one[0, :5], other[0, :5], atol=1e-6)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def group(small_case, rows_of):
     """Two prompts with images, padded, and three completions each, one of them empty."""
     prompts = rows_of(small_case.config, small_case.samples, [[1], [2]])
@@ -113,68 +114,87 @@ def separately(case, params, group):
     return hidden[:, -t:].reshape(b, g, t, -1)
 
 
-def test_shared_prefix_equals_each_sequence_by_itself(small_case, group):
-    """In value, and in the gradient of every parameter, the vision tower's too."""
+@pytest.fixture(scope="module")
+def of_group(small_case, group):
+    """`of_group(way)`: hidden states, and the gradient of a linear function of those that count."""
     mask = group[3]
     weights = np.random.default_rng(4).standard_normal((*mask.shape, 24)) * mask[..., None]
-    results = []
-    for way in (together, separately):
 
-        def value(params, way=way):
+    @functools.cache
+    def run(way):
+        def value(params):
             hidden = way(small_case, params, group)
             return jnp.sum(hidden * weights), hidden
 
-        results.append(jax.jit(jax.value_and_grad(value, has_aux=True))(small_case.params))
-    ((_, hidden), gradient), ((_, expected), expected_gradient) = results
+        gradient, hidden = jax.jit(jax.grad(value, has_aux=True))(small_case.params)
+        return np.asarray(hidden), gradient
+
+    return run
+
+
+def test_shared_prefix_equals_each_sequence_by_itself(group, of_group):
+    """In value, and in the gradient of every parameter, the vision tower's too."""
+    mask = group[3]
+    (hidden, gradient), (expected, expected_gradient) = map(of_group, (together, separately))
     np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
     for got, wanted in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5 * float(np.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_decode_equals_forward(small_case, group, unroll):
+def test_decode_equals_forward(small_case, group, of_group):
+    """Layers in a loop, and one after the other."""
     prompts, valid, tokens, mask, following = group
     case = small_case
 
     @jax.jit
     def decode_all(params):
-        apart = separate_layers(params) if unroll else params
         images = verb(case, "encode_images", prompts.images, params=params)
         x = verb(case, "embed", prompts.tokens, images, prompts.vision_index, params=params)
         attend = PackedCausal(jnp.asarray(valid.astype(np.int32)))
         _, kv = verb(case, "forward", x, prompts.positions, attend, keep_kv=True, params=params)
-        cache = init_cache(kv, jnp.asarray(valid), group=3, length=6, stacked=not unroll)
 
-        def step(cache, t):
-            x = verb(case, "embed", jnp.asarray(tokens)[:, :, t], params=params)
-            positions = jnp.broadcast_to(following[:, None] + t, tokens.shape[:2])
-            hidden, cache = verb(case, "decode", x, positions, cache, params=apart)
-            return cache, hidden
+        def decode(unroll):
+            apart = separate_layers(params) if unroll else params
+            cache = init_cache(kv, jnp.asarray(valid), group=3, length=6, stacked=not unroll)
 
-        cache, hidden = jax.lax.scan(step, cache, jnp.arange(4))
-        return cache, jnp.moveaxis(hidden, 0, 2)
+            def step(cache, t):
+                x = verb(case, "embed", jnp.asarray(tokens)[:, :, t], params=params)
+                positions = jnp.broadcast_to(following[:, None] + t, tokens.shape[:2])
+                hidden, cache = verb(case, "decode", x, positions, cache, params=apart)
+                return cache, hidden
 
-    cache, hidden = decode_all(case.params)
-    expected = jax.jit(lambda params: together(case, params, group))(case.params)
-    np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
-    assert int(cache.index) == 4
+            cache, hidden = jax.lax.scan(step, cache, jnp.arange(4))
+            return cache.index, jnp.moveaxis(hidden, 0, 2)
+
+        return [decode(unroll) for unroll in (False, True)]
+
+    expected, _ = of_group(together)
+    for index, hidden in decode_all(case.params):
+        np.testing.assert_allclose(np.asarray(hidden)[mask], expected[mask], atol=2e-5)
+        assert int(index) == 4
 
 
 def test_bfloat16(small_case, rows_of):
     runtime = Runtime(param_dtype="bfloat16", dtype="bfloat16")
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small_case.params)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), small_case.params)
     half = dataclasses.replace(
         small_case, model=Qwen25VL(small_case.config, runtime), params=params
     )
-    rows = rows_of(small_case.config, small_case.samples, [[3, 0], [1, 2]])
-    hidden = _hidden(half.model, params, rows.arguments())
+    rows = rows_of(small_case.config, small_case.samples, [[3, 0], [1, 2]], extra=0)
+    hidden = compiled(half.model)(params, rows.arguments())
     assert hidden.dtype == jnp.bfloat16
     valid = rows.segment_ids > 0
     exact = hidden_states(small_case, rows)[valid]
     error = np.linalg.norm(np.asarray(hidden, np.float32)[valid] - exact) / np.linalg.norm(exact)
     assert error < 0.1
-    logprob, entropy = verb(half, "logprobs", hidden, rows.tokens)
-    assert logprob.dtype == entropy.dtype == verb(half, "logits", hidden).dtype == jnp.float32
+
+    @jax.jit
+    def numbers(params, hidden):
+        return verb(half, "logprobs", hidden, rows.tokens, params=params), verb(
+            half, "logits", hidden, params=params
+        )
+
+    assert {x.dtype for x in jax.tree.leaves(numbers(params, hidden))} == {jnp.dtype("float32")}
 
 
 def test_initialisation(small_case):
