@@ -7,6 +7,7 @@ Decay applies to matrices and leaves biases and norm scales alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -100,8 +101,9 @@ def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainS
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_params(model: Qwen25VL) -> Params:
-    """Shapes and dtypes of the parameters, without making them."""
+    """Shapes and dtypes of the parameters, without making them; traced once, not to be changed."""
     return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
 
 

@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from absl import logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from morer1_jax.run.config import (
@@ -208,23 +208,31 @@ def test_a_value_outside_the_choices_is_named():
 
 
 @pytest.fixture
-def command(tmp_path):
+def folder(tmp_path, monkeypatch):
+    """Where the command and its configs are, and it is typed."""
     (tmp_path / "main.py").write_text(textwrap.dedent(MAIN))
     (tmp_path / "demo.py").write_text(CONFIG)
     (tmp_path / "run.json").write_text('{"seed": null}')
     (tmp_path / "value.py").write_text("def get_config():\n    return int('x')\n")
     (tmp_path / "name.py").write_text("def get_config():\n    return nowhere\n")
-
-    def run(*args):
-        return subprocess.run(
-            [sys.executable, "main.py", *args], cwd=tmp_path, capture_output=True, text=True
-        )
-
-    return run
+    monkeypatch.chdir(tmp_path)
 
 
-def test_the_command_line_overrides_the_config(command):
-    done = command(
+@pytest.fixture
+def typed(folder, command):
+    """Runs the command in this process, which forgets the flags made of a config's keys."""
+    yield lambda *args, code: command("main.py", *args, code=code)
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+
+
+def process(*args):
+    return subprocess.run([sys.executable, "main.py", *args], capture_output=True, text=True)
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_command_line_overrides_the_config():
+    done = process(
         "--config=demo.py:large",
         "--config.learn.lr=2",
         "--noconfig.learn.flag",
@@ -258,28 +266,32 @@ def test_the_command_line_overrides_the_config(command):
         (["--config=demo.py", "--workdir=data"], "train.txt:3: no box"),
     ],
 )
-def test_the_users_errors_are_one_line_and_exit_code_2(command, args, message):
-    done = command(*args)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+def test_the_users_errors_are_one_line_and_exit_code_2(typed, args, message):
+    out, err = typed(*args, code=2)
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.mark.usefixtures("folder")
+def test_errors_of_the_program_keep_their_traceback():
+    done = process("--config=demo.py", "--workdir=bug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "KeyError: 'a bug'" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("config", "error", "message"),
     [
-        (["--config=demo.py", "--workdir=bug"], "KeyError: 'a bug'"),
-        (["--config=value.py"], "ValueError: invalid literal"),
-        (["--config=name.py"], "NameError: name 'nowhere'"),
+        ("value.py", RuntimeError, "ValueError: invalid literal"),
+        ("name.py", NameError, "name 'nowhere'"),
     ],
 )
-def test_errors_of_the_program_keep_their_traceback(command, args, message):
-    done = command(*args)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert message in done.stderr
+def test_errors_of_a_config_keep_their_traceback(typed, config, error, message):
+    with pytest.raises(error, match=message):
+        typed(f"--config={config}", code=1)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from morer1_jax.run.job import Job
 from morer1_jax.run.settings import settings
 from morer1_jax.task.fact import DataError
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
 
@@ -92,20 +94,21 @@ def test_a_full_disk_is_found_before_an_image_is_encoded(job, tmp_path, file_lim
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_crash_leaves_is_not_taken_for_features(config, tmp_path, monkeypatch):
+def test_what_a_crash_leaves_is_not_taken_for_features(job, tmp_path, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
 
-    job = Job(settings(config), tmp_path)
+    monkeypatch.setattr(job, "workdir", tmp_path)
     monkeypatch.setattr(features, "write_index", crash)
     with pytest.raises(KeyboardInterrupt):
         features.feature_store(job)
     assert not (tmp_path / "features").exists()
 
 
-def test_features_that_are_not_finite_are_not_kept(config, tmp_path):
-    job = Job(settings(config), tmp_path)
-    job.frozen["vision"]["patch_embed"]["kernel"] *= 1e38
+def test_features_that_are_not_finite_are_not_kept(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "workdir", tmp_path)
+    patches = job.frozen["vision"]["patch_embed"]
+    monkeypatch.setitem(patches, "kernel", patches["kernel"] * 1e38)
     with pytest.raises(DataError, match=r"^fact train:1: the features of its photo are not fin"):
         features.feature_store(job)
     assert not (tmp_path / "features").exists()

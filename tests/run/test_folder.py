@@ -19,7 +19,7 @@ from morer1_jax.run.settings import settings
 from morer1_jax.run.student import TASK, open_student
 from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 

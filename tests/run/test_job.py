@@ -71,8 +71,13 @@ def test_embedding_rows_cover_the_tokenizer_and_divide_over_a_mesh(job):
     assert not np.asarray(policy.allowed)[banned].any()
 
 
+def random(leaf):
+    return np.random.default_rng(0).normal(size=leaf.shape).astype(leaf.dtype)
+
+
 def test_a_new_state_outlives_the_parameters_it_was_made_from_and_they_it(job):
-    params, optimizer = job.init_params(0), job.settings.sft.optimizer.build(3)
+    params = jax.tree.map(lambda leaf: jax.device_put(random(leaf), leaf.sharding), job.like[0])
+    optimizer = job.settings.sft.optimizer.build(3)
     state, like = job.new_state(params, optimizer), job.like_state(optimizer)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings_of(like)
     before = jax.tree.map(np.asarray, params)

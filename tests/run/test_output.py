@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from morer1_jax.run.rate import Rating, histogram
+
 ROOT = Path(__file__).parents[2]
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 # Writes what a run writes, prints what it prints, and says at the end that it came so far.
 SCRIPT = """
-import os, sys
+import contextlib, os, sys
 from pathlib import Path
 from morer1_jax.run.config import load, run_main
 from morer1_jax.run.log import progress
-from morer1_jax.run.rate import Rating, histogram
 from morer1_jax.run.stages import Stage
 
 def main(argv):
@@ -27,8 +28,9 @@ def main(argv):
         Stage(workdir, "rate").finish({"best": "é"})
         assert Stage(workdir, "rate").results() == {"best": "é"}
     for _ in progress(range(3), desc="größer"):
-        os.write(2, b"of a library\\n")
-    print(histogram([Rating("train:1", 0.5, "easy")]))
+        with contextlib.suppress(BrokenPipeError):  # `head` may have ended by now.
+            os.write(2, b"of a library\\n")
+    print(Path("histogram").read_text(encoding="utf-8"))
     for _ in range(lines):
         print("✓ größer 日本", flush=True)
     print("größer", file=sys.stderr)
@@ -40,6 +42,9 @@ run_main(main, sys.argv[:1])
 
 def run(tmp_path, shell, environment=(), lines=1):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    # Made here: importing what makes it would be most of the script's work.
+    shown = histogram([Rating("train:1", 0.5, "easy")])
+    (tmp_path / "histogram").write_text(shown, encoding="utf-8")
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", shell.format(f"{sys.executable} script.py")],
         cwd=tmp_path,

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -31,16 +29,16 @@ from morer1_jax.run.student import open_student
 from morer1_jax.run.weights import CONFIG, INDEX, SINGLE, Checkpoint, save_tensors
 from morer1_jax.task.fact import DataError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
 
-ROOT = Path(__file__).parents[2]
+CONVERT = str(Path(__file__).parents[2] / "tools" / "convert.py")
 VALUE_BOUND = 2e-5
 
 
 def wanted(config, dtype="float32", **axes):
     model = Qwen25VL(config, Runtime(param_dtype=dtype))
     count = int(np.prod(list(axes.values()) or [1]))
-    mesh = meshes.make_mesh(axes or {"data": 1}, jax.devices()[:count])
+    mesh = meshes.make_mesh(axes or {"data": 1}, jax.local_devices()[:count])
     abstract = abstract_params(model)
     return like(abstract, meshes.param_shardings(mesh, abstract))
 
@@ -59,7 +57,7 @@ def wanted(config, dtype="float32", **axes):
     ],
 )
 def test_a_saved_checkpoint_gives_the_same_logits_and_goes_back_as_it_came(
-    reference, published, tmp_path, tied, dtype, shard
+    reference, published, tmp_path, command, tied, dtype, shard
 ):
     case, folder = published(tied, dtype, shard)
     assert (folder / INDEX).exists() == (shard == "30KB")
@@ -72,7 +70,7 @@ def test_a_saved_checkpoint_gives_the_same_logits_and_goes_back_as_it_came(
     assert reference.relative_error(logits, reference.reference_logits(case)) < VALUE_BOUND
     out = tmp_path / "out"
     if (dtype, shard) == ("bfloat16", "30KB"):
-        convert(folder, out)
+        command(CONVERT, f"--checkpoint={folder}", f"--out={out}", code=0)
     else:
         export(open_student(str(folder)), out, shard_bytes=int(shard[:2]) * 1000)
     theirs, ours = tensors_of(folder), tensors_of(out)
@@ -94,12 +92,6 @@ def test_a_saved_checkpoint_gives_the_same_logits_and_goes_back_as_it_came(
     expected = case.reference.model.generate(**inputs, **told)
     assert expected.shape[1] == inputs["input_ids"].shape[1] + 64
     assert torch.equal(again.generate(**inputs, **told), expected)
-
-
-def convert(checkpoint, out):
-    """The command, as a user calls it."""
-    command = [sys.executable, "tools/convert.py", f"--checkpoint={checkpoint}", f"--out={out}"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
 def tensors_of(folder):
@@ -305,7 +297,11 @@ def test_what_overflows_in_an_exports_dtype_is_named_and_not_written(
     export(student, tmp_path / "out", dtype="float32")
 
 
-def test_tensors_of_two_dtypes_are_loaded_unrounded_and_go_back_as_they_came(published, tmp_path):
+def test_tensors_of_two_dtypes_are_loaded_unrounded_and_go_back_as_they_came(
+    published, tmp_path, monkeypatch
+):
+    """Split over all devices."""
+    monkeypatch.setattr("morer1_jax.run.mesh.jax.devices", jax.local_devices)
     _, source = published("untied", "bfloat16")
     folder = shutil.copytree(source, tmp_path / "mixed")
     tensors = load_file(folder / SINGLE)
