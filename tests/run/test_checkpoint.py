@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import hashlib
 import json
@@ -503,53 +504,78 @@ def test_a_leaf_that_is_not_finite_is_not_restored(tmp_path, monkeypatch):
         assert "\n" not in str(e.value)
 
 
-# Prints a step once its save has returned; the state is a function of the step alone.
+# Told how many to keep, it starts a process that saves, and says when that has ended. That one
+# prints a step once its save has returned; the state is a function of the step alone. Its imports
+# were the starter's, which has not used JAX.
 SAVER = """
-import sys
+import os, sys
 import jax, jax.numpy as jnp
 from morer1_jax.run.checkpoint import Checkpointer
 
-checkpointer = Checkpointer(sys.argv[1], keep=int(sys.argv[2]))
-step = checkpointer.latest() or 0
-while True:
-    step += 1
-    state = {"a": jnp.full((64, 1024), step, jnp.float32), "b": {"c": jnp.arange(7) * step}}
-    checkpointer.save(step, state, {"step": step, "third": step / 3})
-    print(step, flush=True)
+def save(keep):
+    checkpointer = Checkpointer(sys.argv[1], keep=keep)
+    step = checkpointer.latest() or 0
+    while True:
+        step += 1
+        state = {"a": jnp.full((64, 1024), step, jnp.float32), "b": {"c": jnp.arange(7) * step}}
+        checkpointer.save(step, state, {"step": step, "third": step / 3})
+        print(step, flush=True)
+
+for line in sys.stdin:
+    if (process := os.fork()) == 0:
+        print(os.getpid(), flush=True)
+        save(int(line))
+    os.waitpid(process, 0)
+    print("ended", flush=True)
 """
 
 
-def kill_while_saving(folder, keep, generator):
-    """One process that is killed at a random moment; returns the last step it knew as saved."""
+@contextlib.contextmanager
+def starter(folder):
     process = subprocess.Popen(
-        [sys.executable, "-c", SAVER, str(folder), str(keep)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SAVER, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    for _ in range(generator.randrange(2, 6)):
-        assert process.stdout.readline()
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait(60)
+        process.stdout.close()
+
+
+def kill_while_saving(starter, keep, generator):
+    """One process that is killed at a random moment; returns the last step it knew as saved."""
+    print(keep, file=starter.stdin, flush=True)
+    number = int(starter.stdout.readline())
+    steps = [starter.stdout.readline() for _ in range(generator.randrange(2, 6))]
+    assert "ended\n" not in steps
     time.sleep(generator.uniform(0, 0.1))
-    process.send_signal(signal.SIGKILL)
-    steps = process.stdout.read().split()
-    process.wait()
-    process.stdout.close()
-    return int(steps[-1]) if steps else 0
+    os.kill(number, signal.SIGKILL)
+    steps += iter(starter.stdout.readline, "ended\n")
+    return int(steps[-1])
 
 
 def check_kills(folder, times):
     generator = random.Random(times)
-    for repeat in range(times):
-        keep = 1 + repeat % 2
-        known = kill_while_saving(folder, keep, generator)
-        checkpointer = Checkpointer(folder)
-        step = checkpointer.latest()
-        assert step is not None
-        assert step >= known
-        zeros = {"a": jnp.zeros((64, 1024)), "b": {"c": jnp.arange(7)}}
-        state, extra = checkpointer.restore(None, like(zeros))
-        assert extra == {"step": step, "third": step / 3}
-        assert_equal(
-            state, {"a": jnp.full((64, 1024), float(step)), "b": {"c": jnp.arange(7) * step}}
-        )
-        assert len([name for name in os.listdir(folder) if not name.startswith(".")]) <= keep + 1
+    with starter(folder) as process:
+        for repeat in range(times):
+            keep = 1 + repeat % 2
+            check_killed(folder, keep, kill_while_saving(process, keep, generator))
+
+
+def check_killed(folder, keep, known):
+    checkpointer = Checkpointer(folder)
+    step = checkpointer.latest()
+    assert step is not None
+    assert step >= known
+    zeros = {"a": jnp.zeros((64, 1024)), "b": {"c": jnp.arange(7)}}
+    state, extra = checkpointer.restore(None, like(zeros))
+    assert extra == {"step": step, "third": step / 3}
+    assert_equal(state, {"a": jnp.full((64, 1024), float(step)), "b": {"c": jnp.arange(7) * step}})
+    assert len([name for name in os.listdir(folder) if not name.startswith(".")]) <= keep + 1
 
 
 def test_a_run_killed_while_saving_loses_nothing_before(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import venv
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -115,6 +116,14 @@ def exported_with_all_tokens(reference, qwen_tokenizer, small_world, tmp_path_fa
     """As `exported`, of Qwen's own tokenizer."""
     makers = ((oldest, qwen_tokenizer, True),)
     return make_exported(makers, reference, small_world, tmp_path_factory.mktemp("all_tokens"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """See the fixture of that name beside this file; for a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
+        yield
 
 
 def make_exported(makers, reference, small_world, base):
