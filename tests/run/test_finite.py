@@ -186,7 +186,7 @@ def test_parameters_that_are_lost_end_training_at_once(skip, dtype):
     assert ("compute in float32" in str(error.value)) == (dtype == "bfloat16")
 
 
-@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.usefixtures("quick_compiles", "one_device")
 def test_a_run_of_batches_that_are_not_finite_ends_and_keeps_its_checkpoints(
     small_world, tmp_path, monkeypatch
 ):
@@ -195,6 +195,7 @@ def test_a_run_of_batches_that_are_not_finite_ends_and_keeps_its_checkpoints(
     config.stages, config.data.folder = "sft", str(small_world)
     config.mesh.update(data=1, fsdp=1, tensor=1)
     config.data.shapes = 1
+    config.model.vision.update(depth=1, fullatt_block_indexes=(0,))  # Compiles faster.
     config.sft.update(steps=40, eval_every=99, save_every=2, log_every=3, keep_checkpoints=1)
     made = SequenceFeed.__call__
 
@@ -203,7 +204,6 @@ def test_a_run_of_batches_that_are_not_finite_ends_and_keeps_its_checkpoints(
         return batch if step < 4 else jax.tree.map(_with_nan, batch)
 
     monkeypatch.setattr(SequenceFeed, "__call__", spoilt)
-    monkeypatch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
     with pytest.raises(NotFiniteError) as error:
         train(config, tmp_path)
     assert str(error.value).startswith("sft step 9: loss is nan, as in each of 5 steps in a row")
@@ -220,7 +220,7 @@ def _with_nan(leaf):
     return np.where(np.arange(leaf.size).reshape(leaf.shape) == 0, np.nan, leaf)
 
 
-@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.usefixtures("quick_compiles", "one_device")
 def test_a_rollout_that_is_not_finite_ends_the_run_by_its_facts_name(
     small_world, tmp_path, monkeypatch
 ):
@@ -229,8 +229,8 @@ def test_a_rollout_that_is_not_finite_ends_the_run_by_its_facts_name(
     config.data.folder, config.data.shapes = str(small_world), 1
     config.mesh.update(data=1, fsdp=1, tensor=1)
     config.grpo.loss.beta = 0.0  # Compiles no reference.
+    config.model.vision.update(depth=1, fullatt_block_indexes=(0,))
     config.grpo.update(steps=8, prompts=6, mixing=False, save_every=1, log_every=8)
-    monkeypatch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
     job = Job(settings(config), tmp_path)
     lines = [Rating(fact.id, 0.5, "hard") for fact in job.facts["train"][:4]]
     (tmp_path / "rate").mkdir()

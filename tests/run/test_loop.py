@@ -1,5 +1,6 @@
 """The train loop on a toy state: resuming, logging each step once, keeping the best."""
 
+import functools
 import json
 import time
 
@@ -254,6 +255,21 @@ def test_a_trace_of_what_is_left_of_a_resumed_run(tmp_path):
     assert len(list((tmp_path / "profile" / "toy").rglob("perfetto_trace.json.gz"))) == 1
 
 
+@functools.cache
+def descent(**optimizer):
+    """A state as training begins, in NumPy, and the compiled step of `Descent`."""
+    transform = OptimizerConfig(**optimizer).build(11)
+
+    def program(state, scale):
+        grads = {"w": 2 * (state.params["w"] - 3) * scale}
+        params, opt_state, seen = apply_gradients(state, grads, transform)
+        metrics = {"loss": jnp.sum((state.params["w"] - 3) ** 2) * scale, **seen}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    start = jax.tree.map(np.asarray, new_state({"w": jnp.zeros(2)}, transform))
+    return start, jax.jit(program, donate_argnums=0)
+
+
 class Descent:
     """A step of AdamW on (w - 3)²; the gradients of the batches `bad` are not numbers."""
 
@@ -261,18 +277,11 @@ class Descent:
 
     def __init__(self, bad=(), die_at=None, **optimizer):
         self.bad, self.die_at = set(bad), die_at
-        self.optimizer = OptimizerConfig(**{"lr": 0.1} | optimizer).build(11)
-        self.program = jax.jit(self._program, donate_argnums=0)
+        self.start, self.program = descent(**{"lr": 0.1} | optimizer)
         self.made, self.updates = 0, 1
 
     def work(self, batch, metrics):
         return Work(1.0, 1.0)
-
-    def _program(self, state, scale):
-        grads = {"w": 2 * (state.params["w"] - 3) * scale}
-        params, opt_state, seen = apply_gradients(state, grads, self.optimizer)
-        metrics = {"loss": jnp.sum((state.params["w"] - 3) ** 2) * scale, **seen}
-        return TrainState(state.step + 1, params, opt_state), metrics
 
     def step(self, state, batch, step):
         if step + 1 == self.die_at:
@@ -292,10 +301,10 @@ class Descent:
         )
 
         def begin():
-            return new_state({"w": jnp.zeros(2)}, self.optimizer)
+            return jax.tree.map(jnp.array, self.start)
 
         like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SHARDING), begin()
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SHARDING), self.start
         )
         return train("toy", workdir, begin, like, hooks, config)
 
