@@ -15,10 +15,11 @@ from morer1_jax.data.encoder import Encoder, Limits, Sample
 from morer1_jax.data.images import ImageConfig, Patches
 from morer1_jax.data.tokens import build_tables
 from morer1_jax.learn.scorer import ScoreConfig, group_logprobs
+from morer1_jax.learn.state import new_state
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.vlm import Qwen25VL, init_params
-from morer1_jax.rollout.sampler import Reader, SampleConfig, allowed_ids, sample
+from morer1_jax.rollout.sampler import Reader, SampleConfig, allowed_ids, sample, sample_keys
 from morer1_jax.run import mesh as meshes
 from morer1_jax.task.answer import Special
 from morer1_jax.task.ontology import Ontology
@@ -244,10 +245,19 @@ def sample_config(group=GROUP, temperature=1.0, **options):
     return SampleConfig(group=group, **given)
 
 
-@functools.cache
+# Each one program, that would be many small ones: `(seed, step, facts, group)` and
+# `(params, optimizer)`.
+keys = jit(sample_keys, static_argnums=(0, 3))
+fresh_state = jit(new_state, static_argnums=1)
+
+
 def sampler(group=GROUP, temperature=1.0, dtype="float32", **options):
     """Compiled `(params, prompts, keys, allowed) -> Rollout`."""
-    config = sample_config(group, temperature, **options)
+    return _sampler(dtype, sample_config(group, temperature, **options))
+
+
+@functools.cache
+def _sampler(dtype, config):
     return jit(
         lambda params, prompts, keys, allowed: sample(
             model(dtype), params, prompts, READER, allowed, keys, config
@@ -255,10 +265,13 @@ def sampler(group=GROUP, temperature=1.0, dtype="float32", **options):
     )
 
 
-@functools.cache
 def scorer(temperature=1.0, dtype="float32", kernels=PLAIN):
     """Compiled `(params, prompts, tokens, mask, allowed) -> (logprobs, entropy)`."""
-    config = ScoreConfig(temperature=temperature, chunk=24)
+    return _scorer(ScoreConfig(temperature=temperature, chunk=24), dtype, kernels)
+
+
+@functools.cache
+def _scorer(config, dtype, kernels):
     return jit(
         lambda params, prompts, tokens, mask, allowed: group_logprobs(
             model(dtype, kernels), params, prompts, tokens, mask, allowed, config
@@ -266,24 +279,32 @@ def scorer(temperature=1.0, dtype="float32", kernels=PLAIN):
     )
 
 
-@functools.cache
 def pullback(kernels=PLAIN):
-    """Compiled gradient of the scorer at temperature 1, by a cotangent of the log-probabilities.
+    """Compiled scorer at temperature 1, and its gradient by a cotangent of the log-probabilities.
 
-    `(params, prompts, tokens, mask, allowed, cotangent) -> gradients`
+    `(params, prompts, tokens, mask, allowed, cotangent) -> ((logprobs, entropy), gradients)`
     """
-    config = ScoreConfig(chunk=24)
+    return _pullback(ScoreConfig(chunk=24), kernels)
 
+
+@functools.cache
+def _pullback(config, kernels):
     def run(params, prompts, tokens, mask, allowed, cotangent):
-        _, pull = jax.vjp(
+        logprobs, pull, entropy = jax.vjp(
             lambda params: group_logprobs(
                 model(kernels=kernels), params, prompts, tokens, mask, allowed, config
-            )[0],
+            ),
             params,
+            has_aux=True,
         )
-        return pull(cotangent)[0]
+        return (logprobs, entropy), pull(cotangent)[0]
 
     return jit(run)
+
+
+def place(tree, shardings):
+    """`jax.device_put` by way of NumPy: to take arrays apart on their device is compiled."""
+    return jax.device_put(jax.device_get(tree), shardings)
 
 
 def mesh(**axes):

@@ -140,7 +140,8 @@ def test_optimizer_state_exists_for_what_trains_alone(adapted):
     _, params = adapted
     parts = Parts(vision=0.0, merger=0.0, lora=ADAPTERS)
     ours, _ = split(params, parts)
-    state = new_state(ours, OptimizerConfig(lr=1e-3).build(10, parts))
+    optimizer = OptimizerConfig(lr=1e-3).build(10, parts)
+    state = jax.eval_shape(lambda ours: new_state(ours, optimizer), ours)
     for name in ("mu", "nu"):
         assert paths(optax.tree_utils.tree_get(state.opt_state, name)) == paths(ours)
     held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
@@ -155,7 +156,7 @@ def test_each_part_moves_at_its_share_of_the_rate_and_frozen_ones_not_at_all(tin
         ours, frozen = split(params, parts)
         before = jax.tree.map(np.asarray, frozen)
         step = tiny.jit(make_sft_step(tiny.model(), optimizer, SCORE))
-        state = new_state(ours, optimizer)
+        state = tiny.fresh_state(ours, optimizer)
         for _ in range(3):
             state, _ = step(state, frozen, batch)
         jax.tree.map(np.testing.assert_array_equal, before, frozen)

@@ -16,17 +16,29 @@ from morer1_jax.model.splash import Splash
 KERNELS = {"xla": XLA(), "splash": Splash(interpret=True), "cudnn": CuDNN("xla")}
 
 
-# Of each kernel a program as a whole is tried daily, this one or the next; all else is soak's.
-@pytest.mark.parametrize(
-    "kernels", ["xla", "splash", pytest.param("cudnn", marks=pytest.mark.soak)]
-)
-def test_a_group_scores_as_its_completions_do_alone(tiny, kernels):
-    """Value and gradient: prompt and images once a group, or once with each completion.
+@pytest.fixture(scope="module")
+def of_rows(tiny):
+    """`of_rows(kernels)`: as `tiny.pullback`, of whole rows; `(params, batch, cotangent)`."""
 
-    Each kernel's group against XLA's rows; the completions' lengths are unequal, two are empty.
-    """
-    kernels = KERNELS[kernels]
-    params, prompts = tiny.params(), tiny.prompts()
+    @functools.cache
+    def compiled(kernels):
+        def run(params, batch, cotangent):
+            model = tiny.model(kernels=kernels)
+            values, pull = jax.vjp(
+                lambda params: sequence_logprobs(model, params, batch, ScoreConfig(chunk=24)),
+                params,
+            )
+            return values, pull((cotangent, jnp.zeros_like(cotangent)))[0]
+
+        return tiny.jit(run)
+
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, of_rows):
+    """Completions of unequal lengths, two of them empty: their mask, a cotangent of their
+    log-probabilities, and values and gradients of each by itself, by XLA's kernels."""
     tokens, mask, _ = tiny.completions()
     mask = mask.copy()
     mask[2, 1] = mask[5, 0] = False
@@ -42,57 +54,64 @@ def test_a_group_scores_as_its_completions_do_alone(tiny, kernels):
     cotangent = np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32) * mask
     alone_cotangent = np.zeros(counted.shape, np.float32)
     alone_cotangent[counted] = cotangent[mask]
+    values, gradients = of_rows(XLA())(tiny.params(), batch, alone_cotangent)
+    return mask, cotangent, [np.asarray(value)[counted] for value in values], gradients
 
-    @tiny.jit
-    def run(params):
-        values, pull = jax.vjp(
-            lambda params: sequence_logprobs(tiny.model(), params, batch, ScoreConfig(chunk=24)),
-            params,
-        )
-        return values, pull((alone_cotangent, jnp.zeros_like(alone_cotangent)))[0]
 
-    (logprobs, entropy), gradients = run(params)
-    everything = np.ones_like(tiny.ALLOWED)
-    ours = tiny.scorer(kernels=kernels)(params, prompts, tokens, mask, everything)
-    np.testing.assert_allclose(ours[0][mask], logprobs[counted], atol=2e-5)
-    np.testing.assert_allclose(ours[1][mask], entropy[counted], atol=2e-5)
+# Of each kernel a program as a whole is tried daily, this one or the next; all else is soak's.
+@pytest.mark.parametrize(
+    "kernels", ["xla", "splash", pytest.param("cudnn", marks=pytest.mark.soak)]
+)
+def test_a_group_scores_as_its_completions_do_alone(tiny, alone, kernels):
+    """Value and gradient: prompt and images once a group, or once with each completion.
+
+    Each kernel's group against XLA's rows.
+    """
+    mask, cotangent, (logprobs, entropy), gradients = alone
+    tokens, _, _ = tiny.completions()
+    run = tiny.pullback(KERNELS[kernels])
+    asked = tiny.params(), tiny.prompts(), tokens, mask
+    ours, free = run(*asked, np.ones_like(tiny.ALLOWED), cotangent)
+    np.testing.assert_allclose(np.asarray(ours[0])[mask], logprobs, atol=2e-5)
+    np.testing.assert_allclose(np.asarray(ours[1])[mask], entropy, atol=2e-5)
+    tiny.assert_near(free, gradients, 1e-5)
     # Of the ids that cannot be sampled the group's gradient leaves the head alone.
     banned = np.array(tiny.BANNED)
-    pulled = tiny.pullback(kernels)(params, prompts, tokens, mask, tiny.ALLOWED, cotangent)
-    assert (pulled["head"][banned] == 0).all()
-    assert np.abs(gradients["head"][banned]).max() > 0
-    free = tiny.pullback(kernels)(params, prompts, tokens, mask, everything, cotangent)
-    tiny.assert_near(free, gradients, 1e-5)
+    _, pulled = run(*asked, tiny.ALLOWED, cotangent)
+    assert (np.asarray(pulled["head"])[banned] == 0).all()
+    assert np.abs(np.asarray(gradients["head"])[banned]).max() > 0
 
 
 @pytest.mark.parametrize("kernels", ["cudnn", pytest.param("splash", marks=pytest.mark.soak)])
-def test_packed_rows_by_every_kernel(tiny, kernels):
+def test_packed_rows_by_every_kernel(tiny, of_rows, kernels):
     """Rows of several samples with photos, and padding: SFT's log-probabilities and gradients."""
-    params, batch = tiny.params(), tiny.sequences([[0, 1], [2], [4, 6], [7]])
+    # As many rows as the completions alone, whose program is compiled already.
+    batch = tiny.sequences([[0, 1], [2], [4, 6], [7], *[[3]] * 26])
+    assert batch.segment_ids.max() == 2
     cotangent = np.random.default_rng(0).standard_normal(batch.weights.shape).astype(np.float32)
-
-    @functools.partial(tiny.jit, static_argnums=1)
-    def run(params, kernels):
-        model = tiny.model(kernels=kernels)
-        values, pull = jax.vjp(
-            lambda params: sequence_logprobs(model, params, batch, ScoreConfig(chunk=24)), params
-        )
-        return values, pull((cotangent, jnp.zeros_like(cotangent)))[0]
-
-    expected, wanted = run(params, XLA())
-    values, gradients = run(params, KERNELS[kernels])
+    given = tiny.params(), batch, cotangent
+    (expected, wanted), (values, gradients) = (
+        of_rows(how)(*given) for how in (XLA(), KERNELS[kernels])
+    )
     np.testing.assert_allclose(values, expected, atol=2e-5)
     tiny.assert_near(gradients, wanted, 1e-5)
+
+
+def scored(tiny, params, prompts, tokens, mask):
+    """Log-probabilities, by the program that has their gradient too."""
+    nothing = np.zeros(mask.shape, np.float32)
+    values, _ = tiny.pullback()(params, prompts, tokens, mask, tiny.ALLOWED, nothing)
+    return np.asarray(values[0])
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["policy", "reference"])
 def test_a_photo_matters_to_its_own_row_alone(tiny, seed):
     params, prompts = tiny.params(seed), tiny.prompts()
     tokens, mask, _ = tiny.completions()
-    before, _ = tiny.scorer()(params, prompts, tokens, mask, tiny.ALLOWED)
+    before = scored(tiny, params, prompts, tokens, mask)
     for row in (1, 3, 7):
         changed = tiny.with_photo(prompts, row)
-        after, _ = tiny.scorer()(params, changed, tokens, mask, tiny.ALLOWED)
+        after = scored(tiny, params, changed, tokens, mask)
         difference = np.abs(after - before)
         assert difference[row][mask[row]].min() > 0
         assert difference[row][mask[row]].mean() > 1e-2
@@ -103,13 +122,13 @@ def test_a_photo_matters_to_its_own_row_alone(tiny, seed):
 def test_hidden_places_and_other_completions_do_not_matter(tiny):
     params, prompts = tiny.params(), tiny.prompts()
     tokens, mask, _ = tiny.completions()
-    before, _ = tiny.scorer()(params, prompts, tokens, mask, tiny.ALLOWED)
+    before = scored(tiny, params, prompts, tokens, mask)
     filled = np.where(mask, tokens, tiny.IMAGE)
-    after, _ = tiny.scorer()(params, prompts, filled, mask, tiny.ALLOWED)
+    after = scored(tiny, params, prompts, filled, mask)
     np.testing.assert_array_equal(after[mask], before[mask])
     changed = tokens.copy()
     changed[:, 1] = (changed[:, 1] + 1) % tiny.END
-    after, _ = tiny.scorer()(params, prompts, changed, mask, tiny.ALLOWED)
+    after = scored(tiny, params, prompts, changed, mask)
     others = np.array([0, 2, 3])
     np.testing.assert_allclose(
         after[:, others][mask[:, others]], before[:, others][mask[:, others]], atol=1e-5

@@ -10,12 +10,17 @@ from jax.sharding import PartitionSpec as P
 
 from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.sft import make_sft_step, sft_gradients
-from morer1_jax.learn.state import new_state
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.run import mesh as meshes
 
 SCORE = ScoreConfig(temperature=0.5, chunk=20)  # the temperature is of sampling alone
+
+
+def in_rows(tiny, rows=None):
+    """Samples as `tiny.sequences` has them, with room for several in a row; so that all batches
+    are of one shape, eight rows."""
+    return tiny.sequences(rows, prompt=48, completion=32, windows=10)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def learn(tiny):
 
 def test_loss_is_the_mean_over_target_tokens(tiny, learn):
     """Against a loss written down here over whole logits, value and gradient."""
-    params, batch = tiny.params(), tiny.sequences()
+    params, batch = tiny.params(), in_rows(tiny)
     counts = batch.weights.sum(1)
     np.testing.assert_array_equal(counts, 1 + 2 * np.arange(tiny.PROMPTS))
 
@@ -71,19 +76,21 @@ def test_loss_is_the_mean_over_target_tokens(tiny, learn):
 
 
 def test_micro_batches_do_not_matter(tiny, learn):
-    params, batch = tiny.params(), tiny.sequences()
+    params, batch = tiny.params(), in_rows(tiny)
     tiny.assert_near(learn(8)(params, batch), learn(1)(params, batch), 1e-5)
 
 
 def test_packing_does_not_matter(tiny, learn):
     params = tiny.params()
-    packed = tiny.sequences([[5, 0], [7], [2, 6, 1], [4, 3]], prompt=48, completion=32, windows=10)
+    # Filled up with rows that do not count.
+    packed = in_rows(tiny, [[5, 0], [7], [2, 6, 1], [4, 3], *[[0]] * 4])
+    packed = packed._replace(weights=packed.weights * (np.arange(8) < 4)[:, None])
     assert packed.segment_ids.max() == 3
-    tiny.assert_near(learn()(params, packed), learn()(params, tiny.sequences()), 1e-5)
+    tiny.assert_near(learn()(params, packed), learn()(params, in_rows(tiny)), 1e-5)
 
 
 def test_a_photo_matters(tiny, learn):
-    params, batch = tiny.params(), tiny.sequences()
+    params, batch = tiny.params(), in_rows(tiny)
     before, metrics = learn()(params, batch)
     after, changed = learn()(params, tiny.with_photo(batch, 5))
     assert abs(changed["loss"] - metrics["loss"]) > 1e-4
@@ -97,7 +104,7 @@ def test_a_photo_matters(tiny, learn):
 
 
 def test_a_batch_without_targets_is_zero(tiny, learn):
-    batch = tiny.sequences()
+    batch = in_rows(tiny)
     batch = batch._replace(weights=np.zeros_like(batch.weights))
     for micro_batches in (1, 8):
         gradients, metrics = learn(micro_batches)(tiny.params(), batch)
@@ -117,9 +124,9 @@ def test_a_batch_without_targets_is_zero(tiny, learn):
 def test_a_step_on_eight_devices(tiny, learn, axes, micro_batches):
     """As a run compiles it; the optimizer keeps the gradients it is given, and takes one whole."""
     mesh = tiny.mesh(**axes)
-    params, batch = tiny.params(), tiny.sequences()
+    params, batch = tiny.params(), in_rows(tiny)
     keep = optax.trace(decay=0.0)
-    state = new_state(params, keep)
+    state = tiny.fresh_state(params, keep)
     shardings = meshes.state_shardings(mesh, state, params)
     whole = NamedSharding(mesh, P())
     step = tiny.jit(
@@ -127,7 +134,7 @@ def test_a_step_on_eight_devices(tiny, learn, axes, micro_batches):
         in_shardings=(shardings, {}, meshes.batch_sharding(mesh)),
         out_shardings=(shardings, whole),
     )
-    after, metrics = step(jax.device_put(state, shardings), {}, meshes.put_batch(batch, mesh))
+    after, metrics = step(tiny.place(state, shardings), {}, meshes.put_batch(batch, mesh))
     gradients, expected = learn()(params, batch)
     tiny.assert_near(after.opt_state.trace, gradients, 1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], tiny.norm(gradients), rtol=1e-5)

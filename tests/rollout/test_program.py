@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from morer1_jax.rollout.program import make_rollout
 from morer1_jax.rollout.reward import RewardConfig, advantages
-from morer1_jax.rollout.sampler import sample_keys
 from morer1_jax.run import mesh as meshes
 
 REWARD = RewardConfig(format=0.25, effort=0.5, accuracy=1.0, effort_from=10, effort_to=60)
@@ -34,7 +32,7 @@ def compiled(tiny):
 
         def run(params, step):
             prompts = meshes.put_batch(tiny.prompts(), mesh)
-            placed = jax.device_put(params, by_name)
+            placed = tiny.place(params, by_name)
             out = rollout(placed, prompts, tiny.READER, tiny.ALLOWED, jnp.int32(step))
             return meshes.fetch(out)
 
@@ -82,7 +80,7 @@ def test_rewards_advantages_and_metrics(tiny, on_one_device):
 def test_noise_is_of_the_seed_and_the_step(tiny, on_one_device):
     params, prompts = tiny.params(), tiny.prompts()
     drawn = on_one_device(params, 2)[0].rollout
-    keys = sample_keys(SEED, jnp.int32(2), prompts.fact, tiny.GROUP)
+    keys = tiny.keys(SEED, np.int32(2), prompts.fact, tiny.GROUP)
     expected = tiny.sampler()(params, prompts, keys, tiny.ALLOWED)
     np.testing.assert_array_equal(drawn.tokens, expected.tokens)
     assert (on_one_device(params, 3)[0].rollout.tokens != drawn.tokens).any((1, 2)).all()

@@ -18,7 +18,6 @@ from morer1_jax.rollout.sampler import (
     allowed_ids,
     leads_to_end,
     sample,
-    sample_keys,
 )
 from morer1_jax.task.answer import Outcome, read
 
@@ -29,7 +28,7 @@ def draw(tiny):
 
     def draw(params, step=0, seed=0, group=tiny.GROUP, temperature=1.0, prompts=None, **options):
         prompts = tiny.prompts() if prompts is None else prompts
-        keys = sample_keys(seed, jnp.int32(step), prompts.fact, group)
+        keys = tiny.keys(seed, np.int32(step), prompts.fact, group)
         allowed = options.pop("allowed", tiny.ALLOWED)
         program = tiny.sampler(group, temperature, **options)
         return jax.device_get(program(params, prompts, keys, allowed))
@@ -60,7 +59,7 @@ def test_logprobs_are_the_scorers(tiny, draw, temperature):
 
 
 def test_logprobs_in_bfloat16(tiny, draw):
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
+    params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), tiny.params())
     drawn = draw(params, dtype="bfloat16")
     asked = (tiny.prompts(), drawn.tokens, drawn.mask, tiny.ALLOWED)
     scored, _ = tiny.scorer(dtype="bfloat16")(params, *asked)
@@ -122,14 +121,18 @@ def test_banned_ids_are_never_drawn(tiny, draw, temperature):
 
 @pytest.mark.parametrize("value", [-np.inf, np.nan, np.inf])
 @pytest.mark.parametrize("temperature", [1.0, 0.0], ids=["sampled", "greedy"])
-def test_what_is_drawn_without_probabilities_has_no_finite_log_probability(value, temperature):
+def test_what_is_drawn_without_probabilities_has_no_finite_log_probability(
+    tiny, value, temperature
+):
     """All ids that are allowed have this logit; those that are not have better ones."""
     allowed = np.arange(6) < 3
-    logits = jnp.where(allowed, value, 2.0) * jnp.ones((1, 2, 6), jnp.float32)
-    keys = sample_keys(0, jnp.int32(0), jnp.zeros(1, jnp.int32), 2)
-    _, logprob = _draw(logits, allowed, keys, jnp.int32(0), temperature)
+    logits = np.broadcast_to(np.where(allowed, value, 2.0), (1, 2, 6)).astype(np.float32)
+    keys = tiny.keys(0, np.int32(0), np.zeros(1, np.int32), 2)
+    pick = tiny.jit(_draw, static_argnums=4)
+    _, logprob = pick(logits, allowed, keys, np.int32(0), temperature)
     assert not np.isfinite(logprob).any()
-    _, logprob = _draw(logits.at[..., 1].set(3.0), allowed, keys, jnp.int32(0), temperature)
+    logits[..., 1] = 3.0
+    _, logprob = pick(logits, allowed, keys, np.int32(0), temperature)
     np.testing.assert_allclose(logprob, 0.0 if value == -np.inf else np.nan)
 
 
@@ -226,7 +229,7 @@ def counted(tiny):
             return super().decode(x, positions, cache)
 
     prompts = take_rows(tiny.prompts(), [4, 5])
-    keys = sample_keys(0, jnp.int32(0), prompts.fact, 2)
+    keys = tiny.keys(0, np.int32(0), prompts.fact, 2)
     config = tiny.sample_config(group=2)
     model = Counting(tiny.CONFIG)
     program = tiny.jit(
@@ -290,7 +293,7 @@ def test_noise_depends_on_seed_step_fact_sample_and_position(tiny, draw):
 
 def test_keys_are_all_different(tiny):
     fact = np.arange(50, dtype=np.int32)
-    data = [jax.random.key_data(sample_keys(0, jnp.int32(step), fact, 8)) for step in range(4)]
+    data = [jax.random.key_data(tiny.keys(0, np.int32(step), fact, 8)) for step in range(4)]
     assert len(np.unique(np.reshape(data, (-1, 2)), axis=0)) == 4 * 50 * 8
 
 
@@ -307,15 +310,26 @@ def test_nonsense_is_refused(wrong):
 SHORTEST = 12  # tokens of the tiny vocabulary's well-formed answer, end-of-turn among them
 
 
-@pytest.mark.parametrize("length", [SHORTEST, SHORTEST + 1, 16])
-@pytest.mark.parametrize("temperature", [1.0, 0.0], ids=["sampled", "greedy"])
+# Each is compiled apart: daily each length, and both ways of drawing.
+@pytest.mark.parametrize(
+    ("temperature", "length"),
+    [
+        (1.0, SHORTEST),
+        (0.0, SHORTEST + 1),
+        (1.0, 16),
+        pytest.param(1.0, SHORTEST + 1, marks=pytest.mark.soak),
+        pytest.param(0.0, SHORTEST, marks=pytest.mark.soak),
+        pytest.param(0.0, 16, marks=pytest.mark.soak),
+    ],
+)
 def test_a_guided_answer_is_readable_whatever_the_model(tiny, draw, temperature, length):
     assert tiny.TABLES.steps_distance[0] == SHORTEST
     guided = draw(tiny.params(), temperature=temperature, guided=True, length=length)
     assert guided.ended.all()
     assert guided.format.all()
     assert (guided.answer >= 0).all()
-    free = draw(tiny.params(), temperature=temperature, length=length)
+    # Even with all the room that there is.
+    free = draw(tiny.params(), temperature=temperature)
     assert free.format.mean() < 0.1
     for row, number in np.ndindex(guided.ended.shape):
         tokens = guided.tokens[row, number][guided.mask[row, number]]
@@ -332,12 +346,14 @@ def test_guided_permits_what_leads_to_the_end_and_nothing_else(tiny):
     for _ in range(3):
         follow += [[*tokens, v] for tokens in follow for v in (1, 2, 3, 9, 14, tiny.END)]
     begun = [list(range(1, k)) for k in range(2, 14)]
-    for tokens in [*follow[:200], *begun, [*begun[-1], 13]]:
-        states = _states(tables, tokens)
-        for left in (0, 1, 3, 11, 20):
-            ours = leads_to_end(tiny.READER, *(jnp.full((1, 1), s) for s in states), left)
-            theirs = [_distance(tables, *_states(tables, [*tokens, v])) <= left for v in vocabulary]
-            np.testing.assert_array_equal(ours[0, 0], theirs)
+    texts = [*follow[:200], *begun, [*begun[-1], 13]]
+    steps, answer = np.array([_states(tables, tokens) for tokens in texts]).T
+    distances = [
+        [_distance(tables, *_states(tables, [*tokens, v])) for v in vocabulary] for tokens in texts
+    ]
+    for left in (0, 1, 3, 11, 20):
+        ours = leads_to_end(tiny.READER, steps[:, None], answer[:, None], left)
+        np.testing.assert_array_equal(ours[:, 0], np.array(distances) <= left)
 
 
 def _states(tables, tokens):
@@ -364,14 +380,14 @@ def test_without_a_limit_in_reach_guidance_changes_no_good_answer(tiny, draw):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 5, 127, 128, 129, 300]))
-def test_inverse_cdf_takes_the_first_id_whose_sum_exceeds_the_number(seed, size):
+def test_inverse_cdf_takes_the_first_id_whose_sum_exceeds_the_number(tiny, seed, size):
     """Against a sum over all ids in float64; blocks, gaps of weight 0 and both ends included."""
     rng = np.random.default_rng(seed)
     weights = rng.random((2, 3, size)).astype(np.float32) * rng.integers(0, 2, (2, 3, size))
     weights[..., rng.integers(size)] = 1.0
     uniform = rng.random((2, 3)).astype(np.float32)
     uniform[0, 0], uniform[1, 1] = 0.0, np.float32(1 - 2**-24)
-    found = np.asarray(_inverse_cdf(jnp.asarray(weights), jnp.asarray(uniform)))
+    found = np.asarray(tiny.jit(_inverse_cdf)(weights, uniform))
     chosen = np.take_along_axis(weights, found[..., None], axis=-1)[..., 0]
     assert (chosen > 0).all()
     total = np.cumsum(weights, axis=-1, dtype=np.float64)
