@@ -1,4 +1,6 @@
-"""A model of the smallest preset, as the benchmark writes it."""
+"""A model of the smallest preset shrunk further, as the benchmark writes it."""
+
+import dataclasses
 
 import pytest
 
@@ -8,11 +10,22 @@ from morer1_jax.bench.model import write_model
 
 @pytest.fixture(scope="session")
 def preset():
-    return PRESETS["tiny"]
+    tiny = PRESETS["tiny"]
+    text = dataclasses.replace(
+        tiny.text,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        mrope_section=(2, 3, 3),
+    )
+    vision = dataclasses.replace(
+        tiny.vision, hidden_size=32, intermediate_size=192, out_hidden_size=text.hidden_size
+    )
+    shrunk = {"tokenizer": 512, "batch": 2, "group": 2, "completion": 32, "mixed": 8, "micro": 4}
+    return dataclasses.replace(tiny, text=text, vision=vision, **shrunk)
 
 
 @pytest.fixture(scope="session")
-def folder(preset, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench") / "model"
-    write_model(preset, folder)
-    return folder
+def folder(preset, once):
+    return once("bench_model", lambda made: write_model(preset, made / "model")) / "model"
