@@ -22,7 +22,7 @@ from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenize
 from morer1_jax.files import any_path, atomic_dir
 from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
 from morer1_jax.learn.scorer import ScoreConfig
-from morer1_jax.learn.state import TrainState, init_sharded, new_state
+from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
 from morer1_jax.model.config import ModelConfig, VisionConfig
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import digests, weights
@@ -256,7 +256,7 @@ class Job:
     @functools.cached_property
     def like(self) -> tuple[Params, Params]:
         """Shapes, dtypes and shardings of the parameters that train, and of those that do not."""
-        whole = like(self.policy.abstract_params, self.policy.param_shardings)
+        whole = like(abstract_params(self.policy.model), self.policy.param_shardings)
         trained, frozen = split(whole, self.parts)
         dtype = jnp.dtype(self.settings.tune.frozen_dtype)
         return trained, jax.tree.map(lambda leaf: leaf.update(dtype=dtype), frozen)

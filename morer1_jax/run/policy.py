@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.tokenizer import SpecialIds, check_labels
 from morer1_jax.data.tokens import build_tables, token_bytes
-from morer1_jax.learn.parts import Params
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.sampler import Reader, allowed_ids
@@ -46,13 +45,8 @@ class Policy:
         self.rows = meshes.batch_sharding(mesh)
 
     @functools.cached_property
-    def abstract_params(self) -> Params:
-        """Shapes and dtypes of the model's parameters."""
-        return abstract_params(self.model)
-
-    @functools.cached_property
     def param_shardings(self) -> Any:
-        return meshes.param_shardings(self.mesh, self.abstract_params)
+        return meshes.param_shardings(self.mesh, abstract_params(self.model))
 
     @functools.cached_property
     def reader(self) -> Reader:
