@@ -26,9 +26,9 @@ TINY = Path(__file__).with_name("configs") / "tiny.py"
 SPLITS = ("train", "valid", "test")
 
 
-def mixed_world(folder):
+def mixed_world(folder, train):
     """A synthetic world whose photos are stretched and whose titles go on, each in its own way."""
-    synthesise(folder, WorldConfig(train=96, valid=4, test=4, written=0.5), seed=0)
+    synthesise(folder, WorldConfig(train=train, valid=4, test=4, written=0.5), seed=0)
     ontology, noise = more.read_ontology(folder), np.random.default_rng(0)
     for split in SPLITS:
         facts = more.read_split(folder, split, ontology)
@@ -48,7 +48,7 @@ def config_of(data, steps):
     config.stages = "sft,rate,grpo"
     config.data.update(folder=str(data), max_pixels=168 * 168, prompt_length=320, windows=16)
     config.sft.update(steps=steps - steps // 2, batch=8, save_every=1000, eval_every=1000)
-    config.rate.samples = 1
+    config.rate.update(samples=1, batch=24)
     config.grpo.update(steps=steps // 2, mixing=False, save_every=1000, eval_every=1000)
     return config
 
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--steps", type=int, required=True)
     given = parser.parse_args()
     data, workdir = given.folder / "data", given.folder / "run"
-    mixed_world(data)
+    mixed_world(data, train=min(96, 2 * given.steps))
     shapes, stages = defaultdict(list), ["sft", "grpo"]
     load_ahead = loop.load_ahead
 
