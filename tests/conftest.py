@@ -115,12 +115,14 @@ def command(monkeypatch, capsys):
     from absl import flags
 
     def defined(target):
-        """The flags of the commands of this project, `{name: (flag, module)}`."""
+        """The flags of this project's commands and of a config's keys, `{name: (flag, module)}`."""
         return {
             flag.name: (flag, module)
             for module, found in flags.FLAGS.flags_by_module_dict().items()
-            if module == target or module.startswith("morer1_jax")
             for flag in found
+            if module == target
+            or module.startswith("morer1_jax")
+            or flag.name.startswith("config.")
         }
 
     def run(target, *args, code):

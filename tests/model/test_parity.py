@@ -180,20 +180,17 @@ def greedy(model, params, rows, *, group, steps, suppressed):
 
 # Daily one key-value head for all, and one for each; heads in groups decode in the sampler's tests.
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(number, marks=() if number in (0, 2) else pytest.mark.soak)
-        for number in range(4)
-    ],
-    indirect=True,
+    ("case", "steps"),
+    [(0, 24), (2, 24), *(pytest.param(n, 64, marks=pytest.mark.soak) for n in range(4))],
+    indirect=["case"],
 )
-def test_greedy_tokens(case, rows_of, suppressed):
+def test_greedy_tokens(case, steps, rows_of, suppressed):
     rows = rows_of(case.config, case.samples, PADDED)
-    ours = greedy(case.model, case.params, rows, group=2, steps=24, suppressed=suppressed)
+    ours = greedy(case.model, case.params, rows, group=2, steps=steps, suppressed=suppressed)
     for sample, tokens in zip(case.samples, ours, strict=True):
         generated = case.reference.model.generate(
             **case.reference.inputs([sample]),
-            max_new_tokens=24,
+            max_new_tokens=steps,
             do_sample=False,
             suppress_tokens=list(suppressed),
         )

@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from absl import flags, logging
+from absl import logging
 from ml_collections import ConfigDict
 
 from morer1_jax.run.config import (
@@ -220,10 +220,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def typed(folder, command):
-    """Runs the command in this process, which forgets the flags made of a config's keys."""
-    yield lambda *args, code: command("main.py", *args, code=code)
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-        delattr(flags.FLAGS, name)
+    """Runs the command in this process."""
+    return lambda *args, code: command("main.py", *args, code=code)
 
 
 def process(*args):
