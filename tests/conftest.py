@@ -101,10 +101,15 @@ def quick_compiles():
 
 @pytest.fixture(scope="session")
 def without_torch():
-    """The environment of a process on one device that finds no PyTorch, and so starts quickly."""
-    paths = (str(Path(__file__).with_name("without_torch")), os.environ.get("PYTHONPATH"))
-    flags = os.environ["XLA_FLAGS"].partition(" ")[2]
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    """Gives the environment of a quickly started process: on one device, without PyTorch."""
+
+    def environment():
+        paths = (str(Path(__file__).with_name("without_torch")), os.environ.get("PYTHONPATH"))
+        flags = os.environ["XLA_FLAGS"].partition(" ")[2]
+        given = {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        return {**os.environ, **given}
+
+    return environment
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def process(without_torch):
         done = subprocess.run(
             [sys.executable, *map(str, args)],
             cwd=ROOT,
-            env=without_torch,
+            env=without_torch(),
             capture_output=True,
             text=True,
         )

@@ -22,9 +22,17 @@ from morer1_jax.run.student import open_student
 from morer1_jax.task.fact import DataError
 from morer1_jax.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "two_devices")
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def two_devices():
+    """So many are there to make a mesh of: enough for a model in parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:2])
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def test_as_many_compilations_as_shapes(tmp_path, steps, without_torch):
     script = Path(__file__).with_name("steady.py")
     run = subprocess.run(
         [sys.executable, script, f"--folder={tmp_path}", f"--steps={steps}"],
-        env=without_torch,
+        env=without_torch(),
         capture_output=True,
         text=True,
     )

@@ -30,7 +30,7 @@ TIMED = ("step_time", "time/", "throughput/", "mfu", "compilations")
 def start(without_torch, tmp_path_factory):
     """Starts a run: `(process, its log's path)`."""
     environment = {
-        **without_torch,
+        **without_torch(),
         "OMP_NUM_THREADS": "1",
         # Of this file alone: a killed run may leave half of a program.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
