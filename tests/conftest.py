@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-# An older way of XLA's, in which fused loops compile in half the time. The long counts are compiled
-# as users' programs are.
-QUICK = "--xla_cpu_use_fusion_emitters=false"
+# An older way of XLA's, in which fused loops compile in half the time; on one thread, because each
+# core has its worker. The long counts are compiled as users' programs are.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 def pytest_configure(config):
@@ -26,6 +26,8 @@ def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-of-tests-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        # Where in Python each operation of a program comes from takes long to write down.
+        os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 
 def _soak(config):
@@ -96,6 +98,31 @@ def quick_compiles():
     of their time, and that check what is done rather than to how many digits.
     """
     with _quick():
+        yield
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """`with devices(count)`: meshes are made of so many of the devices.
+
+    For what does not depend on how arrays are split: programs for several devices take longer to
+    compile and to run.
+    """
+    import jax
+
+    @contextlib.contextmanager
+    def only(count):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:count])
+            yield
+
+    return only
+
+
+@pytest.fixture
+def one_device(devices):
+    """Meshes of one device."""
+    with devices(1):
         yield
 
 
@@ -230,7 +257,7 @@ def small_world(once):
 
 
 @pytest.fixture(scope="session")
-def small_run(once, small_world):
+def small_run(once, small_world, devices):
     """The workdir of a run on `small_world` that trained for three steps, and has learnt nothing;
     tests must not change it."""
     from morer1_jax.run.config import read_config
@@ -242,7 +269,7 @@ def small_run(once, small_world):
         config.data.folder = str(small_world)
         config.mesh.update(data=1, fsdp=1, tensor=-1)
         config.sft.update(steps=3, eval_every=3, save_every=3)
-        with _quick():
+        with _quick(), devices(1):
             train(config, folder / "run")
 
     return once("small_run", make) / "run"

@@ -28,10 +28,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def two_devices():
-    """So many are there to make a mesh of: enough for a model in parts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:2])
+def two_devices(devices):
+    """Enough for a model in parts."""
+    with devices(2):
         yield
 
 

@@ -178,17 +178,6 @@ def settings(teacher, monkeypatch):
     return make
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Meshes are made of one of the devices: programs for several take longer to compile and run.
-
-    For what does not depend on how arrays are split.
-    """
-    import jax
-
-    monkeypatch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
-
-
 @pytest.fixture(scope="session")
 def published(reference, small_tokenizer, small_world, tmp_path_factory):
     """`(tied, dtype, shard size) -> (case, folder)` as `transformers` saves it, weights redrawn."""

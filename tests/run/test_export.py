@@ -35,6 +35,12 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 VALUE_BOUND = 2e-5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_one_device(devices):
+    with devices(1):
+        yield
+
+
 @pytest.fixture(scope="module")
 def config(small_world, request):
     config = read_config(request.config.rootpath / "tests" / "configs" / "tiny.py")

@@ -230,7 +230,7 @@ def test_a_rollout_that_is_not_finite_ends_the_run_by_its_facts_name(
     config.mesh.update(data=1, fsdp=1, tensor=1)
     config.grpo.loss.beta = 0.0  # Compiles no reference.
     config.model.vision.update(depth=1, fullatt_block_indexes=(0,))
-    config.grpo.update(steps=8, prompts=6, mixing=False, save_every=1, log_every=8)
+    config.grpo.update(steps=8, prompts=6, mixing=False, save_every=1, log_every=2)
     job = Job(settings(config), tmp_path)
     lines = [Rating(fact.id, 0.5, "hard") for fact in job.facts["train"][:4]]
     (tmp_path / "rate").mkdir()
@@ -266,3 +266,7 @@ def test_a_rollout_that_is_not_finite_ends_the_run_by_its_facts_name(
     assert "\n" not in str(error.value)
     assert "float32" not in str(error.value)  # What it computes in.
     assert Checkpointer(tmp_path / "grpo" / "checkpoints").latest() == 2
+    # Of what there is no reference for nothing is logged, not 0.
+    trained = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [r["step"] for r in trained] == [2]
+    assert "kl" not in trained[0]

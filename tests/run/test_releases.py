@@ -9,7 +9,6 @@ import subprocess
 import venv
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import transformers
@@ -119,10 +118,8 @@ def exported_with_all_tokens(reference, qwen_tokenizer, small_world, tmp_path_fa
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """See the fixture of that name beside this file; for a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
+def on_one_device(devices):
+    with devices(1):
         yield
 
 

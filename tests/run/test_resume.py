@@ -18,6 +18,8 @@ from morer1_jax.run.checkpoint import Checkpointer
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.py"
 STAGES = "synthesise,sft,rate,grpo"
 STEPS = {"sft": 40, "grpo": 8}
+# GRPO with several updates to a rollout, each of a part.
+GRPO = [f"--config.grpo.{key}" for key in ("updates=2", "micro_batches=2", "scale_rewards=batch")]
 # Of a constant learning rate, and used by no later stage: its last state is kept.
 GOES_ON = ("grpo",)
 TIMEOUT = 900.0  # of a busy machine
@@ -40,7 +42,7 @@ def start(without_torch, tmp_path_factory):
 
     def begin(workdir, stages=STAGES, *overrides):
         command = [sys.executable, "-m", "morer1_jax.train", f"--config={CONFIG}"]
-        command += [f"--workdir={workdir}", f"--config.stages={stages}", *overrides]
+        command += [f"--workdir={workdir}", f"--config.stages={stages}", *GRPO, *overrides]
         with open(workdir.with_suffix(".log"), "ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log), log.name
 
@@ -146,7 +148,9 @@ def test_a_run_logs_every_step_once_and_learns_from_its_rollouts(reference):
     assert rollouts == [(step, sample) for step in range(1, 9) for _ in "ab" for sample in (0, 1)]
     # Else the runs below would agree whatever became of their rollouts.
     assert len({r["reward"] for r in records(reference, "rollouts.jsonl")}) > 2
+    assert all("kl" in r for r in records(reference) if r["kind"] == "train" and "reward" in r)
     before, after = arrays(reference, "sft"), arrays(reference, "grpo")
+    assert (after["step"], after["opt_state/1/0/count"]) == (STEPS["grpo"], 2 * STEPS["grpo"])
     moved = [n for n in after if n.startswith("best/") and (after[n] != before[n]).any()]
     assert len(moved) > 20
 
@@ -170,12 +174,12 @@ def test_the_stages_beside_the_main_way_run_and_are_scored(reference, start, tmp
     assert all(name in page for name in ("SFT for longer", "Title hidden", "Majority label"))
 
 
-def test_several_updates_a_rollout_without_mixing(reference, start, tmp_path):
+@pytest.mark.soak
+def test_without_mixing_and_without_a_reference(reference, start, tmp_path):
     workdir = tmp_path / "run"
     for name in ("data", "tokenizer", "sft", "rate"):
         shutil.copytree(reference / name, workdir / name)
-    keys = ("mixing=False", "updates=2", "micro_batches=2", "scale_rewards=batch", "loss.beta=0.0")
-    overrides = [f"--config.grpo.{key}" for key in (*keys, "steps=3")]
+    overrides = [f"--config.grpo.{key}" for key in ("mixing=False", "loss.beta=0.0", "steps=3")]
     finish(start(workdir, "grpo", *overrides))
     trained = [r for r in records(workdir) if r["kind"] == "train"]
     assert [r["step"] for r in trained] == [1, 2, 3]
@@ -183,7 +187,6 @@ def test_several_updates_a_rollout_without_mixing(reference, start, tmp_path):
     assert (found["step"], found["opt_state/1/0/count"]) == (3, 6)
     # What there is no reference for is not logged as 0.
     assert not any("kl" in r for r in trained)
-    assert all("kl" in r for r in records(reference) if r["kind"] == "train" and "reward" in r)
 
 
 def test_a_run_killed_twice_ends_as_one_never_killed(reference, start, tmp_path):
