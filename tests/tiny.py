@@ -27,7 +27,7 @@ from morer1_jax.task.ontology import Ontology
 # Of programs this small compiling is most of the time: compile fast, run slow.
 jit = functools.partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+    compiler_options={"xla_backend_optimization_level": 0},
 )
 
 PLAIN = XLA()
