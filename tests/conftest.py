@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-# Programs compile on one thread, because each core has its worker. Where jaxlib still has the flag,
-# before 0.11.1, fused loops compile the older way of XLA's, in half the time. The long counts are
-# compiled as users' programs are.
+# Programs compile on one thread, because each core has its worker. Before jaxlib 0.11, of whose
+# releases some end at a flag that they do not know, fused loops compile the older way of XLA's, in
+# half the time. The long counts are compiled as users' programs are.
 QUICK = ["--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
@@ -90,8 +90,10 @@ def _quick():
         patch.setenv(name.upper(), "1")
         before = jax.config.values[name]
         jax.config.update(name, True)
-        yield
-        jax.config.update(name, before)
+        try:
+            yield
+        finally:
+            jax.config.update(name, before)
 
 
 @pytest.fixture(scope="module")

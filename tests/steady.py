@@ -59,6 +59,7 @@ def main():
     parser.add_argument("--steps", type=int, required=True)
     given = parser.parse_args()
     data, workdir = given.folder / "data", given.folder / "run"
+    # Enough for as many shapes as there are, in few steps and in many.
     mixed_world(data, train=min(96, 2 * given.steps))
     shapes, stages = defaultdict(list), ["sft", "grpo"]
     load_ahead = loop.load_ahead

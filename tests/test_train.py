@@ -10,7 +10,6 @@ import signal
 import types
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -464,6 +463,7 @@ def losses(workdir):
 
 
 @pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.usefixtures("one_device")
 def test_a_run_out_of_memory_goes_on_with_other_parts_and_for_longer(
     config, workdir, tmp_path, monkeypatch
 ):
@@ -475,7 +475,6 @@ def test_a_run_out_of_memory_goes_on_with_other_parts_and_for_longer(
     config.sft.update(batch=4, save_every=2, steps=2)
     config.data.shapes = 1
     config.model.vision.update(depth=1, fullatt_block_indexes=(0,))  # Compiles faster.
-    monkeypatch.setattr("morer1_jax.run.mesh.jax.devices", lambda: jax.local_devices()[:1])
     whole = config.copy_and_resolve_references()
     whole.sft.steps = 4
     train(whole, tmp_path / "whole")

@@ -11,6 +11,8 @@ from morer1_jax.bench.model import write_model
 @pytest.fixture(scope="session")
 def preset():
     tiny = PRESETS["tiny"]
+    # Wide inside, for its depth: products of layers are to be most of the work, as in a real model,
+    # or the two sides' counts differ by what each computes besides.
     text = dataclasses.replace(
         tiny.text,
         vocab_size=512,

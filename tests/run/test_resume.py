@@ -203,7 +203,7 @@ def test_a_run_killed_twice_ends_as_one_never_killed(reference, start, tmp_path)
 def test_runs_killed_twenty_times_end_as_one_never_killed(reference, start, tmp_path, seed):
     rng = random.Random(seed)
     # Far enough apart that a run cannot have passed its next moment before it is killed.
-    steps = [("sft", start + rng.randint(0, 3)) for start in sorted(rng.sample(range(1, 36, 7), 3))]
+    steps = [("sft", step + rng.randint(0, 3)) for step in sorted(rng.sample(range(1, 36, 7), 3))]
     steps += [("grpo", rng.randint(1, 2)), ("grpo", rng.randint(5, 6))]
     kills = [(*moment, rng.uniform(0, 0.2)) for moment in steps]
     check_killed(tmp_path / "run", start, reference, kills)
