@@ -191,6 +191,21 @@ def test_its_chat_template_writes_our_conversation(whole, small_world):
         assert made == expected
 
 
+def test_a_template_is_replaced_for_what_it_writes_only(whole, tmp_path, monkeypatch, capsys):
+    """And not because it could not be tried."""
+    student = open_student(str(whole[1]))
+    export(student, tmp_path / "again")
+    assert "replaced" not in capsys.readouterr().out
+
+    def without_jinja(*args, **more):
+        raise ImportError("no jinja2")
+
+    monkeypatch.setattr(type(student.tokenizer), "apply_chat_template", without_jinja)
+    with pytest.raises(ImportError, match="no jinja2"):
+        export(student, tmp_path / "untried")
+    assert "replaced" not in capsys.readouterr().out
+
+
 def test_its_generation_ends_with_the_turn(whole):
     generation = transformers.GenerationConfig.from_pretrained(whole[1])
     tokenizer = transformers.AutoTokenizer.from_pretrained(whole[1])
