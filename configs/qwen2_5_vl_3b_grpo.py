@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from morer1_jax.run.config import read_config
+from morer1_jax.config.binding import read_config
 
 
 def get_config() -> ConfigDict:

@@ -14,7 +14,7 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from morer1_jax.task.synthetic import WorldConfig
+from morer1_jax.world.synthesise import WorldConfig
 
 
 def get_config() -> ConfigDict:

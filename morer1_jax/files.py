@@ -21,6 +21,8 @@ from pathlib import Path
 
 from etils import epath
 
+from morer1_jax.errors import TextError
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_NAME = re.compile(
     r"\.(jsonl?|parquet|csv|tsv|txt|arrow|zip|tar|gz|bz2|xz|zst|safetensors|bin|pth?|gguf|py|ya?ml)$"
@@ -97,10 +99,6 @@ def plain_path(path: Path) -> Iterator[Path]:
         link = Path(temporary) / f"path{suffix}"
         link.symlink_to(path)
         yield link
-
-
-class TextError(ValueError):
-    """A file is no text.  The message is one line: file and line, what it is, what to do."""
 
 
 def read_text(path: epath.PathLike) -> str:

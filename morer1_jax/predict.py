@@ -17,10 +17,12 @@ from pathlib import Path
 from absl import flags
 from PIL import Image
 
+from morer1_jax.cli import run_main
+from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import check_writable, local_path
+from morer1_jax.processes import check_alone
 from morer1_jax.run.cache import use_program_cache
-from morer1_jax.run.config import ConfigError, run_main
-from morer1_jax.run.predict import (
+from morer1_jax.serve.predict import (
     as_json,
     as_question,
     as_text,
@@ -29,9 +31,8 @@ from morer1_jax.run.predict import (
     question,
     read_questions,
 )
-from morer1_jax.run.processes import check_alone
-from morer1_jax.run.student import open_student
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.serve.student import open_student
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.photo import FORMATS
 
 _CHECKPOINT = flags.DEFINE_string(

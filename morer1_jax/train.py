@@ -22,30 +22,32 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from morer1_jax.cli import run_main
+from morer1_jax.config.binding import FILE as CONFIG_FILE
+from morer1_jax.config.binding import load
+from morer1_jax.config.settings import settings
+from morer1_jax.errors import ConfigError
 from morer1_jax.files import atomic_write, check_writable, local_path, remove
-from morer1_jax.run import binding
+from morer1_jax.processes import check_alone
+from morer1_jax.report.report import write_report
 from morer1_jax.run.answers import greedy_asker
-from morer1_jax.run.baselines import run_baselines
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.config import FILE as CONFIG_FILE
-from morer1_jax.run.config import ConfigError, load, run_main
-from morer1_jax.run.control import run_control
-from morer1_jax.run.disk import check_room
-from morer1_jax.run.evaluate import evaluate, read_scores
-from morer1_jax.run.grpo import run_grpo
 from morer1_jax.run.job import Job
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
-from morer1_jax.run.processes import check_alone
-from morer1_jax.run.rate import check_given, run_rate
-from morer1_jax.run.report import write_report
-from morer1_jax.run.settings import settings
-from morer1_jax.run.sft import run_sft
-from morer1_jax.run.stages import MARKER, Stage
 from morer1_jax.run.trial import check_saves
+from morer1_jax.stages import binding
+from morer1_jax.stages.baselines import run_baselines
+from morer1_jax.stages.control import run_control
+from morer1_jax.stages.disk import check_room
+from morer1_jax.stages.evaluate import evaluate, read_scores
+from morer1_jax.stages.grpo import run_grpo
+from morer1_jax.stages.marker import MARKER, Stage
+from morer1_jax.stages.rate import check_given, run_rate
+from morer1_jax.stages.sft import run_sft
 from morer1_jax.task import metrics
-from morer1_jax.task.synthetic import synthesise
+from morer1_jax.world.synthesise import synthesise
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
 _WORKDIR = flags.DEFINE_string(

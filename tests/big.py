@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from morer1_jax.config.binding import read_config
+from morer1_jax.config.settings import settings
 from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.run.answers import Asker
-from morer1_jax.run.config import read_config
 from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import shardings_of
-from morer1_jax.run.settings import settings
 
 ROOT = Path(__file__).parents[1]
 

@@ -50,15 +50,15 @@ def pytest_xdist_auto_num_workers(config):
 
 # Files that take longest, so that no worker is left with one of them at the end.
 LONGEST = (
-    "run/test_resume.py",
+    "test_resume.py",
     "test_predict.py",
     "test_published.py",
     "test_steady.py",
-    "bench/test_ours.py",
+    "tools/bench/test_ours.py",
     "learn/test_grpo_update.py",
-    "learn/test_scorer.py",
+    "model/test_scorer.py",
     "model/test_parity.py",
-    "run/test_writer_killed.py",
+    "teacher/test_writer_killed.py",
     "learn/test_sft.py",
 )
 
@@ -223,6 +223,19 @@ def reference():
     return _beside("reference")
 
 
+@pytest.fixture(params=range(4))
+def case(request, reference):
+    """Each config in turn."""
+    assert len(reference.CONFIGS) == 4
+    return reference.case(list(reference.CONFIGS)[request.param])
+
+
+@pytest.fixture(scope="session")
+def small_case(reference):
+    """The first config alone."""
+    return reference.case(next(iter(reference.CONFIGS)))
+
+
 @pytest.fixture(scope="session")
 def other_release():
     """The module `other_release.py` beside this file: asks an exported folder."""
@@ -256,7 +269,7 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_world(once):
     """The folder of a small synthetic dataset; tests must not change it."""
-    from morer1_jax.task.synthetic import WorldConfig, synthesise
+    from morer1_jax.world.synthesise import WorldConfig, synthesise
 
     config = WorldConfig(train=48, valid=16, test=16, written=0.5)
     return once("small_world", lambda folder: synthesise(folder / "data", config, seed=0)) / "data"
@@ -266,7 +279,7 @@ def small_world(once):
 def small_run(once, small_world, devices):
     """The workdir of a run on `small_world` that trained for three steps, and has learnt nothing;
     tests must not change it."""
-    from morer1_jax.run.config import read_config
+    from morer1_jax.config.binding import read_config
     from morer1_jax.train import train
 
     def make(folder):

@@ -10,11 +10,11 @@ import torch
 import transformers
 
 from morer1_jax.data import layout
-from morer1_jax.model import names
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.weights import names
 
 torch.set_num_threads(1)
 

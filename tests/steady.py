@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from PIL import Image
 
+from morer1_jax.config.binding import read_config
 from morer1_jax.run import loop
-from morer1_jax.run.config import read_config
 from morer1_jax.task import more
-from morer1_jax.task.synthetic import WorldConfig, synthesise
 from morer1_jax.train import train
+from morer1_jax.world.synthesise import WorldConfig, synthesise
 
 TINY = Path(__file__).with_name("configs") / "tiny.py"
 SPLITS = ("train", "valid", "test")

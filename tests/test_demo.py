@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from morer1_jax.config.settings import settings
 from morer1_jax.run.job import Job
-from morer1_jax.run.settings import settings
-from morer1_jax.task.synthetic import synthesise
+from morer1_jax.world.synthesise import synthesise
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from morer1_jax.errors import TextError
 from morer1_jax.files import (
-    TextError,
     allocate,
     any_path,
     atomic_dir,

@@ -14,11 +14,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from morer1_jax.learn.grpo import GroupBatch, GRPOConfig, make_grpo_update
-from morer1_jax.learn.parts import merged_kernel
-from morer1_jax.learn.scorer import ScoreConfig, group_logprobs, vision_inputs
 from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.learn.state import OptimizerConfig, abstract_params, new_state
 from morer1_jax.model.config import LoRA
+from morer1_jax.model.layers import merged_kernel
+from morer1_jax.model.scorer import ScoreConfig, group_logprobs, vision_inputs
 from morer1_jax.model.splash import Splash
 from morer1_jax.model.vision import VisionTower
 from morer1_jax.model.vlm import Qwen25VL

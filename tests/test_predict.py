@@ -13,21 +13,20 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from morer1_jax.config.binding import read_config
+from morer1_jax.config.settings import settings
+from morer1_jax.data.ratings import Rating, read_ratings
+from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError
 from morer1_jax.model.attention import XLA
-from morer1_jax.model.names import WeightsError
-from morer1_jax.run.config import ConfigError, read_config
-from morer1_jax.run.export import export
-from morer1_jax.run.finite import NotFiniteError
-from morer1_jax.run.grpo import run_grpo
 from morer1_jax.run.job import Job
-from morer1_jax.run.predict import predict, read_questions
-from morer1_jax.run.rate import Rating, read_ratings
-from morer1_jax.run.settings import settings
-from morer1_jax.run.student import open_student
-from morer1_jax.run.weights import SINGLE
+from morer1_jax.serve.export import export
+from morer1_jax.serve.predict import predict, read_questions
+from morer1_jax.serve.student import open_student
+from morer1_jax.stages.grpo import run_grpo
 from morer1_jax.task import more
 from morer1_jax.task.answer import Special, read
 from morer1_jax.train import first_params, train
+from morer1_jax.weights.published import SINGLE
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -9,18 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.config.binding import read_config
+from morer1_jax.config.settings import settings
+from morer1_jax.data.ratings import read_ratings
+from morer1_jax.errors import DataError
 from morer1_jax.learn.parts import split
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import ModelConfig, Runtime
+from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL, init_params
-from morer1_jax.run import weights
-from morer1_jax.run.config import read_config
-from morer1_jax.run.rate import read_ratings
-from morer1_jax.run.settings import settings
-from morer1_jax.run.student import open_student
-from morer1_jax.task.fact import DataError
+from morer1_jax.serve.student import open_student
 from morer1_jax.train import train
+from morer1_jax.weights import published as weights
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "two_devices")
 

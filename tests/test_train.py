@@ -13,14 +13,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from morer1_jax.run import binding
+from morer1_jax.config.binding import identity, read_config
+from morer1_jax.config.settings import settings
+from morer1_jax.data.ratings import Rating, read_ratings
+from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.config import ConfigError, identity, read_config
-from morer1_jax.run.grpo import _pools, _schedule, run_grpo
 from morer1_jax.run.job import Job
-from morer1_jax.run.rate import Rating, read_ratings
-from morer1_jax.run.settings import settings
-from morer1_jax.task.fact import DataError
+from morer1_jax.stages import binding
+from morer1_jax.stages.grpo import _pools, _schedule, run_grpo
 from morer1_jax.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -469,7 +469,7 @@ def test_a_run_out_of_memory_goes_on_with_other_parts_and_for_longer(
 ):
     """As one that had these parts and steps from the start, within rounding."""
     scores = {"micro_f1": 0.0}  # What is validated is not in question, and takes long to compile.
-    monkeypatch.setattr("morer1_jax.run.sft.validator", lambda *_: lambda params: scores)
+    monkeypatch.setattr("morer1_jax.stages.sft.validator", lambda *_: lambda params: scores)
     config.stages = "sft"
     config.sft.optimizer.update(schedule="constant", warmup=0)
     config.sft.update(batch=4, save_every=2, steps=2)
@@ -598,7 +598,7 @@ def test_pass_rates_that_changed_since_grpo_began_are_named(config, workdir, mon
     def begin(*_):
         raise Began
 
-    monkeypatch.setattr("morer1_jax.run.grpo.prompt_shapes", begin)
+    monkeypatch.setattr("morer1_jax.stages.grpo.prompt_shapes", begin)
     job = Job(settings(config), workdir)
     rate_as(workdir, *(rating(fact.id, "hard") for fact in job.facts["train"]))
     for _ in range(2):

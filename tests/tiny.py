@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.data.encoder import Encoder, Limits, Sample
-from morer1_jax.data.images import ImageConfig, Patches
+from morer1_jax.data.images import Patches
 from morer1_jax.data.tokens import build_tables
-from morer1_jax.learn.scorer import ScoreConfig, group_logprobs
 from morer1_jax.learn.state import new_state
 from morer1_jax.model.attention import XLA
-from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
+from morer1_jax.model.config import ImageConfig, ModelConfig, Runtime, TextConfig, VisionConfig
+from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.model.vlm import Qwen25VL, init_params
 from morer1_jax.rollout.sampler import Reader, SampleConfig, allowed_ids, sample, sample_keys
 from morer1_jax.run import mesh as meshes

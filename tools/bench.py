@@ -7,7 +7,7 @@ is written as soon as it is measured; one that fails does not end the others, an
 then measures what is missing.
 Before it is timed, a step's loss, gradient and entropy, or a sampler's greedy tokens, are checked
 to be the same on both sides. PyTorch runs as it comes and in the faster forms of
-`morer1_jax/bench/peers_model.py`; the fastest is the one to beat.
+`tools/bench/peers_model.py`; the fastest is the one to beat.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 
 from absl import flags
 
-from morer1_jax.bench import compare
-from morer1_jax.bench.cases import PRESETS
-from morer1_jax.bench.growth import Growth
-from morer1_jax.bench.model import device_name, write_model
-from morer1_jax.bench.sitting import check_needs, sit
-from morer1_jax.bench.turns import Timing
+from bench import compare
+from bench.cases import PRESETS
+from bench.growth import Growth
+from bench.model import device_name, write_model
+from bench.sitting import check_needs, sit
+from bench.turns import Timing
+from morer1_jax.cli import needs_extra, run_main
+from morer1_jax.errors import ConfigError
 from morer1_jax.files import check_writable, local_path
-from morer1_jax.run.config import ConfigError, run_main
-from morer1_jax.run.extras import needs_extra
+from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
-from morer1_jax.run.processes import check_alone
 
 _PRESET = flags.DEFINE_enum("preset", "small", sorted(PRESETS), "Sizes.")
 _TASKS = flags.DEFINE_list("tasks", [], "Of ours, such as sft,grpo/128; by default all.")
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     del argv
     check_alone()
     with needs_extra("bench"):
-        from morer1_jax.bench.peers import Peer
+        from bench.peers import Peer
     preset = PRESETS[_PRESET.value]
     everything = compare.comparisons(preset)
     _check_known("tasks", _TASKS.value, [comparison.task for comparison in everything])

@@ -16,12 +16,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from morer1_jax.cli import needs_extra, run_main
+from morer1_jax.config.settings import settings
 from morer1_jax.files import check_writable, local_path
-from morer1_jax.run.config import run_main
-from morer1_jax.run.extras import needs_extra
+from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
-from morer1_jax.run.processes import check_alone
-from morer1_jax.run.settings import settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the figures to, as JSON.")
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> None:
     if out is not None:
         check_writable(out)
     with needs_extra("bench"):
-        from morer1_jax.run.bench_data import run_bench
+        from bench.data import run_bench
     held = contextlib.nullcontext() if out is None else hold(out)
     with held, tempfile.TemporaryDirectory() as workdir:
         results = run_bench(settings(_CONFIG.value), Path(workdir), out=out)

@@ -10,11 +10,10 @@ import os
 
 from absl import flags
 
+from morer1_jax.cli import needs_extra, run_main
 from morer1_jax.files import any_path, check_writable
-from morer1_jax.run.config import run_main
-from morer1_jax.run.extras import needs_extra
+from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
-from morer1_jax.run.processes import check_alone
 
 _FOLDER = flags.DEFINE_string("folder", None, "MORE's folder, local or in a bucket.", required=True)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to write the dataset.", required=True)

@@ -5,12 +5,13 @@ python tools/convert.py --checkpoint=runs/demo --out=exported
 
 from absl import flags
 
+from morer1_jax.cli import run_main
+from morer1_jax.errors import ConfigError
 from morer1_jax.files import check_writable, local_path
-from morer1_jax.run.config import ConfigError, run_main
-from morer1_jax.run.export import export
+from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
-from morer1_jax.run.processes import check_alone
-from morer1_jax.run.student import open_student
+from morer1_jax.serve.export import export
+from morer1_jax.serve.student import open_student
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's workdir, one of its stages, or a published folder.", required=True

@@ -10,17 +10,18 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
+from morer1_jax.cli import run_main
+from morer1_jax.config.settings import RateSettings
+from morer1_jax.data.digests import of_lines
+from morer1_jax.errors import ConfigError
 from morer1_jax.files import any_path, check_writable, local_path
+from morer1_jax.processes import check_alone
 from morer1_jax.run.answers import Asker
 from morer1_jax.run.cache import use_program_cache
-from morer1_jax.run.config import ConfigError, run_main
-from morer1_jax.run.digests import of_lines
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
-from morer1_jax.run.processes import check_alone
-from morer1_jax.run.rate import rate
-from morer1_jax.run.settings import RateSettings
-from morer1_jax.run.student import LABELS, open_student
+from morer1_jax.serve.student import LABELS, open_student
+from morer1_jax.stages.rate import rate
 from morer1_jax.task import more
 
 _CHECKPOINT = flags.DEFINE_string(

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from bench.study import run_study
+from morer1_jax.cli import ArgumentParser, run_main
 from morer1_jax.files import check_writable, local_path
-from morer1_jax.run.config import ArgumentParser, run_main
+from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
-from morer1_jax.run.processes import check_alone
-from morer1_jax.run.study import run_study
 
 
 def _seeds(text: str) -> list[int]:

@@ -22,13 +22,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from etils import epath
 
-from morer1_jax.data.images import ImageConfig
+from morer1_jax.cli import ArgumentParser, run_main
 from morer1_jax.files import any_path
-from morer1_jax.run.budget import Prices
-from morer1_jax.run.config import ArgumentParser, run_main
-from morer1_jax.run.endpoint import EndpointConfig
-from morer1_jax.run.processes import check_alone
-from morer1_jax.run.writer import Writer, WriterConfig
+from morer1_jax.model.config import ImageConfig
+from morer1_jax.processes import check_alone
+from morer1_jax.teacher.endpoint import EndpointConfig
+from morer1_jax.teacher.ledger import Prices
+from morer1_jax.teacher.writer import Writer, WriterConfig
 
 
 def _path(text: str) -> epath.Path:

@@ -1,0 +1,1 @@
+"""Facts to batches of fixed shapes, on the host, in NumPy."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from morer1_jax.task.fact import DataError
+from morer1_jax.errors import DataError
 
 # Sets the shuffles' random streams apart from whatever else is drawn from a run's seed.
 _STREAM = 0x504F4F4C

@@ -11,23 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch, pad, stack
 from morer1_jax.data import layout
-from morer1_jax.data.batch import (
-    FeatureBatch,
-    PromptBatch,
-    SequenceBatch,
-    VisionBatch,
-    pad,
-    stack,
-)
 from morer1_jax.data.features import FeatureStore
-from morer1_jax.data.images import ImageConfig, ImageReader, Patches
+from morer1_jax.data.images import ImageReader, Patches
 from morer1_jax.data.shapes import Need, Shape
-from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.errors import DataError, Faults
+from morer1_jax.model.config import ImageConfig
+from morer1_jax.model.special import IMAGE_PAD, SpecialIds
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError, Fact, Faults
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
-from morer1_jax.task.prompt import IMAGE_PAD, student_prompt
+from morer1_jax.task.prompt import student_prompt
 
 
 @dataclasses.dataclass(frozen=True)

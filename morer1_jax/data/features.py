@@ -16,8 +16,9 @@ import ml_dtypes  # noqa: F401  (gives NumPy the type bfloat16)
 import numpy as np
 
 from morer1_jax.data.images import Patches
+from morer1_jax.errors import DataError
 from morer1_jax.files import read_text
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import Fact
 
 INDEX, FEATURES = "index.json", "features.bin"
 # Where an image's features begin, and its grid.

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from morer1_jax.data.batch import PromptBatch, SequenceBatch
+from morer1_jax.batch import PromptBatch, SequenceBatch
 from morer1_jax.data.encoder import Encoder, Sample
 from morer1_jax.data.shapes import Need, RowPlan, Shape, smallest, widest
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.errors import DataError
+from morer1_jax.task.fact import Fact
 
 # Which facts a step sees, as indices.
 Draw = Callable[[int], np.ndarray]

@@ -16,36 +16,14 @@ from etils import epath
 from PIL import Image
 
 from morer1_jax.data import layout
+from morer1_jax.errors import DataError, one_line
+from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError, Fact, one_line
+from morer1_jax.task.fact import Fact
 
 Box = tuple[float, float, float, float]
 # Most times its shorter side that a side may be: the processor's own limit.
 _LONGEST = 200
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageConfig:
-    """How pixels become patches.
-
-    Attributes:
-      min_pixels, max_pixels: an image is scaled to lie between, keeping its shape nearly.
-      crop_margin: how much of the box's width and height is added on each side of the crop.
-      crop_least: least width and height of the crop in the photo's pixels; a smaller box grows
-        around its centre.
-      patch_size, merge_size, temporal_patch_size: the vision tower's.
-      image_mean, image_std: of each channel, with levels from 0 to 1; by default CLIP's.
-    """
-
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
-    crop_margin: float = 0.1
-    crop_least: int = 28
-    patch_size: int = 14
-    merge_size: int = 2
-    temporal_patch_size: int = 2
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)

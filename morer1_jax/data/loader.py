@@ -22,7 +22,7 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
-from morer1_jax.task.fact import one_line
+from morer1_jax.errors import one_line
 
 WorkerKind = Literal["thread", "process"]
 

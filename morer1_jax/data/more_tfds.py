@@ -26,9 +26,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from morer1_jax.errors import DataError, one_line
 from morer1_jax.files import check_writable
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError, Fact, one_line
+from morer1_jax.task.fact import Fact
 
 FACTS, PHOTOS = "facts", "photos"
 

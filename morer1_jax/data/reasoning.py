@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from morer1_jax.errors import DataError, one_line
 from morer1_jax.files import expanded, is_hub_name, nearby, plain_path, why_local
-from morer1_jax.task.fact import DataError, Fact, one_line
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.more import check_reasoning
 from morer1_jax.task.ontology import Ontology
 

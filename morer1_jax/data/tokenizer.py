@@ -6,7 +6,6 @@ its merges alone.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,27 +14,10 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from morer1_jax.errors import DataError, one_line
 from morer1_jax.files import atomic_dir
-from morer1_jax.task.fact import DataError, one_line
-from morer1_jax.task.prompt import END_OF_TURN, IMAGE_PAD
+from morer1_jax.model.special import END_OF_TURN, PAD, SPECIAL_TOKENS
 
-PAD = "<|endoftext|>"
-SPECIAL_TOKENS = (
-    PAD,
-    "<|im_start|>",
-    END_OF_TURN,
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    IMAGE_PAD,
-    "<|video_pad|>",
-)
 # How Qwen's tokenizers cut text before merging: contractions, words with the mark or space before
 # them, single digits, runs of punctuation, line ends, spaces.
 _CUTS = (
@@ -45,49 +27,6 @@ _CUTS = (
 
 # A tokenizer's folder has one of these.
 _FILES = ("tokenizer.json", "vocab.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialIds:
-    """Ids of the tokens the programs treat apart."""
-
-    pad: int
-    end_of_turn: int
-    image: int
-    video: int
-    vision_start: int
-    vision_end: int
-    vision_pad: int
-
-    @property
-    def never_sampled(self) -> tuple[int, ...]:
-        """Padding, image, vision and video: a sampled one would stand for what is not there."""
-        return tuple(i for name, i in vars(self).items() if name != "end_of_turn")
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
-        """Looks the ids up.
-
-        Raises:
-          DataError: the tokenizer lacks one, so is none of this family.
-        """
-        names = (
-            PAD,
-            END_OF_TURN,
-            IMAGE_PAD,
-            "<|video_pad|>",
-            "<|vision_start|>",
-            "<|vision_end|>",
-            "<|vision_pad|>",
-        )
-        vocabulary = tokenizer.get_vocab()
-        for name in names:
-            if name not in vocabulary:
-                raise DataError(
-                    f"tokenizer {tokenizer.name_or_path!r} has no {name}; expected a tokenizer of "
-                    "the Qwen2.5-VL family"
-                )
-        return cls(*(vocabulary[name] for name in names))
 
 
 def check_labels(tokenizer: PreTrainedTokenizerFast, labels: Iterable[str]) -> None:

@@ -18,13 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int16
 
 from morer1_jax.task.answer import Outcome, Piece, Special
-from morer1_jax.task.automaton import (
-    END,
-    OTHER,
-    SYMBOLS,
-    answer_automaton,
-    step_automaton,
-)
+from morer1_jax.task.automaton import END, OTHER, SYMBOLS, answer_automaton, step_automaton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,1 @@
+"""Losses and steps: SFT, GRPO, the optimizer, what trains."""

@@ -25,11 +25,11 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from morer1_jax.data.batch import PromptBatch
+from morer1_jax.batch import PromptBatch
 from morer1_jax.learn.accumulate import accumulate, add
 from morer1_jax.learn.parts import join
-from morer1_jax.learn.scorer import Params, ScoreConfig, group_logprobs
 from morer1_jax.learn.state import TrainState, apply_gradients
+from morer1_jax.model.scorer import Params, ScoreConfig, group_logprobs
 from morer1_jax.model.vlm import Qwen25VL
 
 Metrics = dict[str, Array]

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from morer1_jax.model.config import LoRA
+from morer1_jax.model.layers import Params
 
-Params = dict[str, Any]
 ADAPTER = ("lora_a", "lora_b")
 
 
@@ -99,17 +98,3 @@ def factors(trained: Params, parts: Parts) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: parts.factor(tuple(entry.key for entry in path)), trained
     )
-
-
-def merged_kernel(layer: Params, lora: LoRA) -> jax.Array:
-    """The kernel of one linear map, stacked over layers [l, …], with its adapter added to it:
-    `W + scale · A B` in float32, because what an adapter adds is often less than a rounding of a
-    kernel held in bfloat16."""
-    kernel, down, up = layer["kernel"], layer["lora_a"], layer["lora_b"]
-    layers, rank = kernel.shape[0], down.shape[-1]
-    product = jnp.matmul(
-        down.reshape(layers, -1, rank).astype(jnp.float32),
-        up.reshape(layers, rank, -1).astype(jnp.float32),
-        precision="highest",
-    )
-    return kernel.astype(jnp.float32) + lora.scale * product.reshape(kernel.shape)

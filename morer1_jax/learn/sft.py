@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from morer1_jax.data.batch import SequenceBatch
+from morer1_jax.batch import SequenceBatch
 from morer1_jax.learn.accumulate import accumulate
 from morer1_jax.learn.parts import join
-from morer1_jax.learn.scorer import Params, ScoreConfig, sequence_logprobs
 from morer1_jax.learn.state import TrainState, apply_gradients
+from morer1_jax.model.scorer import Params, ScoreConfig, sequence_logprobs
 from morer1_jax.model.vlm import Qwen25VL
 
 Metrics = dict[str, Array]

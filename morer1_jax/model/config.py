@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from morer1_jax.errors import ConfigError
 from morer1_jax.model.attention import XLA, Kernels
 
 _DTYPES = ("float32", "bfloat16")  # In float16 activations overflow.
@@ -23,10 +24,6 @@ DEFAULT_IDS = {
     "vision_end_token_id": 151653,
 }
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-class ConfigError(ValueError):
-    """A configuration that is malformed or asks for something this package does not do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,3 +329,30 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 def _divides(name: str, value: int, by_name: str, by: int) -> None:
     if by < 1 or value < 1 or value % by:
         raise ConfigError(f"{name}: found {value}, expected a multiple of {by_name} = {by}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """How pixels become patches.
+
+    Attributes:
+      min_pixels, max_pixels: an image is scaled to lie between, keeping its shape nearly.
+      crop_margin: how much of the box's width and height is added on each side of the crop.
+      crop_least: least width and height of the crop in the photo's pixels; a smaller box grows
+        around its centre.
+      patch_size, merge_size, temporal_patch_size: the vision tower's.
+      image_mean, image_std: of each channel, with levels from 0 to 1; by default CLIP's.
+    """
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    crop_margin: float = 0.1
+    crop_least: int = 28
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]

@@ -212,3 +212,20 @@ def scanned(layer: type[nn.Module], length: int, inputs: int, unroll: int = 1) -
         length=length,
         unroll=min(unroll, length),
     )
+
+
+Params = dict[str, Any]
+
+
+def merged_kernel(layer: Params, lora: LoRA) -> jax.Array:
+    """The kernel of one linear map, stacked over layers [l, …], with its adapter added to it:
+    `W + scale · A B` in float32, because what an adapter adds is often less than a rounding of a
+    kernel held in bfloat16."""
+    kernel, down, up = layer["kernel"], layer["lora_a"], layer["lora_b"]
+    layers, rank = kernel.shape[0], down.shape[-1]
+    product = jnp.matmul(
+        down.reshape(layers, -1, rank).astype(jnp.float32),
+        up.reshape(layers, rank, -1).astype(jnp.float32),
+        precision="highest",
+    )
+    return kernel.astype(jnp.float32) + lora.scale * product.reshape(kernel.shape)

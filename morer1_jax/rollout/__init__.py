@@ -1,0 +1,1 @@
+"""Group sampling and its rewards, in one compiled program."""

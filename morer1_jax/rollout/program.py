@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from morer1_jax.data.batch import PromptBatch
-from morer1_jax.learn.scorer import Params
+from morer1_jax.batch import PromptBatch
+from morer1_jax.model.scorer import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.reward import (
     PARTS,

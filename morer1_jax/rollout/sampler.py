@@ -16,13 +16,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from morer1_jax.data.batch import PromptBatch
-from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.batch import PromptBatch
 from morer1_jax.data.tokens import AnswerTables
-from morer1_jax.learn.scorer import Params, embed_prompts, last_valid
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import KVCache, init_cache, separate_layers
 from morer1_jax.model.logprobs import DISALLOWED
+from morer1_jax.model.scorer import Params, embed_prompts, last_valid
+from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
 
 # The completions' cache begins with room for so many tokens, or for all there can be.

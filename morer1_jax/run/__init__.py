@@ -1,0 +1,1 @@
+"""What surrounds a step: mesh, kernels, checkpoints, the loop, logs, instruments."""

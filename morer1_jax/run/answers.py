@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from morer1_jax.data.batch import PromptBatch
+from morer1_jax.batch import PromptBatch
 from morer1_jax.data.encoder import Encoder
 from morer1_jax.data.loader import load_ahead
 from morer1_jax.data.shapes import Shape
+from morer1_jax.errors import ConfigError
+from morer1_jax.progress import progress
 from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sample_keys
-from morer1_jax.run.config import ConfigError
 from morer1_jax.run.finite import check_drawn
 from morer1_jax.run.job import Job
-from morer1_jax.run.log import progress
 from morer1_jax.run.mesh import batch_parts, fetch, this_host
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.shapes import asking_shape

@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.files import (
     atomic_dir,
     atomic_write,
@@ -37,9 +38,8 @@ from morer1_jax.files import (
     remove,
     temporary_path,
 )
-from morer1_jax.run.finite import NotFiniteError, first_not_finite
+from morer1_jax.run.finite import first_not_finite
 from morer1_jax.run.mesh import path_name
-from morer1_jax.task.fact import DataError
 
 PyTree = Any
 

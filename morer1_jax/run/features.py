@@ -9,22 +9,23 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from morer1_jax.data.batch import VisionBatch
+from morer1_jax.batch import VisionBatch
+from morer1_jax.data.digests import differences, of_lines
 from morer1_jax.data.encoder import Encoder
 from morer1_jax.data.features import FEATURES, FeatureStore, Place, write_index
 from morer1_jax.data.images import crop_box
 from morer1_jax.data.loader import load_ahead
+from morer1_jax.errors import ConfigError, DataError, NotFiniteError
 from morer1_jax.files import allocate, atomic_dir
 from morer1_jax.learn.parts import Parts
-from morer1_jax.learn.scorer import vision_inputs
+from morer1_jax.model.scorer import vision_inputs
 from morer1_jax.model.vision import VisionTower
+from morer1_jax.progress import progress
 from morer1_jax.run import mesh as meshes
-from morer1_jax.run.config import ConfigError
-from morer1_jax.run.digests import differences, of_lines
-from morer1_jax.run.finite import NotFiniteError, count_not_finite, ways
-from morer1_jax.run.log import progress
+from morer1_jax.run.finite import ways
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import Fact
+from morer1_jax.weights.finite import count_not_finite
 
 if TYPE_CHECKING:
     from morer1_jax.run.job import Job

@@ -13,30 +13,32 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
+from morer1_jax.config.settings import Settings, VisionSettings
+from morer1_jax.data import digests
 from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.features import FeatureStore
-from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.reasoning import read_reasoning_dataset
 from morer1_jax.data.shapes import Need
-from morer1_jax.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
+from morer1_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import any_path, atomic_dir
-from morer1_jax.learn.parts import ADAPTER, Params, Parts, join, select, split
-from morer1_jax.learn.scorer import ScoreConfig
+from morer1_jax.learn.parts import ADAPTER, Parts, join, select, split
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
-from morer1_jax.model.config import ModelConfig, VisionConfig
+from morer1_jax.model.config import ImageConfig, ModelConfig, VisionConfig
+from morer1_jax.model.layers import Params
+from morer1_jax.model.scorer import ScoreConfig
+from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
-from morer1_jax.run import digests, weights
 from morer1_jax.run import mesh as meshes
-from morer1_jax.run.config import ConfigError
 from morer1_jax.run.features import check_frozen, feature_store
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.policy import Policy
-from morer1_jax.run.processor import read_images
-from morer1_jax.run.settings import Settings, VisionSettings
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.prompt import student_prompt
+from morer1_jax.weights import published as weights
+from morer1_jax.weights.processor import read_images
 
 SPLITS = ("train", "valid", "test")
 REASONING = "reasoning.jsonl"

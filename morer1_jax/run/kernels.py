@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from jax.sharding import Mesh
 
+from morer1_jax.errors import ConfigError
 from morer1_jax.model.attention import XLA, Kernels
+from morer1_jax.model.config import AttentionChoice
 from morer1_jax.model.cudnn import HEAD_MOST, HEAD_MULTIPLE, CuDNN
 from morer1_jax.model.split import Split
-from morer1_jax.run.config import ConfigError
 from morer1_jax.run.mesh import BATCH_AXES, HEAD_AXIS
-
-AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
 
 
 def choose(

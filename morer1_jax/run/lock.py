@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from morer1_jax.run.config import ConfigError
+from morer1_jax.errors import ConfigError
 
 LOCK = ".lock"
 # Of file systems that know no locks.

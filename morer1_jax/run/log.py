@@ -8,20 +8,16 @@ For that a step's lines must be written before the checkpoint of that step is sa
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
+from morer1_jax.errors import DataError
 from morer1_jax.files import atomic_write, named, sync_path
-from morer1_jax.task.fact import DataError
 
-# Seconds between two redrawings of a bar that goes to a file.
-_FILE_INTERVAL = 30.0
 # Seconds for which TensorBoard may be behind.
 _FLUSH_INTERVAL = 10.0
 
@@ -214,38 +210,6 @@ class _Events:
     def close(self) -> None:
         with named(self._folder):
             self._writer.close()
-
-
-def progress(
-    iterable: Iterable[Any] | None = None,
-    *,
-    desc: str,
-    total: int | None = None,
-    initial: int = 0,
-    unit: str = "step",
-) -> tqdm:
-    """A progress bar on stderr with counts, time left and rate; one of the first process only.
-
-    On a terminal it is redrawn in place; in a file it is a line now and then.  Without `iterable`,
-    call `update(n)` and `close()`, or use it as a context manager.
-
-    Args:
-      initial: steps done before, when a run is resumed.
-    """
-    terminal = sys.stderr.isatty()
-    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
-    return tqdm(
-        iterable,
-        desc=desc,
-        total=total,
-        initial=initial,
-        unit=unit,
-        disable=jax.process_index() != 0,
-        dynamic_ncols=terminal,
-        bar_format=None if terminal else line,
-        mininterval=0.2 if terminal else _FILE_INTERVAL,
-        maxinterval=10.0 if terminal else _FILE_INTERVAL,
-    )
 
 
 def _finite(value: Any, key: str, bad: list[str]) -> Any:

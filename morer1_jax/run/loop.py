@@ -13,17 +13,13 @@ import jax
 import numpy as np
 
 from morer1_jax.data.loader import WorkerKind, load_ahead
+from morer1_jax.errors import NotFiniteError
 from morer1_jax.learn.state import TrainState
+from morer1_jax.progress import progress
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.compiles import CompileWatch
-from morer1_jax.run.finite import (
-    PATIENCE,
-    SKIPPED,
-    NotFiniteError,
-    SkippedUpdates,
-    check_scores,
-)
-from morer1_jax.run.log import MetricLog, progress
+from morer1_jax.run.finite import PATIENCE, SKIPPED, SkippedUpdates, check_scores
+from morer1_jax.run.log import MetricLog
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.throughput import Work, throughput
 

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from morer1_jax.data.feed import Host
-from morer1_jax.run.config import ConfigError
+from morer1_jax.errors import ConfigError
 
 PyTree = Any
 

@@ -11,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.data.tokenizer import SpecialIds, check_labels
+from morer1_jax.data.tokenizer import check_labels
 from morer1_jax.data.tokens import build_tables, token_bytes
 from morer1_jax.learn.state import abstract_params
+from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.sampler import Reader, allowed_ids
 from morer1_jax.run import mesh as meshes

@@ -6,15 +6,7 @@ from collections.abc import Sequence
 
 from morer1_jax.data.encoder import Encoder
 from morer1_jax.data.feed import Draw
-from morer1_jax.data.shapes import (
-    Cost,
-    Need,
-    RowPlan,
-    Shape,
-    plan_prompts,
-    plan_rows,
-    widest,
-)
+from morer1_jax.data.shapes import Cost, Need, RowPlan, Shape, plan_prompts, plan_rows, widest
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.flops import attention_flops, linear_flops, patch_flops
 from morer1_jax.run import mesh as meshes

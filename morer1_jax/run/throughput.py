@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from morer1_jax.data.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
+from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
 from morer1_jax.learn.parts import Parts
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.flops import peak_flops, text_flops, vision_flops

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from morer1_jax.errors import one_line
 from morer1_jax.run.checkpoint import Checkpointer, CheckpointError
-from morer1_jax.task.fact import one_line
 
 
 def check_saves(workdir: Path) -> None:

@@ -1,0 +1,1 @@
+"""What the task is: facts, labels, photos, prompt, the answer's grammar, metrics, MORE's files."""

@@ -18,15 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-from morer1_jax.task.answer import (
-    ANSWER,
-    END_ANSWER,
-    END_THINK,
-    SPACE,
-    STEPS,
-    TAGS,
-    THINK,
-)
+from morer1_jax.task.answer import ANSWER, END_ANSWER, END_THINK, SPACE, STEPS, TAGS, THINK
 
 END, OTHER = 256, 257
 SYMBOLS = 258

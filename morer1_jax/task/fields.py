@@ -4,7 +4,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from morer1_jax.task.fact import DataError
+from morer1_jax.errors import DataError
 
 
 def literal(line: str) -> Any:

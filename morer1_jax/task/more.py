@@ -24,9 +24,10 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from morer1_jax.files import TextError, read_text
+from morer1_jax.errors import DataError, Faults, TextError, one_line
+from morer1_jax.files import read_text
 from morer1_jax.task.answer import Special, read
-from morer1_jax.task.fact import GET_CLIENT, DataError, Fact, Faults, composed, one_line
+from morer1_jax.task.fact import GET_CLIENT, Fact, composed
 from morer1_jax.task.fields import fields, is_text, literal
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
 from morer1_jax.task.photo import DIGEST, open_photo

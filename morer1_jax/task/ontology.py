@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from morer1_jax.files import TextError, read_text
-from morer1_jax.task.fact import GET_CLIENT, DataError, composed, one_line
+from morer1_jax.errors import DataError, TextError, one_line
+from morer1_jax.files import read_text
+from morer1_jax.task.fact import GET_CLIENT, composed
 
 NONE = "none"
 ENTITY_TYPES = ("per", "org", "loc", "misc")

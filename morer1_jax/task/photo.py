@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from morer1_jax.task.fact import DataError, one_line
+from morer1_jax.errors import DataError, one_line
 
 # Others that Pillow knows are no photos, or run programs to be read.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

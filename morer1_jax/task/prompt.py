@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.errors import DataError
+from morer1_jax.model.special import IMAGE_PAD
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 
-IMAGE_PAD = "<|image_pad|>"
-END_OF_TURN = "<|im_end|>"
 _IMAGE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
 SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from morer1_jax.run.config import read_config
+from morer1_jax.config.binding import read_config
 
 _DEMO = Path(__file__).parents[2] / "configs" / "demo.py"
 

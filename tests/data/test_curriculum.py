@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morer1_jax.data.curriculum import MixConfig, Mixer, Pool
-from morer1_jax.task.fact import DataError
+from morer1_jax.errors import DataError
 
 shares = st.floats(0, 1)
 mixes = st.builds(

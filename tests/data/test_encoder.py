@@ -10,12 +10,14 @@ import pytest
 
 from morer1_jax.data import layout
 from morer1_jax.data.encoder import Encoder, Limits
-from morer1_jax.data.images import ImageConfig, ImageReader
-from morer1_jax.data.tokenizer import SpecialIds
+from morer1_jax.data.images import ImageReader
 from morer1_jax.data.tokens import token_bytes
+from morer1_jax.errors import DataError
+from morer1_jax.model.config import ImageConfig
+from morer1_jax.model.special import SpecialIds
 from morer1_jax.task import more
 from morer1_jax.task.answer import Special, format_answer, read
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.prompt import student_prompt
 
 IMAGES = ImageConfig(max_pixels=112 * 112)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from morer1_jax.data.curriculum import MixConfig, Mixer, Pool
 from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.feed import Host, PromptFeed, SequenceFeed, noise_ids
-from morer1_jax.data.images import ImageConfig
 from morer1_jax.data.loader import load_ahead
 from morer1_jax.data.shapes import plan_prompts, plan_rows, widest
+from morer1_jax.errors import DataError
+from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError
 
 ROWS, SAMPLES, STEPS = 8, 20, 3
 

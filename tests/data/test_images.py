@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from morer1_jax.data.images import ImageConfig, ImageReader, crop_box
+from morer1_jax.data.images import ImageReader, crop_box
+from morer1_jax.errors import DataError
+from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.photo import open_photo
 
 CONFIG = ImageConfig(min_pixels=56 * 56, max_pixels=140 * 140)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from morer1_jax.data.loader import load_ahead
-from morer1_jax.task.fact import DataError
+from morer1_jax.errors import DataError
 
 SHARED = Path("/dev/shm")
 

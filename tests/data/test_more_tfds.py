@@ -11,8 +11,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from morer1_jax.data import more_tfds
+from morer1_jax.errors import DataError
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.photo import open_photo
 

@@ -9,8 +9,8 @@ import datasets
 import pytest
 
 from morer1_jax.data.reasoning import read_reasoning_dataset
+from morer1_jax.errors import DataError
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -10,16 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.data.tokenizer import (
-    SPECIAL_TOKENS,
-    SpecialIds,
-    check_labels,
-    load_tokenizer,
-    train_tokenizer,
-)
+from morer1_jax.data.tokenizer import check_labels, load_tokenizer, train_tokenizer
 from morer1_jax.data.tokens import token_bytes
+from morer1_jax.errors import DataError
+from morer1_jax.model.special import SPECIAL_TOKENS, SpecialIds
 from morer1_jax.task.answer import Special
-from morer1_jax.task.fact import DataError
 
 CORPUS = [
     "<|im_start|>user\nHeat face Celtics<|im_end|>\n<|vision_start|><|image_pad|><|vision_end|>",

@@ -17,7 +17,7 @@ from morer1_jax.learn.grpo import (
     grpo_gradients,
     token_weights,
 )
-from morer1_jax.learn.scorer import ScoreConfig
+from morer1_jax.model.scorer import ScoreConfig
 
 NORMALISATIONS = ("sequence", "token", "constant")
 B, G, T = 3, 6, 6

@@ -16,7 +16,7 @@ from morer1_jax.learn.grpo import (
     make_grpo_update,
     token_weights,
 )
-from morer1_jax.learn.scorer import ScoreConfig
+from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.run import mesh as meshes
 
 CONFIG = GRPOConfig(beta=0.05, clip_low=0.1, clip_high=0.15, mask_truncated=True)

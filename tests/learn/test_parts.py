@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from morer1_jax.learn.parts import ADAPTER, Parts, factors, join, merged_kernel, select, split
-from morer1_jax.learn.scorer import ScoreConfig, sequence_logprobs
+from morer1_jax.learn.parts import ADAPTER, Parts, factors, join, select, split
 from morer1_jax.learn.sft import make_sft_step, sft_gradients
 from morer1_jax.learn.state import OptimizerConfig, new_state
 from morer1_jax.model.config import LORA_TARGETS, LoRA, Runtime
+from morer1_jax.model.layers import merged_kernel
+from morer1_jax.model.scorer import ScoreConfig, sequence_logprobs
 from morer1_jax.model.vlm import Qwen25VL, init_params
 
 SCORE = ScoreConfig(chunk=24)

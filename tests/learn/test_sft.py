@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from morer1_jax.learn.scorer import ScoreConfig
 from morer1_jax.learn.sft import make_sft_step, sft_gradients
 from morer1_jax.model.attention import PackedCausal
+from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.run import mesh as meshes
 

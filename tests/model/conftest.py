@@ -1,4 +1,4 @@
-"""Each small model in turn, and the package's modules with their annotations checked."""
+"""The package's modules with their annotations checked; programs that compile quickly."""
 
 import importlib
 import sys
@@ -10,19 +10,6 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import morer1_jax.model
-
-
-@pytest.fixture(params=range(4))
-def case(request, reference):
-    """Each config in turn."""
-    assert len(reference.CONFIGS) == 4
-    return reference.case(list(reference.CONFIGS)[request.param])
-
-
-@pytest.fixture(scope="session")
-def small_case(reference):
-    """The first config alone."""
-    return reference.case(next(iter(reference.CONFIGS)))
 
 
 @pytest.fixture(scope="session")
@@ -74,9 +61,13 @@ def checked(reference):
 
     Their classes are not those the other tests know, so what goes in must be made of them.
     """
-    prefix = "morer1_jax.model"
-    known = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(prefix)}
-    with jaxtyping.install_import_hook(prefix, "beartype.beartype"):
+    prefix, names = "morer1_jax.model", "morer1_jax.weights.names"
+    known = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name.startswith(prefix) or name == names
+    }
+    with jaxtyping.install_import_hook([prefix, names], "beartype.beartype"):
         modules = {
             name: importlib.import_module(f"{prefix}.{name}")
             for name in (
@@ -86,11 +77,11 @@ def checked(reference):
                 "flops",
                 "language",
                 "layers",
-                "names",
                 "vision",
                 "vlm",
             )
         }
+        modules["names"] = importlib.import_module(names)
     sys.modules.update(known)
     morer1_jax.model = sys.modules[prefix]
     return types.SimpleNamespace(**modules)

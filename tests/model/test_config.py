@@ -4,7 +4,8 @@ import json
 import pytest
 import transformers
 
-from morer1_jax.model.config import ConfigError, ModelConfig, Runtime, TextConfig, VisionConfig
+from morer1_jax.errors import ConfigError
+from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
 
 # The parts of the published 3B model's config.json that describe the model.
 PUBLISHED = {

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from morer1_jax.model import names
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import init_cache
 from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.weights import names
 
 VALUE_BOUND = 2e-5
 GRADIENT_BOUND = 1e-4

@@ -22,10 +22,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from morer1_jax.errors import DataError
 from morer1_jax.run import checkpoint
 from morer1_jax.run.checkpoint import Checkpointer, CheckpointError
 from morer1_jax.run.mesh import make_mesh, state_shardings
-from morer1_jax.task.fact import DataError
 
 
 @flax.struct.dataclass

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from morer1_jax.learn.scorer import ScoreConfig, sequence_logprobs
+from morer1_jax.config.binding import read_config
+from morer1_jax.config.settings import settings
+from morer1_jax.errors import ConfigError, DataError
+from morer1_jax.model.scorer import ScoreConfig, sequence_logprobs
 from morer1_jax.run import features
-from morer1_jax.run.config import ConfigError, read_config
 from morer1_jax.run.job import Job
-from morer1_jax.run.settings import settings
-from morer1_jax.task.fact import DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -11,25 +11,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from morer1_jax.config.binding import read_config
+from morer1_jax.config.settings import settings
 from morer1_jax.data.feed import SequenceFeed
+from morer1_jax.data.ratings import Rating
+from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.config import read_config
 from morer1_jax.run.finite import (
     PATIENCE,
-    NotFiniteError,
     SkippedUpdates,
     check_drawn,
     check_scores,
-    count_not_finite,
     first_not_finite,
 )
-from morer1_jax.run.grpo import run_grpo
-from morer1_jax.run.grpo_step import GRPOStep
 from morer1_jax.run.job import Job
-from morer1_jax.run.rate import Rating
-from morer1_jax.run.settings import settings
-from morer1_jax.task.fact import DataError
+from morer1_jax.stages.grpo import run_grpo
+from morer1_jax.stages.grpo_step import GRPOStep
 from morer1_jax.train import train
+from morer1_jax.weights.finite import count_not_finite
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
@@ -255,7 +254,7 @@ def test_a_rollout_that_is_not_finite_ends_the_run_by_its_facts_name(
 
         return run
 
-    monkeypatch.setattr("morer1_jax.run.grpo.GRPOStep", Spoilt)
+    monkeypatch.setattr("morer1_jax.stages.grpo.GRPOStep", Spoilt)
     with pytest.raises(NotFiniteError) as error:
         run_grpo(job, lambda: job.init_params(0))
     drawn = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").open()]

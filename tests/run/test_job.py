@@ -10,12 +10,12 @@ import pytest
 from PIL import Image, ImageOps
 from tokenizers import normalizers
 
-from morer1_jax.run.config import ConfigError, read_config
+from morer1_jax.config.binding import read_config
+from morer1_jax.config.settings import settings
+from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import shardings_of
-from morer1_jax.run.settings import settings
 from morer1_jax.task import more
-from morer1_jax.task.fact import DataError
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 

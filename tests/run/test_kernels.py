@@ -5,11 +5,11 @@ import types
 import numpy as np
 import pytest
 
+from morer1_jax.errors import ConfigError
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.cudnn import CuDNN
 from morer1_jax.model.splash import Splash
 from morer1_jax.model.split import Split
-from morer1_jax.run.config import ConfigError
 from morer1_jax.run.kernels import choose
 
 # Platform, what its client says, and compute capability.

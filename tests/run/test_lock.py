@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from morer1_jax.run.config import ConfigError
+from morer1_jax.errors import ConfigError
 from morer1_jax.run.lock import LOCK, hold
 
 # Holds a folder, forks a child that outlives it, and says so.

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from morer1_jax.run.log import MetricLog, RecordLog, progress
-from morer1_jax.task.fact import DataError
+from morer1_jax.errors import DataError
+from morer1_jax.progress import progress
+from morer1_jax.run.log import MetricLog, RecordLog
 
 
 def lines(path):

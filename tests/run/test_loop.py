@@ -11,13 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.learn.state import OptimizerConfig, TrainState, apply_gradients, new_state
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.finite import NotFiniteError
 from morer1_jax.run.loop import Hooks, LoopConfig, train
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.throughput import Work
-from morer1_jax.task.fact import DataError
 
 CONFIG = LoopConfig(steps=11, eval_every=4, save_every=3, log_every=1, keep_checkpoints=2)
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -8,9 +8,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from morer1_jax.errors import ConfigError
 from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
-from morer1_jax.model.names import empty_params, tensor_specs
-from morer1_jax.run.config import ConfigError
 from morer1_jax.run.mesh import (
     batch_sharding,
     make_mesh,
@@ -21,6 +20,7 @@ from morer1_jax.run.mesh import (
     state_shardings,
     this_host,
 )
+from morer1_jax.weights.names import empty_params, tensor_specs
 
 
 @flax.struct.dataclass

@@ -1,4 +1,5 @@
-from morer1_jax.task.fact import DataError, Fact, one_line
+from morer1_jax.errors import DataError, one_line
+from morer1_jax.task.fact import Fact
 
 FACT = Fact(
     id="train:12",

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from morer1_jax.errors import DataError
 from morer1_jax.task import more
 from morer1_jax.task.answer import format_answer
-from morer1_jax.task.fact import DataError, Fact, composed
+from morer1_jax.task.fact import Fact, composed
 from morer1_jax.task.more import (
     check_photos,
     check_reasoning,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from morer1_jax.task.fact import DataError
+from morer1_jax.errors import DataError
 from morer1_jax.task.ontology import Ontology, label_types, read_ontology_file, write_ontology_file
 
 LABELS = (

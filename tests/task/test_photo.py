@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
-from morer1_jax.task.fact import DataError
+from morer1_jax.errors import DataError
 from morer1_jax.task.photo import FORMATS, open_photo
 
 

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from morer1_jax.task.fact import DataError, Fact
+from morer1_jax.errors import DataError
+from morer1_jax.model.special import IMAGE_PAD
+from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
-from morer1_jax.task.prompt import IMAGE_PAD, direct_answer, student_prompt
+from morer1_jax.task.prompt import direct_answer, student_prompt
 
 ONTOLOGY = Ontology(("none", "/per/org/opposed_to", "/per/misc/party", "/vehicle/loc/parked_at"))
 FACT = Fact(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from morer1_jax.bench.turns import SideError, Timing
+from bench.turns import SideError, Timing
 
 BENCH = str(Path(__file__).parents[2] / "tools" / "bench.py")
 TASKS = ("sft", "first/128", "sample/128")
@@ -32,9 +32,9 @@ def sides(monkeypatch):
             raise failing[task]
         return {name: Timing(1.0, [2.0] * rounds, 10, None) for name in tasks}
 
-    monkeypatch.setattr("morer1_jax.bench.compare.Worker", Side)
-    monkeypatch.setattr("morer1_jax.bench.compare.take_turns", take_turns)
-    monkeypatch.setattr("morer1_jax.bench.model.write_model", lambda preset, folder: None)
+    monkeypatch.setattr("bench.compare.Worker", Side)
+    monkeypatch.setattr("bench.compare.take_turns", take_turns)
+    monkeypatch.setattr("bench.model.write_model", lambda preset, folder: None)
     return measured, failing
 
 

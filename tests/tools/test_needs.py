@@ -13,8 +13,8 @@ CHOICE = ("--count=1", "--model=m")
 OPTIONAL = (
     *(f"bench.{name}" for name in ("peers", "peers_model", "peers_transformers", "peers_tuning")),
     "bench.peers_trl",
-    "data.more_tfds",
-    "run.bench_data",
+    "bench.data",
+    "morer1_jax.data.more_tfds",
 )
 
 
@@ -24,7 +24,7 @@ def missing(monkeypatch):
 
     def without(package):
         for name in OPTIONAL:
-            above, _, leaf = f"morer1_jax.{name}".rpartition(".")
+            above, _, leaf = name.rpartition(".")
             monkeypatch.delitem(sys.modules, f"{above}.{leaf}", raising=False)
             monkeypatch.delattr(importlib.import_module(above), leaf, raising=False)
         monkeypatch.setitem(sys.modules, package, None)
@@ -39,7 +39,7 @@ def no_work(monkeypatch):
     def begin(*_, **__):
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr("morer1_jax.bench.model.write_model", begin)
+    monkeypatch.setattr("bench.model.write_model", begin)
     monkeypatch.setattr("morer1_jax.task.more.write_ontology", begin)
     monkeypatch.setattr("morer1_jax.task.more.check_photos", begin)
 

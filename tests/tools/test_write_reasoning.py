@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from morer1_jax.data.images import ImageConfig
-from morer1_jax.run.budget import Prices
-from morer1_jax.run.config import ConfigError
-from morer1_jax.run.endpoint import EndpointConfig
-from morer1_jax.run.writer import WriterConfig
+from morer1_jax.errors import ConfigError
+from morer1_jax.model.config import ImageConfig
+from morer1_jax.teacher.endpoint import EndpointConfig
+from morer1_jax.teacher.ledger import Prices
+from morer1_jax.teacher.writer import WriterConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "write_reasoning.py"
 

@@ -1,0 +1,179 @@
+"""The command line: flags, errors in one line, packages that only some commands need."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from morer1_jax.errors import ConfigError, DataError, one_line
+from morer1_jax.files import full_disk
+from morer1_jax.output import check_text, lasting_output
+
+
+def run_main(
+    main: Callable[[list[str]], Any],
+    argv: Sequence[str] | None = None,
+    *,
+    interrupted: str = "interrupted",
+) -> None:
+    """Parses the absl flags, runs `main` and exits, telling the user's errors from the program's.
+
+    `ConfigError`, `DataError`, an error of the system about a file, a full disk however a library
+    puts it, and whatever is wrong with the flags (an unknown `--config.` key, a value of the wrong
+    type, a missing config file) become one line on stderr and exit code 2. So does Ctrl-C, with
+    exit code 130. Everything else keeps its traceback, errors inside a config file included.
+    Libraries' logs are shown from warnings on, unless `--verbosity` says otherwise.
+
+    Args:
+      main: gets what is left of the command line after the flags: the program's name alone.
+      argv: the command line; by default `sys.argv`.
+      interrupted: what is said after Ctrl-C.
+    """
+
+    def quiet_main(rest: list[str]) -> Any:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax reports every file it touches
+        return main(rest)
+
+    with lasting_output():
+        try:
+            argv = list(sys.argv if argv is None else argv)
+            check_text([*argv, *sys.argv])
+            app.run(quiet_main, argv, flags_parser=_parse_flags)
+        except (ConfigError, DataError) as error:
+            _exit(2, f"error: {one_line(error)}")
+        except KeyboardInterrupt:
+            _exit(130, interrupted)
+        except Exception as error:
+            if full := full_disk(error):
+                file, problem = full
+                _exit(
+                    2,
+                    f"error: {file or 'a file'}: {problem}; make room, then give the same command",
+                )
+            if not isinstance(error, OSError) or error.filename is None:
+                raise
+            _exit(2, f"error: {error.filename}: {error.strerror}")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An `argparse` parser whose errors `run_main` knows. It takes no abbreviation for a flag."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(f"{message}; --help shows the flags")
+
+
+def _exit(code: int, line: str) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    sources = _config_sources(argv)
+    for name, source in sources.items():
+        # A shell leaves `~` as it is after a `=`.
+        argv = [re.sub(rf"^(--?{name}=)(~.*)", _at_home, arg, flags=re.DOTALL) for arg in argv]
+        path = os.path.expanduser(source.split(":", 1)[0])
+        if not os.path.isfile(path):
+            if os.path.isfile(source):
+                raise ConfigError(
+                    f"--{name}={source}: what follows a colon is given to the config; name a path "
+                    "without one"
+                )
+            raise ConfigError(f"--{name}={path}: no such file; give the path of a config file")
+        if not path.endswith(".py"):
+            raise ConfigError(f"--{name}={path}: a Python file such as configs/demo.py expected")
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        # A config file that raises a ValueError arrives as a flag's error around the traceback.
+        if "Traceback (most recent call last)" in str(error):
+            raise RuntimeError(str(error)) from error
+        raise ConfigError(one_line(error)) from None
+    except (AttributeError, KeyError):
+        # What config_flags raises for an override of a key that does not exist.
+        for name, source in sources.items():
+            _check_overrides(name, source, argv)
+        raise
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected argument {rest[1]!r}; a flag is written --name=value")
+    return rest
+
+
+def _at_home(match: re.Match[str]) -> str:
+    return match[1] + os.path.expanduser(match[2])
+
+
+def _config_sources(argv: Sequence[str]) -> dict[str, str]:
+    """Config flag to what it is given: `path` or `path:argument`."""
+    sources = {}
+    for name in flags.FLAGS:
+        if config_flags.is_config_flag(flags.FLAGS[name]):
+            given = [flags.FLAGS[name].default] + [
+                match[1] or following
+                for arg, following in zip(argv, [*argv[1:], ""], strict=True)
+                if (match := re.fullmatch(rf"--?{name}(?:=(.*))?", arg))
+            ]
+            if given[-1]:
+                sources[name] = given[-1]
+    return sources
+
+
+def _check_overrides(name: str, source: str, argv: Sequence[str]) -> None:
+    keys = list(_keys(config_flags.ConfigFileFlagParser(name).parse(source)))
+    known = {key.rsplit(".", depth)[0] for key in keys for depth in range(key.count(".") + 1)}
+    for arg in argv:
+        match = re.match(rf"--?(?:no)?{name}\.([^=[]+)", arg)
+        if match and match[1] not in known:
+            raise ConfigError(f"--{name}.{match[1]}: unknown key{suggest(match[1], keys)}")
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, otherwise: str = "") -> Iterator[None]:
+    """Turns an import that fails in the block into a line that says what to install.
+
+    Args:
+      extra: of `pyproject.toml`, which has the packages.
+      otherwise: what else can be done, if anything.
+
+    Raises:
+      ConfigError: a package is missing, or cannot be imported.
+    """
+    try:
+        yield
+    # Packages that import their parts late raise RuntimeError for a part's missing package.
+    except (ImportError, RuntimeError) as error:
+        ways = f"pip install 'morer1-jax[{extra}]'" + (f", or {otherwise}" if otherwise else "")
+        raise ConfigError(f"{error}; {ways}") from None
+
+
+def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a config's values."""
+    for key, value in node.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

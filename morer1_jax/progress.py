@@ -1,0 +1,45 @@
+"""Progress bars, with rates; in a log file a line now and then."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+# Seconds between two redrawings of a bar that goes to a file.
+_FILE_INTERVAL = 30.0
+
+
+def progress(
+    iterable: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "step",
+) -> tqdm:
+    """A progress bar on stderr with counts, time left and rate; one of the first process only.
+
+    On a terminal it is redrawn in place; in a file it is a line now and then.  Without `iterable`,
+    call `update(n)` and `close()`, or use it as a context manager.
+
+    Args:
+      initial: steps done before, when a run is resumed.
+    """
+    terminal = sys.stderr.isatty()
+    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+    return tqdm(
+        iterable,
+        desc=desc,
+        total=total,
+        initial=initial,
+        unit=unit,
+        disable=jax.process_index() != 0,
+        dynamic_ncols=terminal,
+        bar_format=None if terminal else line,
+        mininterval=0.2 if terminal else _FILE_INTERVAL,
+        maxinterval=10.0 if terminal else _FILE_INTERVAL,
+    )

@@ -1,0 +1,187 @@
+"""Asking a model about photos that belong to no dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from morer1_jax.errors import DataError, TextError
+from morer1_jax.files import read_text
+from morer1_jax.run.answers import Answer, Asker
+from morer1_jax.serve.student import Student
+from morer1_jax.task import more
+from morer1_jax.task.answer import read_steps
+from morer1_jax.task.fact import Fact, composed
+from morer1_jax.task.fields import is_text
+from morer1_jax.task.ontology import NONE
+from morer1_jax.task.photo import open_photo
+
+_KEYS = ("image", "box", "title", "entity")
+
+
+def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
+    """A fact without a known label, from its photo, box, title and entity.
+
+    Args:
+      number: which question it is, from 1; its id is `question:<number>`. Errors leave it to the
+        caller to say where the question is from.
+      given: `image`, a path; `box`, four fractions of the photo (x centre, y centre, width,
+        height); `title`; `entity`, as the title has it.
+      folder: what a relative path starts from.
+
+    Raises:
+      DataError: a key is missing, unknown or of another type, the box is empty or leaves the photo,
+        there is no photo, or the entity is not in the title.
+    """
+    if missing := [key for key in _KEYS if key not in given]:
+        raise DataError(f"no {', '.join(missing)}, expected {', '.join(_KEYS)}")
+    if unknown := sorted(given.keys() - set(_KEYS)):
+        raise DataError(f"unexpected {', '.join(unknown)}, expected {', '.join(_KEYS)}")
+    for key in ("image", "title", "entity"):
+        if not isinstance(given[key], str) or not given[key].strip():
+            raise DataError(f"{key} is {given[key]!r}, expected text")
+    for key in ("title", "entity"):
+        if not is_text(given[key]):
+            raise DataError(f"{key} is {given[key]!a}: a lone surrogate, expected Unicode text")
+    if not isinstance(given["box"], list | tuple):
+        raise DataError(f"box is {given['box']!r}, expected four numbers")
+    path = next((p for p in _alike(folder / given["image"]) if p.is_file()), None)
+    if path is None:
+        raise DataError(
+            f"no photo {given['image']!r} in {folder.absolute()}; give its path from there, or a "
+            "whole one"
+        )
+    box = more.check_box(given["box"])
+    tokens, span = _words(composed(given["title"]), composed(given["entity"]))
+    entity = " ".join(tokens[slice(*span)])
+    return Fact(f"question:{number}", tokens, entity, span, "object", box, str(path), NONE)
+
+
+def _alike(path: Path) -> Iterator[Path]:
+    """The path, and then those that are there whose names differ from it in the form of Unicode
+    alone, which systems choose each for itself, and level by level."""
+    yield path
+    above = [Path(path.anchor)]
+    for part in path.parts[bool(path.anchor) :]:
+        below = []
+        for folder in above:
+            below += [folder / part] if (folder / part).exists() else []
+            try:
+                names = sorted(os.listdir(folder))
+            except OSError:  # Not a folder, or one whose names are not for us to see.
+                continue
+            alike = [name for name in names if composed(name) == composed(part) and name != part]
+            below += [folder / name for name in alike]
+        above = below
+    yield from above
+
+
+def _words(title: str, entity: str) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """The title's words, and which of them are the entity, at its first place."""
+    # A word ends where the entity does, whatever mark may follow: 'Heat,' is 'Heat' and ','.
+    wanted = r"\s+".join(re.escape(word) for word in entity.split())
+    found = re.search(rf"(?<!\w){wanted}(?!\w)", title)
+    if found is None:
+        raise DataError(f"entity {entity!r} is not in the title {title!r}; write it as there")
+    before, words = title[: found.start()].split(), found.group().split()
+    tokens = (*before, *words, *title[found.end() :].split())
+    return tokens, (len(before), len(before) + len(words))
+
+
+def read_questions(path: Path) -> list[Fact]:
+    """Questions of a file, a JSON object a line; photos' paths are relative to the file's folder.
+
+    Raises:
+      DataError: naming file and line.
+    """
+    try:
+        lines = read_text(path).split("\n")
+    except TextError as e:
+        raise DataError(str(e)) from None
+    except OSError as e:
+        raise DataError(f"{path}: {e}; expected a text file, a JSON object a line") from None
+    facts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            given = json.loads(line)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise DataError(f"{path}:{number}: {line[:80]!r} found, a JSON object expected")
+        try:
+            facts.append(question(number, given, path.parent))
+        except DataError as e:
+            raise DataError(f"{path}:{number}: {e}") from None
+    if not facts:
+        raise DataError(f"{path}: empty, expected a question a line")
+    return facts
+
+
+def predict(
+    student: Student, facts: Sequence[Fact], *, batch: int, guided: bool
+) -> Iterator[Answer]:
+    """The likeliest answer to each question, in order.
+
+    Args:
+      batch: questions at once.
+      guided: whether only tokens that lead to a readable answer may be chosen.
+    """
+    sizes = more.check_photos(facts, Path(), photo_path=photo_path)
+    encoder = student.encoder(Path(), facts, sizes, photo_path=photo_path)
+    asker = Asker(student.policy, encoder, batch=batch, group=1, temperature=0.0, guided=guided)
+    yield from asker.answers(student.params, facts, "predict")
+
+
+def photo_path(folder: Path, fact: Fact) -> Path:
+    """Where a question's photo is: a question names it by its path."""
+    return folder / fact.image
+
+
+def as_question(fact: Fact) -> str:
+    """What was asked, in a line: photo, box, entity and title."""
+    box = ",".join(f"{value:g}" for value in fact.box)
+    return f"{fact.image} [{box}] {fact.entity_text!r} in {fact.title!r}:"
+
+
+def as_text(answer: Answer) -> str:
+    """The reasoning step by step and the label, for a person."""
+    steps = read_steps(answer.text.encode())
+    if steps is None:
+        return f"{answer.text}\n\nAnswer: {answer.label or 'unreadable'}"
+    lines = [f"Step {k}: {step}" for k, step in enumerate(steps, start=1)]
+    return "\n".join([*lines, "", f"Answer: {answer.label or 'unreadable'}"])
+
+
+def as_json(fact: Fact, answer: Answer) -> str:
+    """One line: the question, the label (null if unreadable), the steps and the whole text."""
+    return json.dumps(
+        {
+            "image": fact.image,
+            "box": fact.box,
+            "title": fact.title,
+            "entity": fact.entity_text,
+            "label": answer.label,
+            "steps": read_steps(answer.text.encode()),
+            **{k: v for k, v in dataclasses.asdict(answer).items() if k not in ("fact", "label")},
+        },
+        ensure_ascii=False,
+    )
+
+
+def draw_box(fact: Fact) -> Image.Image:
+    """The photo with the object's box drawn on it."""
+    photo = open_photo(Path(fact.image))
+    x, y, w, h = (value * side for value, side in zip(fact.box, photo.size * 2, strict=True))
+    corners = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    width = max(2, round(min(photo.size) / 150))
+    ImageDraw.Draw(photo).rectangle(corners, outline=(255, 64, 0), width=width)
+    return photo

@@ -1,0 +1,255 @@
+"""A model found by its path: a published folder, or what a run of ours trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from morer1_jax.config.binding import FILE as RUN_CONFIG
+from morer1_jax.config.settings import settings
+from morer1_jax.data.digests import of_lines, of_tokenizer
+from morer1_jax.data.encoder import Encoder, Limits
+from morer1_jax.data.shapes import widest
+from morer1_jax.data.tokenizer import load_tokenizer
+from morer1_jax.errors import ConfigError, WeightsError
+from morer1_jax.files import any_path, expanded, is_hub_name, nearby, read_text, why_local
+from morer1_jax.learn.state import abstract_params
+from morer1_jax.model.config import ImageConfig, Runtime
+from morer1_jax.model.layers import Params
+from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.run import mesh as meshes
+from morer1_jax.run.checkpoint import MANIFEST, Checkpointer
+from morer1_jax.run.job import Job, like
+from morer1_jax.run.kernels import choose
+from morer1_jax.run.policy import Policy
+from morer1_jax.task import more
+from morer1_jax.task.fact import Fact
+from morer1_jax.task.more import PhotoPath
+from morer1_jax.task.ontology import Ontology, read_ontology_file
+from morer1_jax.weights import published as weights
+from morer1_jax.weights.folder import check_kind, read_json
+from morer1_jax.weights.processor import read_images
+
+# Ours, beside a published folder's own files: what the model was trained with and they do not say.
+TASK = "more_r1.json"
+LABELS = "rel2id.json"
+# Which stage of a workdir is meant if none is named.
+_NEWEST_FIRST = ("grpo", "control", "sft")
+# Parameters are split, so that a model that was trained fits where it is asked.
+_MESH = {"data": 1, "fsdp": -1, "tensor": 1}
+# A prompt of photo, crop and question has some hundred tokens; buckets are rounded up to this.
+_ROUND = 16
+
+
+@dataclasses.dataclass
+class Student:
+    """A model with all that is known of how to ask it.
+
+    Attributes:
+      load: reads the parameters; see `params`.
+      images: pixel limits and crop as in training.
+      completion: most tokens of an answer, as in training.
+      source: the folder of its tokenizer and whatever else is published beside tensors.
+      tokenizer: the one that is there.
+      dtypes: what its tensors are saved in, one or by name.
+      ontology: the labels it answers with; None if they are not known.
+      digest: tells it from another model.
+      checkpoint: the one it is, or was trained from, if any; what was copied from a bucket lasts as
+        long.
+    """
+
+    model: Qwen25VL
+    load: Callable[[], Params]
+    mesh: Mesh
+    images: ImageConfig
+    completion: int
+    source: Path
+    tokenizer: PreTrainedTokenizerFast
+    dtypes: str | Mapping[str, str]
+    ontology: Ontology | None
+    digest: str
+    checkpoint: weights.Checkpoint | None
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """Whole, adapters among them; on the mesh. Read when first used: what else is wrong with
+        the checkpoint, or with what it is asked, is found before that."""
+        return self.load()
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The model as it can be asked.
+
+        Raises:
+          ConfigError: its labels are not known.
+        """
+        if self.ontology is None:
+            raise ConfigError(f"{self.source}: no {LABELS} in it; say --labels=, a {LABELS}")
+        tokens, rows = len(self.tokenizer), self.model.config.text.vocab_size
+        if tokens > rows:
+            raise WeightsError(
+                f"{self.source}: its tokenizer has {tokens} tokens, its embedding {rows} rows; "
+                "expected tokenizer and model of one kind"
+            )
+        return Policy(self.model, self.tokenizer, self.ontology, self.mesh)
+
+    def encoder(
+        self,
+        data: Path,
+        facts: Sequence[Fact],
+        sizes: dict[str, tuple[int, int]],
+        photo_path: PhotoPath = more.photo_path,
+    ) -> Encoder:
+        """An encoder whose limits are those of these facts.
+
+        Args:
+          data: the dataset's folder.
+          sizes: (width, height) of the photos.
+          photo_path: where in the folder a fact's photo is.
+        """
+        window = self.model.config.vision.window_size
+        args = (data, self.policy.tokenizer, self.policy.ontology, self.images, window)
+        nothing = Limits(prompt=0, completion=self.completion, windows=0)
+        measuring = Encoder(*args, nothing, photo_path=photo_path)
+        needed = widest([measuring.need(fact, sizes[fact.photo]) for fact in facts])
+        prompt = -(-needed.length // _ROUND) * _ROUND
+        limits = Limits(prompt, self.completion, needed.windows)
+        return Encoder(*args, limits, photo_path=photo_path)
+
+
+def open_student(
+    path: str, *, labels: Path | None = None, completion: int | None = None
+) -> Student:
+    """Opens a checkpoint, on all devices there are.
+
+    Args:
+      path: a published folder (local, a bucket's or a hub name); a run's workdir, of which the best
+        parameters of its last stage are taken; or one of its stages, such as `runs/demo/sft`.
+      labels: the `rel2id.json` to answer from; None: the one that is there.
+      completion: most tokens of an answer; None: as in training.
+
+    Raises:
+      ConfigError, WeightsError, CheckpointError, DataError: what is missing or does not fit.
+    """
+    ontology = None if labels is None else read_ontology_file(any_path(labels, "--labels"))
+    if "://" not in path:
+        path = expanded(path, "--checkpoint")
+    if (stage := _stage(Path(path))) is not None:
+        return _trained(stage, ontology, completion)
+    folder = Path(path)
+    bucket_or_hub = "://" in path or (is_hub_name(path) and not folder.exists())
+    if not bucket_or_hub and not (folder / weights.CONFIG).exists():
+        check_kind(folder)
+        found = "no checkpoint" if folder.is_dir() else f"no such folder{nearby(path)}"
+        raise WeightsError(
+            f"{path}: {found}; expected a run's "
+            f"workdir, one of its stages {', '.join(_NEWEST_FIRST)}, a published folder (with a "
+            f"{weights.CONFIG}), or a name on the hub{'' if folder.is_dir() else why_local(path)}"
+        )
+    return _published(path, ontology, completion)
+
+
+def _stage(path: Path) -> Path | None:
+    """The folder of a stage that is meant, or None if the path is not a run's."""
+    if (path / "checkpoints").is_dir() and (path.parent / RUN_CONFIG).exists():
+        return path
+    try:
+        described = json.loads(read_text(path / RUN_CONFIG))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(described, dict) or "model_type" in described or "stages" not in described:
+        return None
+    for name in _NEWEST_FIRST:
+        if Checkpointer(path / name / "checkpoints").best() is not None:
+            return path / name
+    raise ConfigError(f"{path}: a run that has trained nothing yet; expected one with a stage sft")
+
+
+def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> Student:
+    workdir = stage.parent
+    config = read_json(workdir / RUN_CONFIG, needed=False)
+    # It was trained on devices that need not be here.
+    config["mesh"] = _MESH
+    if isinstance(runtime := config.get("runtime"), dict):
+        runtime["attention"] = "auto"
+    try:
+        job = Job(settings(config), workdir, ontology)
+    except ConfigError as error:
+        raise ConfigError(f"{workdir / RUN_CONFIG}: {error}") from None
+    if not (workdir / "tokenizer").is_dir():  # A run would make another one.
+        raise WeightsError(f"{workdir / 'tokenizer'}: no such folder; copy the run's workdir anew")
+    checkpoints = Checkpointer(stage / "checkpoints")
+    return Student(
+        model=job.policy.model,
+        load=lambda: job.whole(checkpoints.restore_best(job.like[0])[0]),
+        mesh=job.policy.mesh,
+        images=job.images,
+        completion=completion or job.settings.data.completion_length,
+        source=workdir / "tokenizer",
+        tokenizer=job.tokenizer,
+        dtypes="float32" if job.checkpoint is None else job.checkpoint.dtypes,
+        ontology=job.ontology,
+        digest=_digest(stage),
+        checkpoint=job.checkpoint,
+    )
+
+
+def _digest(stage: Path) -> str:
+    """Of the best parameters, by their manifest, and of the tokenizer."""
+    best = (stage / "checkpoints" / "best").glob(f"*/{MANIFEST}")
+    tokens = of_tokenizer(stage.parent / "tokenizer")
+    return of_lines([stage.name, *map(read_text, sorted(best)), *tokens, *tokens.values()])
+
+
+def _task(path: Path) -> dict[str, Any]:
+    """What the model was trained with, as far as the file says it."""
+    task = read_json(path, needed=False)
+    for key, kinds, least in (
+        ("crop_margin", (int, float), 0),
+        ("crop_least", (int,), 1),
+        ("completion_length", (int,), 1),
+    ):
+        value = task.get(key)
+        if value is not None and not (type(value) in kinds and least <= value < math.inf):
+            kind = "a number" if float in kinds else "a whole number"
+            raise WeightsError(
+                f"{path}: {key}: found {value!r}, {kind} from {least} on expected; copy it anew"
+            )
+    return task
+
+
+def _published(path: str, ontology: Ontology | None, completion: int | None) -> Student:
+    checkpoint = weights.Checkpoint(path)
+    folder = checkpoint.local_files
+    if ontology is None and (folder / LABELS).exists():
+        ontology = read_ontology_file(folder / LABELS)
+    mesh = meshes.make_mesh(_MESH)
+    dtype = checkpoint.dtype
+    kernels = choose("auto", dtype, checkpoint.config.head_sizes, mesh)
+    runtime = Runtime(param_dtype=dtype, dtype=dtype, kernels=kernels)
+    tokenizer = load_tokenizer(folder)
+    model = Qwen25VL(checkpoint.config_with(tokenizer), runtime)
+    abstract = abstract_params(model)
+    wanted = like(abstract, meshes.param_shardings(mesh, abstract))
+    task = _task(folder / TASK)
+    return Student(
+        model=model,
+        load=lambda: checkpoint.load(wanted),
+        mesh=mesh,
+        images=read_images(folder, checkpoint.config.vision, task),
+        completion=completion or task.get("completion_length", 1024),
+        source=folder,
+        tokenizer=tokenizer,
+        dtypes=checkpoint.dtypes,
+        ontology=ontology,
+        digest=checkpoint.digest,
+        checkpoint=checkpoint,
+    )

@@ -1,0 +1,1 @@
+"""Reasoning written by a strong model: asked for, checked, journalled, paid for."""

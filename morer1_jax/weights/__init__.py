@@ -1,0 +1,1 @@
+"""Checkpoint folders in the published form, read onto the mesh and written."""

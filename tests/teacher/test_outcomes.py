@@ -1,0 +1,142 @@
+"""What a journal's lines add up to, and the closing table."""
+
+import dataclasses
+
+import pytest
+
+from morer1_jax.task.fact import Fact
+from morer1_jax.teacher.journal import Answered, Began, Sent
+from morer1_jax.teacher.ledger import Ledger, Prices, Size, Usage
+from morer1_jax.teacher.outcomes import Book
+
+SIZE = Size(text=1000, pixels=5000, tiles=2, answer=100)
+FACT = Fact(
+    id="train:1",
+    tokens=("A", "title"),
+    entity_name="A",
+    entity_span=(0, 1),
+    object_name="[OBJ0]",
+    box=(0.5, 0.5, 1.0, 1.0),
+    image="1.jpg",
+    label="none",
+)
+FACTS = [
+    dataclasses.replace(FACT, id=f"train:{number}", label="none" if number < 4 else "/a/b/c")
+    for number in range(1, 8)
+]
+
+
+def book(*ends, attempts=2, prices=Prices()):  # noqa: B008
+    """A book of requests that were sent and ended so: (fact's number, outcome, reason)."""
+    made = Book(attempts, Ledger(prices))
+    made.apply(Began(1))
+    for number, (fact, outcome, reason) in enumerate(ends, start=1):
+        made.apply(Sent(number, f"train:{fact}", SIZE))
+        if outcome is not None:
+            usage = Usage(400, 50) if outcome in ("kept", "rejected") else Usage()
+            text = f" <think>{number} " if outcome == "kept" else None
+            made.apply(Answered(number, f"train:{fact}", outcome, reason, usage, text))
+    return made
+
+
+def state(made, fact):
+    fact = f"train:{fact}"
+    return made.is_open(fact), made.kept.get(fact), made.why_set_aside(fact)
+
+
+def test_a_fact_is_open_until_it_is_kept_or_set_aside():
+    made = book(
+        (1, "kept", None),
+        (2, "rejected", "format"),
+        (2, "kept", None),
+        (3, "rejected", "format"),
+        (4, "rejected", "format"),
+        (4, "rejected", "refusal"),
+        (5, "rejected", "empty"),
+        (5, "refused", "HTTP 400"),
+        (6, "unanswered", "HTTP 500"),
+        (7, None, None),
+    )
+    assert made.requests == 10
+    assert state(made, 1) == (False, "<think>1", None)
+    assert state(made, 2) == (False, "<think>3", None)
+    assert state(made, 3) == (True, None, None)
+    assert state(made, 4) == (False, None, ["format", "refusal"])
+    assert state(made, 5) == (False, None, ["empty", "HTTP 400"])
+    assert state(made, 6) == (True, None, None)  # An earlier run gave it up.
+    assert state(made, 7) == (True, None, None)
+    assert state(made, 99) == (True, None, None)
+    made.unanswered["train:6"] = "HTTP 500"
+    assert state(made, 6) == (False, None, ["HTTP 500"])
+
+
+def refused(*facts):
+    return [(fact, "refused", "HTTP 400: no") for fact in facts]
+
+
+@pytest.mark.parametrize(
+    ("ends", "lasting"),
+    [
+        (refused(1, 2), []),  # Nothing shows that the endpoint answers at all.
+        ([*refused(1, 2), (3, "unanswered", "HTTP 500")], []),
+        ([*refused(1, 2, 3, 4, 5, 6), (7, "kept", None)], [1, 2, 3, 4, 5, 6]),
+        ([*refused(1, 2), (7, "rejected", "format")], [1, 2]),
+        ([(7, "kept", None), *refused(1, 2, 3, 4)], [1, 2, 3, 4]),
+        ([(7, "kept", None), *refused(1, 2, 3, 4, 5)], []),
+        ([*refused(1), (7, "kept", None), *refused(2, 3, 4, 5, 6)], [1]),
+    ],
+)
+def test_a_refusal_lasts_if_the_endpoint_was_seen_to_work(ends, lasting):
+    made = book(*ends)
+    seen = {fact for fact, outcome, _ in ends if outcome == "refused"}
+    assert not any(made.is_open(f"train:{fact}") for fact in seen)  # In this run.
+    made.doubt()
+    assert made.refused.keys() == {f"train:{fact}" for fact in lasting}
+    assert not any(made.is_open(f"train:{fact}") for fact in seen)
+    # The next run asks for the others again, and an answer to it says nothing of this one.
+    made.apply(Began(2))
+    made.apply(Sent(99, "train:7", SIZE))
+    made.apply(Answered(99, "train:7", "kept", None, Usage(1, 1), "text"))
+    made.apply(Began(3))
+    assert {fact for fact in seen if made.is_open(f"train:{fact}")} == seen - set(lasting)
+
+
+def test_more_attempts_open_a_fact_again():
+    ends = [(1, "rejected", "format")] * 2
+    assert not book(*ends).is_open("train:1")
+    assert book(*ends, attempts=3).is_open("train:1")
+
+
+def test_the_table_counts_requests_and_facts():
+    made = book(
+        (1, "kept", None),
+        (2, "rejected", "format"),
+        (2, "rejected", "format"),
+        (4, "rejected", "refusal"),
+        (5, "refused", "HTTP 400: this"),
+        (7, "refused", "HTTP 400: that"),
+        (6, None, None),
+        prices=Prices(2.5, 10.0),
+    )
+    text = made.table(FACTS, FACTS[:6], ("none", "/a/b/c", "/x/y/z"))
+    assert text.splitlines() == [
+        "requests: 7, kept: 1",
+        "  rejected: format: 2",
+        "  refused: HTTP 400: 2",
+        "  rejected: refusal: 1",
+        "1,600 tokens in, 200 out; cost: $0.0060",
+        "requests of unknown cost: 1, at most $0.0022",
+        "",
+        "label     kept  set aside    left",
+        "none         1          1       1",
+        "/a/b/c       0          2       2",
+        "/x/y/z       0          0       0",
+        "total        1          3       3",
+    ]
+
+
+def test_without_prices_tokens_are_counted():
+    made = book((1, "kept", None))
+    assert made.cost() == "450 tokens"
+    assert made.unsettled() is None
+    assert "cost: 450 tokens" in made.table(FACTS, FACTS, ("none", "/a/b/c"))

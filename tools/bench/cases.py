@@ -1,0 +1,250 @@
+"""What is measured: models of a few sizes, and the inputs that every side gets.
+
+A prompt is a conversation with a photo and a crop, as the task has them, made of random pixels and
+of words that are one token each, so that its length in tokens is exactly the one asked for. Images
+have sides that no processor has to scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from morer1_jax.data.tokenizer import train_tokenizer
+from morer1_jax.model.config import TextConfig, VisionConfig
+from morer1_jax.model.special import IMAGE_PAD
+
+# Labels for our own sampler, which reads answers while it draws them.
+LABELS = (
+    "none",
+    *(
+        f"/{a}/{b}/relation_{n}"
+        for n in range(3)
+        for a, b in itertools.product(("per", "org"), repeat=2)
+    ),
+)
+_PATCH, _MERGE = 14, 2
+_UNIT = _PATCH * _MERGE
+_SYSTEM = "You are a helpful assistant."
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model and the sizes it is measured at.
+
+    Attributes:
+      text, vision: the model.
+      tokenizer: tokens of the tokenizer, at most the embedding's rows.
+      batch: samples of an SFT step, prompts of a GRPO step.
+      prompt, target: tokens of a sample of SFT.
+      prompts: lengths of prompt that sampling and GRPO are measured at.
+      group, completion: samples a prompt, and tokens of each.
+      mixed: samples of an SFT step over lengths that differ.
+      micro: samples that a peer pads to one length at a time.
+      dtype: what both sides compute in; parameters are float32.
+      remat: what our backward pass computes again; see `model.config.Runtime`.
+      micro_batches: parts of our GRPO update.
+      unroll: layers a step of our scan over layers; see `model.config.Runtime`.
+    """
+
+    text: TextConfig
+    vision: VisionConfig
+    tokenizer: int
+    batch: int = 8
+    prompt: int = 128
+    target: int = 128
+    prompts: tuple[int, ...] = (128, 512)
+    group: int = 8
+    completion: int = 128
+    mixed: int = 32
+    micro: int = 8
+    dtype: str = "float32"
+    remat: str = "none"
+    micro_batches: int = 1
+    unroll: int = 1
+
+
+def _vision(text: TextConfig, depth: int, hidden: int, intermediate: int, heads: int, full: tuple):
+    return VisionConfig(
+        depth=depth,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=heads,
+        out_hidden_size=text.hidden_size,
+        fullatt_block_indexes=full,
+        patch_size=_PATCH,
+        spatial_merge_size=_MERGE,
+    )
+
+
+_TINY = TextConfig(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    mrope_section=(4, 6, 6),
+)
+_SMALL = TextConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    mrope_section=(8, 12, 12),
+)
+_3B = TextConfig(
+    vocab_size=151_936,
+    hidden_size=2048,
+    intermediate_size=11_008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    mrope_section=(16, 24, 24),
+)
+PRESETS = MappingProxyType(
+    {
+        "tiny": Preset(_TINY, _vision(_TINY, 2, 64, 176, 2, (1,)), 2048, prompts=(128,), group=4),
+        "small": Preset(
+            _SMALL,
+            _vision(_SMALL, 4, 256, 688, 4, (1, 3)),
+            8192,
+            micro_batches=4,
+            unroll=8,
+        ),
+        "3b": Preset(
+            _3B,
+            _vision(_3B, 32, 1280, 3420, 16, (7, 15, 23, 31)),
+            8192,
+            prompts=(512,),
+            completion=512,
+            prompt=512,
+            target=512,
+            dtype="bfloat16",
+            remat="full",
+            micro_batches=8,
+        ),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A question: two images, RGB, and a text of `words`, each a token with a space before it."""
+
+    images: tuple[UInt8[np.ndarray, "h w 3"], ...]
+    words: str
+    id: str = "prompt"
+    label: str = LABELS[0]
+
+    def pictures(self) -> list[Image.Image]:
+        return [Image.fromarray(pixels) for pixels in self.images]
+
+    def conversation(self) -> list[dict]:
+        """As a chat template takes it, the images apart."""
+        content = [*({"type": "image"} for _ in self.images), {"type": "text", "text": self.words}]
+        return [{"role": "user", "content": content}]
+
+    def text(self, tokenizer: PreTrainedTokenizerFast) -> str:
+        """The conversation up to where the assistant speaks, one `IMAGE_PAD` an image."""
+        return tokenizer.apply_chat_template(
+            self.conversation(), tokenize=False, add_generation_prompt=True
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt and what the assistant says."""
+
+    prompt: Prompt
+    target: str
+
+
+class Inputs:
+    """Inputs of a preset, the same wherever they are made.
+
+    Args:
+      tokenizer: one that `make_tokenizer` made, with a chat template.
+    """
+
+    def __init__(self, preset: Preset, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.preset, self.tokenizer = preset, tokenizer
+        tokens = {word: tokenizer(f" {word}")["input_ids"] for word in _words(preset.tokenizer)}
+        self._words = [word for word, ids in tokens.items() if len(ids) == 1]
+
+    def prompts(self, length: int, count: int, seed: int = 0) -> list[Prompt]:
+        """Prompts of exactly `length` tokens, two fifths of them a photo's, a tenth a crop's."""
+        noise = np.random.default_rng((seed, length))
+        return [self._prompt(length, noise) for _ in range(count)]
+
+    def examples(self) -> list[Example]:
+        """An SFT step whose samples all have the same length."""
+        noise = np.random.default_rng(1)
+        preset = self.preset
+        return [self._example(preset.prompt, preset.target, noise) for _ in range(preset.batch)]
+
+    def mixed(self) -> list[Example]:
+        """An SFT step of samples whose longest has four times the tokens of its shortest; their
+        logarithms are spread evenly."""
+        noise = np.random.default_rng(2)
+        preset = self.preset
+        longest = preset.prompt + preset.target
+        shares = np.linspace(0.0, 1.0, preset.mixed)
+        made = []
+        for share in noise.permutation(shares):
+            total = round(longest / 4 * 4**share)
+            # A prompt has a least length, so targets differ more than prompts do.
+            prompt = round(preset.prompt * (7 / 16 + 9 / 16 * (4 * total / longest - 1) / 3))
+            made.append(self._example(prompt, total - prompt, noise))
+        return made
+
+    def rollout(self, group: int) -> tuple[Int[np.ndarray, "b g t"], Float[np.ndarray, "b g"]]:
+        """Completions of each prompt that nobody sampled, and advantages of them."""
+        noise, preset = np.random.default_rng(3), self.preset
+        shape = (preset.batch, group, preset.completion)
+        tokens = noise.integers(0, preset.tokenizer // 2, shape)
+        return tokens, noise.standard_normal(shape[:2]).astype(np.float32)
+
+    def _example(self, prompt: int, target: int, noise: np.random.Generator) -> Example:
+        # End-of-turn is the target's last token.
+        return Example(self._prompt(prompt, noise), self._text(target - 1, noise))
+
+    def _prompt(self, length: int, noise: np.random.Generator) -> Prompt:
+        side = int(math.sqrt(0.4 * length))
+        images = tuple(
+            noise.integers(0, 256, (n * _UNIT, n * _UNIT, 3)).astype(np.uint8)
+            for n in (side, side // 2)
+        )
+        seen = side**2 + (side // 2) ** 2
+        frame = Prompt(images, "").text(self.tokenizer).replace(IMAGE_PAD, "")
+        words = length - seen - len(self.tokenizer(frame)["input_ids"])
+        if words < 1:
+            raise ValueError(f"a prompt of {length} tokens has no room for text; ask for more")
+        return Prompt(images, self._text(words, noise))
+
+    def _text(self, count: int, noise: np.random.Generator) -> str:
+        return "".join(f" {word}" for word in noise.choice(self._words, count))
+
+
+def _words(count: int) -> list[str]:
+    """Words of two syllables; the most frequent of them are a token each."""
+    syllables = ["".join(s) for s in itertools.product("bdfgklmnprstvz", "aeiou")]
+    return ["".join(pair) for pair in itertools.product(syllables, repeat=2)][:count]
+
+
+def make_tokenizer(preset: Preset, folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer whose commonest tokens are whole words."""
+    words = _words(preset.tokenizer)
+    lines: Sequence[str] = [" " + " ".join(words), f"system\n{_SYSTEM}", "user\n", "assistant\n"]
+    return train_tokenizer(itertools.chain(*itertools.repeat(lines, 8)), preset.tokenizer, folder)

@@ -1,0 +1,248 @@
+"""How fast data is read and fed: a folder of MORE's size and form, the TFDS build, the loader.
+
+Needs the packages of the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from morer1_jax.config.settings import Settings
+from morer1_jax.data import more_tfds
+from morer1_jax.data.curriculum import Pool
+from morer1_jax.data.feed import SequenceFeed
+from morer1_jax.data.loader import load_ahead
+from morer1_jax.files import atomic_write
+from morer1_jax.run.job import Job
+from morer1_jax.run.mesh import this_host
+from morer1_jax.run.shapes import sequence_plan
+from morer1_jax.task import more
+from morer1_jax.task.fact import Fact
+from morer1_jax.task.ontology import Ontology
+from morer1_jax.world.synthesise import synthesise
+
+# Facts and photos of MORE's release; how the photos divide over the splits is ours.
+FACTS = MappingProxyType({"train": 15_486, "valid": 1_742, "test": 3_036})
+PHOTOS = MappingProxyType({"train": 2_720, "valid": 306, "test": 533})
+_LABELS = ("none", "/per/org/member_of", "/per/per/self", "/org/loc/locate_at")
+_SIZE = (640, 480)
+# Pictures that differ; each is many photos, for what is measured is not drawing.
+_PICTURES = 8
+
+
+def write_released(folder: Path, facts: Mapping[str, int], photos: Mapping[str, int]) -> None:
+    """Writes a dataset in MORE's released form: 640 × 480 JPEGs of 65 KB, random titles.
+
+    Args:
+      facts, photos: how many in each split, at least a fact a photo.
+    """
+    rng = np.random.default_rng(0)
+    pictures = [_picture(rng) for _ in range(_PICTURES)]
+    more.write_ontology(folder, Ontology(_LABELS))
+    for split, count in photos.items():
+        place = folder / "img_org" / split
+        place.mkdir(parents=True)
+        for number in range(count):
+            (place / f"{number}.jpg").write_bytes(pictures[number % _PICTURES])
+        # As in the release, facts of a photo stand together and share its title.
+        shown = np.sort(np.r_[:count, rng.integers(0, count, facts[split] - count)])
+        titles = [_title(rng) for _ in range(count)]
+        more.write_split(
+            folder,
+            split,
+            [
+                _fact(f"{split}:{line}", titles[photo], f"{photo}.jpg", rng)
+                for line, photo in enumerate(shown, start=1)
+            ],
+        )
+
+
+def _picture(rng: np.random.Generator) -> bytes:
+    """Soft blotches under the grain of a sensor, which is what makes a JPEG large."""
+    blotches = Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).resize(_SIZE)
+    grain = rng.normal(0, 2, (_SIZE[1], _SIZE[0], 1))
+    pixels = (np.asarray(blotches) + grain).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=75)
+    return buffer.getvalue()
+
+
+def _title(rng: np.random.Generator) -> tuple[str, ...]:
+    return tuple(f"word{i}" for i in rng.integers(0, 5000, rng.integers(6, 20)))
+
+
+def _fact(fact_id: str, title: tuple[str, ...], image: str, rng: np.random.Generator) -> Fact:
+    start = int(rng.integers(0, len(title)))
+    width, height = rng.uniform(0.05, 0.6, 2).tolist()
+    x, y = rng.uniform((width / 2, height / 2), (1 - width / 2, 1 - height / 2)).tolist()
+    return Fact(
+        id=fact_id,
+        tokens=title,
+        entity_name=title[start],
+        entity_span=(start, start + 1),
+        object_name=f"[OBJ{rng.integers(0, 4)}]",
+        box=(x, y, width, height),
+        image=image,
+        label=str(rng.choice(_LABELS)),
+    )
+
+
+@contextlib.contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Notes wall-clock seconds, and processor seconds of this process's threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    seconds[f"{name}_seconds"] = round(time.perf_counter() - wall, 2)
+    seconds[f"{name}_cpu_seconds"] = round(time.process_time() - cpu, 2)
+
+
+def time_reading(folder: Path) -> dict[str, Any]:
+    """Reads and validates a folder: its facts, and every photo decoded."""
+    found: dict[str, Any] = {}
+    with _timed("read", found):
+        ontology = more.read_ontology(folder)
+        facts = [f for split in more.SPLITS for f in more.read_split(folder, split, ontology)]
+    with _timed("photos", found):
+        sizes = more.check_photos(facts, folder)
+    return {"facts": len(facts), "photos": len(sizes)} | found
+
+
+def time_tfds(folder: Path, data_dir: Path) -> dict[str, Any]:
+    """Builds the TensorFlow dataset, reads it and compares every fact with the direct reader's."""
+    found: dict[str, Any] = {}
+    with _timed("build", found):
+        more_tfds.build(folder, data_dir)
+    with _timed("read", found):
+        built = {split: more_tfds.read_facts(data_dir, split) for split in more.SPLITS}
+    ontology = more.read_ontology(folder)
+    direct = {split: more.read_split(folder, split, ontology) for split in more.SPLITS}
+    return found | {"equal": built == direct}
+
+
+def time_loading(job: Job, epochs: int = 3) -> dict[str, Any]:
+    """Feeds SFT's batches to nobody, as fast as the config's workers make them.
+
+    Returns:
+      `samples_per_second` over all epochs, the time to the first batch apart; the processor's
+      milliseconds a sample; and the resident memory in MB of this process and its workers after
+      each epoch.
+    """
+    facts = [fact for fact in job.facts["train"] if fact.id in job.reasoning]
+    batch = job.settings.sft.batch
+    pool = Pool("training", np.arange(len(facts)), (job.settings.seed,))
+    draw = functools.partial(pool.batch, size=batch)
+    epoch = -(-len(facts) // batch)
+    needs = [job.needs[fact.id] for fact in facts]
+    plan = sequence_plan(job, needs, draw, epochs * epoch, 1)
+    feed = SequenceFeed(job.encoder, facts, job.reasoning, draw, this_host(), needs, plan)
+    began = time.perf_counter()
+    batches = load_ahead(feed, 0, epochs * epoch + 1, **job.loading)
+    next(batches)
+    first, cpu = time.perf_counter(), _cpu_seconds()
+    memory = []
+    for _ in range(epochs):
+        for _ in range(epoch):
+            next(batches)
+        memory.append(_resident_megabytes())
+    seconds, cpu = time.perf_counter() - first, _cpu_seconds() - cpu
+    batches.close()
+    samples = epochs * epoch * batch
+    return {
+        **job.loading,
+        "samples_an_epoch": epoch * batch,
+        "seconds_to_first": round(first - began, 2),
+        "samples_per_second": round(samples / seconds, 1),
+        "cpu_milliseconds_a_sample": round(1e3 * cpu / samples, 2),
+        "megabytes": memory,
+    }
+
+
+def _processes() -> list[psutil.Process]:
+    me = psutil.Process()
+    return [me, *me.children(recursive=True)]
+
+
+def _cpu_seconds() -> float:
+    return sum(sum(p.cpu_times()[:2]) for p in _processes())
+
+
+def _resident_megabytes() -> float:
+    return round(sum(p.memory_info().rss for p in _processes()) / 1e6, 1)
+
+
+def run_bench(
+    config: Settings,
+    workdir: Path,
+    facts: Mapping[str, int] = FACTS,
+    photos: Mapping[str, int] = PHOTOS,
+    out: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """All measurements: of a dataset of MORE's size, and of a run's loader on the run's own data.
+
+    Args:
+      workdir: where data is written; several hundred MB, none of which is used again.
+      facts, photos: the dataset's size, by split.
+      out: a JSON file of them. Until all are made, those that are lie beside it in `….unfinished`,
+        and an equal run does not make them again.
+
+    Raises:
+      ConfigError, DataError: the config's own data is wrong; found before anything is measured.
+    """
+    job = Job(config, workdir)
+    if config.data.folder is None:
+        synthesise(job.data, config.world, config.seed)
+    job.needs  # noqa: B018  (what is wrong with the data is found now)
+
+    @functools.cache
+    def folder() -> Path:
+        write_released(workdir / "released", facts, photos)
+        return workdir / "released"
+
+    parts = {
+        "reading": lambda: time_reading(folder()),
+        "tfds": lambda: time_tfds(folder(), workdir / "tfds"),
+        "loading": lambda: time_loading(job),
+    }
+    identity = json.loads(json.dumps([dataclasses.asdict(config), dict(facts), dict(photos)]))
+    results, unfinished = {}, None
+    if out is not None:
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        # Where earlier versions had it; theirs, or another file's, does not say whose it is.
+        before = out.with_suffix(".unfinished")
+        results = _begun(unfinished, identity, out.name)
+        if not unfinished.exists() and (results := _begun(before, identity)):
+            before.rename(unfinished)
+    for name, measure in parts.items():
+        if name not in results:
+            results[name] = measure()
+            if unfinished is not None:
+                atomic_write(
+                    unfinished, json.dumps({"of": identity, "out": out.name, "results": results})
+                )
+    if unfinished is not None:
+        atomic_write(out, json.dumps(results, indent=1) + "\n")
+        unfinished.unlink()
+    return results
+
+
+def _begun(path: Path, identity: Any, name: str | None = None) -> dict[str, dict[str, Any]]:
+    """What an equal run that was cut off has measured, for the file `name`."""
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        same = begun["of"] == identity and begun.get("out") in (None, name)
+        return begun["results"] if same else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}

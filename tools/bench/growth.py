@@ -1,0 +1,159 @@
+"""How cost grows with a group's samples and a prompt's length, in numbers and in a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.cases import Preset
+from bench.compare import OURS, Results
+from bench.turns import Timing
+
+
+class Pair(NamedTuple):
+    """Seconds, medians: ours and the fastest other's, and which that is."""
+
+    ours: float
+    other: float
+    form: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """What was measured at several sizes.
+
+    Attributes:
+      update: of an update, by the samples of a prompt.
+      decode: of one more token of all samples, by the prompt's tokens.
+    """
+
+    preset: Preset
+    update: dict[int, Pair]
+    decode: dict[int, Pair]
+
+    @classmethod
+    def of(cls, results: Results) -> Growth:
+        """Takes what is there of `update/…`, `sample/…` and `first/…`."""
+        seconds = {
+            tuple(task.split("/")): _medians(one.sides)
+            for task, one in results.tasks.items()
+            if one.peers
+        }
+        update = {int(task[2]): _pair(s) for task, s in seconds.items() if task[0] == "update"}
+        decode = {}
+        for task, whole in seconds.items():
+            first = seconds.get(("first", *task[1:]))
+            if task[0] == "sample" and first is not None and first.keys() == whole.keys():
+                # Of each form, less its own first token.
+                spent = {side: whole[side] - first[side] for side in whole}
+                more = results.preset.completion - 1
+                decode[int(task[1])] = _pair({side: s / more for side, s in spent.items()})
+        return cls(results.preset, update, decode)
+
+    def tables(self) -> str:
+        """As Markdown; empty where only one size was measured."""
+        return "\n".join([*self._update_table(), *self._decode_table()])
+
+    def _update_table(self) -> Iterator[str]:
+        if len(self.update) < 2:
+            return
+        least = min(self.update)
+        base = self.update[least]
+        yield "### How an update grows with a prompt's samples\n"
+        yield (
+            f"| samples | ours, seconds | times {least}'s | P + G·T | "
+            f"fastest PyTorch, seconds | times {least}'s | G·(P + T) |"
+        )
+        yield "|---|---|---|---|---|---|---|"
+        for g, pair in sorted(self.update.items()):
+            shared, plain = laws(self.preset, g)
+            shared_1, plain_1 = laws(self.preset, least)
+            yield (
+                f"| {g} | {pair.ours:.2f} | {pair.ours / base.ours:.2f} | {shared / shared_1:.2f} "
+                f"| {pair.other:.2f} | {pair.other / base.other:.2f} | {plain / plain_1:.2f} |"
+            )
+        yield ""
+
+    def _decode_table(self) -> Iterator[str]:
+        if len(self.decode) < 2:
+            return
+        base = self.decode[min(self.decode)]
+        yield "### How decoding grows with the prompt\n"
+        yield "| prompt | ours, ms a token | growth | fastest `generate`, ms a token | growth |"
+        yield "|---|---|---|---|---|"
+        for p, pair in sorted(self.decode.items()):
+            ours, other = (100 * (a / b - 1) for a, b in zip(pair[:2], base[:2], strict=True))
+            yield (
+                f"| {p} | {1000 * pair.ours:.1f} | {ours:+.0f}% "
+                f"| {1000 * pair.other:.1f} ({pair.form}) | {other:+.0f}% |"
+            )
+        yield ""
+
+
+def laws(preset: Preset, group: int) -> tuple[int, int]:
+    """Tokens of a prompt's update at the longest prompt: P + G·T, and G·(P + T)."""
+    prompt, completion = max(preset.prompts), preset.completion
+    return prompt + group * completion, group * (prompt + completion)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Writes a picture: how much faster ours is at each task, and how an update grows.
+
+    Raises:
+      ImportError: matplotlib is not installed (the extra `bench`).
+    """
+    from matplotlib.figure import Figure
+
+    growth = Growth.of(results)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    bars, *curves = figure.subplots(1, 2 if len(growth.update) > 1 else 1, squeeze=False)[0]
+    # First tokens are of a sampling's own bar, and updates have their curve.
+    hidden = ("first", "update") if curves else ("first",)
+    shown = [one for task, one in results.in_order() if one.peers and not task.startswith(hidden)]
+    for place, one in enumerate(shown):
+        seconds = _medians(one.sides)
+        ours = seconds.pop(OURS)
+        slow, fast = max(seconds.values()) / ours, min(seconds.values()) / ours
+        named = {} if place else {"slow": "its slowest form", "fast": "its fastest form"}
+        bars.barh(place, slow, color="#d0d7de", label=named.get("slow"))
+        bars.barh(place, fast, color="#1f6feb", label=named.get("fast"))
+        bars.text(fast, place, f" {fast:.1f}×", va="center", fontsize=8)
+    bars.set_yticks(range(len(shown)), [one.name for one in shown])
+    bars.invert_yaxis()
+    bars.axvline(1, color="black", linewidth=0.8)
+    bars.set_xlabel("times faster than PyTorch")
+    if shown:
+        bars.legend(fontsize=8)
+    for axes in curves:
+        _draw_update(axes, growth)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_update(axes: Any, growth: Growth) -> None:
+    preset = growth.preset
+    groups = sorted(growth.update)
+    ours, other, _ = zip(*(growth.update[g] for g in groups), strict=True)
+    shared, plain = zip(*(laws(preset, g) for g in groups), strict=True)
+    for name, color, seconds, law, formula in (
+        ("fastest PyTorch", "#8b949e", other, plain, "G·(P + T)"),
+        ("ours", "#1f6feb", ours, shared, "P + G·T"),
+    ):
+        axes.plot(groups, seconds, "o-", color=color, label=name)
+        as_law = [seconds[0] * tokens / law[0] for tokens in law]
+        axes.plot(groups, as_law, "--", color=color, linewidth=1, label=f"as {formula} grows")
+    axes.set_xticks(groups)
+    axes.set_xlabel(f"samples a prompt (P = {max(preset.prompts)}, T = {preset.completion})")
+    axes.set_ylabel("seconds an update")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+
+
+def _medians(sides: dict[str, Timing]) -> dict[str, float]:
+    return {name: timing.median for name, timing in sides.items()}
+
+
+def _pair(seconds: dict[str, float]) -> Pair:
+    form = min((name for name in seconds if name != OURS), key=seconds.__getitem__)
+    return Pair(seconds[OURS], seconds[form], form)

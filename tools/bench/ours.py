@@ -1,0 +1,347 @@
+"""Our side: the very programs that training runs.
+
+python -m bench.ours --folder=model --preset=small
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from bench.cases import PRESETS, Example, Preset
+from bench.ours_model import Ours
+from bench.task import Numbers, Task, arguments, process_peak, serve
+from morer1_jax.batch import PromptBatch, SequenceBatch
+from morer1_jax.config.settings import GRPOSettings
+from morer1_jax.data.curriculum import MixConfig
+from morer1_jax.data.shapes import plan_rows
+from morer1_jax.learn.grpo import (
+    GroupBatch,
+    GRPOConfig,
+    grpo_gradients,
+    make_grpo_update,
+    token_weights,
+)
+from morer1_jax.learn.sft import make_sft_step, sft_gradients
+from morer1_jax.learn.state import OptimizerConfig, TrainState
+from morer1_jax.model.scorer import ScoreConfig, group_logprobs
+from morer1_jax.rollout.reward import RewardConfig
+from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, sample_keys
+from morer1_jax.run.memory import keep_freed_memory
+from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.shapes import row_cost
+from morer1_jax.stages.grpo_step import GRPOStep
+
+_SCORE = ScoreConfig(chunk=64)
+# No token has it, so that no completion ends before its last place.
+_NEVER = -1
+
+
+class SFTTask:
+    """One step of SFT on `examples`, in parts whose activations are held one at a time."""
+
+    def __init__(self, side: Ours, examples: list[Example], micro_batches: int = 1) -> None:
+        self._side = side
+        prompts = [example.prompt for example in examples]
+        encoder = side.encoder(side.preset.prompt, side.preset.target, side.windows(prompts))
+        samples = [encoder.sample(example.prompt, example.target) for example in examples]
+        needs = [encoder.need_of(sample) for sample in samples]
+        # As a run that draws such samples packs them.
+        cost = row_cost(side.model.config)
+        plan = plan_rows([needs], cost, multiple=micro_batches)
+        rows = [[samples[i] for i in row] for row in plan.rows(needs)]
+        self.batch: SequenceBatch = jax.device_put(encoder.sequences(rows, plan.shape))
+        step = make_sft_step(side.model, side.optimizer, _SCORE, micro_batches)
+        self._step = jax.jit(step, donate_argnums=0)
+
+    @property
+    def flops(self) -> float | None:
+        # Chunks of logits without a target are passed over; what counts goes first in each row.
+        counted = int(jnp.max(jnp.sum(self.batch.weights > 0, axis=1)))
+        some, every = (-(-n // _SCORE.chunk) for n in (counted, self.batch.tokens.shape[1]))
+        given = self._side.like_state(), {}, self.batch
+        return self._side.flops(self._step, *given, taken=some / every)
+
+    def numbers(self) -> Numbers:
+        side = self._side
+        gradients = jax.jit(lambda p, batch: sft_gradients(side.model, p, batch, _SCORE))
+        grads, metrics = gradients(side.student.params, self.batch)
+        return {"loss": float(metrics["loss"]), "grad_norm": float(_norm(grads))}
+
+    def prepare(self) -> None:
+        self._state = self._side.state()
+        self.run()
+
+    def run(self) -> None:
+        self._state, metrics = self._step(self._state, {}, self.batch)
+        jax.block_until_ready((self._state, metrics))
+
+
+class SampleTask:
+    """A group of completions to each prompt.
+
+    Args:
+      length: tokens of a completion; None: the preset's.
+    """
+
+    def __init__(self, side: Ours, prompt: int, length: int | None = None) -> None:
+        self._side = side
+        self.prompts = side.prompts(prompt)
+        self._length = side.preset.completion if length is None else length
+        self._run = self._sampler()
+
+    @property
+    def flops(self) -> float | None:
+        side = self._side
+        given = side.student.params, self.prompts, side.policy.allowed, jnp.int32(0)
+        return side.flops(self._run, *given, trips=_trips(self._length))
+
+    def _sampler(self, **changes: Any) -> Callable[..., Any]:
+        side, preset = self._side, self._side.preset
+        given = {"group": preset.group, "length": self._length, "temperature": 1.0}
+        config = SampleConfig(**(given | changes), end_of_turn=_NEVER)
+        reader = side.policy.reader
+
+        def run(params: Any, prompts: PromptBatch, allowed: jax.Array, step: jax.Array) -> Any:
+            keys = sample_keys(0, step, prompts.fact, config.group)
+            return sample(side.model, params, prompts, reader, allowed, keys, config)
+
+        return jax.jit(run)
+
+    def numbers(self) -> Numbers:
+        side = self._side
+        greedy = self._sampler(group=1, length=32, temperature=0.0)
+        allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
+        drawn = greedy(side.student.params, self.prompts, allowed, jnp.int32(0))
+        return {"tokens": drawn.tokens[:, 0].tolist()}
+
+    def prepare(self) -> None:
+        self._step = 0
+        self.run()
+
+    def run(self) -> None:
+        self._step += 1
+        side = self._side
+        allowed, step = side.policy.allowed, jnp.int32(self._step)
+        jax.block_until_ready(self._run(side.student.params, self.prompts, allowed, step))
+
+
+class GRPOTask:
+    """One step of GRPO with KL: rollout, reference, update."""
+
+    def __init__(self, side: Ours, prompt: int) -> None:
+        self._side, self._length = side, prompt
+        self.prompts = side.prompts(prompt)
+        self.settings = grpo_settings(side.preset)
+
+    @property
+    def flops(self) -> float | None:
+        side, step = self._side, self._new_step(self._side.like_state())
+        params, policy = side.student.params, side.policy
+        given = params, self.prompts, policy.reader, policy.allowed, jnp.int32(0)
+        scored, _ = jax.eval_shape(step.rollout, *given)
+        drawn = scored.rollout
+        asked = self.prompts, drawn.tokens, drawn.mask, policy.allowed
+        batch = GroupBatch(
+            prompts=self.prompts,
+            tokens=drawn.tokens,
+            mask=drawn.mask,
+            weights=drawn.logprobs,
+            advantages=scored.advantages,
+            sampler=drawn.logprobs,
+            reference=drawn.logprobs,
+        )
+        parts = (
+            side.flops(step.rollout, *given, trips=_trips(side.preset.completion)),
+            side.flops(step.score, params, *asked),
+            side.flops(step.update, side.like_state(), {}, batch, policy.allowed),
+        )
+        return None if None in parts else sum(parts)
+
+    def numbers(self) -> Numbers:
+        """Of the rollout that TRL has left in the folder, or of one that is given."""
+        side = self._side
+        tokens, advantages = side.inputs.rollout(side.preset.group)
+        path = side.folder / f"rollouts-{self._length}.npz"
+        if path.exists():
+            found = np.load(path)
+            tokens = found["completion_ids"].reshape(*advantages.shape, -1)
+            advantages = found["advantages"].reshape(advantages.shape)
+        loss = self.settings.loss
+        batch = _group_batch(self.prompts, tokens, advantages, loss)
+        return _update_numbers(side, batch, loss)
+
+    def prepare(self) -> None:
+        self._state = self._side.state()
+        self._step = self._new_step(self._state)
+        self._number = 0
+        self.run()
+
+    def _new_step(self, like: TrainState) -> GRPOStep:
+        side = self._side
+        return GRPOStep(
+            side.policy,
+            self.settings,
+            like,
+            side.optimizer,
+            {},
+            side.student.params,
+            score=_group_score(side.preset),
+            length=side.preset.completion,
+            seed=0,
+            # Entered, as a run has it; its thread ends with the process.
+            timer=PhaseTimer().__enter__(),
+            end_of_turn=_NEVER,
+        )
+
+    def run(self) -> None:
+        self._number += 1
+        self._state, metrics, scored = self._step(self._state, self.prompts, self._number)
+        jax.block_until_ready((self._state, metrics, scored))
+
+
+class UpdateTask:
+    """One update on given completions, `group` to each prompt."""
+
+    def __init__(self, side: Ours, prompt: int, group: int) -> None:
+        self._side = side
+        # Without a reference, and of the policy's own completions.
+        self._config = GRPOConfig(beta=0.0, importance_cap=None)
+        rollout = side.inputs.rollout(group)
+        self.batch = _group_batch(side.prompts(prompt), *rollout, self._config)
+        preset, score = side.preset, _group_score(side.preset)
+        update = make_grpo_update(
+            side.model, side.optimizer, self._config, score, preset.micro_batches
+        )
+        self._update = jax.jit(update, donate_argnums=0)
+
+    @property
+    def flops(self) -> float | None:
+        side = self._side
+        given = side.like_state(), {}, self.batch, side.policy.allowed
+        return side.flops(self._update, *given)
+
+    def numbers(self) -> Numbers:
+        return _update_numbers(self._side, self.batch, self._config)
+
+    def prepare(self) -> None:
+        self._state = self._side.state()
+        self.run()
+
+    def run(self) -> None:
+        allowed = self._side.policy.allowed
+        self._state, metrics = self._update(self._state, {}, self.batch, allowed)
+        jax.block_until_ready((self._state, metrics))
+
+
+_TASKS: dict[str, Callable[..., Task]] = {
+    "sft": lambda side: SFTTask(side, side.inputs.examples()),
+    "sft_mixed": lambda side: SFTTask(side, side.inputs.mixed(), micro_batches=2),
+    "first": functools.partial(SampleTask, length=1),
+    "sample": SampleTask,
+    "grpo": GRPOTask,
+    "update": UpdateTask,
+}
+
+
+def _trips(length: int) -> list[int]:
+    """Tokens that each of the sampler's loops draws where no completion ends early; the first
+    one is drawn before them."""
+    ends = cache_lengths(length)
+    return [end - start for start, end in zip((1, *ends), ends, strict=False)]
+
+
+def grpo_settings(preset: Preset) -> GRPOSettings:
+    """A GRPO step with KL at the preset's sizes."""
+    return GRPOSettings(
+        steps=1,
+        prompts=preset.batch,
+        group=preset.group,
+        updates=1,
+        micro_batches=preset.micro_batches,
+        temperature=1.0,
+        scale_rewards="group",
+        mixing=False,
+        eval_every=1,
+        eval_facts=1,
+        save_every=1,
+        log_every=1,
+        rollouts_every=1,
+        keep_checkpoints=1,
+        mix=MixConfig(),
+        reward=RewardConfig(),
+        loss=GRPOConfig(beta=0.04, importance_cap=None),
+        optimizer=OptimizerConfig(lr=1e-6),
+    )
+
+
+def _group_score(preset: Preset) -> ScoreConfig:
+    """As many logits at once in the parts of an update as in a batch that is whole."""
+    return ScoreConfig(chunk=128 * preset.micro_batches)
+
+
+def _group_batch(
+    prompts: PromptBatch,
+    tokens: Int[np.ndarray, "b g t"],
+    advantages: Float[np.ndarray, "b g"],
+    loss: GRPOConfig,
+) -> GroupBatch:
+    """Of completions that all have the full length, for a first update."""
+    mask = jnp.ones(tokens.shape, bool)
+    return GroupBatch(
+        prompts=prompts,
+        tokens=jnp.asarray(tokens, jnp.int32),
+        mask=mask,
+        weights=token_weights(mask, jnp.ones(mask.shape[:2], bool), loss),
+        advantages=jnp.asarray(advantages),
+        sampler=jnp.zeros(tokens.shape),
+    )
+
+
+def _update_numbers(side: Ours, batch: GroupBatch, loss: GRPOConfig) -> Numbers:
+    """Of an update, in which every token may be drawn, as the peers have it."""
+    score, parts = _group_score(side.preset), side.preset.micro_batches
+    allowed = jnp.ones_like(side.policy.allowed)
+
+    def gradients(params: Any, batch: GroupBatch) -> Any:
+        if loss.beta:
+            given = batch.prompts, batch.tokens, batch.mask, allowed, score
+            batch = batch.replace(reference=group_logprobs(side.model, params, *given)[0])
+        return grpo_gradients(side.model, params, batch, allowed, loss, score, parts)
+
+    grads, metrics = jax.jit(gradients)(side.student.params, batch)
+    numbers = {name: float(metrics[name]) for name in ("loss", "entropy")}
+    return numbers | {"grad_norm": float(_norm(grads))}
+
+
+def _norm(grads: Any) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
+
+
+class Side:
+    """This package, as `task.Side`."""
+
+    def __init__(self, folder: Path, preset: Preset) -> None:
+        self._ours = Ours(folder, preset)
+
+    def task(self, name: str) -> Task:
+        kind, *sizes = name.split("/")
+        return _TASKS[kind](self._ours, *map(int, sizes))
+
+    def peak_bytes(self) -> int:
+        if jax.default_backend() == "cpu":
+            return process_peak()
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    given = arguments()
+    serve(lambda: Side(given.folder, PRESETS[given.preset]))

@@ -1,0 +1,105 @@
+"""Our model and its inputs, as every task of ours has them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.cases import Inputs, Preset, Prompt
+from bench.flops import call_flops
+from morer1_jax.batch import PromptBatch
+from morer1_jax.data.encoder import Encoder, Limits, Sample
+from morer1_jax.data.images import ImageReader, Patches
+from morer1_jax.learn.state import OptimizerConfig, TrainState, new_state
+from morer1_jax.model.attention import XLA
+from morer1_jax.model.config import Runtime
+from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.run.kernels import choose
+from morer1_jax.run.policy import Policy
+from morer1_jax.serve.student import Student, open_student
+
+_WHOLE = (0.5, 0.5, 1.0, 1.0)
+
+
+class BenchEncoder(Encoder):
+    """The package's encoder over prompts that need no dataset."""
+
+    def __init__(self, student: Student, limits: Limits) -> None:
+        policy = student.policy
+        window = student.model.config.vision.window_size
+        super().__init__(".", policy.tokenizer, policy.ontology, student.images, window, limits)
+        self._pictures = ImageReader(".", student.images)
+
+    def sample(self, fact: Prompt, target: str | None = None) -> Sample:
+        """A prompt, and what is answered, in place of a fact and its reasoning."""
+        made = [self._pictures.encode(p, _WHOLE, fact.id, which=0) for p in fact.pictures()]
+        grids = tuple(grid for picture in made for grid in picture.grids)
+        images = Patches(np.concatenate([picture.values for picture in made]), grids)
+        tokens = np.zeros(0, np.int32) if target is None else self.target_tokens(target)
+        text = fact.text(self.tokenizer)
+        return Sample(fact.id, self.expand(text, grids), tokens, images)
+
+
+class Ours:
+    """What tasks share.
+
+    Args:
+      folder: the model's.
+    """
+
+    def __init__(self, folder: Path, preset: Preset) -> None:
+        self.folder, self.preset = folder, preset
+        self.student = open_student(str(folder))
+        self.inputs = Inputs(preset, self.student.policy.tokenizer)
+        config = self.student.model.config
+        runtime = Runtime(
+            dtype=preset.dtype,
+            remat=preset.remat,
+            scan_unroll=preset.unroll,
+            decode_unroll=jax.default_backend() == "cpu",
+            kernels=choose("auto", preset.dtype, config.head_sizes, self.student.mesh),
+        )
+        self.model = Qwen25VL(config, runtime)
+        student = self.student.policy
+        self.policy = Policy(self.model, student.tokenizer, student.ontology, self.student.mesh)
+        self.optimizer = OptimizerConfig(lr=1e-6).build(1)
+
+    def flops(self, function: Callable[..., Any], *given: Any, **counts: Any) -> float | None:
+        """`call_flops`; None where attention is by kernels that it does not see."""
+        if self.model.runtime.kernels != XLA():
+            return None
+        return call_flops(function, *given, **counts)
+
+    def state(self) -> TrainState:
+        """A new one around a copy of the folder's parameters."""
+        return self._new_state(self.student.params)
+
+    def like_state(self) -> TrainState:
+        """The shapes of one."""
+        return jax.eval_shape(self._new_state, self.student.params)
+
+    @functools.cached_property
+    def _new_state(self) -> Callable[[Any], TrainState]:
+        return jax.jit(lambda p: new_state(jax.tree.map(jnp.copy, p), self.optimizer))
+
+    def encoder(self, prompt: int, completion: int, windows: int) -> BenchEncoder:
+        return BenchEncoder(self.student, Limits(prompt, completion, windows))
+
+    def prompts(self, length: int) -> PromptBatch:
+        prompts = self.inputs.prompts(length, self.preset.batch)
+        encoder = self.encoder(length, self.preset.completion, self.windows(prompts))
+        return jax.device_put(encoder.prompts(prompts, range(len(prompts))))
+
+    def windows(self, prompts: list[Prompt]) -> int:
+        """Attention windows that the images of any of the prompts fill."""
+        unit = self.student.model.config.vision.window_size
+        return max(
+            sum(-(-h // unit) * -(-w // unit) for h, w, _ in (i.shape for i in prompt.images))
+            for prompt in prompts
+        )

@@ -1,0 +1,301 @@
+"""Steps of SFT and GRPO, and samples, by `transformers` and a loop written by hand."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.cases import Example
+from bench.peers_model import DEVICE, IGNORED, Policy, Prompts, count_flops, kinds, load_network
+from bench.task import Numbers
+
+BETA, CLIP_LOW, CLIP_HIGH = 0.04, 0.2, 0.28
+GRPO_LR, MAX_NORM = 1e-6, 1.0
+_SFT_LR = 1e-5
+
+
+class Measured(abc.ABC):
+    """What all tasks share."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @functools.cached_property
+    def flops(self) -> float | None:
+        flops = count_flops(self.compute)
+        self.policy.network.zero_grad()
+        return flops
+
+    @abc.abstractmethod
+    def compute(self) -> Any:
+        """All of a run but the optimizer's step."""
+
+    def prepare(self) -> None:
+        self.run()
+
+    def run(self) -> None:
+        self.compute()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    def numbers(self) -> Numbers:
+        return {}
+
+
+class Trained(Measured):
+    """A task whose run ends in an update.
+
+    Args:
+      lr: AdamW's.
+    """
+
+    def __init__(self, policy: Policy, lr: float) -> None:
+        super().__init__(policy)
+        self._lr = lr
+
+    @functools.cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.policy.optimizer(self._lr)
+
+    def prepare(self) -> None:
+        """Leaves the parameters as they were, for `numbers`."""
+        parameters = list(self.policy.network.parameters())
+        kept = [parameter.detach().clone() for parameter in parameters]
+        self.run()
+        with torch.no_grad():
+            for parameter, before in zip(parameters, kept, strict=True):
+                parameter.copy_(before)
+
+    def run(self) -> None:
+        self.compute()
+        self._norm()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _numbers(self, loss: Tensor) -> Numbers:
+        """Of a step whose gradients were just computed, which are given up."""
+        numbers = {"loss": float(loss), "grad_norm": float(self._norm())}
+        self.policy.network.zero_grad()
+        return numbers
+
+    def _norm(self) -> Tensor:
+        """The gradient's norm before it is clipped, which it is."""
+        return torch.nn.utils.clip_grad_norm_(self.policy.network.parameters(), MAX_NORM)
+
+
+class SFTTask(Trained):
+    """A step of SFT, the mean over all target tokens."""
+
+    def __init__(self, policy: Policy, examples: list[Example]) -> None:
+        super().__init__(policy, _SFT_LR)
+        rows = policy.preset.micro
+        parts = [examples[i : i + rows] for i in range(0, len(examples), rows)]
+        self._parts = [_padded(policy, part) for part in parts]
+        self._count = sum(int((part["labels"] != IGNORED).sum()) for part in self._parts)
+
+    def numbers(self) -> Numbers:
+        return self._numbers(self.compute())
+
+    def compute(self) -> Tensor:
+        total = torch.zeros((), device=DEVICE)
+        for part in self._parts:
+            loss = self._loss(dict(part))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _loss(self, part: dict[str, Tensor]) -> Tensor:
+        policy = self.policy
+        network = policy.network
+        if not policy.form.tuned:
+            with policy.autocast():
+                return network(**part, num_items_in_batch=self._count, use_cache=False).loss
+        labels = part.pop("labels")[:, 1:]
+        counted = labels != IGNORED
+        with policy.autocast():
+            hidden = network.model(**part, use_cache=False).last_hidden_state[:, :-1]
+            logits = network.lm_head(hidden[counted])
+        return F.cross_entropy(logits.float(), labels[counted], reduction="sum") / self._count
+
+
+def _padded(policy: Policy, examples: list[Example]) -> dict[str, Tensor]:
+    """A batch as the model takes it, prompt and target in one row."""
+    tokenizer = policy.processor.tokenizer
+    made = policy.process([example.prompt for example in examples])
+    filled = zip(made["input_ids"], made["attention_mask"].bool(), strict=True)
+    prompts = [row[mask] for row, mask in filled]
+    end = [tokenizer.eos_token_id]
+    targets = [
+        torch.tensor(tokenizer(example.target)["input_ids"] + end, device=DEVICE)
+        for example in examples
+    ]
+    rows = [torch.cat(pair) for pair in zip(prompts, targets, strict=True)]
+    labels = [
+        torch.cat([torch.full_like(prompt, IGNORED), target])
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    tokens = pad(rows, padding_value=tokenizer.pad_token_id)
+    return made | {
+        "input_ids": tokens,
+        "attention_mask": pad([torch.ones_like(row) for row in rows]),
+        "mm_token_type_ids": kinds(policy.network, tokens),
+        "labels": pad(labels, padding_value=IGNORED),
+    }
+
+
+class SampleTask(Measured):
+    """A group of samples to each prompt, all of the full length.
+
+    Args:
+      prompt, completion: lengths in tokens.
+    """
+
+    def __init__(self, policy: Policy, prompt: int, completion: int) -> None:
+        super().__init__(policy)
+        self._prompts, self._length = policy.prompts(prompt), completion
+
+    def numbers(self) -> Numbers:
+        return {"tokens": self.policy.generate(self._prompts, 1, 32, greedy=True).tolist()}
+
+    def compute(self) -> None:
+        self.policy.generate(self._prompts, self.policy.preset.group, self._length)
+
+
+class Rollout(NamedTuple):
+    """Completions of prompts, in the prompts' order.
+
+    Attributes:
+      rows: the prompt of each, int64 [n].
+      completions: int64 [n, t].
+      advantages: float32 [n].
+    """
+
+    rows: Tensor
+    completions: Tensor
+    advantages: Tensor
+
+    def parts(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """So many at a time: where, rows and completions."""
+        for start in range(0, len(self.rows), size):
+            which = slice(start, start + size)
+            yield which, self.rows[which], self.completions[which]
+
+
+def _given(policy: Policy, group: int) -> Rollout:
+    """One that is the same on both sides."""
+    completions, advantages = (
+        torch.as_tensor(x, device=DEVICE).flatten(0, 1) for x in policy.inputs.rollout(group)
+    )
+    rows = torch.arange(len(completions), device=DEVICE) // group
+    return Rollout(rows, completions, advantages)
+
+
+class UpdateTask(Trained):
+    """An update alone, `group` given completions to each prompt."""
+
+    def __init__(self, policy: Policy, length: int, group: int) -> None:
+        super().__init__(policy, GRPO_LR)
+        self._prompts = policy.prompts(length)
+        self._rollout = _given(policy, group)
+
+    def numbers(self) -> Numbers:
+        return self._numbers(self.compute())
+
+    def compute(self) -> Tensor:
+        return backward(self.policy, self._prompts, self._rollout, None)
+
+
+class GRPOTask(Trained):
+    """A step of GRPO with KL: samples, the reference's log-probabilities, an update."""
+
+    def __init__(self, policy: Policy, length: int) -> None:
+        super().__init__(policy, GRPO_LR)
+        self._length = length
+        self._prompts = policy.prompts(length)
+
+    @functools.cached_property
+    def _reference(self) -> torch.nn.Module:
+        policy = self.policy
+        return load_network(policy.folder, policy.form, policy.dtype)
+
+    def numbers(self) -> Numbers:
+        """Of the rollout that TRL has left in the folder, or of one that is given."""
+        policy = self.policy
+        path = rollout_path(policy.folder, self._length)
+        rollout = _given(policy, policy.preset.group)
+        if path.exists():
+            found = np.load(path)
+            rollout = rollout._replace(
+                completions=torch.as_tensor(found["completion_ids"], device=DEVICE).long(),
+                advantages=torch.as_tensor(found["advantages"], device=DEVICE),
+            )
+        return self._numbers(backward(policy, self._prompts, rollout, self._scored(rollout)))
+
+    def compute(self) -> None:
+        rollout = self._drawn()
+        backward(self.policy, self._prompts, rollout, self._scored(rollout))
+
+    def _drawn(self) -> Rollout:
+        policy, preset = self.policy, self.policy.preset
+        completions = policy.generate(self._prompts, preset.group, preset.completion)
+        rewards = torch.tensor([reward(row) for row in completions.tolist()], device=DEVICE)
+        groups = rewards.view(-1, preset.group)
+        advantages = (groups - groups.mean(1, True)) / (groups.std(1, keepdim=True) + 1e-4)
+        rows = torch.arange(len(completions), device=DEVICE) // preset.group
+        return Rollout(rows, completions, advantages.flatten())
+
+    @torch.no_grad()
+    def _scored(self, rollout: Rollout) -> Tensor:
+        """The reference's log-probabilities."""
+        policy, parts = self.policy, rollout.parts(self.policy.preset.micro)
+        return torch.cat(
+            [policy.logprobs(self._reference, self._prompts, *part) for _, *part in parts]
+        )
+
+
+def backward(
+    policy: Policy, prompts: Prompts, rollout: Rollout, reference: Tensor | None
+) -> Tensor:
+    """Gradients of GRPO's loss, the mean over all tokens; returns the loss.
+
+    The first update after a rollout is on-policy: the log-probabilities that it was drawn with are
+    those of the update itself.
+
+    Args:
+      reference: its log-probabilities, [n, t]; None: no KL.
+    """
+    total = torch.zeros((), device=DEVICE)
+    for which, rows, completions in rollout.parts(policy.preset.micro):
+        logps = policy.logprobs(policy.network, prompts, rows, completions)
+        advantages = rollout.advantages[which, None]
+        ratio = (logps - logps.detach()).exp()
+        clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+        loss = -torch.minimum(ratio * advantages, clipped * advantages)
+        if reference is not None:
+            gap = reference[which] - logps
+            loss = loss + BETA * (gap.exp() - gap - 1)
+        loss = loss.sum() / rollout.completions.numel()
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def reward(tokens: list[int]) -> float:
+    """Cheap, and another for nearly every completion."""
+    return sum(tokens) % 97 / 97
+
+
+def rollout_path(folder: Path, length: int) -> Path:
+    """Where TRL's rollout is left, for others to compute the same numbers of it."""
+    return folder / f"rollouts-{length}.npz"

@@ -1,0 +1,132 @@
+"""The main job over several seeds, with its controls, and the table of means and spreads.
+
+For each seed: the whole job; `control`, SFT that goes on for as long as rating and GRPO
+took; and GRPO without mixing, from the same SFT checkpoint and ratings.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from morer1_jax.errors import ConfigError
+from morer1_jax.files import atomic_dir, atomic_write
+from morer1_jax.stages.evaluate import read_scores
+
+# Exit codes of a command; see `run.config.run_main`.
+_USER, _INTERRUPTED = 2, 130
+MAIN_STAGES = "synthesise,sft,rate,grpo,control,baselines,evaluate"
+# What GRPO without mixing takes over from the main run of its seed.
+_SHARED = ("data", "tokenizer", "sft", "rate")
+SYSTEMS = {
+    "majority": "majority label",
+    "photo_hidden": "photo hidden",
+    "title_hidden": "title hidden",
+    "sft": "SFT",
+    "control": "SFT, going on",
+    "no_mixing": "GRPO without mixing",
+    "grpo": "GRPO with mixing",
+}
+COLUMNS = ("accuracy", "micro_precision", "micro_recall", "micro_f1", "macro_f1", "unreadable")
+
+
+def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
+    """Runs what is not done yet, one process a run, and writes `study.json` and `study.md`.
+
+    Args:
+      config: path of a config file.
+      folder: where the runs' workdirs go; a study that was cut off goes on where it was.
+      overrides: further `--config.key=value` arguments for every run.
+
+    What is known is written after each seed. One that breaks off (memory ran out, the program
+    failed) does not end the others; one that the user has to put right (exit code 2) or has
+    interrupted does.
+
+    Raises:
+      ConfigError: runs failed, and which; their own messages are on stderr.
+    """
+    done, failed = [], []
+    for seed in seeds:
+        try:
+            _run_seed(config, folder, seed, overrides)
+        except _BrokenOff as error:
+            failed.append(str(error))
+            print(f"{error}; the other seeds go on", file=sys.stderr, flush=True)
+            continue
+        done.append(seed)
+        results = collect(folder, done)
+        atomic_write(folder / "study.json", json.dumps(results, indent=1) + "\n")
+        atomic_write(folder / "study.md", table(results))
+    if done:
+        print(table(results))
+    if failed:
+        raise ConfigError(
+            f"{'; '.join(failed)}; put that right and start again, what is done stays"
+        )
+
+
+class _BrokenOff(Exception):
+    """A run ended before its time, by no fault of the config or the data."""
+
+
+def _run_seed(config: str, folder: Path, seed: int, overrides: Sequence[str]) -> None:
+    main, plain = folder / f"seed{seed}", folder / f"seed{seed}-no-mixing"
+    given = [f"--config.seed={seed}", *overrides]
+    _train(config, main, MAIN_STAGES, given)
+    for name in _SHARED:
+        if not (plain / name).exists():
+            with atomic_dir(plain / name) as partial:
+                shutil.copytree(main / name, partial, dirs_exist_ok=True)
+    _train(config, plain, "grpo,evaluate", [*given, "--config.grpo.mixing=False"])
+
+
+def _train(config: str, workdir: Path, stages: str, given: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "morer1_jax.train", f"--config={config}"]
+    command += [f"--workdir={workdir}", f"--config.stages={stages}", *given]
+    print("$", " ".join(command), flush=True)
+    code = subprocess.run(command, check=False).returncode
+    ended = f"{workdir}: this run ended with exit code {code}, as said above"
+    if code in (_USER, _INTERRUPTED):
+        raise ConfigError(f"{ended}; put that right and start again, what is done stays")
+    if code:
+        raise _BrokenOff(ended)
+
+
+def collect(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Test scores by seed and system."""
+    results = {}
+    for seed in seeds:
+        scores = read_scores(folder / f"seed{seed}")
+        scores["no_mixing"] = read_scores(folder / f"seed{seed}-no-mixing")["grpo"]
+        results[str(seed)] = {
+            name: {column: scores[name][column] for column in COLUMNS} for name in SYSTEMS
+        }
+    return results
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Means ± sample standard deviations over seeds, and GRPO's gains, in Markdown."""
+    lines = [
+        "| system | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for name, shown in SYSTEMS.items():
+        cells = [_spread([run[name][column] for run in results.values()]) for column in COLUMNS]
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    lines += ["", f"Micro F1 of GRPO with mixing less that of, over {len(results)} seeds:", ""]
+    for name in ("sft", "control", "no_mixing"):
+        gains = [run["grpo"]["micro_f1"] - run[name]["micro_f1"] for run in results.values()]
+        each = ", ".join(f"{gain:+.1f}" for gain in gains)
+        lines.append(f"- {SYSTEMS[name]}: {_spread(gains)} ({each})")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
