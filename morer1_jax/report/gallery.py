@@ -32,7 +32,7 @@ Pair = tuple[Fact, Answer]
 
 
 def read_answers(path: Path, facts: Sequence[Fact]) -> list[Pair]:
-    """Reads what `run.evaluate.write_scores` wrote, each answer with its fact.
+    """Reads what `stages.evaluate.write_scores` wrote, each answer with its fact.
 
     Raises:
       DataError: naming file and line: a line is not an answer, or not one to any of the facts.

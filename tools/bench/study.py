@@ -19,7 +19,7 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.files import atomic_dir, atomic_write
 from morer1_jax.stages.evaluate import read_scores
 
-# Exit codes of a command; see `run.config.run_main`.
+# Exit codes of a command; see `cli.run_main`.
 _USER, _INTERRUPTED = 2, 130
 MAIN_STAGES = "synthesise,sft,rate,grpo,control,baselines,evaluate"
 # What GRPO without mixing takes over from the main run of its seed.
