@@ -1,4 +1,4 @@
-"""A run's configuration: what may change on resume, what is allowed, and the command line."""
+"""A run's configuration: what it may hold, and what may change when the run goes on."""
 
 import importlib.util
 import json
