@@ -1,7 +1,7 @@
 """What binds a workdir to a config: which keys each stage's output depends on.
 
 A key may change until a stage that depends on it has begun. Then another value is refused, but of
-keys on which no number depends beyond rounding (`config.binding.OPERATIONAL`), and of a stage's own steps
+keys on which no number depends beyond rounding (`OPERATIONAL`), and of a stage's own steps
 where its learning rate is constant: more of them go on from where it ended.
 """
 

@@ -34,7 +34,7 @@ class Stage:
         """Names the stage; touches no file.
 
         Args:
-          depends: the part of the config its output depends on, as `config.binding.identity` gives it.
+          depends: the part of the config its output depends on, as `identity` gives it.
           grows: the one of these keys that may be raised once the stage is done: it then goes on.
         """
         self.name = name
