@@ -99,8 +99,8 @@ def fingerprint(checkout: Path, folder: Path) -> dict[str, str]:
         found = {
             "arrays on the device, the first 200": _of(*put[:200]),
             f"arrays on the device, all {len(put)}": _of(*put),
-            **_parameters(workdir),
-            **_texts(workdir),
+            **parameters(workdir),
+            **texts(workdir),
         }
         out = folder / f"{name}-exported"
         _run(checkout, "tools/convert.py", f"--checkpoint={workdir}", f"--out={out}")
@@ -131,7 +131,7 @@ def _run(checkout: Path, *arguments: str) -> None:
         )
 
 
-def _parameters(workdir: Path) -> dict[str, str]:
+def parameters(workdir: Path) -> dict[str, str]:
     """Digests of every checkpoint that orbax wrote below a folder, by stage and kind."""
     import jax
     import numpy as np
@@ -154,7 +154,7 @@ def _parameters(workdir: Path) -> dict[str, str]:
     return found
 
 
-def _texts(workdir: Path) -> dict[str, str]:
+def texts(workdir: Path) -> dict[str, str]:
     """Digests of completions, answers, scores, ratings and metrics."""
     found = {}
     for path in sorted(workdir.rglob("*.json*")):
