@@ -14,9 +14,9 @@ from morer1_jax.run.lock import hold
 ROOT = Path(__file__).parents[1]
 PREDICT, EVALUATE = "morer1_jax.predict", "morer1_jax.evaluate"
 TRAIN = "morer1_jax.train"
-RATE, CONVERT, TFDS, STUDY, BENCH_DATA = (
+RATE, CONVERT, TFDS, STUDY, BENCH_DATA, FINGERPRINT = (
     str(ROOT / "tools" / f"{name}.py")
-    for name in ("rate_difficulty", "convert", "build_tfds", "study", "bench_data")
+    for name in ("rate_difficulty", "convert", "build_tfds", "study", "bench_data", "fingerprint")
 )
 TINY = ROOT / "tests" / "configs" / "tiny.py"
 
@@ -92,6 +92,7 @@ ALONE = {
     "bench_data": (f"--config={ROOT / 'tests/configs/tiny.py'}",),
     "build_tfds": ("--folder=none", "--data_dir=new"),
     "convert": ("--checkpoint=none", "--out=new"),
+    "fingerprint": ("--out=new",),
     "rate_difficulty": ("--checkpoint=none", "--data=none", "--out=new"),
     "study": ("--folder=new",),
     "write_reasoning": ("--data=none", "--count=1", "--model=none"),
@@ -131,6 +132,7 @@ BUCKET = "gs://bucket/x"
         (RATE, "--checkpoint=none", "--data=none", f"--out={BUCKET}"),
         (CONVERT, "--checkpoint=none", f"--out={BUCKET}"),
         (STUDY, f"--folder={BUCKET}"),
+        (FINGERPRINT, f"--out={BUCKET}"),
         (BENCH_DATA, f"--config={TINY}", f"--json={BUCKET}"),
     ],
     ids=lambda args: Path(args[0]).stem,

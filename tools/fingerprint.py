@@ -24,6 +24,7 @@ from typing import Any
 from morer1_jax.cli import ArgumentParser, run_main
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import atomic_write, check_writable, local_path
+from morer1_jax.processes import check_alone
 
 # Runs a command in a process that keeps digests of the arrays it puts on devices.
 _WATCHED = """
@@ -190,6 +191,7 @@ def main(_: list[str]) -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--compare", type=Path)
     given = parser.parse_args(sys.argv[1:])
+    check_alone(devices=False)  # each run's process takes them
     out = local_path(given.out, "--out")
     check_writable(out)
     before: dict[str, Any] | None = None
