@@ -175,5 +175,6 @@ def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean …?` where a known key is spelt nearly so, or nothing."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

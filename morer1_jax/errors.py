@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 
+class ConfigError(ValueError):
+    """A configuration that is malformed or asks for something this package does not do."""
+
+
 class DataError(ValueError):
     """Bad data.  The message is one line: where it was found, what it is, what was expected."""
 
 
-def one_line(error: BaseException) -> str:
-    """The message of another library's error, for use within a one-line message."""
-    return " ".join(str(error).split()) or type(error).__name__
+class WeightsError(DataError):
+    """A checkpoint whose tensors are not those the config calls for."""
+
+
+class NotFiniteError(DataError):
+    """A number that is not finite; the message is one line."""
+
+
+class TextError(ValueError):
+    """A file is no text.  The message is one line: file and line, what it is, what to do."""
 
 
 class Faults:
@@ -37,17 +48,6 @@ class Faults:
             raise DataError(f"{len(self._found)} faults{more}: {named}")
 
 
-class ConfigError(ValueError):
-    """A configuration that is malformed or asks for something this package does not do."""
-
-
-class WeightsError(DataError):
-    """A checkpoint whose tensors are not those the config calls for."""
-
-
-class NotFiniteError(DataError):
-    """A number that is not finite; the message is one line."""
-
-
-class TextError(ValueError):
-    """A file is no text.  The message is one line: file and line, what it is, what to do."""
+def one_line(error: BaseException) -> str:
+    """The message of another library's error, for use within a one-line message."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""How often a model solves each training fact, and the pool that makes the fact part of."""
+"""How often a model solves each training fact, and the pool that this puts the fact into."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from morer1_jax.errors import DataError, TextError
 from morer1_jax.files import read_text
 
 FILE = "ratings.jsonl"
-
-
 POOLS = ("easy", "hard", "dropped")
 
 
@@ -27,6 +25,7 @@ class Rating:
 
 
 def rating_line(rating: Rating) -> str:
+    """Returns a rating as a line of a ratings file."""
     return json.dumps(dataclasses.asdict(rating)) + "\n"
 
 

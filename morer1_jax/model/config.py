@@ -16,6 +16,7 @@ from morer1_jax.model.attention import XLA, Kernels
 
 _DTYPES = ("float32", "bfloat16")  # In float16 activations overflow.
 _REMATS = ("none", "full", "dots")
+AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
 # What `transformers` takes where a config leaves them out.
 DEFAULT_IDS = {
     "image_token_id": 151655,
@@ -353,6 +354,3 @@ class ImageConfig:
     temporal_patch_size: int = 2
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-
-
-AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 from morer1_jax.model.config import LoRA, Runtime
 from morer1_jax.model.products import dot_general
 
+Params = dict[str, Any]
+
 # What `dense` gives: the product, its bias and its adapter's part in one, kept once.
 _PRODUCT = "product"
 _REMAT_POLICIES = {
@@ -212,9 +214,6 @@ def scanned(layer: type[nn.Module], length: int, inputs: int, unroll: int = 1) -
         length=length,
         unroll=min(unroll, length),
     )
-
-
-Params = dict[str, Any]
 
 
 def merged_kernel(layer: Params, lora: LoRA) -> jax.Array:
