@@ -19,11 +19,11 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.files import any_path, check_writable, expanded, local_path, read_text
 from morer1_jax.processes import check_alone
 from morer1_jax.report.report import write_report
-from morer1_jax.run.answers import Asker
+from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
-from morer1_jax.serve.student import LABELS, open_student
+from morer1_jax.serve.loaded import LABELS, open_model
 from morer1_jax.stages.evaluate import read_scores, write_scores
 from morer1_jax.task import metrics, more
 
@@ -61,18 +61,18 @@ def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
     """Scores a split, into a folder that is this process's."""
     labels = data / LABELS
     facts = more.read_split(data, split, more.read_ontology(data))
-    student = open_student(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
-    sizes = more.check_photos(facts, data)
-    encoder = student.encoder(data, facts, sizes)
+    loaded = open_model(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
+    sizes = more.photo_sizes(facts, data)
+    encoder = loaded.encoder(data, facts, sizes)
     batch = min(_BATCH.value, len(facts))
-    asker = Asker(
-        student.policy, encoder, batch=batch, group=1, temperature=0.0, guided=_GUIDED.value
+    sampler = BatchSampler(
+        loaded.policy, encoder, batch=batch, group=1, temperature=0.0, guided=_GUIDED.value
     )
-    answers = asker.answers(student.params, facts, f"evaluate {name}")
-    write_scores(out, name, facts, answers, student.policy.ontology)
+    answers = sampler.answers(loaded.params, facts, f"evaluate {name}")
+    write_scores(out, name, facts, answers, loaded.policy.ontology)
     print(metrics.format_table(read_scores(out)))
     page = write_report(
-        out, data, split=split, sections=("scores", "gallery"), images=student.images
+        out, data, split=split, sections=("scores", "gallery"), images=loaded.images
     )
     print(f"report: {page}")
 

@@ -22,6 +22,7 @@ from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import check_writable, local_path
 from morer1_jax.processes import check_alone
 from morer1_jax.run.cache import use_program_cache
+from morer1_jax.serve.loaded import open_model
 from morer1_jax.serve.predict import (
     as_json,
     as_question,
@@ -31,7 +32,6 @@ from morer1_jax.serve.predict import (
     question,
     read_questions,
 )
-from morer1_jax.serve.student import open_student
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.photo import FORMATS
 
@@ -63,9 +63,9 @@ def main(argv: list[str]) -> None:
     if _PICTURE.value is not None:
         picture = local_path(_PICTURE.value, "--picture")
         _check_picture(picture, Path(facts[0].image))
-    student = open_student(_CHECKPOINT.value, labels=_LABELS.value, completion=_LENGTH.value)
+    loaded = open_model(_CHECKPOINT.value, labels=_LABELS.value, completion=_LENGTH.value)
     batch = min(_BATCH.value, len(facts))
-    answers = predict(student, facts, batch=batch, guided=_GUIDED.value)
+    answers = predict(loaded, facts, batch=batch, guided=_GUIDED.value)
     for fact, answer in zip(facts, answers, strict=True):
         if _JSON.value:
             print(as_json(fact, answer))

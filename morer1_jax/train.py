@@ -30,7 +30,7 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.files import atomic_write, check_writable, local_path, remove
 from morer1_jax.processes import check_alone
 from morer1_jax.report.report import write_report
-from morer1_jax.run.answers import greedy_asker
+from morer1_jax.run.batch_sampler import greedy_sampler
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
@@ -85,10 +85,10 @@ def run_synthesise(job: Job) -> None:
 
 def run_evaluate(job: Job) -> None:
     """Scores whatever models the workdir has, prints the table, writes the report page."""
-    asker = greedy_asker(job, job.encoder)
+    sampler = greedy_sampler(job, job.encoder)
     for stage in ("sft", "control", "grpo"):
         if (job.workdir / stage / MARKER).exists():
-            evaluate(job, stage, job.whole(best_params(job, stage)), asker)
+            evaluate(job, stage, job.whole(best_params(job, stage)), sampler)
     scores = read_scores(job.workdir)
     print(metrics.format_table(scores))
     print(f"report: {write_report(job.workdir, job.data)}")

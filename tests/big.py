@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
 from morer1_jax.learn.sft import make_sft_step
-from morer1_jax.run.answers import Asker
+from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import shardings_of
 
@@ -108,9 +108,9 @@ def main(model, data, workdir):
         # Adapters begin with B at 0.
         out["moved"] = float(jnp.abs(state.params["language"]["layers"]["q"]["lora_b"]).max())
 
-        asker = Asker(policy, job.encoder, batch=1, group=2, temperature=1.0)
+        sampler = BatchSampler(policy, job.encoder, batch=1, group=2, temperature=1.0)
         began = time.perf_counter()
-        ((_, drawn),) = asker.ask(job.whole(state.params), facts, "sample")
+        ((_, drawn),) = sampler.ask(job.whole(state.params), facts, "sample")
         out["rollout_seconds"] = time.perf_counter() - began
         out["rollout_tokens"] = [int(n) for n in drawn.mask.sum(-1)]
     out["peak_bytes"] = running.most

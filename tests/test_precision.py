@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from morer1_jax.learn.grpo import GroupBatch, GRPOConfig, make_grpo_update
+from morer1_jax.learn.grpo import GroupBatch, LossConfig, make_grpo_update
 from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.learn.state import OptimizerConfig, abstract_params, new_state
 from morer1_jax.model.config import LoRA
@@ -58,13 +58,13 @@ class Programs:
             advantages=numbers[..., 0],
             **given,
         )
-        update = make_grpo_update(self.model, optimizer, GRPOConfig(beta=0.1), SCORE)
+        update = make_grpo_update(self.model, optimizer, LossConfig(beta=0.1), SCORE)
         return update, (state, {}, batch, self.tiny.ALLOWED)
 
     def rollout(self):
         config, reward = self.tiny.sample_config(), RewardConfig()
         run = make_rollout(self.model, config, reward, "group", seed=0)
-        given = self.tiny.prompts(), self.tiny.READER, self.tiny.ALLOWED, np.int32(0)
+        given = self.tiny.prompts(), self.tiny.GRAMMAR, self.tiny.ALLOWED, np.int32(0)
         return run, (self.params, *given)
 
     def score(self):

@@ -20,8 +20,8 @@ from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError
 from morer1_jax.model.attention import XLA
 from morer1_jax.run.job import Job
 from morer1_jax.serve.export import export
+from morer1_jax.serve.loaded import open_model
 from morer1_jax.serve.predict import predict, read_questions
-from morer1_jax.serve.student import open_student
 from morer1_jax.stages.grpo import run_grpo
 from morer1_jax.task import more
 from morer1_jax.task.answer import Special, read
@@ -44,7 +44,7 @@ def workdir(small_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(workdir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "model"
-    export(open_student(str(workdir)), folder)
+    export(open_model(str(workdir)), folder)
     return folder
 
 
@@ -103,7 +103,7 @@ def test_predict_prints_text_json_and_a_picture(command, process, exported, ques
 def test_an_export_answers_as_the_run_it_is_of(workdir, exported, questions):
     facts = read_questions(questions)
     ours, theirs = (
-        list(predict(open_student(str(path), completion=40), facts, batch=4, guided=False))
+        list(predict(open_model(str(path), completion=40), facts, batch=4, guided=False))
         for path in (workdir / "sft", exported)
     )
     assert ours == theirs
@@ -119,15 +119,15 @@ def test_a_run_of_other_devices_is_opened_here(workdir, tmp_path, attention):
     if attention is not None:
         config["runtime"]["attention"] = attention
     (moved / "config.json").write_text(json.dumps(config))
-    assert open_student(str(moved)).model.runtime.kernels == XLA()
+    assert open_model(str(moved)).model.runtime.kernels == XLA()
 
 
 def guided_answers(exported, questions, count):
     facts = read_questions(questions)
     facts = [facts[i % len(facts)] for i in range(count)]
-    student = open_student(str(exported))
-    labels = student.ontology.labels
-    for answer in predict(student, facts, batch=min(count, 50), guided=True):
+    loaded = open_model(str(exported))
+    labels = loaded.ontology.labels
+    for answer in predict(loaded, facts, batch=min(count, 50), guided=True):
         outcome = read([answer.text.removesuffix("<|im_end|>").encode(), Special.END], labels)
         assert answer.format
         assert outcome.format
@@ -139,12 +139,12 @@ def test_guided_answers_of_an_untrained_model_are_readable(exported, questions):
 
 
 def test_a_length_too_short_for_a_guided_answer_is_named(exported, questions):
-    student = open_student(str(exported), completion=20)
+    loaded = open_model(str(exported), completion=20)
     with pytest.raises(
         ConfigError, match=r"^--length: 20 found, at least \d+ expected: the tokens"
     ):
-        next(predict(student, read_questions(questions), batch=1, guided=True))
-    assert "params" not in vars(student)
+        next(predict(loaded, read_questions(questions), batch=1, guided=True))
+    assert "params" not in vars(loaded)
 
 
 @pytest.mark.soak
@@ -155,11 +155,11 @@ def test_a_thousand_guided_answers(exported, questions):
 @pytest.mark.parametrize("guided", [True, False])
 def test_an_answer_of_a_model_whose_numbers_overflow_is_none(exported, questions, guided):
     """Guided or not, tokens are drawn; guided, they are a label."""
-    student = open_student(str(exported), completion=48)
-    student.params["language"]["norm"]["scale"] *= 3e38
+    loaded = open_model(str(exported), completion=48)
+    loaded.params["language"]["norm"]["scale"] *= 3e38
     facts = read_questions(questions)
     with pytest.raises(NotFiniteError, match=r"^fact question:1: the log-probability of token 1"):
-        list(predict(student, facts, batch=4, guided=guided))
+        list(predict(loaded, facts, batch=4, guided=guided))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_a_tensor_that_is_not_finite_answers_nothing(
 ):
     folder, message = spoilt
     with pytest.raises(WeightsError) as error:
-        list(predict(open_student(str(folder)), read_questions(questions), batch=4, guided=True))
+        list(predict(open_model(str(folder)), read_questions(questions), batch=4, guided=True))
     assert str(error.value).startswith(message)
     args = ["-m", EVALUATE, "--checkpoint", folder, "--data", small_world]
     done = process(*args, "--out", tmp_path, code=2)
@@ -223,16 +223,16 @@ def test_evaluate_writes_tables_and_page(command, exported, small_world, tmp_pat
 
 def test_a_model_is_told_from_one_of_another_run_of_as_many_steps(workdir, tmp_path):
     """Or a rating that was killed would go on with another model."""
-    digest = open_student(str(workdir / "sft")).digest
+    digest = open_model(str(workdir / "sft")).digest
     other = shutil.copytree(workdir, tmp_path / "other")
-    assert open_student(str(other / "sft")).digest == digest
+    assert open_model(str(other / "sft")).digest == digest
     for path in (
         next((other / "sft" / "checkpoints" / "best").glob("*/manifest.json")),
         other / "tokenizer" / "tokenizer.json",
     ):
         before = path.read_text(encoding="utf-8")
         path.write_text(before + " ", encoding="utf-8")
-        assert open_student(str(other / "sft")).digest != digest
+        assert open_model(str(other / "sft")).digest != digest
         path.write_text(before, encoding="utf-8")
 
 

@@ -13,12 +13,12 @@ from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
 from morer1_jax.data.ratings import read_ratings
 from morer1_jax.errors import DataError
-from morer1_jax.learn.parts import split
 from morer1_jax.learn.state import abstract_params
+from morer1_jax.learn.trainable import split
 from morer1_jax.model.config import ModelConfig, Runtime
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL, init_params
-from morer1_jax.serve.student import open_student
+from morer1_jax.serve.loaded import open_model
 from morer1_jax.train import train
 from morer1_jax.weights import published as weights
 
@@ -94,18 +94,18 @@ def config(parquet, request, tmp_path_factory):
 
 def test_every_stage(config, tmp_path):
     train(config, tmp_path)
-    base = open_student(config.model.path, labels=Path(config.data.folder) / "rel2id.json")
-    trained = {name: open_student(str(tmp_path / name)) for name in ("sft", "grpo")}
-    for student in trained.values():
-        assert student.policy.reader.token_class.shape == (config.model.text.vocab_size,)
+    base = open_model(config.model.path, labels=Path(config.data.folder) / "rel2id.json")
+    trained = {name: open_model(str(tmp_path / name)) for name in ("sft", "grpo")}
+    for loaded in trained.values():
+        assert loaded.policy.grammar.token_class.shape == (config.model.text.vocab_size,)
         for path, value in jax.tree_util.tree_leaves_with_path(base.params):
-            ours = student.params
+            ours = loaded.params
             for key in path:
                 ours = ours[key.key]
             assert ours.dtype == value.dtype == np.dtype("bfloat16")
             np.testing.assert_array_equal(ours, value)
     first, second = (
-        student.params["language"]["layers"]["q"]["lora_b"] for student in trained.values()
+        loaded.params["language"]["layers"]["q"]["lora_b"] for loaded in trained.values()
     )
     assert np.abs(first).max() > 0
     assert np.abs(first - second).max() > 0

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.data.encoder import Encoder, Limits, Sample
+from morer1_jax.data.grammar import build_tables
 from morer1_jax.data.images import Patches
-from morer1_jax.data.tokens import build_tables
 from morer1_jax.learn.state import new_state
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import ImageConfig, ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.model.vlm import Qwen25VL, init_params
-from morer1_jax.rollout.sampler import Reader, SampleConfig, allowed_ids, sample, sample_keys
+from morer1_jax.rollout.sampler import SampleConfig, allowed_ids, sample, sample_keys
 from morer1_jax.run import mesh as meshes
 from morer1_jax.task.answer import Special
 from morer1_jax.task.ontology import Ontology
@@ -237,7 +237,7 @@ def completions():
     return tokens, mask, ended
 
 
-READER = Reader.of(TABLES)
+GRAMMAR = jax.tree.map(jnp.asarray, TABLES)
 
 
 def sample_config(group=GROUP, temperature=1.0, **options):
@@ -260,7 +260,7 @@ def sampler(group=GROUP, temperature=1.0, dtype="float32", **options):
 def _sampler(dtype, config):
     return jit(
         lambda params, prompts, keys, allowed: sample(
-            model(dtype), params, prompts, READER, allowed, keys, config
+            model(dtype), params, prompts, GRAMMAR, allowed, keys, config
         )
     )
 

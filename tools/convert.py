@@ -11,7 +11,7 @@ from morer1_jax.files import check_writable, local_path
 from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 from morer1_jax.serve.export import export
-from morer1_jax.serve.student import open_student
+from morer1_jax.serve.loaded import open_model
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's workdir, one of its stages, or a published folder.", required=True
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     with hold(out):
         if out.exists():
             raise ConfigError(f"--out={out}: exists already; delete it or name another folder")
-        student = open_student(_CHECKPOINT.value, labels=_LABELS.value)
-        export(student, out, dtype=_DTYPE.value, shard_bytes=_SHARD.value * 1_000_000)
+        loaded = open_model(_CHECKPOINT.value, labels=_LABELS.value)
+        export(loaded, out, dtype=_DTYPE.value, shard_bytes=_SHARD.value * 1_000_000)
     print(f"written: {out}")
 
 

@@ -16,11 +16,11 @@ from morer1_jax.data.digests import of_lines
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import any_path, check_writable, local_path
 from morer1_jax.processes import check_alone
-from morer1_jax.run.answers import Asker
+from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
-from morer1_jax.serve.student import LABELS, open_student
+from morer1_jax.serve.loaded import LABELS, open_model
 from morer1_jax.stages.rate import rate
 from morer1_jax.task import more
 
@@ -70,12 +70,12 @@ def _rate(data: epath.Path, out: Path) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
-    student = open_student(_CHECKPOINT.value, labels=data / LABELS, completion=_LENGTH.value)
-    photos = more.see_photos(facts, data)
+    loaded = open_model(_CHECKPOINT.value, labels=data / LABELS, completion=_LENGTH.value)
+    photos = more.check_photos(facts, data)
     sizes = {photo: seen.size for photo, seen in photos.items()}
-    asker = Asker(
-        student.policy,
-        student.encoder(data, facts, sizes),
+    sampler = BatchSampler(
+        loaded.policy,
+        loaded.encoder(data, facts, sizes),
         batch=config.batch,
         group=config.samples,
         temperature=config.temperature,
@@ -83,9 +83,9 @@ def _rate(data: epath.Path, out: Path) -> None:
     )
     names = ("samples", "temperature", "seed", "length")
     identity = {name: flags.FLAGS[name].value for name in names}
-    identity |= {"checkpoint": student.digest, "data": more.digests(data)}
+    identity |= {"checkpoint": loaded.digest, "data": more.digests(data)}
     identity["photos"] = of_lines(seen.digest for seen in photos.values())
-    rate(asker, student.params, facts, config, out, identity)
+    rate(sampler, loaded.params, facts, config, out, identity)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from morer1_jax.config.schema import build
 from morer1_jax.data.curriculum import MixConfig
 from morer1_jax.data.loader import WorkerKind
-from morer1_jax.learn.grpo import GRPOConfig
-from morer1_jax.learn.parts import Parts
+from morer1_jax.learn.grpo import LossConfig
 from morer1_jax.learn.state import OptimizerConfig
+from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.attention import Kernels
 from morer1_jax.model.config import AttentionChoice, LoRA, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.special import SPECIAL_TOKENS
@@ -171,7 +171,7 @@ class LoRASettings:
 
 @dataclasses.dataclass(frozen=True)
 class TuneSettings:
-    """What of the model trains; see `learn.parts.Parts`.
+    """What of the model trains; see `learn.trainable.TrainableParts`.
 
     Attributes:
       frozen_dtype: what parameters that do not train are held in.
@@ -186,9 +186,9 @@ class TuneSettings:
     def __post_init__(self) -> None:
         self.parts()
 
-    def parts(self) -> Parts:
+    def parts(self) -> TrainableParts:
         """As `learn` takes it."""
-        return Parts(self.vision, self.merger, self.language, self.lora.lora())
+        return TrainableParts(self.vision, self.merger, self.language, self.lora.lora())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +348,7 @@ class GRPOSettings:
     keep_checkpoints: int
     mix: MixConfig
     reward: RewardConfig
-    loss: GRPOConfig
+    loss: LossConfig
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:

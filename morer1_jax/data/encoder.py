@@ -167,7 +167,7 @@ class Encoder:
 
         Args:
           facts: all facts the run will see.
-          sizes: (width, height) of each photo by `Fact.photo`, as `more.check_photos` gives.
+          sizes: (width, height) of each photo by `Fact.photo`, as `more.photo_sizes` gives.
           targets: by fact id, what will be trained on.
 
         Raises:

@@ -135,7 +135,7 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
             f"{there[0].data_path}: there is a dataset of other facts already; delete it, or use "
             "another folder"
         )
-    more.check_photos([fact for split in facts.values() for fact in split], folder)
+    more.photo_sizes([fact for split in facts.values() for fact in split], folder)
     options = tfds.download.DownloadConfig(manual_dir=folder)
     # TFDS says at length that it downloads, which it does not.
     with contextlib.redirect_stdout(io.StringIO()):

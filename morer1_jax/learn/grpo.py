@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.learn.accumulate import accumulate, add
-from morer1_jax.learn.parts import join
 from morer1_jax.learn.state import TrainState, apply_gradients
+from morer1_jax.learn.trainable import join
 from morer1_jax.model.scorer import Params, ScoreConfig, group_logprobs
 from morer1_jax.model.vlm import Qwen25VL
 
@@ -37,7 +37,7 @@ Normalisation = Literal["sequence", "token", "constant"]
 
 
 @dataclasses.dataclass(frozen=True)
-class GRPOConfig:
+class LossConfig:
     """The objective.
 
     Attributes:
@@ -96,7 +96,7 @@ class GroupBatch:
 
 
 def token_weights(
-    mask: Bool[Array, "b g t"], ended: Bool[Array, "b g"], config: GRPOConfig
+    mask: Bool[Array, "b g t"], ended: Bool[Array, "b g"], config: LossConfig
 ) -> Float[Array, "b g t"]:
     """Each token's share of the loss over the whole global batch; all 0 if nothing counts."""
     kept = ended | (not config.mask_truncated)
@@ -115,7 +115,7 @@ def token_losses(
     sampler: Float[Array, "b g t"],
     reference: Float[Array, "b g t"] | None,
     advantages: Float[Array, "b g"],
-    config: GRPOConfig,
+    config: LossConfig,
 ) -> tuple[Float[Array, "b g t"], Metrics]:
     """l_t of each token, and what happened to it: `clip_low`, `clip_high`, `kl` if asked.
 
@@ -143,7 +143,7 @@ def grpo_gradients(
     params: Params,
     batch: GroupBatch,
     allowed: Bool[Array, " v"],
-    config: GRPOConfig,
+    config: LossConfig,
     score: ScoreConfig,
     micro_batches: int = 1,
     frozen: Params | None = None,
@@ -151,7 +151,7 @@ def grpo_gradients(
     """Gradients by `params` of the loss over the whole batch, and metrics under TRL's names.
 
     Args:
-      frozen: the model's other parameters; see `learn.parts`.
+      frozen: the model's other parameters; see `learn.trainable`.
     """
 
     def part_gradients(part: GroupBatch) -> tuple[Params, Metrics]:
@@ -225,7 +225,7 @@ def _means(sums: Metrics) -> Metrics:
 def make_grpo_update(
     model: Qwen25VL,
     optimizer: optax.GradientTransformation,
-    config: GRPOConfig,
+    config: LossConfig,
     score: ScoreConfig,
     micro_batches: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -15,8 +15,8 @@ from jaxtyping import Array
 
 from morer1_jax.batch import SequenceBatch
 from morer1_jax.learn.accumulate import accumulate
-from morer1_jax.learn.parts import join
 from morer1_jax.learn.state import TrainState, apply_gradients
+from morer1_jax.learn.trainable import join
 from morer1_jax.model.scorer import Params, ScoreConfig, sequence_logprobs
 from morer1_jax.model.vlm import Qwen25VL
 
@@ -46,7 +46,7 @@ def sft_gradients(
     """Gradients of the mean loss by `params`, and metrics `loss`, `entropy`, `target_tokens`.
 
     Args:
-      frozen: the model's other parameters; see `learn.parts`.
+      frozen: the model's other parameters; see `learn.trainable`.
     """
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 

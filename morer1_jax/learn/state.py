@@ -16,7 +16,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from morer1_jax.learn.parts import ALL, Parts, factors
+from morer1_jax.learn.trainable import ALL, TrainableParts, factors
 from morer1_jax.model.vlm import Qwen25VL, init_params
 
 Params = dict[str, Any]
@@ -24,7 +24,7 @@ Params = dict[str, Any]
 
 @struct.dataclass
 class TrainState:
-    """What training changes; of the parameters, those that train (see `learn.parts`).
+    """What training changes; of the parameters, those that train (see `learn.trainable`).
 
     `step` counts the batches (of SFT) or rollouts (of GRPO) spent; an update that follows the
     same rollout again counts in the optimizer's own state.
@@ -71,7 +71,7 @@ class OptimizerConfig:
         ramp = optax.linear_schedule(self.lr / (self.warmup + 1), self.lr, max(self.warmup, 1))
         return optax.join_schedules([ramp, rest], [self.warmup])
 
-    def build(self, updates: int, parts: Parts = ALL) -> optax.GradientTransformation:
+    def build(self, updates: int, parts: TrainableParts = ALL) -> optax.GradientTransformation:
         """The optax transformation for a run of `updates` of the parameters that train."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),

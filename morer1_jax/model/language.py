@@ -20,12 +20,12 @@ from morer1_jax.model.decoding import KV
 from morer1_jax.model.layers import (
     Rotary,
     SwiGLU,
+    cos_sin,
     dense,
     rematerialised,
     rms_norm,
     rotate,
     scanned,
-    turns,
 )
 
 
@@ -106,4 +106,4 @@ def multimodal_rotary(positions: Int[Array, "3 b s"], config: TextConfig) -> Rot
     frequencies = 1 / config.rope_theta**exponents
     axis = np.repeat(np.arange(3), config.mrope_section)
     angles = jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32) * frequencies
-    return turns(angles)
+    return cos_sin(angles)

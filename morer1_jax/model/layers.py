@@ -158,7 +158,7 @@ Rotary = tuple[Float[Array, "*s r"], Float[Array, "*s r"]]
 """Cosines and sines of the angles of the first half of a head, r = e/2."""
 
 
-def turns(angles: Float[Array, "*s r"]) -> Rotary:
+def cos_sin(angles: Float[Array, "*s r"]) -> Rotary:
     """What `rotate` takes, worked out once for all layers.
 
     XLA on a CPU would work it out again for every head of every layer outside of a scan, through an

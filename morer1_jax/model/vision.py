@@ -18,12 +18,12 @@ from morer1_jax.model.config import Runtime, VisionConfig
 from morer1_jax.model.layers import (
     Rotary,
     SwiGLU,
+    cos_sin,
     dense,
     rematerialised,
     rms_norm,
     rotate,
     scanned,
-    turns,
 )
 
 # Fixed by the architecture: no config of the family carries it.
@@ -166,4 +166,4 @@ def axial_rotary(positions: Int[Array, "b w p 2"], config: VisionConfig) -> Rota
     frequencies = 1 / config.rope_theta**exponents
     angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = angles.reshape(*positions.shape[:-1], half)
-    return turns(angles)
+    return cos_sin(angles)

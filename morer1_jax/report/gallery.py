@@ -17,7 +17,7 @@ from morer1_jax.data.images import ImageReader
 from morer1_jax.errors import DataError, TextError
 from morer1_jax.files import read_text
 from morer1_jax.report.page import Html, escape, join, remark, tag
-from morer1_jax.run.answers import Answer
+from morer1_jax.run.batch_sampler import Answer
 from morer1_jax.task.answer import read_steps
 from morer1_jax.task.fact import Fact
 

@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.batch import PromptBatch
+from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.scorer import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.reward import (
@@ -19,7 +20,7 @@ from morer1_jax.rollout.reward import (
     reward_parts,
     total_reward,
 )
-from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sample_keys
+from morer1_jax.rollout.sampler import Rollout, SampleConfig, sample, sample_keys
 
 Metrics = dict[str, Array]
 
@@ -43,7 +44,7 @@ class Scored:
 def make_rollout(
     model: Qwen25VL, config: SampleConfig, reward: RewardConfig, scale_rewards: str, seed: int
 ) -> Callable[..., tuple[Scored, Metrics]]:
-    """`rollout(params, prompts, reader, allowed, step) -> (scored, metrics)`, to be jitted.
+    """`rollout(params, prompts, grammar, allowed, step) -> (scored, metrics)`, to be jitted.
 
     Args:
       scale_rewards: what advantages are divided by; see `reward.advantages`.
@@ -56,12 +57,12 @@ def make_rollout(
     def rollout(
         params: Params,
         prompts: PromptBatch,
-        reader: Reader,
+        grammar: GrammarTables,
         allowed: Bool[Array, " v"],
         step: Int[Array, ""],
     ) -> tuple[Scored, Metrics]:
         keys = sample_keys(seed, step, prompts.fact, config.group)
-        drawn = sample(model, params, prompts, reader, allowed, keys, config)
+        drawn = sample(model, params, prompts, grammar, allowed, keys, config)
         parts = reward_parts(drawn, prompts.gold, reward)
         total = total_reward(parts, reward)
         advantage, equal = advantages(total, scale_rewards)

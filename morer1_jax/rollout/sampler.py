@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from morer1_jax.batch import PromptBatch
-from morer1_jax.data.tokens import AnswerTables
+from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import KVCache, init_cache, separate_layers
 from morer1_jax.model.logprobs import DISALLOWED
@@ -56,27 +56,6 @@ class SampleConfig:
                 f"group {self.group}, length {self.length} and temperature {self.temperature}: at "
                 "least 1, 1 and 0 expected"
             )
-
-
-@struct.dataclass
-class Reader:
-    """The answer's automata on the device; see `data.tokens.AnswerTables`."""
-
-    token_class: Int[Array, " v"]
-    steps_next: Int[Array, "class steps"]
-    answer_next: Int[Array, "class answer"]
-    effort_added: Int[Array, "class steps"]
-    steps_accept: Bool[Array, " steps"]
-    answer_label: Int[Array, " answer"]
-    steps_distance: Int[Array, " steps"]
-    answer_distance: Int[Array, " answer"]
-
-    @classmethod
-    def of(cls, tables: AnswerTables) -> Reader:
-        """Takes what the loop needs from the host's tables."""
-        return cls(
-            **{f.name: jnp.asarray(getattr(tables, f.name)) for f in dataclasses.fields(cls)}
-        )
 
 
 @struct.dataclass
@@ -144,7 +123,7 @@ def sample(
     model: Qwen25VL,
     params: Params,
     prompts: PromptBatch,
-    reader: Reader,
+    grammar: GrammarTables,
     allowed: Bool[Array, " v"],
     keys: Key[Array, "b g"],
     config: SampleConfig,
@@ -181,12 +160,12 @@ def sample(
         permitted = allowed
         if config.guided:
             left = t - state.index - 1
-            permitted = allowed & leads_to_end(reader, state.steps, state.answer, left)
+            permitted = allowed & leads_to_end(grammar, state.steps, state.answer, left)
         token, logprob = _draw(logits, permitted, keys, state.index, config.temperature)
         token = jnp.where(state.ended, 0, token)
         alive = ~state.ended
-        kind = reader.token_class[token]
-        added = reader.effort_added[kind, state.steps].astype(jnp.int32)
+        kind = grammar.token_class[token]
+        added = grammar.effort_added[kind, state.steps].astype(jnp.int32)
         at = (0, 0, state.index)
         return state.replace(
             index=state.index + 1,
@@ -196,8 +175,8 @@ def sample(
                 state.logprobs, jnp.where(alive, logprob, 0.0)[..., None], at
             ),
             ended=state.ended | (token == config.end_of_turn),
-            steps=jnp.where(alive, reader.steps_next[kind, state.steps], state.steps),
-            answer=jnp.where(alive, reader.answer_next[kind, state.answer], state.answer),
+            steps=jnp.where(alive, grammar.steps_next[kind, state.steps], state.steps),
+            answer=jnp.where(alive, grammar.answer_next[kind, state.answer], state.answer),
             effort=state.effort + jnp.where(alive, added, 0),
         )
 
@@ -215,8 +194,8 @@ def sample(
         mask=jnp.zeros((b, g, t), bool),
         logprobs=jnp.zeros((b, g, t), jnp.float32),
         ended=jnp.zeros((b, g), bool),
-        steps=jnp.zeros((b, g), reader.steps_next.dtype),
-        answer=jnp.zeros((b, g), reader.answer_next.dtype),
+        steps=jnp.zeros((b, g), grammar.steps_next.dtype),
+        answer=jnp.zeros((b, g), grammar.answer_next.dtype),
         effort=jnp.zeros((b, g), jnp.int32),
     )
     # The first token needs no decoding, and nothing is decoded after the last one.
@@ -227,27 +206,30 @@ def sample(
             step,
             end.replace(cache=end.cache.grown(length)),
         )
-    answer = reader.answer_label[end.answer].astype(jnp.int32)
+    answer = grammar.answer_label[end.answer].astype(jnp.int32)
     return Rollout(
         tokens=end.tokens,
         mask=end.mask,
         logprobs=end.logprobs,
         ended=end.ended,
-        format=reader.steps_accept[end.steps] & (answer >= 0),
+        format=grammar.steps_accept[end.steps] & (answer >= 0),
         answer=answer,
         effort=end.effort,
     )
 
 
 def leads_to_end(
-    reader: Reader, steps: Int[Array, "b g"], answer: Int[Array, "b g"], left: Int[Array, ""]
+    grammar: GrammarTables,
+    steps: Int[Array, "b g"],
+    answer: Int[Array, "b g"],
+    left: Int[Array, ""],
 ) -> Bool[Array, "b g v"]:
     """Tokens after which `left` more can end the completion in *format*."""
-    steps, answer = reader.steps_next[:, steps], reader.answer_next[:, answer]
+    steps, answer = grammar.steps_next[:, steps], grammar.answer_next[:, answer]
     # Within the answer the step automaton stands still, and the other one tells the distance.
-    distance = reader.steps_distance[steps]
-    distance = jnp.where(distance > 0, distance, reader.answer_distance[answer])
-    return jnp.moveaxis(distance <= left, 0, -1)[..., reader.token_class]
+    distance = grammar.steps_distance[steps]
+    distance = jnp.where(distance > 0, distance, grammar.answer_distance[answer])
+    return jnp.moveaxis(distance <= left, 0, -1)[..., grammar.token_class]
 
 
 def cache_lengths(most: int) -> tuple[int, ...]:

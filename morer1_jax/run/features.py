@@ -17,7 +17,7 @@ from morer1_jax.data.images import crop_box
 from morer1_jax.data.loader import load_ahead
 from morer1_jax.errors import ConfigError, DataError, NotFiniteError
 from morer1_jax.files import allocate, atomic_dir
-from morer1_jax.learn.parts import Parts
+from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.scorer import vision_inputs
 from morer1_jax.model.vision import VisionTower
 from morer1_jax.progress import progress
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ROWS = 8
 
 
-def check_frozen(parts: Parts) -> None:
+def check_frozen(parts: TrainableParts) -> None:
     """Features may be kept only of a tower, and a merger, that do not change.
 
     Raises:

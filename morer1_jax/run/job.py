@@ -22,8 +22,8 @@ from morer1_jax.data.shapes import Need
 from morer1_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import any_path, atomic_dir
-from morer1_jax.learn.parts import ADAPTER, Parts, join, select, split
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
+from morer1_jax.learn.trainable import ADAPTER, TrainableParts, join, select, split
 from morer1_jax.model.config import ImageConfig, ModelConfig, VisionConfig
 from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig
@@ -96,9 +96,9 @@ class Job:
         return more.read_reasoning(path, self.facts["train"], self.ontology)
 
     @functools.cached_property
-    def photos(self) -> dict[str, more.Seen]:
+    def photos(self) -> dict[str, more.PhotoInfo]:
         """Size and digest of every photo; decodes each once, so that a bad one is found now."""
-        return more.see_photos([f for facts in self.facts.values() for f in facts], self.data)
+        return more.check_photos([f for facts in self.facts.values() for f in facts], self.data)
 
     @functools.cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -244,7 +244,7 @@ class Job:
         return config
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> TrainableParts:
         """What of the model trains."""
         return self.settings.tune.parts()
 

@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import PreTrainedTokenizerFast
 
+from morer1_jax.data.grammar import GrammarTables, build_tables, token_bytes
 from morer1_jax.data.tokenizer import check_labels
-from morer1_jax.data.tokens import build_tables, token_bytes
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
-from morer1_jax.rollout.sampler import Reader, allowed_ids
+from morer1_jax.rollout.sampler import allowed_ids
 from morer1_jax.run import mesh as meshes
 from morer1_jax.task.ontology import Ontology
 
@@ -50,11 +50,10 @@ class Policy:
         return meshes.param_shardings(self.mesh, abstract_params(self.model))
 
     @functools.cached_property
-    def reader(self) -> Reader:
+    def grammar(self) -> GrammarTables:
         """The answer's automata over this vocabulary, on the mesh."""
         pieces = token_bytes(self.tokenizer, self.model.config.text.vocab_size)
-        tables = build_tables(pieces, self.ontology.labels)
-        return jax.device_put(Reader.of(tables), self.replicated)
+        return jax.device_put(build_tables(pieces, self.ontology.labels), self.replicated)
 
     @functools.cached_property
     def allowed(self) -> jax.Array:

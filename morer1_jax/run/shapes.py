@@ -63,7 +63,7 @@ def prompt_shapes(job: Job, needs: Sequence[Need], draw: Draw, steps: int) -> tu
     )
 
 
-def asking_shape(job: Job, encoder: Encoder) -> Shape:
+def widest_prompt_shape(job: Job, encoder: Encoder) -> Shape:
     """The one shape in which any fact of any split is asked."""
     if encoder is job.encoder:
         needs = list(job.needs.values())

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
-from morer1_jax.learn.parts import Parts
+from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.flops import peak_flops, text_flops, vision_flops
 
@@ -36,7 +36,7 @@ class Passes(NamedTuple):
     vision: int
 
     @classmethod
-    def of(cls, parts: Parts) -> Passes:
+    def of(cls, parts: TrainableParts) -> Passes:
         """Of a step that trains these parts.
 
         Adapters' own products are too small to count. A tower behind which only the decoder trains

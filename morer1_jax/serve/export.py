@@ -14,7 +14,7 @@ from morer1_jax.files import atomic_dir, read_text, temporary_path
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.special import END_OF_TURN, SpecialIds
 from morer1_jax.rollout.sampler import allowed_ids
-from morer1_jax.serve.student import LABELS, TASK, Student
+from morer1_jax.serve.loaded import LABELS, TASK, LoadedModel
 from morer1_jax.stages.disk import bytes_in, check_free
 from morer1_jax.task.ontology import write_ontology_file
 from morer1_jax.task.prompt import conversation
@@ -26,7 +26,7 @@ TOKENIZER = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
-# Of the config the student began with: what ours does not know. Whatever else it had might be
+# Of the config the model began with: what ours does not know. Whatever else it had might be
 # another library's or another release's, such as how it was quantised.
 _KEPT = ("bos_token_id", "vision_token_id")
 _KEPT_VISION = ("spatial_patch_size",)
@@ -51,7 +51,7 @@ You are a helpful assistant.<|im_end|>
 
 
 def export(
-    student: Student,
+    loaded: LoadedModel,
     folder: str | Path,
     *,
     dtype: str | None = None,
@@ -61,37 +61,37 @@ def export(
 
     Config, processor and generation config are written anew, so that every release of transformers
     from 4.51 on reads the model, sees our pixels and by default generates our greedy answer; the
-    tokenizer is the one the student began with, and so is a chat template that writes our
+    tokenizer is the one the model began with, and so is a chat template that writes our
     conversation. Beside them lie `rel2id.json` and `more_r1.json`: labels, crop and answer's
     length, for our own commands.
 
     Args:
       folder: where to; must not exist. It becomes whole or does not become.
-      dtype: of the tensors; None: the student's own.
+      dtype: of the tensors; None: the model's own.
 
     Raises:
       FileExistsError: the folder is there already.
       ConfigError: the disk has no room for the tensors.
     """
-    dtypes = dtype or student.dtypes
-    needed = weights.tensor_bytes(student.model.config, dtypes)
+    dtypes = dtype or loaded.dtypes
+    needed = weights.tensor_bytes(loaded.model.config, dtypes)
     # What a killed export has left goes first.
     needed -= bytes_in(temporary_path(folder))
     check_free(Path(folder), needed, "make room, or name another --out")
     with atomic_dir(folder) as partial:
-        weights.copy_others(student.source, partial)
-        special = SpecialIds.of(tokenizer := student.tokenizer)
-        _write_config(partial / weights.CONFIG, student.model.config, special, dtypes)
-        write_images(partial, student.images)
-        _write_generation(partial / GENERATION, student, special, len(tokenizer))
+        weights.copy_others(loaded.source, partial)
+        special = SpecialIds.of(tokenizer := loaded.tokenizer)
+        _write_config(partial / weights.CONFIG, loaded.model.config, special, dtypes)
+        write_images(partial, loaded.images)
+        _write_generation(partial / GENERATION, loaded, special, len(tokenizer))
         _write_tokenizer(partial, tokenizer)
-        _write_task(partial, student)
+        _write_task(partial, loaded)
         weights.save_tensors(
             partial,
-            student.params,
-            student.model.config,
+            loaded.params,
+            loaded.model.config,
             dtype=dtypes,
-            lora=student.model.lora,
+            lora=loaded.model.lora,
             shard_bytes=shard_bytes,
         )
 
@@ -117,14 +117,14 @@ def _write_config(
     write_json(path, ours | ids | kept | said)
 
 
-def _write_generation(path: Path, student: Student, special: SpecialIds, tokens: int) -> None:
+def _write_generation(path: Path, loaded: LoadedModel, special: SpecialIds, tokens: int) -> None:
     """What makes `generate()` by default give our greedy answer."""
-    allowed = allowed_ids(special, tokens, student.model.config.text.vocab_size)
+    allowed = allowed_ids(special, tokens, loaded.model.config.text.vocab_size)
     described = {
         "do_sample": False,
         "eos_token_id": [special.end_of_turn, special.pad],
         "pad_token_id": special.pad,
-        "max_new_tokens": student.completion,
+        "max_new_tokens": loaded.completion,
         "suppress_tokens": np.flatnonzero(~allowed).tolist(),
     }
     write_json(path, described)
@@ -186,13 +186,13 @@ def _writes_ours(template: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
         return False
 
 
-def _write_task(folder: Path, student: Student) -> None:
-    images = student.images
+def _write_task(folder: Path, loaded: LoadedModel) -> None:
+    images = loaded.images
     task = {
         "crop_margin": images.crop_margin,
         "crop_least": images.crop_least,
-        "completion_length": student.completion,
+        "completion_length": loaded.completion,
     }
     write_json(folder / TASK, task)
-    if student.ontology is not None:
-        write_ontology_file(folder / LABELS, student.ontology.labels)
+    if loaded.ontology is not None:
+        write_ontology_file(folder / LABELS, loaded.ontology.labels)

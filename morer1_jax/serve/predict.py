@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 
 from morer1_jax.errors import DataError, TextError
 from morer1_jax.files import read_text
-from morer1_jax.run.answers import Answer, Asker
-from morer1_jax.serve.student import Student
+from morer1_jax.run.batch_sampler import Answer, BatchSampler
+from morer1_jax.serve.loaded import LoadedModel
 from morer1_jax.task import more
 from morer1_jax.task.answer import read_steps
 from morer1_jax.task.fact import Fact, composed
@@ -127,7 +127,7 @@ def read_questions(path: Path) -> list[Fact]:
 
 
 def predict(
-    student: Student, facts: Sequence[Fact], *, batch: int, guided: bool
+    loaded: LoadedModel, facts: Sequence[Fact], *, batch: int, guided: bool
 ) -> Iterator[Answer]:
     """The likeliest answer to each question, in order.
 
@@ -135,10 +135,12 @@ def predict(
       batch: questions at once.
       guided: whether only tokens that lead to a readable answer may be chosen.
     """
-    sizes = more.check_photos(facts, Path(), photo_path=photo_path)
-    encoder = student.encoder(Path(), facts, sizes, photo_path=photo_path)
-    asker = Asker(student.policy, encoder, batch=batch, group=1, temperature=0.0, guided=guided)
-    yield from asker.answers(student.params, facts, "predict")
+    sizes = more.photo_sizes(facts, Path(), photo_path=photo_path)
+    encoder = loaded.encoder(Path(), facts, sizes, photo_path=photo_path)
+    sampler = BatchSampler(
+        loaded.policy, encoder, batch=batch, group=1, temperature=0.0, guided=guided
+    )
+    yield from sampler.answers(loaded.params, facts, "predict")
 
 
 def photo_path(folder: Path, fact: Fact) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from morer1_jax.run.answers import greedy_asker
+from morer1_jax.run.batch_sampler import greedy_sampler
 from morer1_jax.run.job import Job
 from morer1_jax.run.loop import LoopConfig
 from morer1_jax.stages.evaluate import evaluate, evaluate_majority
@@ -49,6 +49,6 @@ def run_baselines(job: Job) -> None:
             stream=stream,
         )
         params, _ = checkpoints.restore_best(job.like[0])
-        asker = greedy_asker(job, encoder)
-        evaluate(job, name, job.whole(params), asker)
+        sampler = greedy_sampler(job, encoder)
+        evaluate(job, name, job.whole(params), sampler)
     evaluate_majority(job)

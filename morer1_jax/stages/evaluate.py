@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from morer1_jax.files import atomic_write, read_text
-from morer1_jax.run.answers import Answer, Asker
+from morer1_jax.run.batch_sampler import Answer, BatchSampler
 from morer1_jax.run.job import Job
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 
 
-def evaluate(job: Job, name: str, params: Any, asker: Asker) -> dict[str, Any]:
+def evaluate(job: Job, name: str, params: Any, sampler: BatchSampler) -> dict[str, Any]:
     """Scores a whole model's parameters on the test split, into the workdir; see `write_scores`."""
     facts = job.facts["test"]
-    answers = asker.answers(params, facts, f"evaluate {name}")
+    answers = sampler.answers(params, facts, f"evaluate {name}")
     return write_scores(job.workdir, name, facts, answers, job.ontology)
 
 

@@ -17,7 +17,7 @@ from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.learn.state import TrainState
 from morer1_jax.model.layers import Params
 from morer1_jax.rollout.program import Scored
-from morer1_jax.run.answers import greedy_asker, validator
+from morer1_jax.run.batch_sampler import greedy_sampler, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.finite import ways
 from morer1_jax.run.job import Job
@@ -93,11 +93,11 @@ def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
         _check_finite(job, bad)
         return group_work(config, passes, prompts, lengths, scored=scored, updates=grpo.updates)
 
-    asker = greedy_asker(job, job.encoder)
+    sampler = greedy_sampler(job, job.encoder)
     hooks = Hooks(
         batch=PromptFeed(job.encoder, facts, draw, this_host(), needs, shapes),
         step=train_step,
-        validate=validator(asker, job, job.facts["valid"][: grpo.eval_facts]),
+        validate=validator(sampler, job, job.facts["valid"][: grpo.eval_facts]),
         work=work,
         timer=timer,
         resume=records.resume_at,

@@ -10,8 +10,8 @@ import numpy as np
 from morer1_jax.batch import PromptBatch
 from morer1_jax.config.settings import GRPOSettings
 from morer1_jax.learn.grpo import GroupBatch, combined_metrics, make_grpo_update, token_weights
-from morer1_jax.learn.parts import join
 from morer1_jax.learn.state import TrainState
+from morer1_jax.learn.trainable import join
 from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.rollout.program import Scored, make_rollout
@@ -97,7 +97,7 @@ class GRPOStep:
         prompts = policy.put(prompts)
         params = join(state.params, self._frozen)
         scored, metrics = self.rollout(
-            params, prompts, policy.reader, policy.allowed, np.int32(number)
+            params, prompts, policy.grammar, policy.allowed, np.int32(number)
         )
         self._timer.phase("rollout", scored.reward)
         drawn = scored.rollout

@@ -20,9 +20,9 @@ from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.ratings import FILE, Rating, histogram, rating_line, read_ratings
 from morer1_jax.errors import ConfigError, DataError, TextError
 from morer1_jax.files import atomic_write, local_path, named, read_text
-from morer1_jax.run.answers import Asker
+from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.job import Job
-from morer1_jax.run.shapes import asking_shape
+from morer1_jax.run.shapes import widest_prompt_shape
 from morer1_jax.task.fact import Fact
 
 
@@ -49,7 +49,7 @@ def run_rate(job: Job, params: Any) -> dict[str, int]:
         atomic_write(out, "".join(map(rating_line, whole)))
         print(histogram(whole))
         return dict(Counter(rating.pool for rating in whole))
-    asker = Asker(
+    sampler = BatchSampler(
         job.policy,
         job.encoder,
         batch=config.batch,
@@ -57,9 +57,9 @@ def run_rate(job: Job, params: Any) -> dict[str, int]:
         temperature=config.temperature,
         seed=job.settings.seed,
         workers=job.settings.data.workers,
-        shape=asking_shape(job, job.encoder),
+        shape=widest_prompt_shape(job, job.encoder),
     )
-    return rate(asker, params, job.facts["train"], config, out)
+    return rate(sampler, params, job.facts["train"], config, out)
 
 
 def check_given(job: Job) -> None:
@@ -74,7 +74,7 @@ def check_given(job: Job) -> None:
 
 
 def rate(
-    asker: Asker,
+    sampler: BatchSampler,
     params: Any,
     facts: Sequence[Fact],
     config: RateSettings,
@@ -84,7 +84,7 @@ def rate(
     """Rates facts, writes `out` and prints a histogram; if it was killed it goes on where it was.
 
     Args:
-      asker: draws `config.samples` answers to a fact.
+      sampler: draws `config.samples` answers to a fact.
       identity: what the pass rates depend on.
 
     Returns:
@@ -94,19 +94,19 @@ def rate(
       ConfigError: what was begun depends on something else; it stays as it is.
     """
     unfinished, before = unfinished_paths(out)
-    head = json.dumps({"batch": asker.batch, "out": out.name, **(identity or {})}) + "\n"
+    head = json.dumps({"batch": sampler.batch, "out": out.name, **(identity or {})}) + "\n"
     taken = before.exists() and _is_of_before(before, head)
     begun = unfinished if unfinished.exists() or not taken else before
     done = _pooled(_begun(begun, head), config)
     # Whole batches, so that each fact is asked in the company it would have had. Under another
     # batch those rated so far stay: noise is a fact's own, company changes rounding alone.
-    done = done[: len(done) // asker.batch * asker.batch]
+    done = done[: len(done) // sampler.batch * sampler.batch]
     atomic_write(unfinished, head + "".join(map(rating_line, done)))
     if taken:
         before.unlink()
     with named(unfinished), open(unfinished, "a", buffering=1, encoding="utf-8") as file:
-        for fact, drawn in asker.ask(params, facts, "rate", start=len(done)):
-            passed = float(np.mean(drawn.answer == asker.ontology.ids[fact.label]))
+        for fact, drawn in sampler.ask(params, facts, "rate", start=len(done)):
+            passed = float(np.mean(drawn.answer == sampler.ontology.ids[fact.label]))
             done.append(Rating(fact.id, passed, classify(passed, config)))
             file.write(rating_line(done[-1]))
     atomic_write(out, "".join(map(rating_line, done)))

@@ -17,7 +17,7 @@ from morer1_jax.data.feed import SequenceFeed
 from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.learn.state import OptimizerConfig, TrainState
 from morer1_jax.model.layers import Params
-from morer1_jax.run.answers import greedy_asker, validator
+from morer1_jax.run.batch_sampler import greedy_sampler, validator
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.run.loop import Hooks, LoopConfig, train
@@ -70,7 +70,7 @@ def train_sft(
         donate_argnums=0,
     )
 
-    asker, passes, timer = greedy_asker(job, encoder), Passes.of(job.parts), PhaseTimer()
+    sampler, passes, timer = greedy_sampler(job, encoder), Passes.of(job.parts), PhaseTimer()
 
     def train_step(state: TrainState, arrays: SequenceBatch, _: int):
         state, metrics = step(state, job.frozen, policy.put(arrays))
@@ -80,7 +80,7 @@ def train_sft(
     hooks = Hooks(
         batch=SequenceFeed(encoder, facts, targets, draw, this_host(), needs, plan),
         step=train_step,
-        validate=validator(asker, job, job.facts["valid"][:eval_facts]),
+        validate=validator(sampler, job, job.facts["valid"][:eval_facts]),
         work=lambda arrays, _: sequence_work(policy.model.config, passes, arrays),
         timer=timer,
         dtype=policy.model.runtime.dtype,

@@ -67,7 +67,7 @@ def write_ontology(folder: Path, ontology: Ontology) -> None:
 
 
 def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[Fact]:
-    """Reads one split.  The photos must exist; `check_photos` decodes them.
+    """Reads one split.  The photos must exist; `photo_sizes` decodes them.
 
     Text is composed, and photos are found whichever form of Unicode their names have.
 
@@ -129,15 +129,15 @@ def digests(folder: epath.PathLike) -> dict[str, str]:
     }
 
 
-class Seen(NamedTuple):
+class PhotoInfo(NamedTuple):
     """Of a photo: (width, height) in pixels, upright, and SHA-256 of its file."""
 
     size: tuple[int, int]
     digest: str
 
 
-def photo_digests(seen: Mapping[str, Seen]) -> dict[str, str]:
-    """Those of `see_photos` in the form of `digests`."""
+def photo_digests(seen: Mapping[str, PhotoInfo]) -> dict[str, str]:
+    """Those of `check_photos` in the form of `digests`."""
     # A copy of the dataset on another system may have the names in another form. Two photos whose
     # names differ by no more than that share an entry, which either of them changes.
     found: dict[str, list[str]] = {}
@@ -161,16 +161,16 @@ def read_photo(
     return open_photo(path, f"{path} (fact {fact.id})")
 
 
-def check_photos(
+def photo_sizes(
     facts: Iterable[Fact], folder: epath.PathLike, photo_path: PhotoPath = photo_path
 ) -> dict[str, tuple[int, int]]:
-    """As `see_photos`, of each its (width, height) alone."""
-    return {photo: seen.size for photo, seen in see_photos(facts, folder, photo_path).items()}
+    """As `check_photos`, of each its (width, height) alone."""
+    return {photo: seen.size for photo, seen in check_photos(facts, folder, photo_path).items()}
 
 
-def see_photos(
+def check_photos(
     facts: Iterable[Fact], folder: epath.PathLike, photo_path: PhotoPath = photo_path
-) -> dict[str, Seen]:
+) -> dict[str, PhotoInfo]:
     """Decodes each distinct photo once and shows a progress bar.
 
     Args:
@@ -183,19 +183,19 @@ def see_photos(
         DataError: naming each photo that cannot be read, up to 20, and the first fact that uses it.
     """
 
-    def see(fact: Fact) -> Seen | DataError:
+    def see(fact: Fact) -> PhotoInfo | DataError:
         try:
             photo = read_photo(folder, fact, photo_path)
         except DataError as e:
             return e
-        return Seen(photo.size, photo.info[DIGEST])
+        return PhotoInfo(photo.size, photo.info[DIGEST])
 
     first = {}
     for fact in facts:
         first.setdefault(fact.photo, fact)
     with ThreadPoolExecutor(_READERS) as pool:
         seen = tqdm(pool.map(see, first.values()), "photos", len(first), unit="photo")
-        found: dict[str, Seen] = {}
+        found: dict[str, PhotoInfo] = {}
         faults = Faults()
         try:
             for photo, outcome in zip(first, seen, strict=True):

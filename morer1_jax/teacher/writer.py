@@ -169,7 +169,7 @@ class Writer:
             for fact in facts:
                 teacher_prompt(fact, self.ontology)  # A bad title is found before the first dollar.
             if facts:
-                more.check_photos(facts, self.config.data)
+                more.photo_sizes(facts, self.config.data)
             try:
                 refused = asyncio.run(self._ask(endpoint, journal, facts))
             except BaseException:

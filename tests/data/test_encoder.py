@@ -10,8 +10,8 @@ import pytest
 
 from morer1_jax.data import layout
 from morer1_jax.data.encoder import Encoder, Limits
+from morer1_jax.data.grammar import token_bytes
 from morer1_jax.data.images import ImageReader
-from morer1_jax.data.tokens import token_bytes
 from morer1_jax.errors import DataError
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.model.special import SpecialIds
@@ -38,7 +38,7 @@ def facts(small_world, ontology):
 
 @pytest.fixture(scope="module")
 def sizes(small_world, facts):
-    return more.check_photos(facts, small_world)
+    return more.photo_sizes(facts, small_world)
 
 
 @pytest.fixture(scope="module")

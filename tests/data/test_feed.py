@@ -46,7 +46,7 @@ def feeds(small_world, small_tokenizer):
     # Fewer facts than rows, so that batches cross epochs and repeat facts.
     pool = Pool("training", np.arange(6), (1,))
     mixer = Mixer(range(5), range(5, 12), MixConfig(until=2), ROWS, STEPS, seed=1)
-    sizes = more.check_photos(facts, small_world)
+    sizes = more.photo_sizes(facts, small_world)
     needs = encoder.needs(written, sizes, texts)
     draw = functools.partial(pool.batch, size=SAMPLES)
     plan = plan_rows(

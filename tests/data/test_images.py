@@ -164,7 +164,7 @@ def test_sizes_and_grids_are_known_as_the_pixels_have_them(
     stored(width, height, mode, form, orientation, "1.jpg", folder)
     fact = dataclasses.replace(FACT, box=box)
     reader = ImageReader(folder, config)
-    sizes = more.check_photos([fact], folder)
+    sizes = more.photo_sizes([fact], folder)
     turned = orientation > 4
     assert sizes == {fact.photo: (height, width) if turned else (width, height)}
     assert reader.open(fact).size == sizes[fact.photo]
@@ -201,7 +201,7 @@ def test_a_photo_ten_thousand_pixels_wide_is_read(folder):
     save(folder, noise(10_000, 60))
     reader = ImageReader(folder, dataclasses.replace(CONFIG, max_pixels=1280 * 28 * 28))
     fact = dataclasses.replace(FACT, box=(0.5, 0.5, 0.01, 0.5))
-    sizes = more.check_photos([fact], folder)
+    sizes = more.photo_sizes([fact], folder)
     grids = reader.patches(fact).grids
     assert grids == reader.grids(fact, sizes[fact.photo])
     assert grids[0][2] > 20 * grids[0][1]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from morer1_jax.data.grammar import token_bytes
 from morer1_jax.data.tokenizer import check_labels, load_tokenizer, train_tokenizer
-from morer1_jax.data.tokens import token_bytes
 from morer1_jax.errors import DataError
 from morer1_jax.model.special import SPECIAL_TOKENS, SpecialIds
 from morer1_jax.task.answer import Special

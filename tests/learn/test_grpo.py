@@ -12,7 +12,7 @@ import pytest
 from morer1_jax.learn import grpo
 from morer1_jax.learn.grpo import (
     GroupBatch,
-    GRPOConfig,
+    LossConfig,
     combined_metrics,
     grpo_gradients,
     token_weights,
@@ -128,7 +128,7 @@ def numpy_grpo(data, config):
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_loss_and_gradient_are_the_formulas(gradients_of, data, normalisation):
     for beta, cap, mask_truncated in itertools.product((0.0, 0.1), (None, 1.2), (False, True)):
-        config = GRPOConfig(
+        config = LossConfig(
             beta=beta,
             importance_cap=cap,
             mask_truncated=mask_truncated,
@@ -167,7 +167,7 @@ def test_the_caps_are_both_at_work(data):
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_the_first_update_has_a_ratio_of_exactly_1(gradients_of, data, advantage):
     """Under a clip range without width any other ratio would count as clipped, or cost more."""
-    config = GRPOConfig(clip_low=0.0, clip_high=0.0, importance_cap=None, normalisation="constant")
+    config = LossConfig(clip_low=0.0, clip_high=0.0, importance_cap=None, normalisation="constant")
     batch = make_batch(data, config, old=None, advantages=np.full((B, G), advantage))
     _, metrics = gradients_of(batch, data.new.astype(np.float32), config)
     assert metrics["clip_ratio/region_mean"] == 0
@@ -175,7 +175,7 @@ def test_the_first_update_has_a_ratio_of_exactly_1(gradients_of, data, advantage
 
 
 def test_the_first_update_follows_the_policy_gradient(gradients_of, data):
-    config = GRPOConfig(importance_cap=None)
+    config = LossConfig(importance_cap=None)
     batch = make_batch(data, config, old=None)
     gradient, _ = gradients_of(batch, data.new.astype(np.float32), config)
     np.testing.assert_array_equal(gradient, -batch.advantages[..., None] * batch.weights)
@@ -186,7 +186,7 @@ def test_the_importance_weight_leaves_the_kl_alone(gradients_of, data, normalisa
     """Where nothing is gained or lost the loss is beta times the KL, whatever the sampler drew."""
     loss = {}
     for cap in (None, 0.5, 2.0):
-        config = GRPOConfig(beta=0.1, importance_cap=cap, normalisation=normalisation)
+        config = LossConfig(beta=0.1, importance_cap=cap, normalisation=normalisation)
         batch = make_batch(data, config, advantages=np.zeros((B, G)))
         loss[cap] = gradients_of(batch, data.new.astype(np.float32), config)
     for cap in (0.5, 2.0):
@@ -222,7 +222,7 @@ def test_what_updates_skipped_is_summed_and_what_they_name_is_kept():
 
 @pytest.mark.parametrize("beta", [0.04, 1.0])
 def test_the_gradient_of_kl_by_finite_differences(tiny, gradients_of, data, beta):
-    config = GRPOConfig(beta=beta, importance_cap=None, normalisation="sequence")
+    config = LossConfig(beta=beta, importance_cap=None, normalisation="sequence")
     with jax.enable_x64():
         batch = make_batch(data, config, np.float64, old=None, advantages=np.zeros((B, G)))
         gradient, metrics = gradients_of(batch, data.new, config)
@@ -243,7 +243,7 @@ def test_the_gradient_of_kl_by_finite_differences(tiny, gradients_of, data, beta
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_weights(data, normalisation):
-    config = GRPOConfig(normalisation=normalisation, mask_truncated=True)
+    config = LossConfig(normalisation=normalisation, mask_truncated=True)
     mask, ended = jnp.asarray(data.mask), jnp.asarray(data.ended)
     weights = np.asarray(token_weights(mask, ended, config))
     counted = data.mask & data.ended[..., None]
@@ -266,7 +266,7 @@ def test_weights(data, normalisation):
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_groups_of_equal_rewards(gradients_of, data, normalisation):
     """They give nothing, yet count in the denominators: the rest's step is not raised."""
-    config = GRPOConfig(normalisation=normalisation)
+    config = LossConfig(normalisation=normalisation)
     none = make_batch(data, config, advantages=np.zeros((B, G)))
     gradient, metrics = gradients_of(none, data.new.astype(np.float32), config)
     assert metrics["loss"] == 0
@@ -284,7 +284,7 @@ def test_groups_of_equal_rewards(gradients_of, data, normalisation):
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_a_fully_masked_batch_is_zero(gradients_of, data, normalisation):
-    config = GRPOConfig(normalisation=normalisation, mask_truncated=True, beta=0.1)
+    config = LossConfig(normalisation=normalisation, mask_truncated=True, beta=0.1)
     cut = types.SimpleNamespace(**vars(data) | {"ended": np.zeros((B, G), bool)})
     empty = types.SimpleNamespace(**vars(data) | {"mask": np.zeros((B, G, T), bool)})
     for nothing in (cut, empty):
@@ -296,7 +296,7 @@ def test_a_fully_masked_batch_is_zero(gradients_of, data, normalisation):
 
 def test_numbers_beyond_a_completions_end_are_not_read(gradients_of, data):
     """A place without a token may hold that of an id that cannot be sampled, about -1e30."""
-    config = GRPOConfig(beta=0.1)
+    config = LossConfig(beta=0.1)
     batch = make_batch(data, config)
     expected = gradients_of(batch, data.new.astype(np.float32), config)
     worst = {
@@ -316,4 +316,4 @@ def test_numbers_beyond_a_completions_end_are_not_read(gradients_of, data):
 )
 def test_nonsense_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        GRPOConfig(**wrong)
+        LossConfig(**wrong)

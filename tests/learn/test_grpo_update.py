@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from morer1_jax.learn.grpo import (
     GroupBatch,
-    GRPOConfig,
+    LossConfig,
     grpo_gradients,
     make_grpo_update,
     token_weights,
@@ -19,7 +19,7 @@ from morer1_jax.learn.grpo import (
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.run import mesh as meshes
 
-CONFIG = GRPOConfig(beta=0.05, clip_low=0.1, clip_high=0.15, mask_truncated=True)
+CONFIG = LossConfig(beta=0.05, clip_low=0.1, clip_high=0.15, mask_truncated=True)
 SCORE = ScoreConfig(chunk=24)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from morer1_jax.model.config import Runtime
-from morer1_jax.model.layers import SwiGLU, linear_product, rms_norm, rotate, turns
+from morer1_jax.model.layers import SwiGLU, cos_sin, linear_product, rms_norm, rotate
 
 RUNTIME = Runtime(dtype="bfloat16")
 
@@ -73,18 +73,18 @@ def test_angles_are_worked_out_once():
     x, angles = draw(2, 8, 4, 16), draw(2, 8, 8)
 
     def run(x, angles):
-        rotary = turns(angles)
+        rotary = cos_sin(angles)
         for _ in range(4):
             x = rotate(x @ jnp.ones((16, 16)), rotary)
         return x
 
     assert jax.jit(run).lower(x, angles).compile().as_text().count(" cosine(") == 1
-    cos, sin = jax.jit(turns)(angles)
+    cos, sin = jax.jit(cos_sin)(angles)
     np.testing.assert_allclose(cos, np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin, np.sin(angles), atol=1e-6)
 
 
 def test_turns_of_nothing():
     """As of a batch without photos."""
-    cos, sin = jax.jit(turns)(jnp.zeros((1, 0, 4, 8)))
+    cos, sin = jax.jit(cos_sin)(jnp.zeros((1, 0, 4, 8)))
     assert cos.shape == sin.shape == (1, 0, 4, 8)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from morer1_jax.errors import DataError
 from morer1_jax.report.gallery import choose, is_right, read_answers
-from morer1_jax.run.answers import Answer
+from morer1_jax.run.batch_sampler import Answer
 from morer1_jax.task.fact import Fact
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from morer1_jax.report.report import write_report
-from morer1_jax.run.answers import Answer
+from morer1_jax.run.batch_sampler import Answer
 from morer1_jax.task import metrics, more
 from morer1_jax.task.answer import format_answer
 from morer1_jax.world.synthesise import WorldConfig, synthesise

@@ -33,7 +33,7 @@ def compiled(tiny):
         def run(params, step):
             prompts = meshes.put_batch(tiny.prompts(), mesh)
             placed = tiny.place(params, by_name)
-            out = rollout(placed, prompts, tiny.READER, tiny.ALLOWED, jnp.int32(step))
+            out = rollout(placed, prompts, tiny.GRAMMAR, tiny.ALLOWED, jnp.int32(step))
             return meshes.fetch(out)
 
         return run

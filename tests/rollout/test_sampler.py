@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morer1_jax.data.tokens import run
+from morer1_jax.data.grammar import run
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
@@ -233,7 +233,7 @@ def counted(tiny):
     config = tiny.sample_config(group=2)
     model = Counting(tiny.CONFIG)
     program = tiny.jit(
-        lambda params: sample(model, params, prompts, tiny.READER, tiny.ALLOWED, keys, config)
+        lambda params: sample(model, params, prompts, tiny.GRAMMAR, tiny.ALLOWED, keys, config)
     )
 
     def run(params):
@@ -352,7 +352,7 @@ def test_guided_permits_what_leads_to_the_end_and_nothing_else(tiny):
         [_distance(tables, *_states(tables, [*tokens, v])) for v in vocabulary] for tokens in texts
     ]
     for left in (0, 1, 3, 11, 20):
-        ours = leads_to_end(tiny.READER, steps[:, None], answer[:, None], left)
+        ours = leads_to_end(tiny.GRAMMAR, steps[:, None], answer[:, None], left)
         np.testing.assert_array_equal(ours[:, 0], np.array(distances) <= left)
 
 

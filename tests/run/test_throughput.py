@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from morer1_jax.learn.parts import Parts
+from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import LoRA
 from morer1_jax.model.flops import text_flops
 from morer1_jax.run import throughput
@@ -56,11 +56,11 @@ LORA = LoRA(rank=2, alpha=4.0)
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
-        (Parts(), Passes(text=3, vision=3)),
-        (Parts(vision=0.0), Passes(text=3, vision=2)),
-        (Parts(vision=0.0, merger=0.0), Passes(text=3, vision=1)),
-        (Parts(vision=0.0, merger=0.0, lora=LORA), Passes(text=2, vision=1)),
-        (Parts(language=0.0), Passes(text=2, vision=3)),
+        (TrainableParts(), Passes(text=3, vision=3)),
+        (TrainableParts(vision=0.0), Passes(text=3, vision=2)),
+        (TrainableParts(vision=0.0, merger=0.0), Passes(text=3, vision=1)),
+        (TrainableParts(vision=0.0, merger=0.0, lora=LORA), Passes(text=2, vision=1)),
+        (TrainableParts(language=0.0), Passes(text=2, vision=3)),
     ],
 )
 def test_what_does_not_train_has_no_gradient(parts, expected):

@@ -17,13 +17,13 @@ from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
 from morer1_jax.data.images import ImageReader
 from morer1_jax.errors import ConfigError, DataError, WeightsError
-from morer1_jax.learn.parts import ADAPTER
+from morer1_jax.learn.trainable import ADAPTER
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.scorer import embed_prompts
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
 from morer1_jax.serve.export import export
-from morer1_jax.serve.student import LABELS, TASK, open_student
+from morer1_jax.serve.loaded import LABELS, TASK, open_model
 from morer1_jax.task import more
 from morer1_jax.task.prompt import student_prompt
 from morer1_jax.train import train
@@ -55,7 +55,7 @@ def whole(small_run, tmp_path_factory):
     """(workdir, exported folder) of a run in which everything trained."""
     workdir = tmp_path_factory.mktemp("whole")
     shutil.copytree(small_run, workdir / "run")
-    export(open_student(str(workdir / "run")), workdir / "out", shard_bytes=100_000)
+    export(open_model(str(workdir / "run")), workdir / "out", shard_bytes=100_000)
     return workdir / "run", workdir / "out"
 
 
@@ -68,19 +68,19 @@ def adapted(config, whole, tmp_path_factory):
     config.tune.update(vision=0.0, merger=0.0)
     config.tune.lora.update(rank=2, alpha=8.0)
     train(config, workdir / "run")
-    export(open_student(str(workdir / "run")), workdir / "out")
+    export(open_model(str(workdir / "run")), workdir / "out")
     return workdir / "run", workdir / "out"
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
 def test_logits_of_the_export_are_our_own(request, small_world, kind):
     workdir, out = request.getfixturevalue(kind)
-    student = open_student(str(workdir))
+    loaded = open_model(str(workdir))
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "test", ontology)[:3]
-    encoder = student.encoder(small_world, facts, more.check_photos(facts, small_world))
+    encoder = loaded.encoder(small_world, facts, more.photo_sizes(facts, small_world))
     batch = encoder.prompts(facts, range(3))
-    model = student.model
+    model = loaded.model
 
     def logits(params, batch):
         def run(module):
@@ -91,7 +91,7 @@ def test_logits_of_the_export_are_our_own(request, small_world, kind):
         return model.apply({"params": params}, method=run)
 
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(jax.jit(logits)(student.params, batch))
+        ours = np.asarray(jax.jit(logits)(loaded.params, batch))
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         out, attn_implementation="eager"
     ).eval()
@@ -117,33 +117,33 @@ def test_logits_of_the_export_are_our_own(request, small_world, kind):
 def test_a_disk_without_room_for_the_tensors_is_named_before_any_is_written(
     whole, tmp_path, monkeypatch
 ):
-    student = open_student(str(whole[0]))
-    tensors = sum(x.size for x in jax.tree.leaves(student.params)) * 2
+    loaded = open_model(str(whole[0]))
+    tensors = sum(x.size for x in jax.tree.leaves(loaded.params)) * 2
     free = types.SimpleNamespace(free=tensors - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     with pytest.raises(ConfigError, match=r"0\.\d MB more will be written .*name another --out"):
-        export(student, tmp_path / "out", dtype="bfloat16")
+        export(loaded, tmp_path / "out", dtype="bfloat16")
     assert not list(tmp_path.iterdir())
     # What a killed export has left makes room for the next.
     (left := tmp_path / ".out.tmp").mkdir()
     (left / "x").write_bytes(b"x")
-    export(student, tmp_path / "out", dtype="bfloat16")
+    export(loaded, tmp_path / "out", dtype="bfloat16")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_adapters_trained_and_the_rest_is_as_it_was(adapted, whole, config):
-    base, student = open_student(str(whole[1])), open_student(str(adapted[0]))
-    layers = student.params["language"]["layers"]
+    base, loaded = open_model(str(whole[1])), open_model(str(adapted[0]))
+    layers = loaded.params["language"]["layers"]
     assert np.abs(layers["q"]["lora_b"]).max() > 0
 
     def check(path, value):
-        ours = student.params
+        ours = loaded.params
         for key in path:
             ours = ours[key.key]
         np.testing.assert_array_equal(np.asarray(ours, value.dtype), value)
 
     jax.tree_util.tree_map_with_path(check, base.params)
-    merged = open_student(str(adapted[1])).params["language"]["layers"]["q"]["kernel"]
+    merged = open_model(str(adapted[1])).params["language"]["layers"]["q"]["kernel"]
     assert np.abs(np.asarray(merged) - np.asarray(layers["q"]["kernel"])).max() > 1e-4
     saved = sum(p.stat().st_size for p in (adapted[0] / "sft").rglob("*") if p.is_file())
     everything = sum(p.stat().st_size for p in (whole[0] / "sft").rglob("*") if p.is_file())
@@ -158,18 +158,18 @@ def test_a_folder_says_how_it_is_to_be_asked(whole, config, small_world):
         "completion_length": config.data.completion_length,
     }
     assert more.read_ontology(out) == more.read_ontology(small_world)
-    student, trained = open_student(str(out)), open_student(str(whole[0]))
-    assert student.images == trained.images
-    assert student.completion == trained.completion
-    assert {*student.dtypes.values()} == {"float32"}
+    loaded, trained = open_model(str(out)), open_model(str(whole[0]))
+    assert loaded.images == trained.images
+    assert loaded.completion == trained.completion
+    assert {*loaded.dtypes.values()} == {"float32"}
 
 
 def test_its_processor_gives_the_pixels_it_was_trained_on(whole, small_world):
     folder = str(whole[1])
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    student = open_student(folder)
+    loaded = open_model(folder)
     fact = more.read_split(small_world, "test", more.read_ontology(small_world))[0]
-    reader = ImageReader(small_world, student.images)
+    reader = ImageReader(small_world, loaded.images)
     theirs = processor(images=list(reader.pair(fact)))
     ours = reader.patches(fact)
     np.testing.assert_array_equal(theirs["pixel_values"], ours.values)
@@ -192,16 +192,16 @@ def test_its_chat_template_writes_our_conversation(whole, small_world):
 
 def test_a_template_is_replaced_for_what_it_writes_only(whole, tmp_path, monkeypatch, capsys):
     """And not because it could not be tried."""
-    student = open_student(str(whole[1]))
-    export(student, tmp_path / "again")
+    loaded = open_model(str(whole[1]))
+    export(loaded, tmp_path / "again")
     assert "replaced" not in capsys.readouterr().out
 
     def without_jinja(*args, **more):
         raise ImportError("no jinja2")
 
-    monkeypatch.setattr(type(student.tokenizer), "apply_chat_template", without_jinja)
+    monkeypatch.setattr(type(loaded.tokenizer), "apply_chat_template", without_jinja)
     with pytest.raises(ImportError, match="no jinja2"):
-        export(student, tmp_path / "untried")
+        export(loaded, tmp_path / "untried")
     assert "replaced" not in capsys.readouterr().out
 
 
@@ -216,7 +216,7 @@ def test_its_generation_ends_with_the_turn(whole):
 
 def test_an_export_never_overwrites(whole):
     with pytest.raises(FileExistsError):
-        export(open_student(str(whole[1])), whole[1])
+        export(open_model(str(whole[1])), whole[1])
 
 
 def test_the_sizes_are_the_checkpoints(config, whole, tmp_path):
@@ -225,7 +225,7 @@ def test_the_sizes_are_the_checkpoints(config, whole, tmp_path):
     changed.model.text.update(intermediate_size=49, tie_word_embeddings=False)
     changed.model.vision.update(depth=4, patch_size=2)
     job = Job(settings(changed), tmp_path)
-    assert job.policy.model.config == open_student(str(whole[1])).model.config
+    assert job.policy.model.config == open_model(str(whole[1])).model.config
     assert job.images.patch_size == config.model.vision.patch_size
 
 
@@ -240,7 +240,7 @@ def test_a_base_is_not_rounded_by_the_way(config, whole, tmp_path):
 
 def test_another_model_at_the_same_place_is_refused(config, whole, tmp_path):
     folder = tmp_path / "base"
-    export(open_student(str(whole[1])), folder)
+    export(open_model(str(whole[1])), folder)
     changed = config.copy_and_resolve_references()
     changed.model.path = str(folder)
     Job(settings(changed), tmp_path / "run").check()
@@ -255,19 +255,19 @@ def test_another_model_at_the_same_place_is_refused(config, whole, tmp_path):
 
 def test_a_small_change_of_a_rounded_base_is_in_a_float32_export(adapted, tmp_path):
     """What an adapter adds is often less than a rounding of the kernel it is added to."""
-    student = open_student(str(adapted[0]))
+    loaded = open_model(str(adapted[0]))
 
     def held(path, leaf):
         return leaf if path[-1].key in ADAPTER else leaf.astype(jnp.bfloat16)
 
-    student.params = jax.tree_util.tree_map_with_path(held, student.params)
-    layer = student.params["language"]["layers"]["q"]
+    loaded.params = jax.tree_util.tree_map_with_path(held, loaded.params)
+    layer = loaded.params["language"]["layers"]["q"]
     layer["lora_b"] = layer["lora_b"] * 0.02
-    export(student, tmp_path / "out", dtype="float32")
-    exported = open_student(str(tmp_path / "out")).params
+    export(loaded, tmp_path / "out", dtype="float32")
+    exported = open_model(str(tmp_path / "out")).params
     merged = np.asarray(exported["language"]["layers"]["q"]["kernel"])
     kernel, a, b = (np.asarray(layer[k], np.float64) for k in ("kernel", "lora_a", "lora_b"))
-    scale = student.model.lora.scale
+    scale = loaded.model.lora.scale
     added = scale * np.einsum("ldr,lrhe->ldhe", a, b)
     assert np.abs(added).max() < 2e-3
     np.testing.assert_allclose(merged - kernel, added, atol=1e-7)
@@ -275,13 +275,13 @@ def test_a_small_change_of_a_rounded_base_is_in_a_float32_export(adapted, tmp_pa
 
 def test_a_folder_without_labels_says_how_to_give_them(whole, tmp_path):
     folder = tmp_path / "bare"
-    export(open_student(str(whole[1])), folder)
+    export(open_model(str(whole[1])), folder)
     (folder / LABELS).unlink()
-    student = open_student(str(folder))
+    loaded = open_model(str(folder))
     with pytest.raises(ConfigError, match=r"no rel2id\.json in it; say --labels="):
-        student.policy  # noqa: B018
-    assert "params" not in vars(student)  # No tensor was read for that.
-    assert open_student(str(folder), labels=whole[1] / LABELS).policy.ontology
+        loaded.policy  # noqa: B018
+    assert "params" not in vars(loaded)  # No tensor was read for that.
+    assert open_model(str(folder), labels=whole[1] / LABELS).policy.ontology
 
 
 def test_a_tokenizer_that_is_gone_is_named_before_a_tensor_is_read(whole, tmp_path, monkeypatch):
@@ -293,11 +293,11 @@ def test_a_tokenizer_that_is_gone_is_named_before_a_tensor_is_read(whole, tmp_pa
     published = shutil.copytree(whole[1], tmp_path / "published")
     (published / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=rf"^{published}: no tokenizer: none of tokenizer\.json, "):
-        export(open_student(str(published)), tmp_path / "out")
+        export(open_model(str(published)), tmp_path / "out")
     run = shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(run / "tokenizer")
     with pytest.raises(WeightsError, match=rf"^{run / 'tokenizer'}: no such folder; copy the run"):
-        open_student(str(run))
+        open_model(str(run))
     assert not (run / "tokenizer").exists()
     assert not (tmp_path / "out").exists()
 
@@ -315,11 +315,11 @@ def test_a_runs_config_that_is_none_is_named(tmp_path, text, path, found):
     (tmp_path / "run" / "sft" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(text)
     with pytest.raises((ConfigError, WeightsError), match=rf"run/config\.json: {found}") as error:
-        open_student(str(tmp_path / path))
+        open_model(str(tmp_path / path))
     assert "\n" not in str(error.value)
 
 
 def test_a_run_that_trained_nothing(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.raises(ConfigError, match="a run that has trained nothing yet"):
-        open_student(str(tmp_path))
+        open_model(str(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from morer1_jax.errors import DataError
-from morer1_jax.run.answers import Answer
+from morer1_jax.run.batch_sampler import Answer
 from morer1_jax.serve.predict import (
     as_json,
     as_question,

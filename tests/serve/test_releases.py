@@ -16,9 +16,9 @@ from packaging import version
 
 from morer1_jax.data.images import ImageReader
 from morer1_jax.model.special import SpecialIds
-from morer1_jax.run.answers import Asker
+from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.serve.export import export
-from morer1_jax.serve.student import TASK, open_student
+from morer1_jax.serve.loaded import TASK, open_model
 from morer1_jax.task import more
 from morer1_jax.task.prompt import question
 
@@ -127,20 +127,20 @@ def make_exported(makers, reference, small_world, base):
     """Exports what `makers` (what saves a folder, a tokenizer, whether it is asked) give."""
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "test", ontology)[:2]
-    sizes = more.check_photos(facts, small_world)
+    sizes = more.photo_sizes(facts, small_world)
     asked, ours = [], {}
     for make, tokenizer, asks in makers:
         source, out = base / make.__name__, base / f"{make.__name__}-out"
         make(reference, tokenizer, source)
         edit(source / TASK, completion_length=LENGTH)
         more.write_ontology(source, ontology)
-        export(open_student(str(source)), out)
+        export(open_model(str(source)), out)
         if not asks:
             continue
-        student = open_student(str(source))
-        encoder = student.encoder(small_world, facts, sizes)
-        asker = Asker(student.policy, encoder, batch=2, group=1, temperature=0.0)
-        drawn = [rollout for _, rollout in asker.ask(student.params, facts, "ask")]
+        loaded = open_model(str(source))
+        encoder = loaded.encoder(small_world, facts, sizes)
+        sampler = BatchSampler(loaded.policy, encoder, batch=2, group=1, temperature=0.0)
+        drawn = [rollout for _, rollout in sampler.ask(loaded.params, facts, "ask")]
         samples = [encoder.sample(fact) for fact in facts]
         ours[str(out)] = [
             {
@@ -151,7 +151,7 @@ def make_exported(makers, reference, small_world, base):
             }
             for sample, rollout in zip(samples, drawn, strict=True)
         ]
-        reader = ImageReader(small_world, student.images)
+        reader = ImageReader(small_world, loaded.images)
     for number, fact in enumerate(facts):
         files = [str(base / f"{number}-{what}.png") for what in ("photo", "crop")]
         for image, file in zip(reader.pair(fact), files, strict=True):

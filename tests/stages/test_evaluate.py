@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from morer1_jax.run.answers import Answer
+from morer1_jax.run.batch_sampler import Answer
 from morer1_jax.stages.evaluate import evaluate, evaluate_majority, read_scores, write_scores
 from morer1_jax.task import more
 
@@ -51,13 +51,13 @@ def test_scores_and_answers_are_written(job):
 
 
 def test_the_whole_test_split_is_asked(job):
-    class Asker:
+    class BatchSampler:
         def answers(self, params, facts, desc):
             assert params == "params"
             assert facts == job.facts["test"]
             return [answer(fact, "none") for fact in facts]
 
-    scores = evaluate(job, "greedy", "params", Asker())
+    scores = evaluate(job, "greedy", "params", BatchSampler())
     none = sum(fact.label == "none" for fact in job.facts["test"])
     assert scores["accuracy"] == pytest.approx(100 * none / len(job.facts["test"]))
     assert read_scores(job.workdir) == {"greedy": scores}

@@ -272,8 +272,8 @@ def test_what_is_no_beginning_is_refused_and_a_torn_one_is_none(tmp_path):
 def staged(tmp_path, monkeypatch, **changes):
     """The stage; gives the facts that it asks."""
     asked = Asked()
-    monkeypatch.setattr("morer1_jax.stages.rate.Asker", lambda *_, **__: asked)
-    monkeypatch.setattr("morer1_jax.stages.rate.asking_shape", lambda *_: None)
+    monkeypatch.setattr("morer1_jax.stages.rate.BatchSampler", lambda *_, **__: asked)
+    monkeypatch.setattr("morer1_jax.stages.rate.widest_prompt_shape", lambda *_: None)
     job = types.SimpleNamespace(
         workdir=tmp_path,
         facts={"train": FACTS},

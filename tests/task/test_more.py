@@ -16,10 +16,10 @@ from morer1_jax.task import more
 from morer1_jax.task.answer import format_answer
 from morer1_jax.task.fact import Fact, composed
 from morer1_jax.task.more import (
-    check_photos,
     check_reasoning,
     digests,
     photo_path,
+    photo_sizes,
     read_ontology,
     read_reasoning,
     read_split,
@@ -148,7 +148,7 @@ def test_a_photo_is_found_in_whichever_form_of_unicode_its_name_is(folder, there
     put(folder, changed(img_id=NAMES[written]))
     (fact,) = read_split(folder, "train", ONTOLOGY)
     assert fact.image == NAMES[found]
-    seen = more.see_photos([fact], folder)
+    seen = more.check_photos([fact], folder)
     assert seen[fact.photo].size == (50 + there.index(found), 40)
     # A copy of the folder on another system is the same dataset.
     assert more.photo_digests(seen).keys() == {f"img_org/train/{NAMES['NFC']}"}
@@ -163,8 +163,8 @@ def test_of_two_photos_whose_names_read_alike_both_have_a_part_in_the_digest(fol
             Image.new("RGB", (50, 40), colour).save(path)
         facts = read_split(folder, "train", ONTOLOGY)
         assert [fact.image for fact in facts] == [NAMES[form] for form in photos]
-        there = more.photo_digests(more.see_photos(facts, folder))
-        assert there == more.photo_digests(more.see_photos(facts[::-1], folder))
+        there = more.photo_digests(more.check_photos(facts, folder))
+        assert there == more.photo_digests(more.check_photos(facts[::-1], folder))
         assert there.keys() == {f"img_org/train/{NAMES['NFC']}"}
         return there
 
@@ -363,7 +363,7 @@ def test_photos_are_decoded_once_each(folder, monkeypatch):
     opened = []
     monkeypatch.setattr(more, "open_photo", lambda p, n: opened.append(p.name) or open_photo(p, n))
     second = dataclasses.replace(FACT, id="train:2", image="2.jpg")
-    assert check_photos([FACT, second, FACT], folder) == {
+    assert photo_sizes([FACT, second, FACT], folder) == {
         "train/1.jpg": (40, 30),
         "train/2.jpg": (64, 48),
     }
@@ -371,11 +371,11 @@ def test_photos_are_decoded_once_each(folder, monkeypatch):
 
 
 def test_a_photos_digest_is_that_of_its_file(folder):
-    before = more.see_photos([FACT], folder)["train/1.jpg"]
+    before = more.check_photos([FACT], folder)["train/1.jpg"]
     path = folder / "img_org" / "train" / "1.jpg"
     assert before == ((40, 30), hashlib.sha256(path.read_bytes()).hexdigest())
     Image.effect_noise((40, 30), 60).convert("RGB").save(path)
-    after = more.see_photos([FACT], folder)
+    after = more.check_photos([FACT], folder)
     assert after["train/1.jpg"].size == before.size
     assert after["train/1.jpg"].digest != before.digest
     assert more.photo_digests(after) == {"img_org/train/1.jpg": after["train/1.jpg"].digest}
@@ -385,7 +385,7 @@ def test_sizes_are_those_of_photos_upright(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 48)).save(folder / "img_org" / "train" / "1.jpg", exif=exif)
-    assert check_photos([FACT], folder) == {"train/1.jpg": (48, 64)}
+    assert photo_sizes([FACT], folder) == {"train/1.jpg": (48, 64)}
     assert more.read_photo(folder, FACT).size == (48, 64)
 
 
@@ -406,7 +406,7 @@ def test_a_folder_in_a_bucket_is_read_as_a_local_one(folder, monkeypatch):
     assert ontology == read_ontology(folder)
     facts = read_split(found, "train", ontology)
     assert facts == read_split(folder, "train", ontology)
-    assert check_photos(facts, found) == check_photos(facts, folder)
+    assert photo_sizes(facts, found) == photo_sizes(facts, folder)
     assert digests(found) == digests(folder)
     texts = read_reasoning(f"{found}/reasoning.jsonl", facts, ontology)
     assert texts == read_reasoning(folder / "reasoning.jsonl", facts, ontology)
@@ -424,14 +424,14 @@ def test_all_damaged_photos_are_named_at_once_up_to_twenty(folder):
             yield dataclasses.replace(FACT, id=f"train:{number}", image=f"{number}.jpg")
 
     with pytest.raises(DataError, match=r"^3 faults: \(1\) ") as error:
-        check_photos(list(facts(6)), folder)
+        photo_sizes(list(facts(6)), folder)
     for number in (10, 12, 14):
         assert f"{number}.jpg (fact train:{number}): cannot be read" in str(error.value)
     for number in (11, 13, 15):
         assert f"{number}.jpg" not in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=r"^20 faults or more: ") as error:
-        check_photos(list(facts(60)), folder)
+        photo_sizes(list(facts(60)), folder)
     assert str(error.value).count("cannot be read") == 20
 
 
@@ -446,7 +446,7 @@ def test_bad_photos_are_named_with_their_first_fact(folder, damage):
         path.unlink()
     facts = [FACT, *(dataclasses.replace(FACT, id=f"train:{i}", image="2.jpg") for i in (4, 5))]
     with pytest.raises(DataError) as error:
-        check_photos(facts, folder)
+        photo_sizes(facts, folder)
     assert str(error.value).startswith(f"{path} (fact train:4): ")
     assert "\n" not in str(error.value)
 

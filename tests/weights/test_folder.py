@@ -15,7 +15,7 @@ from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError, WeightsError
 from morer1_jax.run.job import Job
 from morer1_jax.serve.export import export
-from morer1_jax.serve.student import TASK, open_student
+from morer1_jax.serve.loaded import TASK, open_model
 from morer1_jax.weights import published as weights
 from morer1_jax.weights.names import canonical_name
 from morer1_jax.weights.published import CONFIG, INDEX, SINGLE, Checkpoint
@@ -55,7 +55,7 @@ def same_as_transformers(folder):
 
 def refused(folder, match, error=WeightsError):
     with pytest.raises(error, match=match) as found:
-        open_student(str(folder))
+        open_model(str(folder))
     assert "\n" not in str(found.value)
     assert len(str(found.value)) < 1500
     return str(found.value)
@@ -135,7 +135,7 @@ def test_the_file_that_transformers_5_saves_is_read_before_the_older_one(copy):
     nested = {"size": size, "image_mean": [0.5, 0.4, 0.3]}
     (copy / PROCESSOR).write_text(json.dumps({"image_processor": nested}))
     (copy / PREPROCESSOR).write_text(json.dumps({"min_pixels": 700, "max_pixels": 7000}))
-    images = open_student(str(copy)).images
+    images = open_model(str(copy)).images
     assert (images.min_pixels, images.max_pixels) == (800, 8000)
     assert images.image_mean == (0.5, 0.4, 0.3)
     # The tower's own, which no file here says.
@@ -209,7 +209,7 @@ class TestPlaces:
         ],
     )
     def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(self, path, found):
-        for look in (open_student, Checkpoint):
+        for look in (open_model, Checkpoint):
             with pytest.raises((WeightsError, ConfigError)) as error:
                 look(path)
             assert str(error.value).startswith(f"{path}: {found}")
@@ -218,7 +218,7 @@ class TestPlaces:
         ("path", "here"), [("run/demo", "runs/demo"), ("runs/Qwen2.5-VL-3B", "runs")]
     )
     def test_why_it_is_not_is_said_and_how_to_have_it(self, path, here):
-        for look in (open_student, Checkpoint):
+        for look in (open_model, Checkpoint):
             with pytest.raises(WeightsError) as error:
                 look(path)
             assert str(error.value).endswith(
@@ -228,13 +228,13 @@ class TestPlaces:
 
     @pytest.mark.parametrize("path", ["./qwen", "qwen/model.safetensors", "runs", "a/b/c"])
     def test_of_what_is_no_name_of_the_hub_nothing_is_said(self, path):
-        for look in (open_student, Checkpoint):
+        for look in (open_model, Checkpoint):
             with pytest.raises((WeightsError, ConfigError)) as error:
                 look(path)
             assert "hf download" not in str(error.value)
 
     def test_a_name_of_the_hub_is(self):
-        for look in (open_student, Checkpoint):
+        for look in (open_model, Checkpoint):
             with pytest.raises(AssertionError, match=r"Qwen/Qwen2\.5-VL-3B-Instruct"):
                 look("Qwen/Qwen2.5-VL-3B-Instruct")
 
@@ -268,7 +268,7 @@ def test_ids_that_are_not_the_tokenizer_s_are_refused_wherever_the_folder_is_use
     (copy / CONFIG).write_text(json.dumps(described))
     problem = f"{copy / CONFIG}: {key}: found 7, but its tokenizer has {expected}; expected"
     for use in (
-        lambda: open_student(str(copy)),
+        lambda: open_model(str(copy)),
         lambda: job_of(copy, tmp_path / "run", request, small_world).policy,
     ):
         with pytest.raises(WeightsError) as error:
@@ -280,11 +280,11 @@ def test_ids_that_are_left_out_are_the_tokenizer_s(copy, tmp_path, request, smal
     described = json.loads((copy / CONFIG).read_text())
     expected = {key: described.pop(key) for key in IDS}
     (copy / CONFIG).write_text(json.dumps(described))
-    student = open_student(str(copy))
+    loaded = open_model(str(copy))
     job = job_of(copy, tmp_path / "run", request, small_world)
-    export(student, tmp_path / "out")
+    export(loaded, tmp_path / "out")
     written = json.loads((tmp_path / "out" / CONFIG).read_text())
     for key, value in expected.items():
-        assert getattr(student.model.config, key) == value
+        assert getattr(loaded.model.config, key) == value
         assert getattr(job.policy.model.config, key) == value
         assert written[key] == value

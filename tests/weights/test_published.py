@@ -24,7 +24,7 @@ from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.job import like
 from morer1_jax.serve.export import export
-from morer1_jax.serve.student import open_student
+from morer1_jax.serve.loaded import open_model
 from morer1_jax.weights import published as weights
 from morer1_jax.weights.published import CONFIG, INDEX, SINGLE, Checkpoint, save_tensors
 
@@ -71,7 +71,7 @@ def test_a_saved_checkpoint_gives_the_same_logits_and_goes_back_as_it_came(
     if (dtype, shard) == ("bfloat16", "30KB"):
         command(CONVERT, f"--checkpoint={folder}", f"--out={out}", code=0)
     else:
-        export(open_student(str(folder)), out, shard_bytes=int(shard[:2]) * 1000)
+        export(open_model(str(folder)), out, shard_bytes=int(shard[:2]) * 1000)
     theirs, ours = tensors_of(folder), tensors_of(out)
     names = {reference.names.canonical_name(name): name for name in theirs}
     names.pop("lm_head.weight", None) if tied == "tied" else None
@@ -283,17 +283,17 @@ def test_what_overflows_in_an_exports_dtype_is_named_and_not_written(
     published, tmp_path, dtype, value
 ):
     _, folder = published()
-    student = open_student(str(folder))
-    bias = student.params["language"]["layers"]["q"]["bias"]
-    student.params["language"]["layers"]["q"]["bias"] = bias.at[1, 0, :2].set(value)
+    loaded = open_model(str(folder))
+    bias = loaded.params["language"]["layers"]["q"]["bias"]
+    loaded.params["language"]["layers"]["q"]["bias"] = bias.at[1, 0, :2].set(value)
     with pytest.raises(DataError) as error:
-        export(student, tmp_path / "out", dtype=dtype)
+        export(loaded, tmp_path / "out", dtype=dtype)
     assert str(error.value).startswith(
         f"model.layers.1.self_attn.q_proj.bias: 2 of its {bias[0].size} values are not finite as "
         f"{dtype}, "
     )
     assert not list(tmp_path.iterdir())
-    export(student, tmp_path / "out", dtype="float32")
+    export(loaded, tmp_path / "out", dtype="float32")
 
 
 def test_tensors_of_two_dtypes_are_loaded_unrounded_and_go_back_as_they_came(
@@ -308,7 +308,7 @@ def test_tensors_of_two_dtypes_are_loaded_unrounded_and_go_back_as_they_came(
     tensors[name] = np.full(tensors[name].shape, 1.001, np.float32)
     save_file(tensors, folder / SINGLE)
     assert Checkpoint(folder).dtype == "float32"
-    export(open_student(str(folder)), tmp_path / "out")
+    export(open_model(str(folder)), tmp_path / "out")
     theirs, ours = tensors_of(folder), tensors_of(tmp_path / "out")
     assert {str(value.dtype) for value in ours.values()} == {"bfloat16", "float32"}
     for ours_name, value in ours.items():
@@ -335,12 +335,12 @@ def test_float16_is_computed_in_float32_and_goes_back_as_it_came(reference, publ
     given = reference.Reference(case.config)
     given.model = theirs
     half = dataclasses.replace(case, reference=given)
-    student = open_student(str(folder))
-    assert student.model.runtime.dtype == student.model.runtime.param_dtype == "float32"
+    loaded = open_model(str(folder))
+    assert loaded.model.runtime.dtype == loaded.model.runtime.param_dtype == "float32"
     rows = reference.lay_out(case.config, case.samples, [[3, 0], [1, 2]])
-    _, logits = reference.evaluate(student.model, student.params, rows)
+    _, logits = reference.evaluate(loaded.model, loaded.params, rows)
     assert reference.relative_error(logits, reference.reference_logits(half)) < VALUE_BOUND
-    export(student, tmp_path / "out")
+    export(loaded, tmp_path / "out")
     ours, before = tensors_of(tmp_path / "out"), tensors_of(folder)
     assert {str(value.dtype) for value in ours.values()} == {"float16"}
     assert {name: v.tobytes() for name, v in ours.items()} == {
@@ -372,7 +372,7 @@ def test_what_tensors_have_decides_and_is_never_float16(published, tmp_path, sai
         checkpoint = Checkpoint(folder)
         assert {*checkpoint.dtypes.values()} == held
         assert checkpoint.dtype == dtype
-        assert open_student(str(folder)).model.runtime.dtype == dtype
+        assert open_model(str(folder)).model.runtime.dtype == dtype
 
 
 def test_a_buckets_checkpoint_can_be_asked_and_exported(published, tmp_path, monkeypatch):
@@ -384,9 +384,9 @@ def test_a_buckets_checkpoint_can_be_asked_and_exported(published, tmp_path, mon
     monkeypatch.setattr(
         type(epath.Path(folder)), "copy", lambda *args: copied.append(args[0].name) or real(*args)
     )
-    student = open_student(str(folder))
-    assert student.policy.allowed.any()
-    export(student, tmp_path / "out")
+    loaded = open_model(str(folder))
+    assert loaded.policy.allowed.any()
+    export(loaded, tmp_path / "out")
     assert len(copied) == len(set(copied)) == len(list(folder.glob("*.safetensors")))
     assert tensors_of(tmp_path / "out").keys() == tensors_of(folder).keys()
 
@@ -398,4 +398,4 @@ def test_a_tokenizer_larger_than_the_embedding_is_named(published, tmp_path):
     tokenizer.add_tokens([f"<more {k}>" for k in range(100)])
     tokenizer.save_pretrained(folder)
     with pytest.raises(WeightsError, match=r"tokenizer has 6\d\d tokens, its embedding 576 rows"):
-        open_student(str(folder)).policy  # noqa: B018
+        open_model(str(folder)).policy  # noqa: B018

@@ -112,7 +112,7 @@ def test_the_files_are_those_of_more(small):
         "valid": 13,
         "test": 22,
     }
-    sizes = more.check_photos(small.all_facts, small.folder)
+    sizes = more.photo_sizes(small.all_facts, small.folder)
     # No photo without a fact, and none of another form.
     there = {f"{p.parent.name}/{p.name}" for p in (small.folder / "img_org").glob("*/*")}
     assert there == sizes.keys()
@@ -203,7 +203,7 @@ def test_some_photos_fit_nothing_in_their_title(large):
 
 
 def test_boxes_lie_within_photos_and_tell_objects_apart(small):
-    sizes = more.check_photos(small.all_facts, small.folder)
+    sizes = more.photo_sizes(small.all_facts, small.folder)
     for fact in small.all_facts:
         x, y, w, h = fact.box
         assert x - w / 2 >= -1e-6

@@ -116,7 +116,7 @@ def time_reading(folder: Path) -> dict[str, Any]:
         ontology = more.read_ontology(folder)
         facts = [f for split in more.SPLITS for f in more.read_split(folder, split, ontology)]
     with _timed("photos", found):
-        sizes = more.check_photos(facts, folder)
+        sizes = more.photo_sizes(facts, folder)
     return {"facts": len(facts), "photos": len(sizes)} | found
 
 

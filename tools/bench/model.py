@@ -18,7 +18,7 @@ from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL, init_params
 from morer1_jax.run import mesh as meshes
 from morer1_jax.serve.export import export
-from morer1_jax.serve.student import Student
+from morer1_jax.serve.loaded import LoadedModel
 from morer1_jax.task.ontology import Ontology
 
 _PACKAGES = ("jax", "torch", "transformers", "trl")
@@ -38,7 +38,7 @@ def write_model(preset: Preset, folder: Path) -> None:
         tie_word_embeddings=True,
     )
     model = Qwen25VL(config, Runtime())
-    student = Student(
+    loaded = LoadedModel(
         model=model,
         load=lambda: _drawn(model),
         mesh=meshes.make_mesh({"data": 1}, jax.devices()[:1]),
@@ -51,7 +51,7 @@ def write_model(preset: Preset, folder: Path) -> None:
         digest="random",
         checkpoint=None,
     )
-    export(student, folder)
+    export(loaded, folder)
 
 
 def _drawn(model: Qwen25VL) -> Params:

@@ -24,7 +24,7 @@ from morer1_jax.data.curriculum import MixConfig
 from morer1_jax.data.shapes import plan_rows
 from morer1_jax.learn.grpo import (
     GroupBatch,
-    GRPOConfig,
+    LossConfig,
     grpo_gradients,
     make_grpo_update,
     token_weights,
@@ -72,7 +72,7 @@ class SFTTask:
     def numbers(self) -> Numbers:
         side = self._side
         gradients = jax.jit(lambda p, batch: sft_gradients(side.model, p, batch, _SCORE))
-        grads, metrics = gradients(side.student.params, self.batch)
+        grads, metrics = gradients(side.loaded.params, self.batch)
         return {"loss": float(metrics["loss"]), "grad_norm": float(_norm(grads))}
 
     def prepare(self) -> None:
@@ -100,18 +100,18 @@ class SampleTask:
     @property
     def flops(self) -> float | None:
         side = self._side
-        given = side.student.params, self.prompts, side.policy.allowed, jnp.int32(0)
+        given = side.loaded.params, self.prompts, side.policy.allowed, jnp.int32(0)
         return side.flops(self._run, *given, trips=_trips(self._length))
 
     def _sampler(self, **changes: Any) -> Callable[..., Any]:
         side, preset = self._side, self._side.preset
         given = {"group": preset.group, "length": self._length, "temperature": 1.0}
         config = SampleConfig(**(given | changes), end_of_turn=_NEVER)
-        reader = side.policy.reader
+        grammar = side.policy.grammar
 
         def run(params: Any, prompts: PromptBatch, allowed: jax.Array, step: jax.Array) -> Any:
             keys = sample_keys(0, step, prompts.fact, config.group)
-            return sample(side.model, params, prompts, reader, allowed, keys, config)
+            return sample(side.model, params, prompts, grammar, allowed, keys, config)
 
         return jax.jit(run)
 
@@ -119,7 +119,7 @@ class SampleTask:
         side = self._side
         greedy = self._sampler(group=1, length=32, temperature=0.0)
         allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
-        drawn = greedy(side.student.params, self.prompts, allowed, jnp.int32(0))
+        drawn = greedy(side.loaded.params, self.prompts, allowed, jnp.int32(0))
         return {"tokens": drawn.tokens[:, 0].tolist()}
 
     def prepare(self) -> None:
@@ -130,7 +130,7 @@ class SampleTask:
         self._step += 1
         side = self._side
         allowed, step = side.policy.allowed, jnp.int32(self._step)
-        jax.block_until_ready(self._run(side.student.params, self.prompts, allowed, step))
+        jax.block_until_ready(self._run(side.loaded.params, self.prompts, allowed, step))
 
 
 class GRPOTask:
@@ -144,8 +144,8 @@ class GRPOTask:
     @property
     def flops(self) -> float | None:
         side, step = self._side, self._new_step(self._side.like_state())
-        params, policy = side.student.params, side.policy
-        given = params, self.prompts, policy.reader, policy.allowed, jnp.int32(0)
+        params, policy = side.loaded.params, side.policy
+        given = params, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
         scored, _ = jax.eval_shape(step.rollout, *given)
         drawn = scored.rollout
         asked = self.prompts, drawn.tokens, drawn.mask, policy.allowed
@@ -192,7 +192,7 @@ class GRPOTask:
             like,
             side.optimizer,
             {},
-            side.student.params,
+            side.loaded.params,
             score=_group_score(side.preset),
             length=side.preset.completion,
             seed=0,
@@ -213,7 +213,7 @@ class UpdateTask:
     def __init__(self, side: Ours, prompt: int, group: int) -> None:
         self._side = side
         # Without a reference, and of the policy's own completions.
-        self._config = GRPOConfig(beta=0.0, importance_cap=None)
+        self._config = LossConfig(beta=0.0, importance_cap=None)
         rollout = side.inputs.rollout(group)
         self.batch = _group_batch(side.prompts(prompt), *rollout, self._config)
         preset, score = side.preset, _group_score(side.preset)
@@ -277,7 +277,7 @@ def grpo_settings(preset: Preset) -> GRPOSettings:
         keep_checkpoints=1,
         mix=MixConfig(),
         reward=RewardConfig(),
-        loss=GRPOConfig(beta=0.04, importance_cap=None),
+        loss=LossConfig(beta=0.04, importance_cap=None),
         optimizer=OptimizerConfig(lr=1e-6),
     )
 
@@ -291,7 +291,7 @@ def _group_batch(
     prompts: PromptBatch,
     tokens: Int[np.ndarray, "b g t"],
     advantages: Float[np.ndarray, "b g"],
-    loss: GRPOConfig,
+    loss: LossConfig,
 ) -> GroupBatch:
     """Of completions that all have the full length, for a first update."""
     mask = jnp.ones(tokens.shape, bool)
@@ -305,7 +305,7 @@ def _group_batch(
     )
 
 
-def _update_numbers(side: Ours, batch: GroupBatch, loss: GRPOConfig) -> Numbers:
+def _update_numbers(side: Ours, batch: GroupBatch, loss: LossConfig) -> Numbers:
     """Of an update, in which every token may be drawn, as the peers have it."""
     score, parts = _group_score(side.preset), side.preset.micro_batches
     allowed = jnp.ones_like(side.policy.allowed)
@@ -316,7 +316,7 @@ def _update_numbers(side: Ours, batch: GroupBatch, loss: GRPOConfig) -> Numbers:
             batch = batch.replace(reference=group_logprobs(side.model, params, *given)[0])
         return grpo_gradients(side.model, params, batch, allowed, loss, score, parts)
 
-    grads, metrics = jax.jit(gradients)(side.student.params, batch)
+    grads, metrics = jax.jit(gradients)(side.loaded.params, batch)
     numbers = {name: float(metrics[name]) for name in ("loss", "entropy")}
     return numbers | {"grad_norm": float(_norm(grads))}
 

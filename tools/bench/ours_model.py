@@ -22,7 +22,7 @@ from morer1_jax.model.config import Runtime
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.policy import Policy
-from morer1_jax.serve.student import Student, open_student
+from morer1_jax.serve.loaded import LoadedModel, open_model
 
 _WHOLE = (0.5, 0.5, 1.0, 1.0)
 
@@ -30,11 +30,11 @@ _WHOLE = (0.5, 0.5, 1.0, 1.0)
 class BenchEncoder(Encoder):
     """The package's encoder over prompts that need no dataset."""
 
-    def __init__(self, student: Student, limits: Limits) -> None:
-        policy = student.policy
-        window = student.model.config.vision.window_size
-        super().__init__(".", policy.tokenizer, policy.ontology, student.images, window, limits)
-        self._pictures = ImageReader(".", student.images)
+    def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
+        policy = loaded.policy
+        window = loaded.model.config.vision.window_size
+        super().__init__(".", policy.tokenizer, policy.ontology, loaded.images, window, limits)
+        self._pictures = ImageReader(".", loaded.images)
 
     def sample(self, fact: Prompt, target: str | None = None) -> Sample:
         """A prompt, and what is answered, in place of a fact and its reasoning."""
@@ -55,19 +55,19 @@ class Ours:
 
     def __init__(self, folder: Path, preset: Preset) -> None:
         self.folder, self.preset = folder, preset
-        self.student = open_student(str(folder))
-        self.inputs = Inputs(preset, self.student.policy.tokenizer)
-        config = self.student.model.config
+        self.loaded = open_model(str(folder))
+        self.inputs = Inputs(preset, self.loaded.policy.tokenizer)
+        config = self.loaded.model.config
         runtime = Runtime(
             dtype=preset.dtype,
             remat=preset.remat,
             scan_unroll=preset.unroll,
             decode_unroll=jax.default_backend() == "cpu",
-            kernels=choose("auto", preset.dtype, config.head_sizes, self.student.mesh),
+            kernels=choose("auto", preset.dtype, config.head_sizes, self.loaded.mesh),
         )
         self.model = Qwen25VL(config, runtime)
-        student = self.student.policy
-        self.policy = Policy(self.model, student.tokenizer, student.ontology, self.student.mesh)
+        loaded = self.loaded.policy
+        self.policy = Policy(self.model, loaded.tokenizer, loaded.ontology, self.loaded.mesh)
         self.optimizer = OptimizerConfig(lr=1e-6).build(1)
 
     def flops(self, function: Callable[..., Any], *given: Any, **counts: Any) -> float | None:
@@ -78,18 +78,18 @@ class Ours:
 
     def state(self) -> TrainState:
         """A new one around a copy of the folder's parameters."""
-        return self._new_state(self.student.params)
+        return self._new_state(self.loaded.params)
 
     def like_state(self) -> TrainState:
         """The shapes of one."""
-        return jax.eval_shape(self._new_state, self.student.params)
+        return jax.eval_shape(self._new_state, self.loaded.params)
 
     @functools.cached_property
     def _new_state(self) -> Callable[[Any], TrainState]:
         return jax.jit(lambda p: new_state(jax.tree.map(jnp.copy, p), self.optimizer))
 
     def encoder(self, prompt: int, completion: int, windows: int) -> BenchEncoder:
-        return BenchEncoder(self.student, Limits(prompt, completion, windows))
+        return BenchEncoder(self.loaded, Limits(prompt, completion, windows))
 
     def prompts(self, length: int) -> PromptBatch:
         prompts = self.inputs.prompts(length, self.preset.batch)
@@ -98,7 +98,7 @@ class Ours:
 
     def windows(self, prompts: list[Prompt]) -> int:
         """Attention windows that the images of any of the prompts fill."""
-        unit = self.student.model.config.vision.window_size
+        unit = self.loaded.model.config.vision.window_size
         return max(
             sum(-(-h // unit) * -(-w // unit) for h, w, _ in (i.shape for i in prompt.images))
             for prompt in prompts

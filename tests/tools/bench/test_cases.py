@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from bench.cases import Inputs
-from morer1_jax.serve.student import open_student
+from morer1_jax.serve.loaded import open_model
 
 
 @pytest.fixture(scope="module")
 def inputs(folder, preset):
-    return Inputs(preset, open_student(str(folder)).policy.tokenizer)
+    return Inputs(preset, open_model(str(folder)).policy.tokenizer)
 
 
 def tokens(inputs, text):

@@ -50,7 +50,7 @@ _ROUND = 16
 
 
 @dataclasses.dataclass
-class Student:
+class LoadedModel:
     """A model with all that is known of how to ask it.
 
     Attributes:
@@ -125,9 +125,9 @@ class Student:
         return Encoder(*args, limits, photo_path=photo_path)
 
 
-def open_student(
+def open_model(
     path: str, *, labels: Path | None = None, completion: int | None = None
-) -> Student:
+) -> LoadedModel:
     """Opens a checkpoint, on all devices there are.
 
     Args:
@@ -173,7 +173,7 @@ def _stage(path: Path) -> Path | None:
     raise ConfigError(f"{path}: a run that has trained nothing yet; expected one with a stage sft")
 
 
-def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> Student:
+def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> LoadedModel:
     workdir = stage.parent
     config = read_json(workdir / RUN_CONFIG, needed=False)
     # It was trained on devices that need not be here.
@@ -187,7 +187,7 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     if not (workdir / "tokenizer").is_dir():  # A run would make another one.
         raise WeightsError(f"{workdir / 'tokenizer'}: no such folder; copy the run's workdir anew")
     checkpoints = Checkpointer(stage / "checkpoints")
-    return Student(
+    return LoadedModel(
         model=job.policy.model,
         load=lambda: job.whole(checkpoints.restore_best(job.like[0])[0]),
         mesh=job.policy.mesh,
@@ -226,7 +226,7 @@ def _task(path: Path) -> dict[str, Any]:
     return task
 
 
-def _published(path: str, ontology: Ontology | None, completion: int | None) -> Student:
+def _published(path: str, ontology: Ontology | None, completion: int | None) -> LoadedModel:
     checkpoint = weights.Checkpoint(path)
     folder = checkpoint.local_files
     if ontology is None and (folder / LABELS).exists():
@@ -240,7 +240,7 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     abstract = abstract_params(model)
     wanted = like(abstract, meshes.param_shardings(mesh, abstract))
     task = _task(folder / TASK)
-    return Student(
+    return LoadedModel(
         model=model,
         load=lambda: checkpoint.load(wanted),
         mesh=mesh,

@@ -20,7 +20,7 @@ ADAPTER = ("lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class TrainableParts:
     """What trains.
 
     Attributes:
@@ -58,10 +58,10 @@ class Parts:
         return self.language
 
 
-ALL = Parts()
+ALL = TrainableParts()
 
 
-def split(params: Params, parts: Parts) -> tuple[Params, Params]:
+def split(params: Params, parts: TrainableParts) -> tuple[Params, Params]:
     """(trained, frozen), the leaves of `params` themselves."""
     return (
         select(params, lambda path: parts.factor(path) > 0),
@@ -93,8 +93,8 @@ def join(trained: Params, frozen: Params) -> Params:
     }
 
 
-def factors(trained: Params, parts: Parts) -> Any:
-    """`Parts.factor` of every trained leaf, a tree like them."""
+def factors(trained: Params, parts: TrainableParts) -> Any:
+    """`TrainableParts.factor` of every trained leaf, a tree like them."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: parts.factor(tuple(entry.key for entry in path)), trained
     )

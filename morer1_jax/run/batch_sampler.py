@@ -12,16 +12,17 @@ import jax.numpy as jnp
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.data.encoder import Encoder
+from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.data.loader import load_ahead
 from morer1_jax.data.shapes import Shape
 from morer1_jax.errors import ConfigError
 from morer1_jax.progress import progress
-from morer1_jax.rollout.sampler import Reader, Rollout, SampleConfig, sample, sample_keys
+from morer1_jax.rollout.sampler import Rollout, SampleConfig, sample, sample_keys
 from morer1_jax.run.finite import check_drawn
 from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import batch_parts, fetch, this_host
 from morer1_jax.run.policy import Policy
-from morer1_jax.run.shapes import asking_shape
+from morer1_jax.run.shapes import widest_prompt_shape
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
@@ -49,7 +50,7 @@ class Answer:
     effort: int
 
 
-class Asker:
+class BatchSampler:
     """A compiled sampler over batches of facts of any number.
 
     Args:
@@ -88,16 +89,18 @@ class Asker:
             guided=guided,
         )
 
-        shortest = int(policy.reader.steps_distance[0])
+        shortest = int(policy.grammar.steps_distance[0])
         if guided and shortest > config.length:
             raise ConfigError(
                 f"--length: {config.length} found, at least {shortest} expected: the tokens of the "
                 "shortest guided answer"
             )
 
-        def rollout(params: Any, prompts: PromptBatch, reader: Reader, allowed: Any) -> Rollout:
+        def rollout(
+            params: Any, prompts: PromptBatch, grammar: GrammarTables, allowed: Any
+        ) -> Rollout:
             keys = sample_keys(seed, jnp.int32(_NOISE_STEP), prompts.fact, group)
-            return sample(policy.model, params, prompts, reader, allowed, keys, config)
+            return sample(policy.model, params, prompts, grammar, allowed, keys, config)
 
         whole = policy.replicated
         self._rollout = jax.jit(
@@ -137,7 +140,7 @@ class Asker:
             batches = load_ahead(make, start // size, count, workers=self._workers)
             for number, prompts in enumerate(batches, start=start // size):
                 drawn = fetch(
-                    self._rollout(params, policy.put(prompts), policy.reader, policy.allowed)
+                    self._rollout(params, policy.put(prompts), policy.grammar, policy.allowed)
                 )
                 chunk = facts[number * size : (number + 1) * size]
                 for row, fact in enumerate(chunk):
@@ -165,27 +168,29 @@ class Asker:
 
 
 @functools.cache
-def greedy_asker(job: Job, encoder: Encoder) -> Asker:
+def greedy_sampler(job: Job, encoder: Encoder) -> BatchSampler:
     """Asks for the likeliest answer; compiled once for all stages of a job."""
-    return Asker(
+    return BatchSampler(
         job.policy,
         encoder,
         batch=job.settings.evaluate.batch,
         group=1,
         temperature=0.0,
         workers=job.settings.data.workers,
-        shape=asking_shape(job, encoder),
+        shape=widest_prompt_shape(job, encoder),
     )
 
 
-def validator(asker: Asker, job: Job, facts: Sequence[Fact]) -> Callable[[Any], dict[str, float]]:
+def validator(
+    sampler: BatchSampler, job: Job, facts: Sequence[Fact]
+) -> Callable[[Any], dict[str, float]]:
     """`params -> scores` on some facts: accuracy, micro and macro F1, unreadable, in percent.
 
     Its `params` are those that train.
     """
 
     def validate(params: Any) -> dict[str, float]:
-        answers = asker.answers(job.whole(params), facts, "validate")
+        answers = sampler.answers(job.whole(params), facts, "validate")
         labels = [answer.label for answer in answers]
         scores = metrics.score(facts, labels, job.ontology)
         return {k: scores[k] for k in ("accuracy", "micro_f1", "macro_f1", "unreadable")}

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from morer1_jax.learn.parts import ADAPTER, Parts, factors, join, select, split
 from morer1_jax.learn.sft import make_sft_step, sft_gradients
 from morer1_jax.learn.state import OptimizerConfig, new_state
+from morer1_jax.learn.trainable import ADAPTER, TrainableParts, factors, join, select, split
 from morer1_jax.model.config import LORA_TARGETS, LoRA, Runtime
 from morer1_jax.model.layers import merged_kernel
 from morer1_jax.model.scorer import ScoreConfig, sequence_logprobs
@@ -62,12 +62,12 @@ def logprobs(tiny):
 @pytest.mark.parametrize(
     ("parts", "trained"),
     [
-        (Parts(), ("embedding", "head", "language", "vision")),
-        (Parts(vision=0.0), ("embedding", "head", "language", "vision/merger")),
-        (Parts(vision=0.0, merger=0.0), ("embedding", "head", "language")),
-        (Parts(language=0.0, merger=0.0), ("vision/blocks",)),
-        (Parts(vision=0.0, merger=0.0, lora=ADAPTERS), ("lora",)),
-        (Parts(vision=0.0, lora=ADAPTERS), ("lora", "vision/merger")),
+        (TrainableParts(), ("embedding", "head", "language", "vision")),
+        (TrainableParts(vision=0.0), ("embedding", "head", "language", "vision/merger")),
+        (TrainableParts(vision=0.0, merger=0.0), ("embedding", "head", "language")),
+        (TrainableParts(language=0.0, merger=0.0), ("vision/blocks",)),
+        (TrainableParts(vision=0.0, merger=0.0, lora=ADAPTERS), ("lora",)),
+        (TrainableParts(vision=0.0, lora=ADAPTERS), ("lora", "vision/merger")),
     ],
     ids=str,
 )
@@ -132,14 +132,14 @@ def test_gradients_of_a_part_are_those_of_the_whole(tiny, adapted, drawn):
         lambda params, frozen, batch: sft_gradients(model, params, batch, SCORE, 1, frozen)[0]
     )
     everything = gradients(drawn, {}, batch)
-    parts = Parts(vision=0.0, merger=1.0, lora=ADAPTERS)
+    parts = TrainableParts(vision=0.0, merger=1.0, lora=ADAPTERS)
     ours, frozen = split(drawn, parts)
     tiny.assert_near(gradients(ours, frozen, batch), split(everything, parts)[0], 1e-5)
 
 
 def test_optimizer_state_exists_for_what_trains_alone(adapted):
     _, params = adapted
-    parts = Parts(vision=0.0, merger=0.0, lora=ADAPTERS)
+    parts = TrainableParts(vision=0.0, merger=0.0, lora=ADAPTERS)
     ours, _ = split(params, parts)
     optimizer = OptimizerConfig(lr=1e-3).build(10, parts)
     state = jax.eval_shape(lambda ours: new_state(ours, optimizer), ours)
@@ -164,7 +164,7 @@ def test_each_part_moves_at_its_share_of_the_rate_and_frozen_ones_not_at_all(tin
         return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, ours)
 
     # Whatever the gradients are, a step of Adam's is of about the rate's size.
-    some = moved(Parts(vision=0.0, merger=0.25, language=1.0))
+    some = moved(TrainableParts(vision=0.0, merger=0.25, language=1.0))
     assert paths(some["vision"]) == {
         path for path in paths(params["vision"]) if path[0].startswith("merger")
     }
@@ -174,7 +174,7 @@ def test_each_part_moves_at_its_share_of_the_rate_and_frozen_ones_not_at_all(tin
 
 def test_shares_of_every_leaf(adapted):
     _, params = adapted
-    parts = Parts(vision=0.5, merger=2.0, language=3.0, lora=ADAPTERS)
+    parts = TrainableParts(vision=0.5, merger=2.0, language=3.0, lora=ADAPTERS)
     shares = factors(split(params, parts)[0], parts)
     for path in paths(shares):
         value = functools.reduce(lambda tree, key: tree[key], path, shares)
@@ -191,7 +191,7 @@ def test_shares_of_every_leaf(adapted):
 )
 def test_nonsense_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        Parts(**wrong)
+        TrainableParts(**wrong)
 
 
 @pytest.mark.parametrize(

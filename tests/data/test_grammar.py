@@ -15,7 +15,7 @@ from jaxtyping import jaxtyped
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.data.tokens import UNREACHABLE, AnswerTables, build_tables, run, token_bytes
+from morer1_jax.data.grammar import UNREACHABLE, GrammarTables, build_tables, run, token_bytes
 from morer1_jax.task.answer import Special, format_answer, read
 
 # MORE's successor's list, longer than MORE's own, with labels that begin alike.
@@ -274,14 +274,12 @@ def test_distance_of_a_broken_completion_is_unreachable():
 
 def test_annotated_shapes_and_types_hold():
     checked = jaxtyped(typechecker=beartype)(
-        dataclasses.make_dataclass(
-            "Checked", [(f.name, f.type) for f in dataclasses.fields(AnswerTables)]
-        )
+        dataclasses.make_dataclass("Checked", GrammarTables.__annotations__.items())
     )
     tables = build_tables([bytes([b]) for b in range(256)] + list(SPECIALS), LABELS)
-    checked(**vars(tables))
+    checked(*tables)
     with pytest.raises(TypeError):
-        checked(**(vars(tables) | {"steps_next": tables.answer_next}))
+        checked(*tables._replace(steps_next=tables.answer_next))
 
 
 def test_refuses_a_vocabulary_without_end_of_turn():

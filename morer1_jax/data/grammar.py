@@ -11,8 +11,7 @@ from steps = answer = effort = 0.  `steps` follows the format and `answer` the l
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int16
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 UNREACHABLE = np.iinfo(np.int16).max
 
 
-@dataclass(frozen=True)
-class AnswerTables:
+class GrammarTables(NamedTuple):
     """The automata over a vocabulary.  State 0 is the start of both.
 
     Attributes:
@@ -54,7 +52,7 @@ class AnswerTables:
     @property
     def nbytes(self) -> int:
         """Size of all tables in bytes."""
-        return sum(table.nbytes for table in vars(self).values())
+        return sum(table.nbytes for table in self)
 
 
 def token_bytes(
@@ -91,7 +89,7 @@ def token_bytes(
     return pieces
 
 
-def build_tables(pieces: Sequence[Piece], labels: Sequence[str]) -> AnswerTables:
+def build_tables(pieces: Sequence[Piece], labels: Sequence[str]) -> GrammarTables:
     """Lifts the automata for `labels`, in id order, over a vocabulary.
 
     Args:
@@ -116,7 +114,7 @@ def build_tables(pieces: Sequence[Piece], labels: Sequence[str]) -> AnswerTables
     steps_distance, answer_distance = _distances(
         steps_next, answer_next, accept, answer.outcome >= 0, steps.in_answer
     )
-    return AnswerTables(
+    return GrammarTables(
         token_class=token_class.astype(np.int16),
         steps_next=steps_next,
         answer_next=answer_next,
@@ -128,7 +126,7 @@ def build_tables(pieces: Sequence[Piece], labels: Sequence[str]) -> AnswerTables
     )
 
 
-def run(tables: AnswerTables, tokens: Iterable[int]) -> Outcome:
+def run(tables: GrammarTables, tokens: Iterable[int]) -> Outcome:
     """Follows one completion, token by token: the reference for compiled loops."""
     steps = answer = effort = 0
     for token in tokens:
