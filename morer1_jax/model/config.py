@@ -8,10 +8,11 @@ The architecture (`ModelConfig`) carries Hugging Face's field names, so that a p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from morer1_jax.errors import ConfigError
+from morer1_jax.model import windows
 from morer1_jax.model.attention import XLA, Kernels
 
 _DTYPES = ("float32", "bfloat16")  # In float16 activations overflow.
@@ -79,6 +80,53 @@ class VisionConfig:
         period = self.fullatt_block_indexes[0] + 1
         regular = tuple(range(period - 1, self.depth, period)) == self.fullatt_block_indexes
         return period if regular and self.depth % period == 0 else None
+
+    def image_cost(self, grids: Sequence[windows.Grid]) -> windows.ImageCost:
+        """Returns the room that the images of one sample take in a batch and in the text.
+
+        Host code asks this before it reads a pixel; nothing is traced.
+
+        Args:
+            grids: (1, rows, columns) in patches of each image; none for a sample without images.
+
+        Raises:
+            LayoutError: a grid is a video or not divisible by `spatial_merge_size`.
+        """
+        merge = self.spatial_merge_size
+        return windows.ImageCost(
+            slots=windows.count_windows(grids, **self._window_sizes),
+            tokens=sum(windows.count_image_tokens(grid, merge_size=merge) for grid in grids),
+        )
+
+    def layout(
+        self,
+        grids: Sequence[windows.Grid],
+        *,
+        samples: Sequence[int] | None = None,
+        slots: int | None = None,
+    ) -> windows.VisionLayout:
+        """Returns where the patches of a row's images go in its batch.
+
+        Args:
+            grids: (1, rows, columns) in patches of each image of the row, in the text's order.
+            samples: number of images of each sample of the row; None: all are one sample's.
+            slots: of the row, padding included, counted as in `ImageCost`; None for just those
+                needed.
+
+        Raises:
+            LayoutError: as in `image_cost`, or the images fill more than `slots`.
+        """
+        return windows.vision_layout(
+            grids, **self._window_sizes, samples=samples, pad_to_windows=slots
+        )
+
+    @property
+    def _window_sizes(self) -> dict[str, int]:
+        return {
+            "patch_size": self.patch_size,
+            "merge_size": self.spatial_merge_size,
+            "window_size": self.window_size,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ pass where parameters train, once where only the gradient passes through.
 
 from __future__ import annotations
 
-from morer1_jax.model.config import TextConfig, VisionConfig
+from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
 
 # Dense bfloat16 FLOP/s of one device (a TPU chip or core as JAX counts them), from its makers.
 _PEAKS = (
@@ -93,3 +93,20 @@ def vision_flops(
     merged = unit * vision.hidden_size
     merger = 2 * merged * (merged + vision.out_hidden_size) / unit
     return patches * (patch_flops(vision) + merger) + 4 * vision.hidden_size * pairs
+
+
+def row_flops(config: ModelConfig, length: int, slots: int) -> float:
+    """Returns the FLOPs of a forward pass over a row of a batch, padding included.
+
+    What compares one shape of batches with another: logits, the merger and attention within
+    windows, which hardly differ between them, are left out.
+
+    Args:
+      length: tokens of the row.
+      slots: of its images, counted as in `ImageCost`.
+    """
+    text, vision = config.text, config.vision
+    patches = slots * vision.window_patches
+    pairs = 4 * vision.hidden_size * len(vision.fullatt_block_indexes)
+    of_text = length * linear_flops(text) + length**2 / 2 * attention_flops(text)
+    return of_text + patches * patch_flops(vision) + pairs * patches**2

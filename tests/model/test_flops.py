@@ -68,6 +68,19 @@ def test_vision(case):
     assert expected == counted
 
 
+def test_a_row_counts_its_padding(case):
+    """A row of whole windows, but for logits, the merger and the pairs within windows."""
+    config, n, slots = case.config, 12, 3
+    text, vision = config.text, config.vision
+    patches = slots * vision.window_patches
+    attention = flops.vision_flops(vision, 0, window_pairs=0, image_pairs=patches**2)
+    assert flops.row_flops(config, n, slots) == (
+        flops.text_flops(text, tokens=n, pairs=n * n / 2, logits=0)
+        + patches * flops.patch_flops(vision)
+        + attention
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [
