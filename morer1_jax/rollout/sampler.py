@@ -2,12 +2,14 @@
 
 One program encodes the images, prefills each prompt once, and decodes the group's samples token by
 token until all have ended. Noise is keyed by (seed, step, fact, sample, position), so a sample
-depends on no other row and not on the mesh.
+depends on no other row and not on the mesh. Axes: b prompts, g samples of a prompt, t tokens of a
+completion, v vocabulary, d model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -20,28 +22,29 @@ from morer1_jax.batch import PromptBatch
 from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import KVCache, init_cache, separate_layers
-from morer1_jax.model.logprobs import DISALLOWED
 from morer1_jax.model.scorer import Params, embed_prompts, last_valid
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.rollout.draw import draw_token, leads_to_end
 
-# The completions' cache begins with room for so many tokens, or for all there can be.
-_LEAST = 64
-# Ids that are summed together on the way to the one drawn.
-_BLOCK = 128
+# Tokens that the completions' cache has room for at first, where completions may be longer.
+_MIN_CACHE_LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How completions are drawn.
+    """How completions are sampled.
 
     Attributes:
-      group: samples a prompt.
+      group: samples of each prompt.
       length: most tokens of a completion, end-of-turn among them.
       temperature: logits are divided by it; 0 takes the likeliest token (greedy).
       end_of_turn: the id that ends a completion.
-      guided: whether a token may be drawn only if what is left of the length suffices to end in
-        *format* after it.
+      guided: whether only those tokens are permitted after which the rest of the length suffices
+        to end in *format*.
+
+    Raises:
+      ValueError: a number is out of its range.
     """
 
     group: int
@@ -53,22 +56,24 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.group < 1 or self.length < 1 or not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"group {self.group}, length {self.length} and temperature {self.temperature}: at "
-                "least 1, 1 and 0 expected"
+                f"group, length and temperature: expected at least 1, at least 1 and a finite "
+                f"number from 0, found {self.group}, {self.length} and {self.temperature}"
             )
 
 
 @struct.dataclass
 class Rollout:
-    """Completions of a batch of prompts, and what the automaton read off them.
+    """Completions of a batch of prompts, and what the automaton read in them.
 
     Attributes:
       tokens: int32 ids; meaningless where `mask` is False.
       mask: True up to and including end-of-turn.
-      logprobs: float32, the log-probability each token was drawn with; not finite where the model
-        gave no number for it.
+      logprobs: float32, the log-probability with which each token was sampled, in nats; not finite
+        where the model's logits were not.
       ended: False if the completion was cut off at the length limit.
-      format, answer, effort: the three outcomes of `task.answer`; `answer` is a label's id or -1.
+      format: whether tags and steps are there; see `task.answer`.
+      answer: int32, the label's id, or -1 without a readable answer.
+      effort: int32, bytes of reasoning, white space apart.
     """
 
     tokens: Int[Array, "b g t"]
@@ -82,7 +87,20 @@ class Rollout:
 
 @struct.dataclass
 class LoopState:
-    """The decode loop's state before token `index` is drawn."""
+    """The decode loop's state before the token at place `index` is sampled.
+
+    Attributes:
+      index: int32, the place of the next token, the same for every sample.
+      cache: keys and values of the prompts, and of the completions up to place `index - 2`: those
+        of the last token are written when the next one is decoded.
+      tokens: int32; 0 from `index` on, and after a sample has ended.
+      mask: True up to and including end-of-turn.
+      logprobs: float32, in nats; 0 where `mask` is False.
+      ended: whether a sample's end-of-turn has been sampled.
+      steps_state: int16, the automaton's state that follows *format*; see `data.grammar`.
+      answer_state: int16, the automaton's state that follows the label.
+      effort: int32, bytes of reasoning so far.
+    """
 
     index: Int[Array, ""]
     cache: KVCache
@@ -90,15 +108,17 @@ class LoopState:
     mask: Bool[Array, "b g t"]
     logprobs: Float[Array, "b g t"]
     ended: Bool[Array, "b g"]
-    steps: Int[Array, "b g"]
-    answer: Int[Array, "b g"]
+    steps_state: Int[Array, "b g"]
+    answer_state: Int[Array, "b g"]
     effort: Int[Array, "b g"]
 
 
 def allowed_ids(special: SpecialIds, tokenizer_size: int, rows: int) -> Bool[np.ndarray, " v"]:
-    """Ids that may be sampled: no padding, image, vision or video token, no row without a token.
+    """Returns the ids that may be sampled: no padding, image, vision or video token, and no row of
+    the embedding without a token.
 
     Args:
+      special: ids of the tokenizer's special tokens.
       tokenizer_size: number of ids the tokenizer has.
       rows: rows of the embedding, at least as many.
     """
@@ -110,7 +130,14 @@ def allowed_ids(special: SpecialIds, tokenizer_size: int, rows: int) -> Bool[np.
 def sample_keys(
     seed: int, step: Int[Array, ""], fact: Int[Array, " b"], group: int
 ) -> Key[Array, "b g"]:
-    """A key for each (fact, sample) of a step, [b, g]."""
+    """Returns a key for each (fact, sample) of a step.
+
+    Args:
+      seed: of the run.
+      step: of the run; another one gives other noise.
+      fact: each prompt's fact, as in `PromptBatch`.
+      group: samples of each prompt.
+    """
     base = jax.random.fold_in(jax.random.key(seed), step)
 
     def one(fact: Array, sample: Array) -> Array:
@@ -128,166 +155,177 @@ def sample(
     keys: Key[Array, "b g"],
     config: SampleConfig,
 ) -> Rollout:
-    """Draws `config.group` completions of each prompt.
+    """Samples `config.group` completions of each prompt.
 
     Args:
+      model: whose `runtime.decode_unroll` says how layers are decoded.
+      params: the whole tree.
+      prompts: with images or their features.
+      grammar: tables over the model's vocabulary.
+      allowed: of `allowed_ids`.
       keys: of `sample_keys`; not read when greedy.
+      config: its numbers are part of the compiled program.
     """
-    b, g, t = prompts.tokens.shape[0], config.group, config.length
-    lengths, unroll = cache_lengths(t), model.runtime.decode_unroll
+    lengths = cache_lengths(config.length)
+    decode_params = separate_layers(params) if model.runtime.decode_unroll else params
 
-    def prefill(module: Qwen25VL) -> tuple[Array, KVCache]:
+    def append(state: LoopState, hidden: Array) -> LoopState:
+        logits = model.apply({"params": params}, hidden, method=Qwen25VL.logits)
+        return append_token(state, logits, grammar, allowed, keys, config)
+
+    def step(state: LoopState) -> LoopState:
+        state, hidden = decode_last_token(model, decode_params, state, prompts.next_position)
+        return append(state, hidden)
+
+    # Prompts and images run once. Their last hidden state gives the first token of every sample,
+    # so that the loop decodes one token less than it samples.
+    hidden, cache = prefill(model, params, prompts, config.group, lengths[0])
+    state = append(first_state(cache, grammar, hidden.shape[:2], config.length), hidden)
+    # Attention reads all of the cache that is allocated: a loop for each length it grows to.
+    for length in lengths:
+        state = jax.lax.while_loop(
+            functools.partial(unfinished, length=length),
+            step,
+            state.replace(cache=state.cache.grown(length)),
+        )
+    return outcome(state, grammar)
+
+
+def cache_lengths(length: int) -> tuple[int, ...]:
+    """Returns the lengths that the completions' cache grows through, up to `length` tokens."""
+    return tuple(sorted({min(length, max(_MIN_CACHE_LENGTH, length // n)) for n in (4, 2, 1)}))
+
+
+def prefill(
+    model: Qwen25VL, params: Params, prompts: PromptBatch, group: int, length: int
+) -> tuple[Float[Array, "b g d"], KVCache]:
+    """Runs the prompts, images too, once for their groups.
+
+    Returns:
+      The hidden state that predicts each sample's first token, and a cache that holds the prompts
+      and has room for `length` tokens of each completion.
+    """
+
+    def run(module: Qwen25VL) -> tuple[Array, KVCache]:
         x = embed_prompts(module, prompts)
         positions = jnp.moveaxis(prompts.positions, 1, 0)
         attend = PackedCausal(prompts.mask.astype(jnp.int32), model.runtime.kernels)
         hidden, kv = module.forward(x, positions, attend, keep_kv=True)
-        return last_valid(hidden, prompts.mask), init_cache(
-            kv, prompts.mask, group=g, length=lengths[0], stacked=not unroll
-        )
+        stacked = not model.runtime.decode_unroll
+        cache = init_cache(kv, prompts.mask, group=group, length=length, stacked=stacked)
+        return last_valid(hidden, prompts.mask), cache
 
-    def decode(module: Qwen25VL, tokens: Array, index: Array, cache: KVCache):
-        x = module.embed(tokens)
-        positions = jnp.broadcast_to((prompts.next_position + index)[:, None], (b, g))
-        hidden, cache = module.decode(x, positions, cache)
-        return hidden, cache
+    last, cache = model.apply({"params": params}, method=run)
+    return jnp.broadcast_to(last[:, None], (last.shape[0], group, last.shape[-1])), cache
 
-    variables = {"params": params}
-    apart = {"params": separate_layers(params)} if unroll else variables
 
-    def drawn(state: LoopState, hidden: Array) -> LoopState:
-        """With token `state.index`, drawn from the hidden state at the place before it."""
-        logits = model.apply(variables, hidden, method=Qwen25VL.logits)
-        permitted = allowed
-        if config.guided:
-            left = t - state.index - 1
-            permitted = allowed & leads_to_end(grammar, state.steps, state.answer, left)
-        token, logprob = _draw(logits, permitted, keys, state.index, config.temperature)
-        token = jnp.where(state.ended, 0, token)
-        alive = ~state.ended
-        kind = grammar.token_class[token]
-        added = grammar.effort_added[kind, state.steps].astype(jnp.int32)
-        at = (0, 0, state.index)
-        return state.replace(
-            index=state.index + 1,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, token[..., None], at),
-            mask=jax.lax.dynamic_update_slice(state.mask, alive[..., None], at),
-            logprobs=jax.lax.dynamic_update_slice(
-                state.logprobs, jnp.where(alive, logprob, 0.0)[..., None], at
-            ),
-            ended=state.ended | (token == config.end_of_turn),
-            steps=jnp.where(alive, grammar.steps_next[kind, state.steps], state.steps),
-            answer=jnp.where(alive, grammar.answer_next[kind, state.answer], state.answer),
-            effort=state.effort + jnp.where(alive, added, 0),
-        )
+def first_state(
+    cache: KVCache, grammar: GrammarTables, rows: tuple[int, int], length: int
+) -> LoopState:
+    """Returns the state before any token is sampled; the automata start in state 0.
 
-    def step(state: LoopState) -> LoopState:
-        before = state.index - 1
-        token = jax.lax.dynamic_index_in_dim(state.tokens, before, axis=-1, keepdims=False)
-        hidden, cache = model.apply(apart, token, before, state.cache, method=decode)
-        return drawn(state.replace(cache=cache), hidden)
-
-    last, cache = model.apply(variables, method=prefill)
-    start = LoopState(
+    Args:
+      cache: of the prompts.
+      grammar: whose states' dtypes are taken.
+      rows: (b, g).
+      length: t.
+    """
+    return LoopState(
         index=jnp.zeros((), jnp.int32),
         cache=cache,
-        tokens=jnp.zeros((b, g, t), jnp.int32),
-        mask=jnp.zeros((b, g, t), bool),
-        logprobs=jnp.zeros((b, g, t), jnp.float32),
-        ended=jnp.zeros((b, g), bool),
-        steps=jnp.zeros((b, g), grammar.steps_next.dtype),
-        answer=jnp.zeros((b, g), grammar.answer_next.dtype),
-        effort=jnp.zeros((b, g), jnp.int32),
-    )
-    # The first token needs no decoding, and nothing is decoded after the last one.
-    end = drawn(start, jnp.broadcast_to(last[:, None], (b, g, last.shape[-1])))
-    for length in lengths:
-        end = jax.lax.while_loop(
-            lambda state, length=length: (state.index < length) & ~jnp.all(state.ended),
-            step,
-            end.replace(cache=end.cache.grown(length)),
-        )
-    answer = grammar.answer_label[end.answer].astype(jnp.int32)
-    return Rollout(
-        tokens=end.tokens,
-        mask=end.mask,
-        logprobs=end.logprobs,
-        ended=end.ended,
-        format=grammar.steps_accept[end.steps] & (answer >= 0),
-        answer=answer,
-        effort=end.effort,
+        tokens=jnp.zeros((*rows, length), jnp.int32),
+        mask=jnp.zeros((*rows, length), bool),
+        logprobs=jnp.zeros((*rows, length), jnp.float32),
+        ended=jnp.zeros(rows, bool),
+        steps_state=jnp.zeros(rows, grammar.steps_next.dtype),
+        answer_state=jnp.zeros(rows, grammar.answer_next.dtype),
+        effort=jnp.zeros(rows, jnp.int32),
     )
 
 
-def leads_to_end(
-    grammar: GrammarTables,
-    steps: Int[Array, "b g"],
-    answer: Int[Array, "b g"],
-    left: Int[Array, ""],
-) -> Bool[Array, "b g v"]:
-    """Tokens after which `left` more can end the completion in *format*."""
-    steps, answer = grammar.steps_next[:, steps], grammar.answer_next[:, answer]
-    # Within the answer the step automaton stands still, and the other one tells the distance.
-    distance = grammar.steps_distance[steps]
-    distance = jnp.where(distance > 0, distance, grammar.answer_distance[answer])
-    return jnp.moveaxis(distance <= left, 0, -1)[..., grammar.token_class]
+def unfinished(state: LoopState, length: int) -> Bool[Array, ""]:
+    """Returns whether a sample has yet to end and there is room for another of `length` tokens."""
+    return (state.index < length) & ~jnp.all(state.ended)
 
 
-def cache_lengths(most: int) -> tuple[int, ...]:
-    """Lengths that the completions' cache grows through, a loop of the sampler each: attention
-    reads all that is allocated."""
-    return tuple(sorted({min(most, max(_LEAST, most // part)) for part in (4, 2, 1)}))
+def decode_last_token(
+    model: Qwen25VL, params: Params, state: LoopState, first_position: Int[Array, " b"]
+) -> tuple[LoopState, Float[Array, "b g d"]]:
+    """Runs the token sampled last, and writes its keys and values to the cache.
 
+    Args:
+      model: as in `sample`.
+      params: with the decoder's layers apart where `runtime.decode_unroll` is set.
+      state: with at least one token.
+      first_position: M-RoPE position of each prompt's first completion token, on all three axes.
 
-def _draw(
-    logits: Float[Array, "b g v"],
-    allowed: Bool[Array, "*b v"],
-    keys: Key[Array, "b g"],
-    index: Int[Array, ""],
-    temperature: float,
-) -> tuple[Int[Array, "b g"], Float[Array, "b g"]]:
-    """A token of each sample and its log-probability, normalised as the scorer does."""
-    scaled = logits / temperature if temperature else logits
-    logits = jnp.where(allowed, scaled, DISALLOWED)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - largest)
-    if temperature:
-        at = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(keys)
-        token = _inverse_cdf(weights, jax.vmap(jax.vmap(jax.random.uniform))(at))
-    else:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
-    logprob = chosen - largest - jnp.log(jnp.sum(weights, axis=-1, keepdims=True))
-    # Where the logits of all ids that are allowed are -inf, one that is not would seem likely.
-    logprob = jnp.where(chosen <= DISALLOWED, -jnp.inf, logprob)
-    return token, logprob[..., 0]
-
-
-def _inverse_cdf(weights: Float[Array, "b g v"], uniform: Float[Array, "b g"]) -> Int[Array, "b g"]:
-    """The first id up to which the weights' share exceeds the uniform number.
-
-    One number a row in place of one an id, as Gumbel noise would take. The sum runs over blocks of
-    ids, then within the block that is hit.
+    Returns:
+      The state with that cache, and the hidden state that predicts each sample's next token.
     """
-    v = weights.shape[-1]
-    blocks = jnp.pad(weights, ((0, 0), (0, 0), (0, -v % _BLOCK)))
-    blocks = blocks.reshape(*uniform.shape, -1, _BLOCK)
-    sums = jnp.sum(blocks, axis=-1)
-    target = uniform * jnp.sum(sums, axis=-1)
-    block, before = _hit(sums, target)
-    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    place, _ = _hit(inside, target - before)
-    return block * _BLOCK + place
+    last = state.index - 1
+    token = jax.lax.dynamic_index_in_dim(state.tokens, last, axis=-1, keepdims=False)
+
+    def run(module: Qwen25VL) -> tuple[Array, KVCache]:
+        x = module.embed(token)
+        positions = jnp.broadcast_to((first_position + last)[:, None], token.shape)
+        return module.decode(x, positions, state.cache)
+
+    hidden, cache = model.apply({"params": params}, method=run)
+    return state.replace(cache=cache), hidden
 
 
-def _hit(
-    weights: Float[Array, "b g n"], target: Float[Array, "b g"]
-) -> tuple[Int[Array, "b g"], Float[Array, "b g"]]:
-    """The first place with a weight up to which the sum exceeds the target, and the sum before it;
-    the last place with a weight where rounding leaves none."""
-    total = jnp.cumsum(weights, axis=-1)
-    some = weights > 0
-    beyond = some & (total > target[..., None])
-    last = weights.shape[-1] - 1 - jnp.argmax(some[..., ::-1], axis=-1)
-    place = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), last)
-    before = jnp.take_along_axis(total - weights, place[..., None], axis=-1)[..., 0]
-    return place.astype(jnp.int32), before
+def append_token(
+    state: LoopState,
+    logits: Float[Array, "b g v"],
+    grammar: GrammarTables,
+    allowed: Bool[Array, " v"],
+    keys: Key[Array, "b g"],
+    config: SampleConfig,
+) -> LoopState:
+    """Samples the token at `state.index` and lets the automata read it.
+
+    A sample that has ended gets id 0, which counts for nothing.
+    """
+    permitted = allowed
+    if config.guided:
+        tokens_left = config.length - state.index - 1
+        permitted = allowed & leads_to_end(
+            grammar, state.steps_state, state.answer_state, tokens_left
+        )
+    token, logprob = draw_token(logits, permitted, keys, state.index, config.temperature)
+    token = jnp.where(state.ended, 0, token)
+    alive = ~state.ended
+
+    # The automata look a token up by its class and their state; see `data.grammar`.
+    token_class = grammar.token_class[token]
+    effort = grammar.effort_added[token_class, state.steps_state].astype(jnp.int32)
+    steps_state = grammar.steps_next[token_class, state.steps_state]
+    answer_state = grammar.answer_next[token_class, state.answer_state]
+
+    def written(values: Array, value: Array) -> Array:
+        return jax.lax.dynamic_update_slice(values, value[..., None], (0, 0, state.index))
+
+    return state.replace(
+        index=state.index + 1,
+        tokens=written(state.tokens, token),
+        mask=written(state.mask, alive),
+        logprobs=written(state.logprobs, jnp.where(alive, logprob, 0.0)),
+        ended=state.ended | (token == config.end_of_turn),
+        steps_state=jnp.where(alive, steps_state, state.steps_state),
+        answer_state=jnp.where(alive, answer_state, state.answer_state),
+        effort=state.effort + jnp.where(alive, effort, 0),
+    )
+
+
+def outcome(state: LoopState, grammar: GrammarTables) -> Rollout:
+    """Returns the completions with what their automata ended in."""
+    answer = grammar.answer_label[state.answer_state].astype(jnp.int32)
+    return Rollout(
+        tokens=state.tokens,
+        mask=state.mask,
+        logprobs=state.logprobs,
+        ended=state.ended,
+        format=grammar.steps_accept[state.steps_state] & (answer >= 0),
+        answer=answer,
+        effort=state.effort,
+    )
