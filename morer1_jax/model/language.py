@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from morer1_jax.model.attention import Pattern
 from morer1_jax.model.config import LoRA, Runtime, TextConfig
+from morer1_jax.model.cpu import cos_sin
 from morer1_jax.model.decoding import KV
 from morer1_jax.model.layers import (
     Rotary,
     SwiGLU,
-    cos_sin,
     dense,
     rematerialised,
     rms_norm,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from morer1_jax.model.config import LoRA, Runtime
+from morer1_jax.model.cpu import linear_product
 from morer1_jax.model.products import dot_general
 
 Params = dict[str, Any]
@@ -52,50 +52,8 @@ def dense(
     return AdaptedDense(base, lora, name=name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def linear_product(
-    x: Array, kernel: Array, dims: tuple, precision: Any = None, preferred_element_type: Any = None
-) -> Array:
-    """`jax.lax.dot_general` of activations and a kernel, without batch axes.
-
-    Only its gradient differs, and only in how it is laid out: the kernel's is computed as
-    activations times cotangent, which has the kernel's own order of axes. JAX's rule multiplies the
-    other way round and turns the result; XLA on a CPU then turns the cotangent first, the larger
-    of the two, which takes about as long as the product itself.
-    """
-    del precision  # Flax's, which says nothing; operands do.
-    return dot_general(x, kernel, dims, preferred_element_type)
-
-
 def _kept_product(*args: Any, **given: Any) -> Array:
     return checkpoint_name(linear_product(*args, **given), _PRODUCT)
-
-
-def _linear_forward(
-    x: Array, kernel: Array, dims: tuple, precision: Any, preferred: Any
-) -> tuple[Array, tuple[Array, Array]]:
-    return linear_product(x, kernel, dims, precision, preferred), (x, kernel)
-
-
-def _linear_backward(
-    dims: tuple, precision: Any, preferred: Any, saved: tuple[Array, Array], cotangent: Array
-) -> tuple[Array, Array]:
-    del precision, preferred
-    x, kernel = saved
-    ((contracted, along), _) = dims
-    kept = tuple(axis for axis in range(x.ndim) if axis not in contracted)
-    features = tuple(axis for axis in range(kernel.ndim) if axis not in along)
-    outer = tuple(range(len(kept)))
-    inner = tuple(range(len(kept), cotangent.ndim))
-    of_x = dot_general(cotangent, kernel, ((inner, features), ((), ())))
-    # Axes come out as (kept, contracted), each in its old order.
-    of_x = jnp.moveaxis(of_x, range(x.ndim), (*kept, *contracted))
-    of_kernel = dot_general(x, cotangent, ((kept, outer), ((), ())))
-    of_kernel = jnp.moveaxis(of_kernel, range(kernel.ndim), (*along, *features))
-    return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
-
-
-linear_product.defvjp(_linear_forward, _linear_backward)
 
 
 class AdaptedDense(nn.Module):
@@ -156,26 +114,6 @@ class SwiGLU(nn.Module):
 
 Rotary = tuple[Float[Array, "*s r"], Float[Array, "*s r"]]
 """Cosines and sines of the angles of the first half of a head, r = e/2."""
-
-
-def cos_sin(angles: Float[Array, "*s r"]) -> Rotary:
-    """What `rotate` takes, worked out once for all layers.
-
-    XLA on a CPU would work it out again for every head of every layer outside of a scan, through an
-    optimization barrier too; but it does not look into branches.
-    """
-
-    def both(angles: Array) -> Rotary:
-        return jnp.cos(angles), jnp.sin(angles)
-
-    if not angles.size:
-        return both(angles)
-
-    def branch(angles: Array) -> Rotary:
-        first = angles[(0,) * angles.ndim]
-        return jax.lax.cond(jnp.isfinite(first), both, lambda angles: (angles, angles), angles)
-
-    return jax.lax.platform_dependent(angles, cpu=branch, default=both)
 
 
 def rotate(x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:

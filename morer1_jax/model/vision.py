@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import Runtime, VisionConfig
+from morer1_jax.model.cpu import cos_sin
 from morer1_jax.model.layers import (
     Rotary,
     SwiGLU,
-    cos_sin,
     dense,
     rematerialised,
     rms_norm,
