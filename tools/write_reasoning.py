@@ -4,20 +4,24 @@ export OPENAI_API_KEY=…
 python tools/write_reasoning.py --data=more --count=2000 --model=gpt-4o \
     --price-in=2.50 --price-out=10 --budget-dollars=30 --dry-run
 
-Without --dry-run it asks. Killed at any time and started again, it goes on. Ctrl-C lets what is on
-its way arrive, and a second one gives it up.
+Without --dry-run the requests are sent. A run that was killed goes on when it is started again.
+Ctrl-C waits for the requests in flight; a second Ctrl-C gives them up.
 
-Costs are those of the answers that came. A request whose answer was late (--timeout) or cut off is
-sent again; as the provider may bill both, the budget is charged with the most it can have cost.
+The cost shown is that of the answers that arrived. A request that timed out (--timeout) or was cut
+off is sent again; the provider may bill both, so the budget is charged with the most it can cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
-# Nothing is computed here, and an accelerator may be another process's.
+# Nothing is computed here, and an accelerator may be in use by another process.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from etils import epath
@@ -35,68 +39,78 @@ def _path(text: str) -> epath.Path:
     try:
         return any_path(text, "path")
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} found, {error.strerror}") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}") from None
+
+
+def _number(
+    kind: type, at_least: float = -math.inf, above: float = -math.inf
+) -> Callable[[str], Any]:
+    """Returns an argparse type for a bounded number."""
+    name = "a whole number" if kind is int else "a number"
+    bound = f"above {above}" if above > -math.inf else f"of at least {at_least}"
+
+    def parse_number(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value >= at_least and value > above):
+            raise argparse.ArgumentTypeError(f"expected {name} {bound}, found {text!r}")
+        return value
+
+    return parse_number
 
 
 def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
-    """The config, and whether to ask nothing."""
+    """Returns the config, and whether it is a dry run."""
     parser = ArgumentParser(__doc__)
-    add, images = parser.add_argument, ImageConfig()
-    add("--data", type=_path, required=True, help="a folder in MORE's released form")
-    add("--out", type=_path, help="where to write, on a local disk; by default --data")
-    add("--count", type=int, help="training facts, balanced over the labels")
+    images = ImageConfig()
+    count, positive, share = _number(int, 1), _number(float, above=0), _number(float, 0)
+    add = parser.add_argument
+    add("--data", type=_path, required=True, help="folder in MORE's released form")
+    add("--out", type=_path, help="folder to write to, on a local disk (default: --data)")
+    add("--count", type=count, help="number of training facts, balanced over the labels")
     add("--facts", type=_path, help="instead of --count: a file of fact ids, one a line")
-    add("--seed", type=int, default=0, help="of the choice")
-    add("--model", required=True)
-    add("--base-url", help="of the endpoint; else OPENAI_BASE_URL, else OpenAI's")
-    add("--temperature", type=float, default=1.0)
-    add("--max-tokens", type=int, default=1024, help="of an answer")
-    add("--attempts", type=int, default=3, help="answers before a fact is set aside")
-    add("--in-flight", type=int, default=16, help="requests on their way at once")
-    add("--retries", type=int, default=8, help="of a request that failed, with backoff")
-    add("--timeout", type=float, default=120.0, help="seconds")
-    add("--price-in", type=float, default=0.0, help="dollars for a million tokens of prompt")
-    add("--price-out", type=float, default=0.0, help="dollars for a million tokens of answer")
-    add("--budget-dollars", type=float, help="for all runs into --out together")
-    add("--budget-tokens", type=int, help="for all runs into --out together")
-    add("--max-pixels", type=int, default=images.max_pixels, help="larger images are scaled down")
-    add("--crop-margin", type=float, default=images.crop_margin, help="share of the box a side")
-    add("--crop-least", type=int, default=images.crop_least, help="least side of a crop, pixels")
-    add("--dry-run", action="store_true", help="print one prompt and the cost, ask nothing")
-    flags = parser.parse_args(argv)
-    config = WriterConfig(
-        data=flags.data,
-        out=flags.out,
-        endpoint=EndpointConfig(
-            model=flags.model,
-            base_url=flags.base_url,
-            temperature=flags.temperature,
-            max_tokens=flags.max_tokens,
-            retries=flags.retries,
-            timeout=flags.timeout,
-        ),
-        images=ImageConfig(
-            max_pixels=flags.max_pixels,
-            crop_margin=flags.crop_margin,
-            crop_least=flags.crop_least,
-        ),
-        count=flags.count,
-        facts=flags.facts,
-        seed=flags.seed,
-        attempts=flags.attempts,
-        in_flight=flags.in_flight,
-        prices=Prices(flags.price_in, flags.price_out),
-        budget_dollars=flags.budget_dollars,
-        budget_tokens=flags.budget_tokens,
+    add("--seed", type=_number(int, 0), default=0, help="seed of the selection")
+    add("--model", required=True, help="name of the model at the endpoint")
+    add("--base-url", help="URL of the endpoint (default: OPENAI_BASE_URL, then OpenAI's)")
+    add("--temperature", type=share, default=1.0, help="of sampling")
+    add("--max-tokens", type=count, default=1024, help="maximum number of tokens of an answer")
+    add("--attempts", type=count, default=3, help="answers before a fact is set aside")
+    add("--in-flight", type=count, default=16, help="maximum number of requests in flight")
+    add("--retries", type=_number(int, 0), default=8, help="retries of a failed request")
+    add("--timeout", type=positive, default=120.0, help="seconds to wait for an endpoint's answer")
+    add("--price-in", type=share, default=0.0, help="dollars per million tokens of prompt")
+    add("--price-out", type=share, default=0.0, help="dollars per million tokens of answer")
+    add("--budget-dollars", type=positive, help="limit for all runs with the same --out together")
+    add("--budget-tokens", type=count, help="limit for all runs with the same --out together")
+    pixels = _number(int, images.min_pixels)
+    add("--max-pixels", type=pixels, default=images.max_pixels, help="scale larger images down")
+    add("--crop-margin", type=share, default=images.crop_margin, help="share of the box per side")
+    add(
+        "--crop-least", type=count, default=images.crop_least, help="minimum side of a crop, pixels"
     )
-    return config, flags.dry_run
+    add("--dry-run", action="store_true", help="print one prompt and the cost, send nothing")
+    flags = vars(parser.parse_args(argv))
+
+    def fields(of: type) -> dict[str, Any]:
+        """Returns the flags that are named as a dataclass's fields."""
+        return {f.name: flags[f.name] for f in dataclasses.fields(of) if f.name in flags}
+
+    config = WriterConfig(
+        endpoint=EndpointConfig(**fields(EndpointConfig)),
+        images=ImageConfig(**fields(ImageConfig)),
+        prices=Prices(flags["price_in"], flags["price_out"]),
+        **fields(WriterConfig),
+    )
+    return config, flags["dry_run"]
 
 
 def main(_: list[str]) -> int:
-    config, dry = parse(sys.argv[1:])
+    config, is_dry_run = parse(sys.argv[1:])
     check_alone(devices=False)
     writer = Writer(config)
-    return writer.dry_run() if dry else writer.run()
+    return writer.dry_run() if is_dry_run else writer.run()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Reasoning written by a strong model: asked for, checked, journalled, paid for."""
+"""Has a strong model write reasoning: requests, answers, what they cost, and what is kept."""

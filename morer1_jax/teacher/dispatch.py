@@ -1,4 +1,4 @@
-"""Keeps requests on their way, and journals what comes of each before it counts."""
+"""Sends the requests of a run, several at a time, and journals each result before it counts."""
 
 from __future__ import annotations
 
@@ -7,246 +7,247 @@ import contextlib
 import dataclasses
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
 from morer1_jax.errors import DataError
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
+from morer1_jax.teacher.answers import rejection_reason, strip_wrapping
 from morer1_jax.teacher.endpoint import Endpoint, EndpointError, Reply
-from morer1_jax.teacher.journal import Answered, Journal, Outcome, Sent
+from morer1_jax.teacher.journal import Journal, Outcome, RequestResult, RequestSent
 from morer1_jax.teacher.ledger import Size
-from morer1_jax.teacher.outcomes import Book
-from morer1_jax.teacher.prompt import fault, unwrapped
 from morer1_jax.teacher.request import Request
+from morer1_jax.teacher.results import Results
 
-# Facts given up in a row, without an answer, after which the endpoint is taken to be down; and
-# facts refused alike, after which it is the request that is wrong.
-_SILENCE, _ALIKE = 10, 5
-# Seconds before a request is sent again: before the first time, at most, and at most if the
-# endpoint asks for more.
-_PAUSE, _LONG_PAUSE, _PATIENCE = 0.5, 8.0, 120.0
+# Without an answer in between: number of facts given up after which the endpoint is taken to be
+# down, and number of facts refused alike after which the request is taken to be at fault.
+_MAX_GIVEN_UP, _MAX_REFUSED_ALIKE = 10, 5
+# Seconds before a retry, as in OpenAI's client: the first, the maximum, and the maximum that the
+# endpoint may ask for.
+_FIRST_DELAY, _MAX_DELAY, _MAX_RETRY_AFTER = 0.5, 8.0, 120.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Desk:
-    """What a dispatch works with.
+class _OverBudget(Exception):
+    """A request that does not fit the budget, by its size."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+@dataclasses.dataclass
+class Dispatcher:
+    """Asks for facts with a fixed number of workers; for one run.
+
+    A request that failed for a passing reason is retried, as a request of its own: after as long as
+    the endpoint asks for, up to two minutes, otherwise after half a second, doubled up to eight.
 
     Attributes:
-      build: makes a fact's request; called in a thread.
-      in_flight: most requests on their way, or waiting to be sent again, at once.
-      bar: moves on by one when a fact is kept or set aside.
+      build: builds a fact's request; called in a thread.
+      max_in_flight: number of workers.
+      bar: advances by one when a fact is kept or set aside.
     """
 
     endpoint: Endpoint
     journal: Journal
-    book: Book
+    results: Results
     ontology: Ontology
     build: Callable[[Fact], Request]
-    in_flight: int
+    max_in_flight: int
     bar: tqdm
 
-
-def judge(sent: Sent, reply: Reply, fact: Fact, ontology: Ontology) -> Answered:
-    """What the journal says of a reply."""
-    outcome: Outcome
-    if reply.outcome == "answer":
-        reason = reply.problem or fault(unwrapped(reply.text or ""), fact, ontology)
-        outcome = "rejected" if reason else "kept"
-    else:
-        lasting = reply.outcome in ("filtered", "refused")
-        reason, outcome = reply.problem, "refused" if lasting else "unanswered"
-    return Answered(sent.number, sent.fact, outcome, reason, reply.usage, reply.text)
-
-
-class Dispatch:
-    """The requests of one run.
-
-    A request that failed for now is sent again, as another request: after as long as the endpoint
-    says, up to two minutes, else after half a second, doubled each time up to eight.
-    """
-
-    def __init__(self, desk: Desk, facts: Sequence[Fact]) -> None:
-        self._desk = desk
-        self._queue = deque(facts)
-        # Built and next to be sent; on their way; waiting to be sent again.
-        self._ready: deque[tuple[Fact, Request]] = deque()
-        self._flights: dict[asyncio.Task[Reply], tuple[Sent, Fact, Request]] = {}
-        self._pauses: dict[asyncio.Task[None], tuple[Fact, Request]] = {}
-        self._tries: Counter[str] = Counter()
-        self._stopping = asyncio.Event()
+    def __post_init__(self) -> None:
+        self._queue: deque[Fact] = deque()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._in_flight: set[asyncio.Task[None] | None] = set()  # Workers that await a reply.
+        self._arrival = asyncio.Event()  # Of the next reply.
+        self._turn = asyncio.Lock()  # One worker at a time waits for the budget, first come first.
+        self._stopping = False
         self._answered = False
+        self._last_problem = ""
         self._fatal: str | None = None
-        # Since the last answer: facts given up, what was refused alike, what was said last.
-        self._silence = 0
-        self._alike: Counter[str] = Counter()
-        self._last = ""
+        # Since the last answer.
+        self._given_up = 0
+        self._refused: Counter[str] = Counter()
 
     @property
     def in_flight(self) -> int:
-        """How many requests are on their way."""
-        return len(self._flights)
+        """The number of requests in flight."""
+        return len(self._in_flight)
 
     def stop(self) -> None:
-        """Sends no more; `run` ends when what is on its way has arrived, or is late."""
-        self._stopping.set()
+        """Sends no more; `run` ends when all requests in flight have arrived or timed out."""
+        self._stopping = True
+        for worker in self._workers - self._in_flight:
+            worker.cancel()
+        loop = asyncio.get_running_loop()
+        for worker in self._in_flight:
+            loop.call_later(self.endpoint.config.timeout, worker.cancel)
 
-    async def run(self) -> Size | None:
+    async def run(self, facts: Iterable[Fact]) -> Size | None:
         """Asks for each fact until it is kept or set aside, or a request does not fit the budget.
 
-        Before it ends, also with an EndpointError, what is on its way may arrive until the
-        endpoint's time-out. When it is cancelled, or the journal fails, that is given up.
+        Requests in flight may arrive until the endpoint's time-out before it returns, or raises an
+        EndpointError. They are given up when it is cancelled or the journal cannot be written.
 
         Returns:
-          The size of the request that did not fit, if one did not.
+          The size of the request that did not fit, if any.
 
         Raises:
           EndpointError: the endpoint refuses all requests, has answered none, or has not answered
             for ten facts in a row.
-          DataError: a photo that cannot be read, or a journal that cannot be written.
+          DataError: a photo cannot be read, or the journal cannot be written.
         """
-        stopped = asyncio.create_task(self._stopping.wait())
+        self._queue.extend(facts)
+        unaffordable = None
         try:
-            await self._work(stopped)
-        except BaseException:
-            with contextlib.suppress(DataError):  # The first error is the one to be told.
-                await self._give_up()
-            raise
-        finally:
-            stopped.cancel()
-        await self._give_up()
-        if self._stopping.is_set():
+            async with asyncio.TaskGroup() as group:
+                self._workers = {group.create_task(self._work()) for _ in range(self.max_in_flight)}
+        except BaseExceptionGroup as errors:
+            error = errors.exceptions[0]
+            if not isinstance(error, _OverBudget):
+                raise error from None
+            unaffordable = error.size
+        if self._stopping:
             return None
-        if self._last and not self._answered:
+        if self._last_problem and not self._answered:
             raise EndpointError(
-                f"no request was answered (last: {self._last}); correct --base-url or --model, "
-                "or start again later"
+                f"no request was answered (last: {self._last_problem}); correct --base-url or "
+                "--model, or start again later"
             )
-        return self._size(self._ready[0][1]) if self._ready else None
+        return unaffordable
 
-    async def _work(self, stopped: asyncio.Task[bool]) -> None:
-        while not self._stopping.is_set():
-            await self._fill()
-            if not self._flights and (self._ready or not self._pauses):
+    async def _work(self) -> None:
+        """Asks for one fact after another until the queue is empty."""
+        while self._queue and not self._stopping:
+            await self._ask(self._queue.popleft())
+        if not self._stopping:
+            await self._check_endpoint()
+
+    async def _ask(self, fact: Fact) -> None:
+        """Asks for a fact once, with retries, and queues it again if it is still pending."""
+        request, retries = None, self.endpoint.config.retries
+        for attempt in range(retries + 1):
+            async with self._turn:
+                request = request or await self._build(fact)
+                sent = await self._admit(fact, request)
+            reply = await self._await_reply(request)
+            self._record(sent, reply, fact)
+            delay = _retry_delay(reply, attempt)
+            if delay is None or attempt == retries:
+                break
+            if self._stopping:
                 return
-            tasks = {*self._flights, *self._pauses, stopped}
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done & self._pauses.keys():
-                self._ready.append(self._pauses.pop(task))
-            self._land(done)
-            if self._trouble():
-                await self._drain()
-                if trouble := self._trouble():  # No answer has come that speaks against it.
-                    raise EndpointError(trouble)
-        await self._drain()
+            await asyncio.sleep(delay)
+        if reply.kind == "failed":
+            self.results.unanswered[fact.id] = reply.problem or ""
+            self._given_up += 1
+        if self.results.is_pending(fact.id):
+            self._queue.append(fact)
+        else:
+            self.bar.update()
+        cost = f"{len(self.results.kept):,} kept, {self.results.cost()}"
+        self.bar.set_postfix_str(cost, refresh=False)
 
-    async def _fill(self) -> None:
-        """Sends until enough are on their way, none is left, or the budget cannot bear the next."""
-        desk = self._desk
-        while len(self._flights) + len(self._pauses) < desk.in_flight:
-            if not self._ready:
-                if not self._queue:
-                    return
-                fact = self._queue.popleft()
-                try:
-                    self._ready.append((fact, await asyncio.to_thread(desk.build, fact)))
-                except DataError:
-                    await self._drain()
-                    raise
-            fact, request = self._ready[0]
-            size = self._size(request)
-            if self._stopping.is_set() or not desk.book.ledger.fits(size):
-                return
-            sent = Sent(desk.book.requests + 1, fact.id, size, request.photo)
-            desk.journal.add(sent)
-            desk.book.apply(sent)
-            self._ready.popleft()
-            task = asyncio.create_task(desk.endpoint.ask(request.messages))
-            self._flights[task] = sent, fact, request
+    async def _build(self, fact: Fact) -> Request:
+        try:
+            return await asyncio.to_thread(self.build, fact)
+        except DataError:
+            await self._await_arrivals(until=lambda: False)
+            raise
 
-    def _land(self, done: set[asyncio.Task]) -> None:
-        """Journals what has arrived, and takes up each fact again, or not."""
-        desk, book = self._desk, self._desk.book
-        for task in done & self._flights.keys():
-            (sent, fact, request), reply = self._flights.pop(task), task.result()
-            entry = judge(sent, reply, fact, desk.ontology)
-            desk.journal.add(entry)
-            book.apply(entry)
-            if reply.outcome == "answer":
-                self._answered, self._silence = True, 0
-                self._alike.clear()
-                del self._tries[fact.id]
-            else:
-                self._last = f"{fact.id}: {reply.problem}"
-            if self._is_again(fact, reply):
-                self._pause(fact, request, reply)
-                continue
-            if reply.outcome == "failed":
-                book.unanswered[fact.id] = entry.reason or ""
-                self._silence += 1
-            elif reply.outcome == "refused":
-                self._alike[(reply.problem or "").partition(":")[0]] += 1
-            elif reply.outcome == "fatal" and self._fatal is None:
-                self._fatal = f"{reply.advice}, then start again ({self._last})"
-            if book.is_open(fact.id):
-                self._queue.append(fact)
-            else:
-                desk.bar.update()
-            desk.bar.set_postfix_str(f"{len(book.kept):,} kept, {book.cost()}", refresh=False)
+    async def _admit(self, fact: Fact, request: Request) -> RequestSent:
+        """Journals a request once the budget covers it, after which it is sent.
 
-    def _is_again(self, fact: Fact, reply: Reply) -> bool:
-        patient = reply.after is None or reply.after <= _PATIENCE
-        return reply.retry and patient and self._tries[fact.id] < self._desk.endpoint.config.retries
+        Raises:
+          _OverBudget: it does not, and no reply can change that.
+        """
+        ledger, size = self.results.ledger, request.size(self.endpoint.config.max_tokens)
+        await self._check_endpoint()
+        while not ledger.fits(size):
+            if not self._in_flight:
+                raise _OverBudget(size)
+            await self._arrival.wait()
+            await self._check_endpoint()
+        sent = RequestSent(self.results.requests + 1, fact.id, size, request.photo)
+        self.journal.add(sent)
+        self.results.apply(sent)
+        self._in_flight.add(asyncio.current_task())
+        return sent
 
-    def _pause(self, fact: Fact, request: Request, reply: Reply) -> None:
-        seconds = reply.after
-        if seconds is None:
-            # Not all at once: what failed together would fail together again.
-            longest = min(_PAUSE * 2 ** self._tries[fact.id], _LONG_PAUSE)
-            seconds = random.uniform(0.75, 1) * longest
-        self._tries[fact.id] += 1
-        self._pauses[asyncio.create_task(asyncio.sleep(seconds))] = fact, request
+    async def _await_reply(self, request: Request) -> Reply:
+        try:
+            return await self.endpoint.ask(request.messages)
+        finally:
+            self._in_flight.remove(asyncio.current_task())
+            self._arrival.set()  # Who waits for it goes on when the reply is recorded.
+            self._arrival = asyncio.Event()
+
+    def _record(self, sent: RequestSent, reply: Reply, fact: Fact) -> None:
+        """Journals a reply, and takes from it whether the endpoint works."""
+        result = judge(sent, reply, fact, self.ontology)
+        self.journal.add(result)
+        self.results.apply(result)
+        if reply.kind == "answer":
+            self._answered, self._given_up = True, 0
+            self._refused.clear()
+        else:
+            self._last_problem = f"{fact.id}: {reply.problem}"
+        if reply.kind == "refused":
+            self._refused[(reply.problem or "").partition(":")[0]] += 1
+        elif reply.kind == "fatal" and self._fatal is None:
+            self._fatal = f"{reply.advice}, then start again ({self._last_problem})"
+
+    async def _check_endpoint(self) -> None:
+        """Raises EndpointError if it is no use to go on and no reply in flight shows otherwise."""
+        await self._await_arrivals(until=lambda: self._trouble() is None)
+        if trouble := self._trouble():
+            raise EndpointError(trouble)
+
+    async def _await_arrivals(self, until: Callable[[], bool]) -> None:
+        """Waits until a condition holds, none is in flight, or the endpoint's time-out is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.endpoint.config.timeout):
+                while self._in_flight and not until():
+                    await self._arrival.wait()
 
     def _trouble(self) -> str | None:
-        """Why there is no sense in going on, if so."""
+        """Returns why it is no use to go on, if so."""
         if self._fatal:
             return self._fatal
-        if self._silence >= _SILENCE:
+        if self._given_up >= _MAX_GIVEN_UP:
             return (
-                f"{self._silence} facts in a row were not answered (last: {self._last}); what was "
-                "answered is kept, start again later"
+                f"{self._given_up} facts in a row were not answered (last: {self._last_problem}); "
+                "the answers so far are kept, start again later"
             )
-        if max(self._alike.values(), default=0) >= _ALIKE:
+        refused_alike = max(self._refused.values(), default=0)
+        if refused_alike >= _MAX_REFUSED_ALIKE:
             return (
-                f"{max(self._alike.values())} facts in a row were refused alike (last: "
-                f"{self._last}); change the setting that it names, or leave these facts out, then "
-                "start again"
+                f"{refused_alike} facts in a row were refused alike (last: {self._last_problem}); "
+                "change the setting that it names, or leave these facts out, then start again"
             )
         return None
 
-    async def _drain(self) -> None:
-        """Lets what is on its way arrive, until the endpoint's time-out."""
-        clock = asyncio.get_running_loop()
-        end = clock.time() + self._desk.endpoint.config.timeout
-        while self._flights and (left := end - clock.time()) > 0:
-            done, _ = await asyncio.wait(
-                self._flights, timeout=left, return_when=asyncio.FIRST_COMPLETED
-            )
-            self._land(done)
 
-    async def _give_up(self) -> None:
-        """Cancels what is on its way or waits; what has arrived by now is journaled."""
-        tasks = {*self._flights, *self._pauses}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        self._land(
-            {task for task in self._flights if not task.cancelled() and not task.exception()}
-        )
-        for task in self._pauses:
-            task.cancel()
+def judge(sent: RequestSent, reply: Reply, fact: Fact, ontology: Ontology) -> RequestResult:
+    """Returns what the journal says of a reply."""
+    outcome: Outcome
+    reason = reply.problem
+    if reply.kind == "answer":
+        reason = reason or rejection_reason(strip_wrapping(reply.text or ""), fact, ontology)
+        outcome = "rejected" if reason else "kept"
+    else:
+        outcome = "refused" if reply.kind in ("filtered", "refused") else "unanswered"
+    return RequestResult(sent.number, sent.fact, outcome, reason, reply.usage, reply.text)
 
-    def _size(self, request: Request) -> Size:
-        return request.size(self._desk.endpoint.config.max_tokens)
+
+def _retry_delay(reply: Reply, attempt: int) -> float | None:
+    """Returns the seconds to wait before a retry; None: there is no use in one."""
+    if not reply.transient or (reply.retry_after or 0) > _MAX_RETRY_AFTER:
+        return None
+    if reply.retry_after is not None:
+        return reply.retry_after
+    # Spread out: what failed together would fail together again.
+    return random.uniform(0.75, 1) * min(_FIRST_DELAY * 2**attempt, _MAX_DELAY)

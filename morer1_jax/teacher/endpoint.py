@@ -1,4 +1,9 @@
-"""An OpenAI-compatible endpoint: one question, one answer, and what to make of its errors."""
+"""Talks to an OpenAI-compatible endpoint: one request, one reply, and what its errors mean.
+
+Each attempt is one request. The client's own retries stay off: an attempt that times out may be
+billed, so the ledger must reserve its cost before it is sent, and the client would also retry what
+no waiting mends, such as an account without credit.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +22,18 @@ from morer1_jax.errors import ConfigError, one_line
 from morer1_jax.teacher.ledger import Usage
 
 KEY, BASE_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
-# A shorter key is a placeholder for an endpoint that needs none, and may be a word of an answer.
-_SECRET = 8
-# Names of the client's errors, whichever HTTP library it uses, after which nothing was sent.
+# A shorter key is a placeholder for an endpoint without keys, and may be a word of an answer.
+_MIN_SECRET = 8
+# Errors after which nothing was sent, by name, as the client's HTTP library is not always httpx.
 _NOT_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol"}
-# Settings that are the same in all requests, as an error's `param` names them; so is `max_…`.
-_SETTINGS = {"model", "temperature"}
-# In the error of a request whose photo or title a provider's content filter refuses.
-_CONTENT = re.compile(
+# The wording of errors of a content filter that refuses a photo or a title.
+_CONTENT_FILTER = re.compile(
     r"content.?(?:filter|policy|management)|policy.?violation|safety|moderation|inspection"
     r"|flagged|invalid_prompt",
     re.IGNORECASE,
 )
 
-
-Outcome = Literal["answer", "failed", "filtered", "refused", "fatal"]
+ReplyKind = Literal["answer", "failed", "filtered", "refused", "fatal"]
 
 
 class EndpointError(ConfigError):
@@ -40,15 +42,14 @@ class EndpointError(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class EndpointConfig:
-    """Whom to ask, and how.
+    """Which model to ask, and how.
 
     Attributes:
       model: its name at the endpoint.
-      base_url: of the endpoint; None: OpenAI's.
+      base_url: the endpoint's; None: OpenAI's.
       temperature: of sampling.
-      max_tokens: most tokens of an answer.
-      retries: of a request after 408, 409, 429, 5xx, a time-out or a connection that was cut or
-        could not be made.
+      max_tokens: maximum number of tokens of an answer.
+      retries: number of retries after a time-out, a failed connection or HTTP 408, 409, 429, 5xx.
       timeout: seconds without a byte after which a connection is given up.
     """
 
@@ -62,25 +63,25 @@ class EndpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What came of a question.
+    """The outcome of one request.
 
     Attributes:
-      outcome: `answer`: the model answered; `failed`: it did not; `filtered`: nor will it, for the
-        provider's content filter refuses the request; `refused`: nor will it, for another reason
-        that seems to lie in this request; `fatal`: it will answer no request.
+      kind: `answer`: the model answered; `failed`: it did not; `filtered`: it never will, because
+        the provider's content filter refuses the request; `refused`: it never will, for another
+        reason in this request; `fatal`: it will answer no request.
       text: the answer, or None.
-      problem: why there is no text, or none that is whole. Of a kind is what is before a colon.
-      retry: whether the same request may be answered a little later.
-      after: seconds to wait before that, if the endpoint says so.
-      advice: what to do if it is fatal.
-      usage: tokens billed; None: not known.
+      problem: why there is no text, or an incomplete one; the part before a colon names the class.
+      transient: whether the same request may succeed later.
+      retry_after: seconds to wait before that, if the endpoint says so.
+      advice: what the user can do about a fatal error.
+      usage: tokens billed; None: unknown.
     """
 
-    outcome: Outcome = "answer"
+    kind: ReplyKind = "answer"
     text: str | None = None
     problem: str | None = None
-    retry: bool = False
-    after: float | None = None
+    transient: bool = False
+    retry_after: float | None = None
     advice: str | None = None
     usage: Usage | None = None
 
@@ -88,14 +89,11 @@ class Reply:
 class Endpoint:
     """A client of an endpoint; use it as an async context manager.
 
-    The key is read from the environment and kept out of whatever this class returns or raises.
-
-    Attributes:
-      config: whom it asks, and how.
+    The key is read from the environment and redacted in everything that is returned or raised.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
-        """Raises ConfigError: no package `openai`, no usable key, or no URL."""
+        """Raises ConfigError: no package `openai`, no usable key, or a malformed URL."""
         with needs_extra("write"):
             import openai
         self._openai = openai
@@ -103,23 +101,23 @@ class Endpoint:
         self._key = os.environ.get(KEY, "")
         if not self._key:
             raise ConfigError(
-                f"{KEY} is not set; export the endpoint's key (any word for one that needs none)"
+                f"{KEY} is not set; export the endpoint's key (any word where it needs none)"
             )
         if not re.fullmatch("[!-~]+", self._key):
-            raise ConfigError(f"{KEY} holds white space or what is not ASCII; export it anew")
+            raise ConfigError(
+                f"{KEY}: expected ASCII without white space, found other characters; export the "
+                "key anew"
+            )
         url = config.base_url or os.environ.get(BASE_URL) or None
         if url is not None and not _is_url(url):
             raise ConfigError(
-                f"--base-url or {BASE_URL}: no URL, one like https://host/v1 expected"
+                f"--base-url or {BASE_URL}: expected a URL like https://host/v1, found another "
+                "text; correct it"
             )
-        # Newer models refuse `max_tokens`, older servers ignore its successor.
-        self._limit = "max_tokens"
+        # Newer models refuse `max_tokens`, older servers ignore `max_completion_tokens`.
+        self._limit_name = "max_tokens"
         self._client = openai.AsyncOpenAI(
-            # A client that tries again by itself is billed for what no ledger saw.
-            api_key=self._key,
-            base_url=url,
-            max_retries=0,
-            timeout=config.timeout,
+            api_key=self._key, base_url=url, max_retries=0, timeout=config.timeout
         )
 
     async def __aenter__(self) -> Endpoint:
@@ -129,101 +127,99 @@ class Endpoint:
         await self._client.close()
 
     async def ask(self, messages: Sequence[Mapping[str, Any]]) -> Reply:
-        """Asks once.
+        """Sends one request, which is billed at most once.
 
-        It is billed at most once: a request is sent anew only after the endpoint refused it for the
-        name of the limit on tokens.
+        It is repeated only where the endpoint refuses the name of the limit on tokens.
         """
-        openai, config = self._openai, self.config
-        limit = self._limit
+        openai, config, limit_name = self._openai, self.config, self._limit_name
         try:
-            answer = await self._client.chat.completions.create(
+            completion = await self._client.chat.completions.create(
                 model=config.model,
                 messages=messages,
                 temperature=config.temperature,
-                **{limit: config.max_tokens},
+                **{limit_name: config.max_tokens},
             )
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             if _NOT_SENT & {kind.__name__ for kind in type(cause).__mro__}:
-                said = self._clean(cause)
-                return Reply("failed", problem=f"not reached: {said}", retry=True, usage=Usage())
-            late = isinstance(error, openai.APITimeoutError)
-            problem = "time-out" if late else f"cut off by the network: {self._clean(cause)}"
-            return Reply("failed", problem=problem, retry=True)
+                problem = f"not reached: {self._clean(cause)}"
+                return Reply("failed", problem=problem, transient=True, usage=Usage())
+            timed_out = isinstance(error, openai.APITimeoutError)
+            problem = "time-out" if timed_out else f"cut off by the network: {self._clean(cause)}"
+            return Reply("failed", problem=problem, transient=True)
         except openai.APIStatusError as error:
-            if limit == "max_tokens" and (error.status_code, error.param) == (400, limit):
-                self._limit = "max_completion_tokens"
+            if limit_name == "max_tokens" and (error.status_code, error.param) == (400, limit_name):
+                self._limit_name = "max_completion_tokens"
                 return await self.ask(messages)
-            return self._status(error)
+            return self._read_status(error)
         except ValueError:
             return Reply("failed", problem="no chat completion")
-        return self._reply(answer)
+        return self._read_completion(completion)
 
-    def _reply(self, answer: Any) -> Reply:
-        """Reads an answer; the client leaves its fields unchecked."""
-        if isinstance(answer, str):  # The client's way with what is not JSON.
+    def _read_completion(self, completion: Any) -> Reply:
+        """Reads a completion, whose fields the client leaves unchecked."""
+        if isinstance(completion, str):  # What the client returns for a body that is not JSON.
             advice = "a text such as a web page; correct --base-url"
             return Reply("failed", problem=f"no chat completion: {advice}")
         try:
-            choice = answer.choices[0]
+            choice = completion.choices[0]
             text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
-            finish = choice.finish_reason
+            finish_reason = choice.finish_reason
         except (AttributeError, IndexError, TypeError):
             return Reply("failed", problem="no chat completion")
-        usage = _usage(getattr(answer, "usage", None))
-        text = self._hide(text) if isinstance(text, str) else None
+        text = self._redact(text) if isinstance(text, str) else None
         problem = None
         if refusal:
             problem = "refusal"
-        elif finish == "content_filter":
+        elif finish_reason == "content_filter":
             problem = "content filter"
-        elif finish == "length":
+        elif finish_reason == "length":
             problem = "cut off"
         elif not text or not text.strip():
             problem = "empty"
-        return Reply(text=text, problem=problem, usage=usage)
+        return Reply(text=text, problem=problem, usage=_usage(getattr(completion, "usage", None)))
 
-    def _status(self, error: Any) -> Reply:
-        """What an HTTP status means: for now, for this fact alone, or for all requests."""
-        status, code, model = error.status_code, error.code, repr(self.config.model)
-        kind = f"HTTP {status}" + (f", {self._clean(code)}" if code else "")
-        body = error.body
-        said = body["message"] if isinstance(body, Mapping) and body.get("message") else body
-        problem, advice = f"{kind}: {self._clean(said)}" if said else kind, None
-        outcome: Outcome = "fatal"
-        # Free text may speak of policies also where the key is not allowed to do something.
-        known = code or "" if status == 403 else f"{code} {error.type} {said}"
+    def _read_status(self, error: Any) -> Reply:
+        """Tells HTTP errors that pass, that concern this fact alone, and that concern all."""
+        status, code, body, model = error.status_code, error.code, error.body, self.config.model
+        status_name = f"HTTP {status}" + (f", {self._clean(code)}" if code else "")
+        message = body["message"] if isinstance(body, Mapping) and body.get("message") else body
+        problem = f"{status_name}: {self._clean(message)}" if message else status_name
+        # A 403's free text may speak of policies where the key merely lacks a permission.
+        filter_text = code or "" if status == 403 else f"{code} {error.type} {message}"
+        # A parameter that is the same in all requests.
+        setting = error.param in ("model", "temperature") or str(error.param).startswith("max_")
         if code == "insufficient_quota" or status == 402:
             advice = "no credit is left at the endpoint; top up"
         elif status in (408, 409, 429) or status >= 500:
-            after = _after(error.response.headers)
-            return Reply("failed", problem=kind, retry=True, after=after, usage=Usage())
-        elif status in (400, 422) and _is_setting(error.param):
+            wait = _retry_after(error.response.headers)
+            return Reply(
+                "failed", problem=status_name, transient=True, retry_after=wait, usage=Usage()
+            )
+        elif status in (400, 422) and setting:
             advice = "the endpoint refuses the request; change the setting it names"
         elif status == 401:
-            # Without what the endpoint says of the key, which may show a part of it.
-            problem, advice = kind, f"the endpoint refuses the key; correct {KEY}"
-        elif status in (400, 403, 422) and _CONTENT.search(known):
-            outcome = "filtered"
+            problem = status_name  # The endpoint's message may show a part of the key.
+            advice = f"the endpoint refuses the key; correct {KEY}"
+        elif status in (400, 403, 422) and _CONTENT_FILTER.search(filter_text):
+            return Reply("filtered", problem=problem, usage=Usage())
         elif status == 403:
-            advice = f"the key may not use {model}; choose another --model or {KEY}"
+            advice = f"the key may not use {model!r}; choose another --model or {KEY}"
         elif status == 404:
-            advice = f"no model {model} there; correct --model or --base-url"
+            advice = f"no model {model!r} there; correct --model or --base-url"
         elif status in (400, 413, 422):
-            outcome = "refused"
+            return Reply("refused", problem=problem, usage=Usage())
         else:
             advice = "the endpoint refuses the request; correct --base-url"
-        return Reply(outcome, problem=problem, advice=advice, usage=Usage())
+        return Reply("fatal", problem=problem, advice=advice, usage=Usage())
 
     def _clean(self, value: Any) -> str:
-        """Text of others, fit for a one-line message."""
-        if isinstance(value, BaseException):
-            value = one_line(value)
-        return self._hide(" ".join(str(value).split()))[:200]
+        """Formats foreign text for a one-line message."""
+        value = one_line(value) if isinstance(value, BaseException) else str(value)
+        return self._redact(" ".join(value.split()))[:200]
 
-    def _hide(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if len(self._key) >= _SECRET else text
+    def _redact(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if len(self._key) >= _MIN_SECRET else text
 
 
 def _is_url(url: str) -> bool:
@@ -235,21 +231,17 @@ def _is_url(url: str) -> bool:
 
 
 def _usage(counts: Any) -> Usage | None:
-    """Tokens as an answer's `usage` states them; None if it does not."""
+    """Reads a completion's `usage`; None if it states none."""
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     prompt, answer, total = (getattr(counts, name, None) for name in names)
     if not all(type(count) is int and count >= 0 for count in (prompt, answer)):
         return None
-    # Some endpoints count hidden thoughts, which are billed as the answer is, in the total alone.
+    # Some endpoints count hidden reasoning, which is billed as the answer is, in the total alone.
     return Usage(prompt, max(answer, total - prompt if type(total) is int else 0))
 
 
-def _is_setting(param: Any) -> bool:
-    return isinstance(param, str) and (param in _SETTINGS or param.startswith("max_"))
-
-
-def _after(headers: Mapping[str, str]) -> float | None:
-    """Seconds after which the endpoint asks to be tried again, if it does.
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Reads the seconds after which the endpoint may be asked again; None if it states none.
 
     `Retry-After` is a number or a date (RFC 9110, 10.2.3); `retry-after-ms` is OpenAI's own.
     """
@@ -261,7 +253,7 @@ def _after(headers: Mapping[str, str]) -> float | None:
         if not math.isnan(seconds):
             return max(seconds, 0.0)
     try:
-        moment = parsedate_to_datetime(headers["retry-after"])
-        return max((moment - datetime.now(UTC)).total_seconds(), 0.0)
-    except (KeyError, ValueError, TypeError):  # Absent, no date, or one without a time zone.
+        date = parsedate_to_datetime(headers["retry-after"])
+        return max((date - datetime.now(UTC)).total_seconds(), 0.0)
+    except (KeyError, ValueError, TypeError):  # Absent, not a date, or without a time zone.
         return None

@@ -1,13 +1,14 @@
-"""The writer's journal: every request sent and every answer, a line each, in this order.
+"""Keeps the writer's journal: a JSON line for every request and for every result, in this order.
 
     {"journal": {"model": …, "temperature": …, …}}        what the answers depend on
-    {"run": 1}                                            a run begins
-    {"sent": 1, "fact": "train:7", "text": …, …}          a request, of a photo of this digest,
-                                                          written before it is sent
-    {"answered": 1, "fact": "train:7", "outcome": …, …}   what became of it
+    {"run": 1}                                            a run starts
+    {"sent": 1, "fact": "train:7", "text": …, …}          a request and its size, written before it
+                                                          is sent
+    {"answered": 1, "fact": "train:7", "outcome": …, …}   its result, flushed to the disk before it
+                                                          counts
 
-An answer is flushed to the disk before it counts. A request without an answer was on its way when
-a run was killed, or its answer never came; it may have been billed.
+A request without a result was in flight when a run was killed, or its answer was late; it may have
+been billed.
 """
 
 from __future__ import annotations
@@ -19,26 +20,21 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
-from morer1_jax.config.binding import flatten
+from morer1_jax.config.binding import differences, flatten
 from morer1_jax.errors import ConfigError, DataError, one_line
 from morer1_jax.files import sync_path
 from morer1_jax.run.lock import hold
 from morer1_jax.teacher.ledger import Size, Usage
 
 Outcome = Literal["kept", "rejected", "refused", "unanswered"]
-_OUTCOMES = ("kept", "rejected", "refused", "unanswered")
-_EXPECTED = (
-    'a line {"journal": {"model": …}}',
-    "the next run or request, or the only answer to a request",
-)
-_ABSENT = object()
 
 
 @dataclasses.dataclass(frozen=True)
-class Began:
-    """A run began; runs are numbered 1, 2, 3, …"""
+class RunStarted:
+    """The start of a run; runs are numbered 1, 2, 3, …"""
 
     number: int
 
@@ -47,14 +43,14 @@ class Began:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sent:
-    """A request, of a fact's first try or a later one.
+class RequestSent:
+    """A request; each retry is one of its own.
 
     Attributes:
       number: 1, 2, 3, … in the journal's order.
-      fact: the id of the fact it is for.
+      fact: the fact's id.
       size: what its price depends on.
-      photo: SHA-256 of the photo's file; None in journals of before it was kept.
+      photo: SHA-256 of the photo's file; None in journals of versions that did not keep it.
     """
 
     number: int
@@ -68,16 +64,16 @@ class Sent:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
-    """What became of a request.
+class RequestResult:
+    """The result of a request.
 
     Attributes:
       number, fact: the request's.
-      outcome: `kept`; `rejected`: an answer that cannot be learnt from; `refused`: the endpoint
-        will not answer for this fact; `unanswered`: it failed to.
-      reason: why it was not kept, in a few words; None if it was.
-      usage: tokens billed; None: not known.
-      text: the answer as it came; None if there was none.
+      outcome: `kept`; `rejected`: an answer that must not be learnt from; `refused`: the endpoint
+        will not answer for this fact; `unanswered`: it did not answer.
+      reason: why the answer was not kept, in a few words; None if it was.
+      usage: tokens billed; None: unknown.
+      text: the answer as it arrived; None if there is none.
     """
 
     number: int
@@ -99,35 +95,35 @@ class Answered:
         }
 
 
-Entry = Began | Sent | Answered
+Entry = RunStarted | RequestSent | RequestResult
 
 
 class Journal:
-    """A journal that is written by this process alone; use it as a context manager.
+    """A journal that this process alone writes; use it as a context manager.
 
     Attributes:
-      entries: what it held when it was opened.
-      repaired: the line that was cut because a kill tore it, as `path:line`; None if none was.
+      entries: its contents when it was opened.
+      repaired: place (`path:line`) of a last line that a kill tore and that was cut off, or None.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
-        """Opens a journal or begins it, and cuts a torn last line.
+        """Opens a journal or creates it, and cuts off a torn last line.
 
         Args:
-          identity: what the answers depend on; the journal's must be the same.
+          identity: what the answers depend on; must equal the journal's.
 
         Raises:
-          ConfigError: another process writes it, or it belongs to another identity.
+          ConfigError: another process writes it, or its identity differs.
           DataError: a whole line is damaged, or the file cannot be written.
         """
         self.path = Path(path)
         try:
-            with contextlib.ExitStack() as closing:
-                closing.enter_context(hold(self.path))
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(hold(self.path))
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-                closing.callback(os.close, self._file)
+                stack.callback(os.close, self._file)
                 self._open(identity)
-                self._closing = closing.pop_all()
+                self._stack = stack.pop_all()
         except OSError as error:
             raise DataError(
                 f"{self.path}: {one_line(error)}; give an --out on a local disk that can be written"
@@ -138,11 +134,11 @@ class Journal:
         self.entries, self._length = _parse(data, self.path, identity)
         self.repaired: str | None = None
         if self._length < len(data):
-            lines = data.count(b"\n", 0, self._length)
-            self.repaired = f"{self.path}:{lines + 1}"
+            whole_lines = data.count(b"\n", 0, self._length)
+            self.repaired = f"{self.path}:{whole_lines + 1}"
             os.ftruncate(self._file, self._length)
         if not self._length:
-            self._write({"journal": dict(identity)})
+            self._append({"journal": dict(identity)})
         os.fsync(self._file)
         sync_path(self.path.parent)
 
@@ -150,24 +146,23 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.close()
+        self._stack.close()
 
     def add(self, entry: Entry) -> None:
-        """Appends a line; an answer is on the disk when this returns.
+        """Appends a line; a result is on the disk when this returns.
 
-        A request's line outlives this process at once and the machine from the next answer on.
+        A request's line survives this process from now on, and the machine from the next result on.
 
         Raises:
-          DataError: it cannot be written; the journal is as it was.
+          DataError: it cannot be written; the journal is as before.
         """
-        self._write(entry.line(), sync=isinstance(entry, Answered))
+        self._append(entry.line(), sync=isinstance(entry, RequestResult))
 
-    def _write(self, line: Mapping[str, Any], sync: bool = False) -> None:
+    def _append(self, line: Mapping[str, Any], sync: bool = False) -> None:
         data = json.dumps(line).encode() + b"\n"
         try:
             try:
-                written = os.write(self._file, data)
-                if written < len(data):
+                if os.write(self._file, data) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if sync:
                     os.fsync(self._file)
@@ -176,17 +171,17 @@ class Journal:
                 raise
         except OSError as error:
             raise DataError(
-                f"{self.path}: {one_line(error)}; make room and start again, what was answered "
-                "is kept"
+                f"{self.path}: {one_line(error)}; make room and start again, the answers so far "
+                "are kept"
             ) from None
         self._length += len(data)
 
 
 def read_journal(path: str | os.PathLike[str], identity: Mapping[str, Any]) -> list[Entry]:
-    """What a journal holds, torn last line left out; nothing if there is none, or it is empty.
+    """Returns the entries of a journal without a torn last line; none if there is no journal.
 
     Raises:
-      ConfigError: it belongs to another identity.
+      ConfigError: its identity differs.
       DataError: a whole line is damaged.
     """
     path = Path(path)
@@ -194,94 +189,76 @@ def read_journal(path: str | os.PathLike[str], identity: Mapping[str, Any]) -> l
 
 
 def _parse(data: bytes, path: Path, identity: Mapping[str, Any]) -> tuple[list[Entry], int]:
-    """The entries and the length of the whole lines, in bytes."""
+    """Returns the entries and the length of the whole lines, in bytes."""
     entries: list[Entry] = []
-    open_: dict[int, str] = {}
-    runs = last = 0
+    pending: dict[int, str] = {}  # Fact by number, of requests without a result.
+    runs = requests = 0
     *lines, torn = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
             if number == 1:
-                _check_identity(value["journal"], identity, path)
+                _check_identity(_typed(value, "journal", dict), identity, path)
                 continue
             entry = _entry(value)
-            if isinstance(entry, Began):
+            if isinstance(entry, RunStarted):
                 runs += 1
-                if entry.number != runs:
-                    raise ValueError
-            elif isinstance(entry, Sent):
-                last += 1
-                if entry.number != last:
-                    raise ValueError
-                open_[last] = entry.fact
-            elif open_.pop(entry.number) != entry.fact:
+                follows = entry.number == runs
+            elif isinstance(entry, RequestSent):
+                requests += 1
+                follows = entry.number == requests
+                pending[requests] = entry.fact
+            else:
+                follows = pending.pop(entry.number) == entry.fact
+            if not follows:
                 raise ValueError
         except ConfigError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError):
+            expected = "the next run or request, or the only result of a request"
+            expected = 'a line {"journal": {"model": …}}' if number == 1 else expected
             raise DataError(
-                f"{path}:{number}: {line[:60].decode(errors='replace')!r} found, "
-                f"{_EXPECTED[number > 1]} expected; restore the file, or use another --out"
+                f"{path}:{number}: expected {expected}, found "
+                f"{line[:60].decode(errors='replace')!r}; restore the file, or use another --out"
             ) from None
         entries.append(entry)
     return entries, len(data) - len(torn)
 
 
-def _entry(value: Any) -> Entry:
-    """Raises KeyError, TypeError or ValueError if it is not an entry's `line`."""
-    entry: Entry
-    if "run" in value:
-        entry = Began(value["run"])
-    elif "sent" in value:
-        size = Size(*(value[field.name] for field in dataclasses.fields(Size)))
-        if not all(type(n) is int and n > 0 for n in dataclasses.astuple(size)):
+def _entry(line: Any) -> Entry:
+    """Parses a line; raises KeyError, TypeError or ValueError if it is not an entry's `line()`."""
+    if "run" in line:
+        return RunStarted(_typed(line, "run", int))
+    fact = _typed(line, "fact", str)
+    if "sent" in line:
+        size = Size(*(_typed(line, field.name, int) for field in dataclasses.fields(Size)))
+        if min(dataclasses.astuple(size)) < 1:
             raise ValueError
-        entry = Sent(value["sent"], value["fact"], size, value.get("photo"))
-        if not isinstance(entry.photo, str | None):
+        photo = _typed({"photo": None, **line}, "photo", str, NoneType)
+        return RequestSent(_typed(line, "sent", int), fact, size, photo)
+    usage = None
+    if (line["prompt_tokens"], line["answer_tokens"]) != (None, None):
+        usage = Usage(_typed(line, "prompt_tokens", int), _typed(line, "answer_tokens", int))
+        if min(dataclasses.astuple(usage)) < 0:
             raise ValueError
-    else:
-        tokens = value["prompt_tokens"], value["answer_tokens"]
-        usage = None if tokens == (None, None) else Usage(*tokens)
-        if usage and not all(type(n) is int and n >= 0 for n in tokens):
-            raise ValueError
-        entry = Answered(
-            value["answered"],
-            value["fact"],
-            value["outcome"],
-            value["reason"],
-            usage,
-            value["text"],
-        )
-        known = entry.outcome in _OUTCOMES and isinstance(entry.reason, str | None)
-        if not (known and isinstance(entry.text, str | None)):
-            raise ValueError
-        if (entry.outcome == "kept") != (entry.reason is None) or (
-            entry.outcome == "kept" and entry.text is None
-        ):
-            raise ValueError
-    if type(entry.number) is not int:
+    outcome = _typed(line, "outcome", str)
+    reason, text = (_typed(line, key, str, NoneType) for key in ("reason", "text"))
+    kept = outcome == "kept"
+    if outcome not in get_args(Outcome) or kept != (reason is None) or (kept and text is None):
         raise ValueError
-    if not isinstance(entry, Began) and not isinstance(entry.fact, str):
-        raise ValueError
-    return entry
+    return RequestResult(_typed(line, "answered", int), fact, outcome, reason, usage, text)
 
 
-def _check_identity(there: Any, here: Mapping[str, Any], path: Path) -> None:
-    if not isinstance(there, Mapping):
-        raise ValueError
-    before, now = flatten(there), flatten(here)
-    changed = [
-        f"{key}: {_show(before.get(key, _ABSENT))} there, {_show(now.get(key, _ABSENT))} here"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
-    ]
-    if changed:
+def _typed(line: Any, key: str, *types: type) -> Any:
+    """Returns `line[key]`; raises TypeError if it is of none of the types (a bool is no int)."""
+    if type(line[key]) not in types:
+        raise TypeError
+    return line[key]
+
+
+def _check_identity(there: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
+    if changed := differences(flatten(there), flatten(here)):
         raise ConfigError(
             f"{path} was written with other settings: {'; '.join(changed)}; set these back, or "
             "use another --out"
         )
-
-
-def _show(value: Any) -> str:
-    return "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)

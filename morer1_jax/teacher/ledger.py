@@ -1,26 +1,26 @@
-"""What requests cost, and whether another one can be paid for whatever it turns out to cost."""
+"""Keeps a budget: what requests cost, and whether the next one fits whatever it will cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-# More than any provider known bills for one image (GPT-4o mini: 48,169 for the largest).
-_IMAGE_TOKENS = 50_000
+# Tokens of an image, more than any known provider bills (GPT-4o mini: 48,169 for the largest).
+_MAX_IMAGE_TOKENS = 50_000
 _IMAGES = 2
-# On what a request may cost, judged by another's usage: tokenizers do not count in proportion.
+# Factor on estimates from another request's usage: tokenizers do not count in proportion to bytes.
 _MARGIN = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What decides the price of a request.
+    """What the price of a request depends on.
 
     Attributes:
-      text: bytes of its text in UTF-8.
-      pixels: of its images.
-      tiles: squares of 512 pixels' side, also parts of one, that cover its images.
-      answer: most tokens of the answer, as the endpoint was asked to keep to.
+      text: UTF-8 bytes of its text.
+      pixels: number of pixels of its images.
+      tiles: number of squares of 512 × 512 pixels, partial ones included, that cover its images.
+      answer: maximum number of tokens of the answer that the request permits.
     """
 
     text: int
@@ -46,7 +46,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """US dollars for a million tokens of prompt and of answer."""
+    """US dollars per million tokens of prompt and of answer; zeros: unknown."""
 
     prompt: float = 0.0
     answer: float = 0.0
@@ -54,28 +54,29 @@ class Prices:
     def dollars(self, usage: Usage) -> float:
         return (usage.prompt * self.prompt + usage.answer * self.answer) / 1e6
 
-
-def money(prices: Prices, usage: Usage) -> str:
-    """What tokens cost, in dollars where there are prices, for a line of text."""
-    if prices.prompt or prices.answer:
-        return f"${prices.dollars(usage):,.4f}"
-    return f"{usage.total:,} tokens"
+    def format(self, usage: Usage) -> str:
+        """Formats the cost of tokens, in dollars if a price is known."""
+        if self.prompt or self.answer:
+            return f"${self.dollars(usage):,.4f}"
+        return f"{usage.total:,} tokens"
 
 
 class Ledger:
-    """What was spent, and the most that the requests without a known usage can cost.
+    """Sums up what was spent and the maximum that requests of unknown usage can cost.
 
-    Before the first usage is known, a prompt is taken to cost no more than its bytes and 50,000
-    tokens an image. Afterwards the dearest prompt so far is the measure: a provider whose count is
-    a sum of text, pixels and tiles, each at a price of its own that is not negative, bills no other
-    prompt more than that one times the largest of the three ratios, and a quarter is added.
-    An answer is taken to cost what the endpoint was asked to keep to, or a quarter more than the
-    dearest so far: some endpoints do not keep to it, or bill thoughts that they do not show.
+    The bound on a prompt: before the first usage is known, its bytes plus 50,000 tokens an image.
+    Afterwards the most expensive prompt so far is the measure. A provider that counts a weighted
+    sum of text, pixels and tiles, with weights that are not negative, bills another prompt at most
+    that one's tokens times the largest of the three ratios; a quarter is added.
+
+    The bound on an answer: the maximum that the request permits, or a quarter more than the longest
+    answer so far, because some endpoints exceed the maximum, or bill hidden reasoning.
 
     Attributes:
+      prices: the endpoint's.
       spent: tokens of the requests whose usage is known.
-      answered: how many these are.
-      unsettled: the other requests, by number: on their way, or lost when a run was killed.
+      billed: number of these requests, without those that cost nothing.
+      unsettled: size by number of the other requests: in flight, or lost when a run was killed.
     """
 
     def __init__(
@@ -84,49 +85,47 @@ class Ledger:
         """Args: `dollars`, `tokens`: the budget; None: no limit."""
         self.prices = prices
         self.spent = Usage()
-        self.answered = 0
+        self.billed = 0
         self.unsettled: dict[int, Size] = {}
-        self._limit_dollars = math.inf if dollars is None else dollars
-        self._limit_tokens = math.inf if tokens is None else tokens
-        self._dearest: tuple[int, Size] | None = None
-        self._longest = 0
+        self._max_dollars = math.inf if dollars is None else dollars
+        self._max_tokens = math.inf if tokens is None else tokens
+        self._largest_prompt: tuple[int, Size] | None = None
+        self._longest_answer = 0
 
-    def send(self, number: int, size: Size) -> None:
-        """Reserves the most a request can cost."""
+    def reserve(self, number: int, size: Size) -> None:
+        """Reserves the maximum cost of a request until it is settled."""
         self.unsettled[number] = size
 
     def settle(self, number: int, usage: Usage | None) -> None:
-        """Takes a request's usage in place of its reservation; None: not known, so it stays."""
+        """Replaces a reservation by the request's usage; it stays if that is unknown (None)."""
         if usage is None:
             return
         size = self.unsettled.pop(number)
         self.spent += usage
-        self._longest = max(self._longest, usage.answer)
+        self._longest_answer = max(self._longest_answer, usage.answer)
         if usage.prompt:
-            self.answered += 1
-            if self._dearest is None or usage.prompt > self._dearest[0]:
-                self._dearest = usage.prompt, size
+            self.billed += 1
+            if self._largest_prompt is None or usage.prompt > self._largest_prompt[0]:
+                self._largest_prompt = usage.prompt, size
 
-    def most(self, size: Size) -> Usage:
-        """The most tokens a request of this size can cost."""
-        answer = max(size.answer, math.ceil(_MARGIN * self._longest))
-        if self._dearest is None:
-            return Usage(size.text + _IMAGES * _IMAGE_TOKENS, answer)
-        prompt, seen = self._dearest
-        ratio = max(1.0, size.text / seen.text, size.pixels / seen.pixels, size.tiles / seen.tiles)
+    def max_usage(self, size: Size) -> Usage:
+        """Returns the maximum usage of a request of this size."""
+        answer = max(size.answer, math.ceil(_MARGIN * self._longest_answer))
+        if self._largest_prompt is None:
+            return Usage(size.text + _IMAGES * _MAX_IMAGE_TOKENS, answer)
+        prompt, base = self._largest_prompt
+        ratio = max(1.0, size.text / base.text, size.pixels / base.pixels, size.tiles / base.tiles)
         return Usage(math.ceil(_MARGIN * ratio * prompt), answer)
 
     def reserved(self) -> Usage:
-        """The most that the unsettled requests can cost."""
-        return sum(map(self.most, self.unsettled.values()), Usage())
+        """Returns the maximum usage of all unsettled requests."""
+        return sum(map(self.max_usage, self.unsettled.values()), Usage())
 
     def fits(self, size: Size) -> bool:
-        """Whether the budget holds though this request, and all unsettled, cost their most."""
-        return self.bears(self.most(size))
+        """Returns whether the budget covers the maximum of a new request and of all unsettled."""
+        return self.covers(self.max_usage(size))
 
-    def bears(self, usage: Usage) -> bool:
-        """Whether the budget holds though this is spent, and all unsettled cost their most."""
+    def covers(self, usage: Usage) -> bool:
+        """Returns whether the budget covers further usage beside the maximum of all unsettled."""
         total = self.spent + self.reserved() + usage
-        return (
-            total.total <= self._limit_tokens and self.prices.dollars(total) <= self._limit_dollars
-        )
+        return total.total <= self._max_tokens and self.prices.dollars(total) <= self._max_dollars

@@ -1,4 +1,4 @@
-"""A request to the teacher: a fact's photo, its crop and the prompt, as one chat message."""
+"""Builds requests: a fact's photo, its crop and the prompt, as one chat message."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from morer1_jax.teacher.prompt import teacher_prompt
 
 JPEG_QUALITY = 90
 _TILE = 512
-# Files read at once: more than there are cores, for a bucket keeps its readers waiting.
+# Files read at once: more than there are cores, since a bucket answers late.
 _READERS = min(32, 2 * (os.cpu_count() or 1) + 6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is sent for one fact.
+    """A request for one fact.
 
     Attributes:
       prompt: the text.
       images: photo and crop as JPEG files.
       shapes: (width, height) of each, in pixels.
-      photo: SHA-256 of the photo's file, if there is one.
+      photo: SHA-256 of the photo's file.
     """
 
     prompt: str
@@ -48,64 +48,63 @@ class Request:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation as OpenAI's chat format has it, images as data URLs before the text."""
-        urls = (
-            "data:image/jpeg;base64," + base64.b64encode(image).decode() for image in self.images
-        )
-        parts: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": url}} for url in urls
+        """The conversation in OpenAI's chat format, images as data URLs before the text."""
+        encoded = (base64.b64encode(image).decode() for image in self.images)
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}}
+            for image in encoded
         ]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": self.prompt}]}]
 
-    def size(self, answer: int) -> Size:
-        """What decides its price, with an answer of at most so many tokens."""
+    def size(self, max_tokens: int) -> Size:
+        """Returns what its price depends on, with an answer of at most `max_tokens`."""
         return Size(
             text=len(self.prompt.encode()),
             pixels=sum(width * height for width, height in self.shapes),
             tiles=sum(-(-width // _TILE) * -(-height // _TILE) for width, height in self.shapes),
-            answer=answer,
+            answer=max_tokens,
         )
 
 
 def build_request(fact: Fact, ontology: Ontology, reader: ImageReader) -> Request:
-    """The request for one fact; an image above the reader's `max_pixels` is scaled down to it.
+    """Builds a fact's request; images above the reader's `max_pixels` are scaled down.
 
     Raises:
       DataError: the photo cannot be read, or the title holds a special token.
     """
-    pair = reader.pair(fact)
-    images = [_at_most(image, reader.config.max_pixels) for image in pair]
+    photo, crop = reader.pair(fact)
+    images = [_scaled_down(image, reader.config.max_pixels) for image in (photo, crop)]
     return Request(
         prompt=teacher_prompt(fact, ontology),
         images=tuple(map(_jpeg, images)),
         shapes=tuple(image.size for image in images),
-        photo=pair[0].info[DIGEST],
+        photo=photo.info[DIGEST],
     )
 
 
 def photo_digests(facts: Iterable[Fact], folder: epath.PathLike) -> dict[str, str]:
-    """SHA-256 of each distinct photo's file by `Fact.photo`, as requests have it; decodes none.
+    """Returns the SHA-256 of each distinct photo's file by `Fact.photo`, as in `Request.photo`.
 
     Raises:
-      DataError: one cannot be read.
+      DataError: a photo cannot be read.
     """
 
     def digest(fact: Fact) -> str:
         try:
             return hashlib.sha256(more.photo_path(folder, fact).read_bytes()).hexdigest()
-        except OSError as e:
-            raise DataError(f"{one_line(e)} (fact {fact.id}); expected a photo") from None
+        except OSError as error:
+            raise DataError(f"{one_line(error)} (fact {fact.id}); restore the photo") from None
 
-    first = {fact.photo: fact for fact in facts}
+    by_photo = {fact.photo: fact for fact in facts}
     with ThreadPoolExecutor(_READERS) as pool:
-        return dict(zip(first, pool.map(digest, first.values()), strict=True))
+        return dict(zip(by_photo, pool.map(digest, by_photo.values()), strict=True))
 
 
-def _at_most(image: Image.Image, pixels: int) -> Image.Image:
+def _scaled_down(image: Image.Image, max_pixels: int) -> Image.Image:
     width, height = image.size
-    if width * height <= pixels:
+    if width * height <= max_pixels:
         return image
-    scale = math.sqrt(pixels / (width * height))
+    scale = math.sqrt(max_pixels / (width * height))
     return image.resize((max(1, int(width * scale)), max(1, int(height * scale))))
 
 

@@ -11,16 +11,16 @@ from morer1_jax.errors import DataError
 from morer1_jax.task.answer import format_answer
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.teacher import dispatch
-from morer1_jax.teacher.dispatch import Desk, Dispatch
+from morer1_jax.teacher.dispatch import Dispatcher
 from morer1_jax.teacher.endpoint import EndpointConfig, EndpointError, Reply
-from morer1_jax.teacher.journal import Answered, Began, Journal, Sent, read_journal
+from morer1_jax.teacher.journal import Journal, RequestResult, RequestSent, RunStarted, read_journal
 from morer1_jax.teacher.ledger import Ledger, Prices, Usage
-from morer1_jax.teacher.outcomes import Book
 from morer1_jax.teacher.request import Request
+from morer1_jax.teacher.results import Results
 
-FAILED = Reply("failed", problem="HTTP 500", retry=True, usage=Usage())
+FAILED = Reply("failed", problem="HTTP 500", transient=True, usage=Usage())
 REFUSED = Reply("refused", problem="HTTP 400: Said the server", usage=Usage())
-LOST = Reply("failed", problem="time-out", retry=True)
+LOST = Reply("failed", problem="time-out", transient=True)
 
 
 def good(fact):
@@ -40,6 +40,7 @@ class Fake:
     async def ask(self, messages):
         name = messages[0]["content"][-1]["text"]
         self.asked.append(name)
+        await SLEEP(0)  # Others are sent meanwhile.
         replies = self.script.get(name, [])
         reply = replies.pop(0) if replies else good(self.facts[name])
         if isinstance(reply, tuple):  # Seconds, and what comes then.
@@ -53,7 +54,7 @@ SLEEP = asyncio.sleep
 
 @pytest.fixture
 def attempt(teachable, tmp_path, monkeypatch):
-    """Dispatches facts to a fake endpoint; gives the result or error, the endpoint, the book."""
+    """Dispatches facts to a fake endpoint; gives the result or error, the endpoint, the results."""
     _, facts = teachable(30)
     path = tmp_path / "journal.jsonl"
     pauses = []
@@ -62,28 +63,37 @@ def attempt(teachable, tmp_path, monkeypatch):
         pauses.append(seconds)
         await SLEEP(0)
 
+    async def to_thread(function, *args):
+        return function(*args)  # In an order that does not depend on threads.
+
     monkeypatch.setattr(dispatch.asyncio, "sleep", sleep)
+    monkeypatch.setattr(dispatch.asyncio, "to_thread", to_thread)
     monkeypatch.setattr(dispatch.random, "uniform", lambda low, high: high)
 
     def run(count, script, in_flight=1, build=None, budget=None, **config):
         endpoint = Fake(facts, script, **config)
-        book = Book(2, Ledger(Prices(), tokens=budget))
+        results = Results(2, Ledger(Prices(), tokens=budget))
         labels = dict.fromkeys(fact.label for fact in facts)
         with Journal(path, {}) as journal:
             for entry in journal.entries:
-                book.apply(entry)
-            journal.add(began := Began(book.runs + 1))
-            book.apply(began)
-            asked = [fact for fact in facts[:count] if book.is_open(fact.id)]
-            plain = build or (lambda fact: Request(fact.id, (), ((8, 8),)))
-            desk = Desk(
-                endpoint, journal, book, Ontology(tuple(labels)), plain, in_flight, tqdm(disable=1)
+                results.apply(entry)
+            journal.add(began := RunStarted(results.runs + 1))
+            results.apply(began)
+            asked = [fact for fact in facts[:count] if results.is_pending(fact.id)]
+            dispatcher = Dispatcher(
+                endpoint=endpoint,
+                journal=journal,
+                results=results,
+                ontology=Ontology(tuple(labels)),
+                build=build or (lambda fact: Request(fact.id, (), ((8, 8),))),
+                max_in_flight=in_flight,
+                bar=tqdm(disable=1),
             )
             try:
-                result = asyncio.run(Dispatch(desk, asked).run())
+                result = asyncio.run(dispatcher.run(asked))
             except (EndpointError, DataError) as error:
                 result = error
-        return Run(result, endpoint.asked, book, pauses, read_journal(path, {}))
+        return Run(result, endpoint.asked, results, pauses, read_journal(path, {}))
 
     return run
 
@@ -94,7 +104,7 @@ class Run:
 
     result: object
     asked: list
-    book: Book
+    results: Results
     pauses: list
     journal: list
 
@@ -104,7 +114,7 @@ class Run:
         return [
             (line.fact, line.outcome, line.usage is not None)
             for line in self.journal
-            if isinstance(line, Answered)
+            if isinstance(line, RequestResult)
         ]
 
 
@@ -117,25 +127,25 @@ def test_each_try_is_a_request_of_its_own_in_journal_and_ledger(attempt):
         ("train:1", "unanswered", True),
         ("train:1", "kept", True),
     ]
-    assert sum(isinstance(line, Sent) for line in run.journal) == 5
+    assert sum(isinstance(line, RequestSent) for line in run.journal) == 5
     # A status costs nothing; what was lost on its way may have been billed.
-    assert len(run.book.ledger.unsettled) == 1
-    assert run.book.ledger.spent == Usage(200, 100)
-    assert run.book.kept.keys() == {"train:1", "train:2"}
+    assert len(run.results.ledger.unsettled) == 1
+    assert run.results.ledger.spent == Usage(200, 100)
+    assert run.results.kept.keys() == {"train:1", "train:2"}
 
 
 def test_pauses_double_up_to_eight_seconds_or_are_the_endpoints(attempt):
-    after = dataclasses.replace(FAILED, after=33.0)
+    after = dataclasses.replace(FAILED, retry_after=33.0)
     run = attempt(1, {"train:1": [*(FAILED,) * 3, after, *(FAILED,) * 3]}, retries=8)
     assert run.pauses == [0.5, 1, 2, 33, 8, 8, 8]
-    assert run.book.kept.keys() == {"train:1"}
+    assert run.results.kept.keys() == {"train:1"}
 
 
 def test_after_an_answer_retries_begin_anew(attempt):
     script = [FAILED, FAILED, Reply(text="?", usage=Usage(1, 1)), FAILED, FAILED]
     run = attempt(1, {"train:1": script}, retries=2)
     assert run.pauses == [0.5, 1, 0.5, 1]
-    assert run.book.kept.keys() == {"train:1"}
+    assert run.results.kept.keys() == {"train:1"}
 
 
 @pytest.mark.parametrize(
@@ -143,22 +153,22 @@ def test_after_an_answer_retries_begin_anew(attempt):
     [
         (FAILED, 3),
         (LOST, 3),
-        (dataclasses.replace(FAILED, after=121.0), 1),  # That long no run waits.
-        (dataclasses.replace(FAILED, retry=False), 1),
+        (dataclasses.replace(FAILED, retry_after=121.0), 1),  # That long no run waits.
+        (dataclasses.replace(FAILED, transient=False), 1),
     ],
 )
 def test_what_fails_too_often_is_given_up_in_this_run(attempt, reply, tries):
     run = attempt(2, {"train:1": [reply] * tries}, retries=2)
     assert run.asked.count("train:1") == tries
-    assert run.book.unanswered == {"train:1": reply.problem}
-    assert run.book.kept.keys() == {"train:2"}
-    assert attempt(2, {}).book.kept.keys() == {"train:1", "train:2"}
+    assert run.results.unanswered == {"train:1": reply.problem}
+    assert run.results.kept.keys() == {"train:2"}
+    assert attempt(2, {}).results.kept.keys() == {"train:1", "train:2"}
 
 
 def test_a_fact_that_waits_does_not_keep_others_from_being_asked_for(attempt):
     run = attempt(3, {"train:1": [FAILED]}, in_flight=2)
     assert run.asked.index("train:2") < len(run.asked) - 1
-    assert run.book.kept.keys() == {"train:1", "train:2", "train:3"}
+    assert run.results.kept.keys() == {"train:1", "train:2", "train:3"}
 
 
 def test_a_retry_that_the_budget_cannot_bear_is_not_sent(attempt):
@@ -173,23 +183,23 @@ def test_a_retry_that_the_budget_cannot_bear_is_not_sent(attempt):
 
 
 def test_facts_given_up_in_a_row_end_the_run_after_what_is_on_its_way(attempt):
-    script = {f"train:{n}": [dataclasses.replace(FAILED, retry=False)] for n in range(1, 13)}
+    script = {f"train:{n}": [dataclasses.replace(FAILED, transient=False)] for n in range(1, 13)}
     script["train:11"] = [(0.1, Reply(problem="empty", usage=Usage(1, 1)))]
     # The one that answers late is waited for, and shows that the endpoint is up.
     run = attempt(14, script, in_flight=11)
     assert run.result is None
-    assert len(run.book.unanswered) == 11
-    assert run.book.kept.keys() == {"train:11", "train:13", "train:14"}
+    assert len(run.results.unanswered) == 11
+    assert run.results.kept.keys() == {"train:11", "train:13", "train:14"}
     run = attempt(30, {f"train:{n}": [FAILED] for n in range(1, 31)}, retries=0, in_flight=2)
     assert re.match("1[01] facts in a row were not answered", str(run.result))
-    assert run.book.ledger.unsettled == {}
+    assert run.results.ledger.unsettled == {}
 
 
 def test_an_answer_between_shows_that_only_facts_are_refused(attempt):
     script = {f"train:{n}": [REFUSED] for n in (1, 2, 3, 4, 6, 7, 8, 9)}
     run = attempt(10, script)
     assert run.result is None
-    assert run.book.refused.keys() == script.keys()
+    assert run.results.refused.keys() == script.keys()
     assert run.asked == [f"train:{n}" for n in range(1, 11)]
     assert attempt(10, {}).asked == []
 
@@ -199,8 +209,8 @@ def test_an_answer_on_its_way_speaks_for_the_endpoint(attempt):
     script["train:6"] = [(0.1, Reply(problem="empty", usage=Usage(1, 1)))]
     run = attempt(8, script, in_flight=6)
     assert run.result is None
-    assert run.book.refused.keys() == script.keys() - {"train:6"}
-    assert run.book.kept.keys() == {"train:6", "train:7", "train:8"}
+    assert run.results.refused.keys() == script.keys() - {"train:6"}
+    assert run.results.kept.keys() == {"train:6", "train:7", "train:8"}
 
 
 def test_five_facts_refused_alike_end_the_run_and_are_asked_for_again(attempt):
@@ -210,10 +220,10 @@ def test_five_facts_refused_alike_end_the_run_and_are_asked_for_again(attempt):
     assert re.match(
         r"5 facts in a row were refused alike \(last: train:6: HTTP 400: Said", str(run.result)
     )
-    run.book.doubt()
-    assert run.book.refused == {}
-    assert len(run.book.unanswered) == 6
-    assert len(attempt(20, {}).book.kept) == 20
+    run.results.end_run()
+    assert run.results.refused == {}
+    assert len(run.results.unanswered) == 6
+    assert len(attempt(20, {}).results.kept) == 20
 
 
 def test_a_fatal_reply_waits_for_what_is_on_its_way(attempt):
@@ -225,7 +235,7 @@ def test_a_fatal_reply_waits_for_what_is_on_its_way(attempt):
     ends = {(fact, outcome) for fact, outcome, _ in run.ends}
     assert ends == {("train:1", "unanswered"), ("train:2", "rejected"), ("train:4", "kept")}
     # Beyond the time-out nothing is waited for; it may have been billed.
-    assert len(run.book.ledger.unsettled) == 1
+    assert len(run.results.ledger.unsettled) == 1
     assert len(run.asked) == 4
 
 

@@ -91,7 +91,7 @@ def test_an_answer_is_read_whatever_it_holds(ask, body, reply):
 def test_a_web_page_points_to_the_url(ask):
     page = {"status": 200, "body": "<html>Hi</html>", "headers": {"Content-Type": "text/html"}}
     reply = ask(reply=page)
-    assert (reply.outcome, reply.retry) == ("failed", False)
+    assert (reply.kind, reply.transient) == ("failed", False)
     assert reply.problem.startswith("no chat completion: ")
     assert "correct --base-url" in reply.problem
 
@@ -103,12 +103,12 @@ def test_a_lone_surrogate_arrives(ask):
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503, 529])
 def test_what_passes_is_sent_once_and_may_be_again(ask, teacher, status):
     reply = ask(reply={"status": status, "body": {}})
-    assert reply == Reply("failed", problem=f"HTTP {status}", retry=True, usage=Usage())
+    assert reply == Reply("failed", problem=f"HTTP {status}", transient=True, usage=Usage())
     assert len(teacher.log()) == 1
 
 
 @pytest.mark.parametrize(
-    ("headers", "after"),
+    ("headers", "seconds"),
     [
         ({"Retry-After": "7"}, 7.0),
         ({"Retry-After": "0.05"}, 0.05),
@@ -122,14 +122,14 @@ def test_what_passes_is_sent_once_and_may_be_again(ask, teacher, status):
         ({}, None),
     ],
 )
-def test_the_time_that_the_endpoint_asks_for_is_read(ask, headers, after):
-    assert ask(reply={"status": 429, "body": {}, "headers": headers}).after == after
+def test_the_time_that_the_endpoint_asks_for_is_read(ask, headers, seconds):
+    assert ask(reply={"status": 429, "body": {}, "headers": headers}).retry_after == seconds
 
 
 def test_a_moment_that_the_endpoint_asks_for_is_seconds_from_now(ask):
     moment = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     reply = ask(reply={"status": 503, "body": {}, "headers": {"Retry-After": moment}})
-    assert 50 < reply.after <= 60
+    assert 50 < reply.retry_after <= 60
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_moment_that_the_endpoint_asks_for_is_seconds_from_now(ask):
 def test_what_was_billed_and_did_not_arrive_has_no_usage(ask, teacher, fate, problem):
     reply = ask(fates={fate: 1})
     assert reply.problem.partition(":")[0] == problem
-    assert dataclasses.replace(reply, problem=None) == Reply("failed", retry=True)
+    assert dataclasses.replace(reply, problem=None) == Reply("failed", transient=True)
     assert [len(entry["tokens"]) for entry in teacher.log()] == [2]
 
 
@@ -156,7 +156,9 @@ def test_what_was_never_sent_costs_nothing(ask, monkeypatch, url, proxy):
         monkeypatch.setenv("NO_PROXY", "")
     reply = ask(settings=EndpointConfig(model="x", base_url=url))
     assert reply.problem.startswith("not reached: ")
-    assert dataclasses.replace(reply, problem=None) == Reply("failed", retry=True, usage=Usage())
+    assert dataclasses.replace(reply, problem=None) == Reply(
+        "failed", transient=True, usage=Usage()
+    )
 
 
 def error(message="Said the server.", **more):
@@ -182,7 +184,7 @@ def error(message="Said the server.", **more):
 )
 def test_what_holds_for_all_requests_is_fatal(ask, teacher, status, body, advice):
     reply = ask(reply={"status": status, "body": body})
-    assert (reply.outcome, reply.retry, reply.usage) == ("fatal", False, Usage())
+    assert (reply.kind, reply.transient, reply.usage) == ("fatal", False, Usage())
     assert re.search(advice, reply.advice)
     assert reply.problem.startswith(f"HTTP {status}")
     assert "\n" not in reply.problem
@@ -229,7 +231,7 @@ def test_a_model_that_wants_the_other_name_for_the_limit_gets_it(ask, teacher):
     limits = [entry["limits"] for entry in teacher.log()]
     assert limits == [["max_tokens"], ["max_completion_tokens"], ["max_completion_tokens"]]
     reply = ask(refuse="temperature")
-    assert reply.outcome == "fatal"
+    assert reply.kind == "fatal"
     assert "Unsupported parameter: temperature" in reply.problem
 
 
@@ -254,12 +256,12 @@ def test_a_placeholder_is_no_secret(ask, monkeypatch):
     [
         (None, "http://h/v1", "OPENAI_API_KEY is not set"),
         ("", "http://h/v1", "OPENAI_API_KEY is not set"),
-        ("sk-secret-secret\n", "http://h/v1", "OPENAI_API_KEY holds white space"),
-        ("sk-schön-geheim", "http://h/v1", "OPENAI_API_KEY holds white space or what is not ASCII"),
-        ("sk-secret-secret", "localhost:80", "--base-url or OPENAI_BASE_URL: no URL"),
-        ("sk-secret-secret", "http://", "no URL"),
-        ("sk-secret-secret", "http://[", "no URL"),
-        ("sk-secret-secret", "http://h:99999", "no URL"),
+        ("sk-secret-secret\n", "http://h/v1", "OPENAI_API_KEY: expected ASCII without white space"),
+        ("sk-schön-geheim", "http://h/v1", "OPENAI_API_KEY: expected ASCII without white space"),
+        ("sk-secret-secret", "localhost:80", "--base-url or OPENAI_BASE_URL: expected a URL"),
+        ("sk-secret-secret", "http://", "expected a URL like"),
+        ("sk-secret-secret", "http://[", "expected a URL like"),
+        ("sk-secret-secret", "http://h:99999", "expected a URL like"),
     ],
 )
 def test_a_bad_key_or_url_is_named_before_anything_is_asked(monkeypatch, key, url, message):

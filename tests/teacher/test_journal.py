@@ -14,22 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morer1_jax.errors import ConfigError, DataError
-from morer1_jax.teacher.journal import Answered, Began, Journal, Sent, read_journal
+from morer1_jax.teacher.journal import Journal, RequestResult, RequestSent, RunStarted, read_journal
 from morer1_jax.teacher.ledger import Size, Usage
 
 IDENTITY = {"model": "teacher", "temperature": 1.0, "images": {"max_pixels": 100, "margin": 0.1}}
 SIZE = Size(text=10, pixels=20, tiles=2, answer=30)
 ENTRIES = (
-    Began(1),
-    Sent(1, "train:7", SIZE),
-    Sent(2, "train:8", SIZE),
-    Answered(2, "train:8", "kept", None, Usage(5, 6), "Schöne\n\u2028 \ud800 \x00 text"),
-    Sent(3, "train:7", SIZE),
-    Answered(1, "train:7", "rejected", "format", None, "no"),
-    Began(2),
-    Sent(4, "train:9", SIZE),
-    Answered(4, "train:9", "refused", "HTTP 400", Usage()),
-    Answered(3, "train:7", "unanswered", "time-out"),
+    RunStarted(1),
+    RequestSent(1, "train:7", SIZE),
+    RequestSent(2, "train:8", SIZE),
+    RequestResult(2, "train:8", "kept", None, Usage(5, 6), "Schöne\n\u2028 \ud800 \x00 text"),
+    RequestSent(3, "train:7", SIZE),
+    RequestResult(1, "train:7", "rejected", "format", None, "no"),
+    RunStarted(2),
+    RequestSent(4, "train:9", SIZE),
+    RequestResult(4, "train:9", "refused", "HTTP 400", Usage()),
+    RequestResult(3, "train:7", "unanswered", "time-out"),
 )
 
 
@@ -46,7 +46,7 @@ def test_a_journal_gives_back_what_was_added(tmp_path):
     with Journal(path, IDENTITY) as journal:
         assert journal.entries == list(ENTRIES)
         assert journal.repaired is None
-        journal.add(Sent(5, "train:1", SIZE))
+        journal.add(RequestSent(5, "train:1", SIZE))
     assert len(read_journal(path, IDENTITY)) == 11
     # The header, and one JSON object a line.
     lines = [json.loads(line) for line in path.read_bytes().decode("ascii").splitlines()]
@@ -89,16 +89,16 @@ def test_a_writer_that_is_killed_leaves_what_it_added(tmp_path):
     script = f"""if True:
         import os, signal
         from morer1_jax.teacher.ledger import Size
-        from morer1_jax.teacher.journal import Answered, Journal, Sent
+        from morer1_jax.teacher.journal import RequestResult, Journal, RequestSent
         journal = Journal({str(path)!r}, {IDENTITY!r})
-        journal.add(Sent(1, "train:7", Size(10, 20, 2, 30)))
-        journal.add(Answered(1, "train:7", "rejected", "format", None, "no"))
-        journal.add(Sent(2, "train:7", Size(10, 20, 2, 30)))
+        journal.add(RequestSent(1, "train:7", Size(10, 20, 2, 30)))
+        journal.add(RequestResult(1, "train:7", "rejected", "format", None, "no"))
+        journal.add(RequestSent(2, "train:7", Size(10, 20, 2, 30)))
         os.kill(os.getpid(), signal.SIGKILL)
     """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -9
     assert len(read_journal(path, IDENTITY)) == 3
-    write(path, [Sent(3, "train:7", SIZE)])  # The lock died with it.
+    write(path, [RequestSent(3, "train:7", SIZE)])  # The lock died with it.
 
 
 def test_an_answer_is_on_the_disk_when_it_counts(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def drop(name):
         (5, put(prompt_tokens="5")),
         (5, drop("text")),
         (7, put(reason=None)),
-        (11, put(answered=2, fact="train:8")),  # Answered before.
+        (11, put(answered=2, fact="train:8")),  # RequestResult before.
         (2, put(run=2)),
         (2, put(run="1")),
         (8, lambda line: '{"run": 1}'),
@@ -170,7 +170,9 @@ def test_a_damaged_line_is_named(tmp_path, number, change):
     path.write_text(damaged(number, change))
     before = path.read_bytes()
     for open_it in (read_journal, Journal):
-        with pytest.raises(DataError, match=rf"journal\.jsonl:{number}: .* expected; ") as error:
+        with pytest.raises(
+            DataError, match=rf"journal\.jsonl:{number}: expected .*, found .*; "
+        ) as error:
             open_it(path, IDENTITY)
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 500

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morer1_jax.teacher.ledger import Ledger, Prices, Size, Usage, money
+from morer1_jax.teacher.ledger import Ledger, Prices, Size, Usage
 
 SIZE = Size(text=2000, pixels=500_000, tiles=4, answer=1000)
 PRICES = Prices(prompt=2.5, answer=10.0)
@@ -32,7 +32,7 @@ def providers(draw):
 
 def test_a_request_before_any_answer_is_taken_for_dear():
     ledger = Ledger(PRICES)
-    assert ledger.most(SIZE) == Usage(2000 + 100_000, 1000)
+    assert ledger.max_usage(SIZE) == Usage(2000 + 100_000, 1000)
     assert not Ledger(PRICES, tokens=102_999).fits(SIZE)
     assert Ledger(PRICES, tokens=103_000).fits(SIZE)
     assert Ledger(PRICES, dollars=0.266).fits(SIZE)
@@ -41,38 +41,40 @@ def test_a_request_before_any_answer_is_taken_for_dear():
 
 def test_an_answer_tells_what_others_can_cost():
     ledger = Ledger(PRICES, tokens=1_000_000)
-    ledger.send(1, SIZE)
-    ledger.send(2, SIZE)
+    ledger.reserve(1, SIZE)
+    ledger.reserve(2, SIZE)
     assert ledger.reserved() == Usage(204_000, 2000)
     ledger.settle(1, Usage(1600, 300))
-    assert (ledger.spent, ledger.answered) == (Usage(1600, 300), 1)
+    assert (ledger.spent, ledger.billed) == (Usage(1600, 300), 1)
     assert ledger.reserved() == Usage(2000, 1000)  # The other one, at once.
-    assert ledger.most(dataclasses.replace(SIZE, tiles=8)) == Usage(4000, 1000)
-    assert ledger.most(dataclasses.replace(SIZE, text=1, pixels=1, tiles=1)) == Usage(2000, 1000)
+    assert ledger.max_usage(dataclasses.replace(SIZE, tiles=8)) == Usage(4000, 1000)
+    assert ledger.max_usage(dataclasses.replace(SIZE, text=1, pixels=1, tiles=1)) == Usage(
+        2000, 1000
+    )
     # A cheaper one changes nothing.
     ledger.settle(2, Usage(800, 300))
-    assert ledger.most(SIZE) == Usage(2000, 1000)
+    assert ledger.max_usage(SIZE) == Usage(2000, 1000)
 
 
 def test_an_answer_above_what_was_asked_for_raises_what_others_can_cost():
     ledger = Ledger(PRICES)
     for number in range(3):
-        ledger.send(number, SIZE)
+        ledger.reserve(number, SIZE)
     ledger.settle(0, Usage(1600, 900))
-    assert ledger.most(SIZE).answer == 1125
+    assert ledger.max_usage(SIZE).answer == 1125
     ledger.settle(1, Usage(1600, 3001))
-    assert ledger.most(SIZE) == ledger.reserved() == Usage(2000, 3752)
-    assert ledger.most(dataclasses.replace(SIZE, answer=5000)).answer == 5000
+    assert ledger.max_usage(SIZE) == ledger.reserved() == Usage(2000, 3752)
+    assert ledger.max_usage(dataclasses.replace(SIZE, answer=5000)).answer == 5000
 
 
 def test_a_request_without_usage_stays_reserved_and_an_error_costs_nothing():
     ledger = Ledger(PRICES)
     for number in (1, 2):
-        ledger.send(number, SIZE)
+        ledger.reserve(number, SIZE)
     ledger.settle(1, None)
     ledger.settle(2, Usage())
     assert list(ledger.unsettled) == [1]
-    assert (ledger.spent, ledger.answered) == (Usage(), 0)
+    assert (ledger.spent, ledger.billed) == (Usage(), 0)
 
 
 @given(providers(), st.lists(sizes, min_size=2, max_size=30), st.randoms())
@@ -80,8 +82,8 @@ def test_a_request_without_usage_stays_reserved_and_an_error_costs_nothing():
 def test_no_prompt_is_dearer_than_was_reserved(tokens, asked, rng):
     ledger = Ledger(PRICES)
     for number, size in enumerate(asked):
-        assert tokens(size) <= ledger.most(size).prompt
-        ledger.send(number, size)
+        assert tokens(size) <= ledger.max_usage(size).prompt
+        ledger.reserve(number, size)
         if rng.random() < 0.7:
             ledger.settle(number, Usage(tokens(size), rng.randint(0, size.answer)))
 
@@ -113,15 +115,15 @@ def test_the_budget_holds(tokens, queue, share, seed, in_dollars, length):
     dollars = PRICES.dollars(billed) + share * PRICES.dollars(total) if in_dollars else None
     most = None if in_dollars else int(billed.total + share * total.total)
     ledger = Ledger(PRICES, dollars, most)
-    ledger.send(0, first)
+    ledger.reserve(0, first)
     ledger.settle(0, billed)
     flights = {}
     while queue or flights:
         while queue and len(flights) < 8 and ledger.fits(queue[-1]):
             flights[len(queue)] = queue[-1]
-            ledger.send(len(queue), queue.pop())
+            ledger.reserve(len(queue), queue.pop())
         if not flights:
-            worst = ledger.spent + ledger.reserved() + ledger.most(queue[-1])
+            worst = ledger.spent + ledger.reserved() + ledger.max_usage(queue[-1])
             assert worst.total > most if dollars is None else PRICES.dollars(worst) > dollars
             break
         landed = rng.choice(list(flights))
@@ -143,4 +145,4 @@ def test_the_budget_holds(tokens, queue, share, seed, in_dollars, length):
     ],
 )
 def test_money_is_dollars_where_there_are_prices(prices, shown):
-    assert money(prices, Usage(10_000, 1000)) == shown
+    assert prices.format(Usage(10_000, 1000)) == shown

@@ -68,7 +68,7 @@ def ledger(journal):
     for line in journal:
         if "sent" in line:
             size = {field.name: line[field.name] for field in dataclasses.fields(Size)}
-            kept.send(line["sent"], Size(**size))
+            kept.reserve(line["sent"], Size(**size))
         elif line.get("prompt_tokens") is not None:
             kept.settle(line["answered"], Usage(line["prompt_tokens"], line["answer_tokens"]))
     return PRICES.dollars(kept.spent), PRICES.dollars(kept.reserved())
@@ -91,7 +91,7 @@ def check_killed(teacher, teachable, written, count, in_flight):
     assert 3 <= after_kills <= 3 * in_flight + 2
     assert command(folder, teacher, *limited).wait(TIMEOUT) == 0
     said = folder.with_name("log.txt").read_text()
-    left = int(re.search(r"the budget cannot bear; ([\d,]+) facts are left", said)[1])
+    left = int(re.search(r"which exceeds the budget; ([\d,]+) facts are left", said)[1])
     assert 0 < left < count
     _, bill = written.bill(teacher.log(), PRICES)
     spent, unknown = ledger(written.journal(folder))

@@ -44,7 +44,7 @@ def test_a_signal_lets_what_is_on_its_way_arrive(
     assert written.lost(folder) == []
     assert len(teacher.log()) == len(kept)
     shown = capsys.readouterr().out
-    assert re.search(rf"^{number.name}: waits for \d requests on their way, up to 120 s", shown, 8)
+    assert re.search(rf"^{number.name}: waiting for \d requests in flight, up to 120 s", shown, 8)
     assert f"stopped by {number.name}; start again to go on" in shown
     assert re.search(rf"^total +{len(kept)} +0 +{40 - len(kept)}$", shown, re.MULTILINE)
     assert Writer(settings(folder, count=40)).run() == 0

@@ -46,23 +46,30 @@ def test_flags_become_the_config():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give --count or --facts, one of the two"),
-        (["--count=2", "--facts=ids"], "give --count or --facts, one of the two"),
+        ([], "expected one of --count and --facts, found both or none; give one"),
+        (["--count=2", "--facts=ids"], "expected one of --count and --facts, found both or none"),
         (["--count=2", "--modle=x"], "unrecognized arguments: --modle=x; --help"),
-        (["--count=two"], "argument --count: invalid int value: 'two'; --help"),
-        (["--count=0"], "--count: 0 found, at least 1 expected"),
-        (["--count=2", "--attempts=0"], "--attempts: 0 found, at least 1"),
-        (["--count=2", "--in-flight=0"], "--in-flight: 0 found, at least 1"),
-        (["--count=2", "--timeout=0"], "--timeout: 0.0 found, seconds above 0"),
-        (["--count=2", "--temperature=nan"], "--temperature: nan found, at least 0"),
-        (["--count=2", "--max-pixels=1"], "--max-pixels: 1 found, at least 3136"),
+        (["--count=two"], "--count: expected a whole number of at least 1, found 'two'; --help"),
+        (["--count=0"], "--count: expected a whole number of at least 1, found '0'"),
+        (["--count=2", "--attempts=0"], "--attempts: expected a whole number of at least 1, found"),
+        (["--count=2", "--in-flight=0"], "--in-flight: expected a whole number of at least 1, fo"),
+        (["--count=2", "--timeout=0"], "--timeout: expected a number above 0, found '0'"),
+        (["--count=2", "--temperature=nan"], "--temperature: expected a number of at least 0, fo"),
+        (["--count=2", "--max-pixels=1"], "--max-pixels: expected a whole number of at least 3136"),
         (["--count=2", "--budget-dollars=1"], "--budget-dollars: needs the endpoint's --price-in"),
-        (["--count=2", "--out=gs://team/out"], "--out: gs://team/out found, a folder on a local"),
-        (["--count=2", "--data=gs://team/more"], "--out: none, and --data in a bucket found, a fo"),
-        (["--count=2", "--data=foo://team"], "--data: 'foo://team' found, a path or gs://… expec"),
-        (["--count=2", "--budget-tokens=-1"], "--budget-tokens: -1 found, at least 1"),
-        (["--count=2", "--budget-tokens=0"], "--budget-tokens: 0 found, at least 1 expected"),
-        (["--count=2", "--budget-dollars=0"], "--budget-dollars: 0.0 found, above 0 expected"),
+        (["--count=2", "--out=gs://team/out"], "--out: expected a folder on a local disk, which"),
+        (["--count=2", "--data=gs://team/more"], "needs, found none, and --data in a bucket"),
+        (["--count=2", "--data=foo://team"], "--data: 'foo://team': a path or gs://… expected"),
+        (["--count=2", "--budget-tokens=-1"], "--budget-tokens: expected a whole number of at le"),
+        (["--count=2", "--budget-tokens=0"], "--budget-tokens: expected a whole number of at lea"),
+        (["--count=2", "--budget-dollars=0"], "--budget-dollars: expected a number above 0, foun"),
+        *(
+            (["--count=2", f"--{name}=-1"], f"--{name}: expected a ")
+            for name in (
+                *("seed", "retries", "max-tokens", "crop-margin", "crop-least"),
+                *("price-in", "price-out"),
+            )
+        ),
     ],
 )
 def test_bad_flags_are_named_in_one_line(flags, message):

@@ -1,13 +1,13 @@
-"""What a journal's lines add up to, and the closing table."""
+"""The state after a journal's entries, and the closing table."""
 
 import dataclasses
 
 import pytest
 
 from morer1_jax.task.fact import Fact
-from morer1_jax.teacher.journal import Answered, Began, Sent
+from morer1_jax.teacher.journal import RequestResult, RequestSent, RunStarted
 from morer1_jax.teacher.ledger import Ledger, Prices, Size, Usage
-from morer1_jax.teacher.outcomes import Book
+from morer1_jax.teacher.results import Results
 
 SIZE = Size(text=1000, pixels=5000, tiles=2, answer=100)
 FACT = Fact(
@@ -26,26 +26,26 @@ FACTS = [
 ]
 
 
-def book(*ends, attempts=2, prices=Prices()):  # noqa: B008
-    """A book of requests that were sent and ended so: (fact's number, outcome, reason)."""
-    made = Book(attempts, Ledger(prices))
-    made.apply(Began(1))
+def results_of(*ends, attempts=2, prices=Prices()):  # noqa: B008
+    """The results of requests, each (number of its fact, outcome, reason)."""
+    results = Results(attempts, Ledger(prices))
+    results.apply(RunStarted(1))
     for number, (fact, outcome, reason) in enumerate(ends, start=1):
-        made.apply(Sent(number, f"train:{fact}", SIZE))
+        results.apply(RequestSent(number, f"train:{fact}", SIZE))
         if outcome is not None:
             usage = Usage(400, 50) if outcome in ("kept", "rejected") else Usage()
             text = f" <think>{number} " if outcome == "kept" else None
-            made.apply(Answered(number, f"train:{fact}", outcome, reason, usage, text))
-    return made
+            results.apply(RequestResult(number, f"train:{fact}", outcome, reason, usage, text))
+    return results
 
 
-def state(made, fact):
+def state(results, fact):
     fact = f"train:{fact}"
-    return made.is_open(fact), made.kept.get(fact), made.why_set_aside(fact)
+    return results.is_pending(fact), results.kept.get(fact), results.set_aside_reasons(fact)
 
 
-def test_a_fact_is_open_until_it_is_kept_or_set_aside():
-    made = book(
+def test_a_fact_is_pending_until_it_is_kept_or_set_aside():
+    results = results_of(
         (1, "kept", None),
         (2, "rejected", "format"),
         (2, "kept", None),
@@ -57,17 +57,17 @@ def test_a_fact_is_open_until_it_is_kept_or_set_aside():
         (6, "unanswered", "HTTP 500"),
         (7, None, None),
     )
-    assert made.requests == 10
-    assert state(made, 1) == (False, "<think>1", None)
-    assert state(made, 2) == (False, "<think>3", None)
-    assert state(made, 3) == (True, None, None)
-    assert state(made, 4) == (False, None, ["format", "refusal"])
-    assert state(made, 5) == (False, None, ["empty", "HTTP 400"])
-    assert state(made, 6) == (True, None, None)  # An earlier run gave it up.
-    assert state(made, 7) == (True, None, None)
-    assert state(made, 99) == (True, None, None)
-    made.unanswered["train:6"] = "HTTP 500"
-    assert state(made, 6) == (False, None, ["HTTP 500"])
+    assert results.requests == 10
+    assert state(results, 1) == (False, "<think>1", None)
+    assert state(results, 2) == (False, "<think>3", None)
+    assert state(results, 3) == (True, None, None)
+    assert state(results, 4) == (False, None, ["format", "refusal"])
+    assert state(results, 5) == (False, None, ["empty", "HTTP 400"])
+    assert state(results, 6) == (True, None, None)  # An earlier run gave it up.
+    assert state(results, 7) == (True, None, None)
+    assert state(results, 99) == (True, None, None)
+    results.unanswered["train:6"] = "HTTP 500"
+    assert state(results, 6) == (False, None, ["HTTP 500"])
 
 
 def refused(*facts):
@@ -87,28 +87,28 @@ def refused(*facts):
     ],
 )
 def test_a_refusal_lasts_if_the_endpoint_was_seen_to_work(ends, lasting):
-    made = book(*ends)
+    results = results_of(*ends)
     seen = {fact for fact, outcome, _ in ends if outcome == "refused"}
-    assert not any(made.is_open(f"train:{fact}") for fact in seen)  # In this run.
-    made.doubt()
-    assert made.refused.keys() == {f"train:{fact}" for fact in lasting}
-    assert not any(made.is_open(f"train:{fact}") for fact in seen)
+    assert not any(results.is_pending(f"train:{fact}") for fact in seen)  # In this run.
+    results.end_run()
+    assert results.refused.keys() == {f"train:{fact}" for fact in lasting}
+    assert not any(results.is_pending(f"train:{fact}") for fact in seen)
     # The next run asks for the others again, and an answer to it says nothing of this one.
-    made.apply(Began(2))
-    made.apply(Sent(99, "train:7", SIZE))
-    made.apply(Answered(99, "train:7", "kept", None, Usage(1, 1), "text"))
-    made.apply(Began(3))
-    assert {fact for fact in seen if made.is_open(f"train:{fact}")} == seen - set(lasting)
+    results.apply(RunStarted(2))
+    results.apply(RequestSent(99, "train:7", SIZE))
+    results.apply(RequestResult(99, "train:7", "kept", None, Usage(1, 1), "text"))
+    results.apply(RunStarted(3))
+    assert {fact for fact in seen if results.is_pending(f"train:{fact}")} == seen - set(lasting)
 
 
 def test_more_attempts_open_a_fact_again():
     ends = [(1, "rejected", "format")] * 2
-    assert not book(*ends).is_open("train:1")
-    assert book(*ends, attempts=3).is_open("train:1")
+    assert not results_of(*ends).is_pending("train:1")
+    assert results_of(*ends, attempts=3).is_pending("train:1")
 
 
 def test_the_table_counts_requests_and_facts():
-    made = book(
+    results = results_of(
         (1, "kept", None),
         (2, "rejected", "format"),
         (2, "rejected", "format"),
@@ -118,7 +118,7 @@ def test_the_table_counts_requests_and_facts():
         (6, None, None),
         prices=Prices(2.5, 10.0),
     )
-    text = made.table(FACTS, FACTS[:6], ("none", "/a/b/c", "/x/y/z"))
+    text = results.table(FACTS, FACTS[:6], ("none", "/a/b/c", "/x/y/z"))
     assert text.splitlines() == [
         "requests: 7, kept: 1",
         "  rejected: format: 2",
@@ -136,7 +136,7 @@ def test_the_table_counts_requests_and_facts():
 
 
 def test_without_prices_tokens_are_counted():
-    made = book((1, "kept", None))
-    assert made.cost() == "450 tokens"
-    assert made.unsettled() is None
-    assert "cost: 450 tokens" in made.table(FACTS, FACTS, ("none", "/a/b/c"))
+    results = results_of((1, "kept", None))
+    assert results.cost() == "450 tokens"
+    assert results.unknown_cost() is None
+    assert "cost: 450 tokens" in results.table(FACTS, FACTS, ("none", "/a/b/c"))

@@ -1,0 +1,69 @@
+"""Selects the training facts to ask the teacher about."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from morer1_jax.errors import ConfigError, DataError, one_line
+from morer1_jax.files import read_text
+from morer1_jax.task.fact import Fact
+
+
+def balanced(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
+    """Selects `count` facts in random order, as evenly over the labels as the facts permit.
+
+    Each label is selected as often as any other, plus or minus one, until its facts are used up. A
+    smaller count gives a prefix of a larger one's selection: what was written for few facts serves
+    when more are requested, and a run that stops early is balanced, too.
+    """
+    rng = np.random.default_rng(seed)
+    by_label: dict[str, list[Fact]] = {}
+    for index in rng.permutation(len(facts)):
+        by_label.setdefault(facts[index].label, []).append(facts[index])
+    selection: list[Fact] = []
+    # Each row holds a fact of every label that has one left.
+    for row in itertools.zip_longest(*(by_label[label] for label in sorted(by_label))):
+        selection += [row[index] for index in rng.permutation(len(row)) if row[index] is not None]
+    return selection[:count]
+
+
+def select_balanced(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
+    """Selects as `balanced` does.  Raises ConfigError if there are fewer than `count` facts."""
+    if count > len(facts):
+        raise ConfigError(
+            f"--count: expected at most {len(facts)}, the number of training facts, found {count}"
+        )
+    return balanced(facts, count, seed)
+
+
+def select_listed(facts: Sequence[Fact], path: epath.PathLike) -> list[Fact]:
+    """Selects the facts whose ids a file lists, one a line, in its order; blank lines are skipped.
+
+    Raises:
+      DataError: the file cannot be read or is empty, or an id is unknown or listed twice.
+    """
+    try:
+        lines = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"--facts: {one_line(error)}; give a file with a fact's id a line"
+        ) from None
+    by_id = {fact.id: fact for fact in facts}
+    selection: dict[str, Fact] = {}
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        if name and (name not in by_id or name in selection):
+            problem = "a second time" if name in selection else "which is unknown"
+            raise DataError(
+                f"{path}:{number}: expected the id of a training fact like train:1, each once, "
+                f"found {name!r} {problem}; correct the line"
+            )
+        if name:
+            selection[name] = by_id[name]
+    if not selection:
+        raise DataError(f"{path}: expected a fact's id a line, found an empty file; list some")
+    return list(selection.values())
