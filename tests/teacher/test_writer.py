@@ -367,7 +367,7 @@ def test_bad_ids_are_named(teachable, settings, text, message):
 def test_bad_data_is_found_before_anything_is_asked(teacher, teachable, settings):
     folder, facts = teachable(4)
     teacher.set(facts)
-    with pytest.raises(ConfigError, match="--count: expected at most 4, .*, found 5"):
+    with pytest.raises(ConfigError, match=r"--count: expected at most 4, .*, found 5"):
         Writer(settings(folder, count=5))
     photo = folder / "img_org" / "train" / "3.jpg"
     photo.write_bytes(photo.read_bytes()[:500])
