@@ -19,10 +19,6 @@ class NotFiniteError(DataError):
     """A number that is not finite; the message is one line."""
 
 
-class TextError(ValueError):
-    """A file is no text.  The message is one line: file and line, what it is, what to do."""
-
-
 class Faults:
     """Bad data found in one pass, to be named together: who has twenty wants to know them at once.
 

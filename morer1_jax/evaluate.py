@@ -8,7 +8,6 @@ may hold the scores of several checkpoints, each under a name of its own.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -16,7 +15,8 @@ from etils import epath
 
 from morer1_jax.cli import run_main
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import any_path, check_writable, expanded, local_path, read_text
+from morer1_jax.files import check_writable, read_jsonl
+from morer1_jax.paths import any_path, expand_home, local_path
 from morer1_jax.processes import check_alone
 from morer1_jax.report.report import write_report
 from morer1_jax.run.batch_sampler import BatchSampler
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     out, name = local_path(_OUT.value, "--out"), _NAME.value
     data = any_path(_DATA.value, "--data")
     if name is None:
-        name = Path(expanded(_CHECKPOINT.value, "--checkpoint")).resolve().name
+        name = Path(expand_home(_CHECKPOINT.value, "--checkpoint")).resolve().name
     check_writable(out / "eval", folder=True)
     with hold(out, folder=True):
         _check_out(out, _SPLIT.value, name)
@@ -89,7 +89,7 @@ def _check_out(out: Path, split: str, name: str) -> None:
     if scores.exists():
         raise ConfigError(f"{scores}: exists already; delete it, or give another --name or --out")
     for path in sorted((out / "eval").glob("*.answers.jsonl")):
-        first = json.loads(read_text(path).partition("\n")[0])["fact"]
+        first = read_jsonl(path, lambda _, answer: answer["fact"], "an answer", "delete it")[0]
         if first.partition(":")[0] != split:
             raise ConfigError(
                 f"--out={out}: {path.name} is of {first}, not of {split}; name another"

@@ -1,4 +1,4 @@
-"""Paths as users write them, reading text, and writing files whole.
+"""Reading text, JSON and JSON lines, and writing files whole.
 
 Text is UTF-8 whatever the locale; a byte-order mark before it is no part of it.
 
@@ -10,196 +10,220 @@ overwritten by the next attempt and never accumulates.
 
 import codecs
 import contextlib
-import difflib
 import errno
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from etils import epath
 
-from morer1_jax.errors import TextError
+from morer1_jax.errors import ConfigError, DataError, one_line
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE_NAME = re.compile(
-    r"\.(jsonl?|parquet|csv|tsv|txt|arrow|zip|tar|gz|bz2|xz|zst|safetensors|bin|pth?|gguf|py|ya?ml)$"
-)
-# The beginning of a URL, also as `Path` writes it; a disk's folder of such a name is not meant.
-_URL = re.compile(r"[A-Za-z][\w+.-]*:/")
-# Paths that mean the same to a file system, a glob and a URL.
-_PLAIN = re.compile(r"(/[\w.,=+@-]+)+", re.ASCII)
+# What to do where a bucket's client is not installed.
+INSTALL_CLIENT = "pip install 'morer1-jax[gcs]'"
+_SHOWN = 80  # characters of a bad line that an error shows
 
-
-def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """A path of this machine's file systems as a user wrote it, `~` as a shell has it.
-
-    Args:
-      name: the flag or key it is the value of, which errors name.
-
-    Raises:
-      OSError: it is empty, no UTF-8, or a URL; it has `filename`, and its `strerror` says what to
-        do.
-    """
-    text = os.fspath(path)
-    if _URL.match(text):
-        raise _no_path(name, text, "a URL found, a path of this machine expected; name one")
-    return Path(expanded(text, name))
-
-
-def any_path(path: str | os.PathLike[str], name: str) -> epath.Path:
-    """As `local_path`, or a path in a bucket (`gs://…`)."""
-    text = os.fspath(path)
-    try:
-        return epath.Path(text if "://" in text else expanded(text, name))
-    except KeyError:
-        raise _no_path(name, text, "a path or gs://… expected; name one") from None
-
-
-def expanded(text: str, name: str) -> str:
-    """The text of a local path with `~` as a shell has it; raises OSError as `local_path` does.
-
-    Once more it is the same: a folder whose own name begins with `~` is named from the root.
-    """
-    if not text.strip() or "\0" in text:
-        raise _no_path(name, text, "no path; name one")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        problem = "not UTF-8, or not in this locale; name another, or set PYTHONUTF8=1"
-        raise _no_path(name, text, problem) from None
-    text = os.path.expanduser(text)
-    return os.path.join(os.getcwd(), Path(text)) if str(Path(text)).startswith("~") else text
-
-
-def _no_path(name: str, text: str, problem: str) -> OSError:
-    shown = text if text.isprintable() else ascii(text)
-    return OSError(errno.EINVAL, problem, f"{name}={shown}")
-
-
-@contextlib.contextmanager
-def plain_path(path: Path) -> Iterator[Path]:
-    """A file or folder under a name that other libraries take for no more than that.
-
-    Orbax and datasets glob the paths they are given, tensorstore and fsspec find URLs in them: a
-    bracket, a backslash or a colon leads elsewhere, or nowhere without a word.
-
-    Args:
-      path: an absolute one.
-    """
-    if _PLAIN.fullmatch(str(path)):
-        yield path
-        return
-    places = (tempfile.gettempdir(), "/tmp", "/var/tmp")
-    place = next((place for place in places if _PLAIN.fullmatch(place)), None)
-    suffix = re.search(r"(\.\w+)*$", path.name, re.ASCII)[0]
-    with tempfile.TemporaryDirectory(prefix="plain-", dir=place) as temporary:
-        link = Path(temporary) / f"path{suffix}"
-        link.symlink_to(path)
-        yield link
+T = TypeVar("T")
 
 
 def read_text(path: epath.PathLike) -> str:
-    """The text of a UTF-8 file, local or in a bucket, without a byte-order mark before it.
+    """Returns the text of a UTF-8 file, local or in a bucket, without a byte-order mark before it.
 
     Line ends are left as they are.
 
     Raises:
-      OSError: it cannot be read.
-      TextError: it is not UTF-8, or is of UTF-16.
+      OSError: the file cannot be read.
+      DataError: the file is not UTF-8, or the bucket's client is not installed.
     """
-    data = epath.Path(path).read_bytes()
+    return _decode(path, _read_bytes(path))
+
+
+def _read_bytes(path: epath.PathLike) -> bytes:
+    try:
+        return epath.Path(path).read_bytes()
+    except ImportError as error:
+        raise DataError(f"{path}: {one_line(error)}; {INSTALL_CLIENT}") from None
+
+
+def _decode(path: epath.PathLike, data: bytes) -> str:
     # Without a mark, too, one of the first two bytes of UTF-16 is mostly zero.
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
-        raise TextError(f"{path}: UTF-16 or no text, expected UTF-8 text; save it as UTF-8")
+        raise DataError(f"{path}: expected UTF-8 text, found UTF-16 or no text; save it as UTF-8")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        raise TextError(
-            f"{path}:{number}: not UTF-8, expected UTF-8 text; save it as UTF-8"
+        raise DataError(
+            f"{path}:{number}: expected UTF-8 text, found other bytes; save it as UTF-8"
         ) from None
 
 
+def read_lines(
+    path: epath.PathLike, expected: str, remedy: str, *, partial: bool = False
+) -> list[str]:
+    """Returns the lines of a text file without their ends and without blank ones at the end.
+
+    Lines end at newlines only, for text may hold U+2028 and the like.
+
+    Args:
+      path: the file, local or in a bucket.
+      expected: what the file should hold, which errors name.
+      remedy: what the user should do about an error.
+      partial: whether a last line without a newline, which a killed writer leaves, is dropped;
+        blank lines at the end are kept then.
+
+    Raises:
+      DataError: the file is missing, cannot be read or is not UTF-8.
+    """
+    try:
+        data = _read_bytes(path)
+    except OSError as error:
+        raise DataError(f"{path}: expected {expected}, found {_reason(error)}; {remedy}") from error
+    if partial:
+        return _decode(path, data[: data.rfind(b"\n") + 1]).split("\n")[:-1]
+    text = _decode(path, data).rstrip()
+    return text.split("\n") if text else []
+
+
+def read_json(
+    path: epath.PathLike,
+    remedy: str,
+    *,
+    expected: str = "a JSON object",
+    error: type[ValueError] = DataError,
+    kind: Callable[..., Any] = dict,
+) -> Any:
+    """Returns the JSON object of a file.
+
+    Args:
+      path: the file, local or in a bucket.
+      remedy: what the user should do about an error.
+      expected: what the file should hold, which errors name.
+      error: the class of the error that is raised.
+      kind: the class of the result, made from the pairs of its keys and values in file order.
+
+    Raises:
+      DataError: the file is missing, cannot be read or holds something else; of class `error`.
+    """
+    try:
+        value = json.loads(read_text(path), object_pairs_hook=kind)
+    except DataError as e:
+        raise error(str(e)) from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise error(f"{path}: expected {expected}, found {_reason(e)}; {remedy}") from e
+    if not isinstance(value, kind):
+        found = type(value).__name__
+        raise error(f"{path}: expected {expected}, found {found}; {remedy}")
+    return value
+
+
+def read_jsonl(
+    path: epath.PathLike,
+    parse: Callable[[int, Any], T],
+    expected: str,
+    remedy: str,
+    *,
+    partial: bool = False,
+    skip_blank: bool = False,
+) -> list[T]:
+    """Returns what `parse` makes of each line's JSON value.
+
+    Args:
+      path: the file, local or in a bucket.
+      parse: makes an item of a line's number, counted from 1, and its value.  It raises DataError
+        or ConfigError with a message of its own, which gets the line's place; and KeyError,
+        TypeError or ValueError if the value is not as expected.
+      expected: what a line should hold, which errors name.
+      remedy: what the user should do about an error.
+      partial: whether a last line without a newline, which a killed writer leaves, is dropped.
+      skip_blank: whether blank lines are passed over; else they are malformed.
+
+    Raises:
+      DataError: the file cannot be read, or a line is malformed; the message names file and line.
+      ConfigError: raised by `parse`.
+    """
+    items = []
+    lines = read_lines(path, f"{expected} a line", remedy, partial=partial)
+    for number, line in enumerate(lines, start=1):
+        if skip_blank and not line.strip():
+            continue
+        try:
+            items.append(parse(number, json.loads(line)))
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{path}:{number}: {error}") from None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise DataError(
+                f"{path}:{number}: expected {expected}, found {line[:_SHOWN]!r}; {remedy}"
+            ) from None
+    return items
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> None:
+    """Writes a JSON value whole or not at all, with `indent` spaces a level; all on a line if None.
+
+    Raises:
+      ValueError: a number is not finite.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    atomic_write(path, text + "\n")
+
+
+def write_jsonl(
+    path: str | os.PathLike[str], values: Iterable[Any], *, ascii_only: bool = True
+) -> None:
+    """Writes JSON values, one a line, whole or not at all.
+
+    Args:
+      path: the file.
+      values: the lines' values.
+      ascii_only: whether other letters are escaped, so that no reader ends a line at U+2028.
+    """
+    lines = (json.dumps(value, ensure_ascii=ascii_only) + "\n" for value in values)
+    atomic_write(path, "".join(lines))
+
+
 def temporary_path(path: str | os.PathLike[str]) -> Path:
-    """The hidden sibling that `path` is written to before it is renamed."""
+    """Returns the hidden sibling that `path` is written to before it is renamed."""
     path = Path(path)
     return path.with_name(f".{path.name}.tmp")
 
 
 def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Finds out whether `path` can be written, before the work is spent that is to go there.
+    """Checks that `path` can be written, before the work is done whose result goes there.
 
-    It makes and changes nothing; missing parent folders are made by whoever writes.
+    Nothing is made or changed; missing parent folders are made by the writer.
 
     Args:
-      folder: whether a folder is to be written; else a file.
+      path: the file or folder to write.
+      folder: whether it is a folder.
 
     Raises:
-      OSError: a folder is where a file is to be, or the other way round, or nothing may be written
-        there; it has `filename`, and its `strerror` says what to do.
+      OSError: `path` is a folder instead of a file or the other way round, or nothing may be
+        written there; the error has `filename`, and its `strerror` says what to do.
     """
     path = Path(path)
     kinds = ("a file", "a folder")
     if path.exists() and path.is_dir() != folder:
-        problem = f"{kinds[not folder]} found, {kinds[folder]} to write expected; name another"
+        problem = f"expected {kinds[folder]} to write, found {kinds[not folder]}; name another"
         raise OSError(errno.EEXIST, problem, str(path))
-    above = path if path.is_dir() else path.parent
-    there = next(parent for parent in (above, *above.parents) if parent.exists())
+    nearest = next(p for p in (path, *path.parents) if p.exists() and (p != path or folder))
     try:
-        # Permissions do not tell: of a file system that takes no files root has all of them.
-        with tempfile.TemporaryFile(dir=there):
+        # Permissions do not tell: root has all of them, of a read-only file system too.
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        problem = f"cannot be written: {there}: {error.strerror}; name another"
+        problem = f"cannot be written: {nearest}: {error.strerror}; name another"
         raise OSError(error.errno, problem, str(path)) from None
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether a path is a name on the hub (`owner/name`), and none of this machine, mistyped.
-
-    It is a file's if it ends as files do, and this machine's if its folder is there or one with
-    nearly the same name holds the rest of it.
-    """
-    local = Path(path)
-    if not _HUB_NAME.fullmatch(path) or _FILE_NAME.search(path):
-        return False
-    return not (path.startswith(".") or local.parent.exists() or nearby(path))
-
-
-def nearby(path: str) -> str:
-    """What is there under nearly this name: `; is it runs/demo?`, or nothing."""
-    local = Path(path)
-    alike = [local.with_name(name) for name in _alike(local.name, local.parent)]
-    above = local.parent
-    alike += [above.with_name(name) / local.name for name in _alike(above.name, above.parent)]
-    return next((f"; is it {other}?" for other in alike if other.exists()), "")
-
-
-def why_local(path: str, kind: str = "") -> str:
-    """Why what might be a name on the hub was not looked for there, and how to have it; or nothing.
-
-    Args:
-      kind: what `hf download` is told of the kind of the repository.
-    """
-    if not _HUB_NAME.fullmatch(path) or path.startswith(".") or _FILE_NAME.search(path):
-        return ""
-    parent = Path(path).parent
-    here = parent if parent.exists() else nearby(path).removeprefix("; is it ").removesuffix("?")
-    return (
-        f" (not looked for there, as {here} is on this machine; if it is meant, hf download "
-        f"{kind}{path}, and name the folder that it prints)"
-    )
-
-
-def _alike(name: str, folder: Path) -> list[str]:
-    try:
-        return difflib.get_close_matches(name, os.listdir(folder), cutoff=0.7)
-    except OSError:
-        return []
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:
@@ -233,26 +257,26 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Deletes a file or a folder, if it is there.
+    """Deletes a file or a folder, if it exists.
 
-    Its name goes first, so that who is killed meanwhile leaves no half of a folder under it.
+    A folder is renamed first, so that a process killed meanwhile leaves no half of it.
     """
-    path, grave = Path(path), temporary_path(path)
+    path, trash = Path(path), temporary_path(path)
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    if grave.exists():
-        shutil.rmtree(grave)
-    os.rename(path, grave)
+    if trash.exists():
+        shutil.rmtree(trash)
+    os.rename(path, trash)
     sync_path(path.parent)
-    shutil.rmtree(grave)
+    shutil.rmtree(trash)
 
 
 @contextlib.contextmanager
 def named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Gives errors of the system in the block a file's name, which those of writing lack."""
+    """Adds the file's name to the system's errors in the block: those of writing lack it."""
     try:
         yield
     except OSError as error:
@@ -262,10 +286,10 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def allocate(path: str | os.PathLike[str], size: int) -> None:
-    """Makes a file of `size` bytes for which there is room on the disk.
+    """Makes a file of `size` bytes and reserves their room on the disk.
 
     Raises:
-      OSError: there is none; with the file's name.
+      OSError: the disk has no room; the error has the file's name.
     """
     with named(path), open(path, "wb") as file:
         if hasattr(os, "posix_fallocate") and size:
@@ -274,34 +298,37 @@ def allocate(path: str | os.PathLike[str], size: int) -> None:
             file.truncate(size)
 
 
-# A disk without room, a quota that is used up, a file that may not grow.
+# No room on the disk, in the quota, or for a file of this size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What libraries make of it that are not written in Python.
+# What is left of them in the errors of libraries that are not written in Python.
 _FULL_TEXT = re.compile("|".join(re.escape(os.strerror(number)) for number in _FULL))
 
 
 def full_disk(error: BaseException) -> tuple[str | None, str] | None:
-    """The file that found no room, if known, and why; None if the error does not come from that.
+    """Returns the file that found no room (None if unknown) and why.
 
-    Looked at are the error, what led to it, and what it is made of.
+    The error, its causes and the members of groups are searched.
+
+    Returns:
+      None if no full disk is among them.
     """
-    seen: list[BaseException] = []
-    found: tuple[str | None, str] | None = None
-    todo: list[BaseException | None] = [error]
-    while todo:
-        one = todo.pop(0)
-        if one is None or any(one is other for other in seen):
+    result: tuple[str | None, str] | None = None
+    visited: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop(0)
+        if current is None or any(current is other for other in visited):
             continue
-        seen.append(one)
-        todo += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
-        match = _FULL_TEXT.search(str(one))
-        if isinstance(one, OSError) and one.errno in _FULL:
-            found = (one.filename, one.strerror or os.strerror(one.errno))
-            if one.filename:
-                return found
-        elif match and found is None:
-            found = (None, match.group())
-    return found
+        visited.append(current)
+        pending += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
+        match = _FULL_TEXT.search(str(current))
+        if isinstance(current, OSError) and current.errno in _FULL:
+            result = (current.filename, current.strerror or os.strerror(current.errno))
+            if current.filename:
+                return result
+        elif match and result is None:
+            result = (None, match.group())
+    return result
 
 
 @contextlib.contextmanager
@@ -311,7 +338,7 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     After an error nothing is left.  Missing parent folders are made.
 
     Raises:
-      FileExistsError: `path` is there already (an empty folder is taken over).
+      FileExistsError: `path` exists and is not an empty folder.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -27,7 +27,8 @@ from morer1_jax.config.binding import FILE as CONFIG_FILE
 from morer1_jax.config.binding import load
 from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import atomic_write, check_writable, local_path, remove
+from morer1_jax.files import atomic_write, check_writable, remove
+from morer1_jax.paths import local_path
 from morer1_jax.processes import check_alone
 from morer1_jax.report.report import write_report
 from morer1_jax.run.batch_sampler import greedy_sampler

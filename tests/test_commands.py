@@ -54,17 +54,17 @@ SCORE = (EVALUATE, "--checkpoint=runs/a/sft", "--data=none")
         ((*SCORE, "--out=out", "--name=a/b"), "--name=a/b: a name without / expected"),
         ((*SCORE, "--out=out", "--name="), "--name=: a name without / expected"),
         ((*SCORE, "--out=scores"), "scores/eval/sft.json: exists already; delete it, or"),
-        ((RATE, "--checkpoint=none", "--data=none", "--out=runs"), "runs: a folder found, a file"),
+        ((RATE, "--checkpoint=none", "--data=none", "--out=runs"), "runs: expected a file to"),
         ((RATE, "--checkpoint=none", "--data=none", "--out=file"), "--out=file: exists already"),
         ((CONVERT, "--checkpoint=none", "--out=/proc/x"), "/proc/x: cannot be written: /proc: "),
-        ((CONVERT, "--checkpoint=none", "--out=file"), "file: a file found, a folder to write exp"),
+        ((CONVERT, "--checkpoint=none", "--out=file"), "file: expected a folder to write, found"),
         ((CONVERT, "--checkpoint=none", "--out=runs"), "--out=runs: exists already"),
         ((CONVERT, "--checkpoint=none", "--out=/"), "/: "),
         ((EVALUATE, "--checkpoint=~nobody-here/x", "--data=none", "--out=o"), "none/rel2id.json: "),
         ((CONVERT, "--checkpoint=~nobody-here/x", "--out=x"), "{here}/~nobody-here/x: no such fol"),
-        ((TFDS, "--folder=none", "--data_dir=file"), "file: a file found, a folder to write exp"),
+        ((TFDS, "--folder=none", "--data_dir=file"), "file: expected a folder to write, found"),
         ((STUDY, "--folder=s", "--seeds=0,a"), "--seeds: '0,a' found, whole numbers"),
-        ((STUDY, "--folder=file"), "file: a file found, a folder to write expected"),
+        ((STUDY, "--folder=file"), "file: expected a folder to write, found a file"),
         ((CONVERT, "--checkpoint=runs", "--out=x"), "runs: no checkpoint; expected a run's work"),
         ((CONVERT, "--checkpoint=runs/old", "--out=x"), "runs/old: no checkpoint; expected a run"),
         ((CONVERT, "--checkpoint=runs/dmo", "--out=x"), "runs/dmo: no such folder; is it runs/dem"),
@@ -141,7 +141,7 @@ def test_what_works_on_a_disk_only_is_no_bucket(command, folder, args):
     out, err = command(*args, code=2)
     flag, _, given = args[-1].partition("=")
     assert err == (
-        f"error: {flag}={given}: a URL found, a path of this machine expected; name one\n"
+        f"error: {flag}={given}: expected a path of this machine, found a URL; name another\n"
     )
     assert out == ""
     assert not Path("gs:").exists()
@@ -150,13 +150,28 @@ def test_what_works_on_a_disk_only_is_no_bucket(command, folder, args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((TRAIN, f"--config={TINY}", "--workdir="), "--workdir=: no path; name one"),
-        ((*SCORE, "--out="), "--out=: no path; name one"),
-        ((*ASK, "--picture="), "--picture=: no path; name one"),
-        ((PREDICT, "--checkpoint=none", "--jsonl="), "--jsonl=: no path; name one"),
-        ((CONVERT, "--checkpoint=", "--out=x"), "--checkpoint=: no path; name one"),
-        ((EVALUATE, "--checkpoint=a", "--data=foo://b", "--out=x"), "--data=foo://b: a path or gs"),
-        ((CONVERT, "--checkpoint=foo://b", "--out=x"), "a checkpoint's path=foo://b: a path or gs"),
+        (
+            (TRAIN, f"--config={TINY}", "--workdir="),
+            "--workdir=: expected a path, found none; name one",
+        ),
+        ((*SCORE, "--out="), "--out=: expected a path, found none; name one"),
+        ((*ASK, "--picture="), "--picture=: expected a path, found none; name one"),
+        (
+            (PREDICT, "--checkpoint=none", "--jsonl="),
+            "--jsonl=: expected a path, found none; name one",
+        ),
+        (
+            (CONVERT, "--checkpoint=", "--out=x"),
+            "--checkpoint=: expected a path, found none; name one",
+        ),
+        (
+            (EVALUATE, "--checkpoint=a", "--data=foo://b", "--out=x"),
+            "--data=foo://b: expected a path or gs",
+        ),
+        (
+            (CONVERT, "--checkpoint=foo://b", "--out=x"),
+            "a checkpoint's path=foo://b: expected a path or gs",
+        ),
         ((CONVERT, "--checkpoint=none", "--out=a\udcff"), "'--out=a\\udcff': not UTF-8, or not in"),
         ((CONVERT, "--checkpoint=none", "--out=" + "n" * 300), "n" * 300 + ": File name too long"),
         ((TRAIN, "--config=a:b.py"), "--config=a:b.py: what follows a colon is given to the conf"),
@@ -178,7 +193,7 @@ def test_a_shells_home_is_the_home_of_flags(command, folder, monkeypatch):
         ((CONVERT, "--checkpoint=~/old", "--out=x"), f"{folder}/runs/old: no checkpoint; exp"),
         ((CONVERT, "--checkpoint=none", "--out=~/old"), f"--out={folder}/runs/old: exists already"),
         ((*SCORE, "--out=~/../file"), f"{folder}/runs/../file/eval: cannot be written"),
-        ((STUDY, "--folder=~/../file"), f"{folder}/runs/../file: a file found, a folder"),
+        ((STUDY, "--folder=~/../file"), f"{folder}/runs/../file: expected a folder to write"),
         ((TRAIN, "--config=~/none.py"), f"--config={folder}/runs/none.py: no such file"),
     ):
         _, err = command(*args, code=2)

@@ -1,80 +1,24 @@
 import errno
+import math
 import os
 import tempfile
-from pathlib import Path
 
 import pytest
 
-from morer1_jax.errors import TextError
+from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import (
     allocate,
-    any_path,
     atomic_dir,
     atomic_write,
     check_writable,
     full_disk,
-    is_hub_name,
-    local_path,
-    nearby,
-    plain_path,
+    read_json,
+    read_jsonl,
     read_text,
     remove,
+    write_json,
+    write_jsonl,
 )
-
-
-def test_a_path_is_as_a_shell_has_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for way in (local_path, any_path):
-        assert os.fspath(way("~", "--out")) == f"{tmp_path}"
-        assert os.fspath(way("~/a [1] é", "--out")) == f"{tmp_path}/a [1] é"
-        assert os.fspath(way("~root/a", "--out")) == f"{os.path.expanduser('~root')}/a"
-        for same in ("a~", "a b", "no:url", "/x/gs:/y", "*?[1]\\ "):
-            assert os.fspath(way(same, "--out")) == os.fspath(Path(same))
-        for own in ("./~", "./~/a", "~nobody-of-this-name/a", ".//~b"):
-            once = way(own, "--out")
-            assert os.fspath(once) == os.path.join(os.getcwd(), Path(own))
-            assert way(once, "--out") == once
-    assert os.fspath(any_path("gs://b/~ [1]", "--data")) == "gs://b/~ [1]"
-
-
-@pytest.mark.parametrize("ways", [(local_path,), (any_path,)])
-@pytest.mark.parametrize(
-    ("path", "shown", "problem"),
-    [
-        ("", "--out=", "no path; name one"),
-        (" ", "--out= ", "no path; name one"),
-        ("a\0b", "--out='a\\x00b'", "no path; name one"),
-        ("a\udce9", "--out='a\\udce9'", "not UTF-8, or not in this locale; name another, or set"),
-        ("foo://b/x", "--out=foo://b/x", " expected; name one"),
-    ],
-)
-def test_what_is_no_path_is_named(ways, path, shown, problem):
-    for way in ways:
-        with pytest.raises(OSError, match="name") as error:
-            way(path, "--out")
-        assert error.value.filename == shown
-        assert problem in error.value.strerror
-
-
-@pytest.mark.parametrize("url", ["gs://b/x", "s3://b", "file:///tmp/x", Path("gs://b/x")])
-def test_a_url_is_no_path_of_this_machine(url):
-    with pytest.raises(OSError, match="a URL found, a path of this machine expected; name one"):
-        local_path(url, "--out")
-
-
-def test_a_plain_path_leads_to_the_same_and_is_gone(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[1]"))
-    odd = tmp_path / "[1]" / "a.b [c].jsonl.gz"
-    odd.parent.mkdir()
-    odd.write_text("x")
-    with plain_path(odd) as path:
-        assert path.read_text() == "x"
-        assert path.suffixes == [".jsonl", ".gz"]
-        assert not set("[] ") & set(str(path))
-    assert not path.parent.exists()
-    assert odd.read_text() == "x"
-    with plain_path(tmp_path) as path:
-        assert path == tmp_path
 
 
 def test_what_is_removed_is_gone(tmp_path):
@@ -101,17 +45,17 @@ def test_a_byte_order_mark_is_no_text(tmp_path, mark):
 @pytest.mark.parametrize(
     ("data", "place", "found"),
     [
-        ("één".encode("utf-16"), "", "UTF-16"),
-        ("een".encode("utf-16-be"), "", "UTF-16"),
-        ("\ufeffone\n".encode() + "één".encode("latin-1"), ":2", "not UTF-8"),
+        ("één".encode("utf-16"), "", "expected UTF-8 text, found UTF-16"),
+        ("een".encode("utf-16-be"), "", "expected UTF-8 text, found UTF-16"),
+        ("\ufeffone\n".encode() + "één".encode("latin-1"), ":2", "expected UTF-8 text"),
         # The place is counted in the file, mark and all.
-        ("\ufeff".encode() + b"\n\n\xff\n", ":3", "not UTF-8"),
+        ("\ufeff".encode() + b"\n\n\xff\n", ":3", "expected UTF-8 text, found other"),
     ],
 )
 def test_text_that_is_not_utf_8_is_refused_by_name(tmp_path, data, place, found):
     path = tmp_path / "a.txt"
     path.write_bytes(data)
-    with pytest.raises(TextError) as error:
+    with pytest.raises(DataError) as error:
         read_text(path)
     assert str(error.value).startswith(f"{path}{place}: {found}")
     assert "UTF-8" in str(error.value)
@@ -193,8 +137,8 @@ def test_what_can_be_written_is_said_to_be_and_left_alone(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "folder", "problem"),
     [
-        ("folder", False, "a folder found, a file to write expected; name another"),
-        ("file", True, "a file found, a folder to write expected; name another"),
+        ("folder", False, "expected a file to write, found a folder; name another"),
+        ("file", True, "expected a folder to write, found a file; name another"),
         ("file/new", False, "cannot be written: {}/file: Not a directory; name another"),
         ("file/new/deep", True, "cannot be written: {}/file: Not a directory; name another"),
     ],
@@ -219,20 +163,6 @@ def test_a_folder_that_takes_no_file_is_named(tmp_path, monkeypatch):
     assert error.value.strerror == (
         f"cannot be written: {tmp_path}: Read-only file system; name another"
     )
-
-
-def test_names_of_the_hub_and_of_this_machine(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
-    for name in ("Qwen/Qwen2.5-VL-3B-Instruct", "team/a_b-c.d", "run/dem"):
-        assert is_hub_name(name)
-    for name in (
-        *("runs/demo", "runs/absent", "run/demo", "./a", "../a", "a", "a/b/c", "/a/b", "~/a"),
-        *("a/b.jsonl", "a/model.safetensors", "a/b.parquet", "a/run.py", "gs://a/b", "a b/c"),
-    ):
-        assert not is_hub_name(name)
-    assert nearby("rnus/demo") == nearby("runs/dmeo") == "; is it runs/demo?"
-    assert nearby("/nowhere/at/all") == nearby("elsewhere") == ""
 
 
 def test_a_file_that_finds_no_room_is_named(tmp_path, file_limit):
@@ -278,3 +208,93 @@ NO_ROOM = os.strerror(errno.ENOSPC)
 )
 def test_a_full_disk_is_known_however_it_is_put(error, found):
     assert full_disk(error) == found
+
+
+def test_json_is_read_as_it_was_written(tmp_path):
+    value = {"b": [1, None, "één\u2028"], "a": {"c": 0.1}}
+    write_json(tmp_path / "new" / "a.json", value)
+    assert read_json(tmp_path / "new" / "a.json", "mend it") == value
+    pairs = read_json(tmp_path / "new" / "a.json", "mend it", kind=tuple)
+    assert [key for key, _ in pairs] == ["b", "a"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "new" / "a.json", {"a": math.nan})
+    assert os.listdir(tmp_path / "new") == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (None, "expected a score, found No such file or directory; mend it"),
+        (b"", "expected a score, found Expecting value"),
+        (b"[1]", "expected a score, found list; mend it"),
+        (b"[" * 100_000, "expected a score, found maximum recursion"),
+        (b"\xff{}", "expected UTF-8 text"),
+    ],
+)
+def test_what_is_no_json_object_is_named(tmp_path, data, found):
+    path = tmp_path / "a.json"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ConfigError) as error:
+        read_json(path, "mend it", expected="a score", error=ConfigError)
+    assert str(error.value).startswith(f"{path}:")
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def lines_of(path, **options):
+    """The numbers and names of a file's lines."""
+
+    def parse(number, value):
+        if value["name"] == "bad":
+            raise DataError("a bad name")
+        if value["name"] == "other":
+            raise ConfigError("another name")
+        return number, value["name"]
+
+    return read_jsonl(path, parse, "a name", "mend it", **options)
+
+
+def test_json_lines_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "a.jsonl"
+    names = ["één", "two\u2028three\n"]
+    for ascii_only in (True, False):
+        write_jsonl(path, ({"name": name} for name in names), ascii_only=ascii_only)
+        assert lines_of(path) == list(enumerate(names, start=1))
+    write_jsonl(path, [])
+    assert lines_of(path) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "found"),
+    [
+        (b"", DataError, "expected a name, found ''; mend it"),
+        (b"{", DataError, "expected a name, found '{'; mend it"),
+        (b"3", DataError, "expected a name, found '3'; mend it"),
+        (b"{}", DataError, "expected a name, found '{}'; mend it"),
+        (b'{"name": "bad"}', DataError, "a bad name"),
+        (b'{"name": "other"}', ConfigError, "another name"),
+        (b"\xff", DataError, "expected UTF-8 text"),
+        (b"[" * 100_000, DataError, "expected a name, found '[["),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, error, found):
+    path, good = tmp_path / "a.jsonl", b'{"name": "a"}\n'
+    path.write_bytes(good + line + b"\n" + good)
+    with pytest.raises(error) as caught:
+        lines_of(path)
+    assert str(caught.value).startswith(f"{path}:2: {found}")
+    assert len(str(caught.value)) < 400
+
+
+def test_blank_lines_and_a_partial_line_are_dropped_on_request_only(tmp_path):
+    path, good = tmp_path / "a.jsonl", b'{"name": "a"}\n'
+    path.write_bytes(good + b" \n" + good + b"\n\n")
+    assert lines_of(path, skip_blank=True) == [(1, "a"), (3, "a")]
+    path.write_bytes(good + '{"name": "é'.encode()[:-1])
+    assert lines_of(path, partial=True) == [(1, "a")]
+    path.write_bytes(good + good[:-1])
+    assert lines_of(path, partial=True) == [(1, "a")]
+    assert lines_of(path) == [(1, "a"), (2, "a")]
+    with pytest.raises(DataError, match="expected a name a line, found No such file"):
+        lines_of(tmp_path / "none", partial=True)

@@ -192,7 +192,7 @@ def absent_data(config, tmp_path):
 def absent_ratings(config, tmp_path):
     config.stages = "synthesise,sft,rate"
     config.rate.file = str(tmp_path / "absent.jsonl")
-    return "absent.jsonl: no such file; expected ratings"
+    return "absent.jsonl: expected a rating"
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_a_stage_before_what_it_goes_on_from_is_named(
 
 def test_a_workdir_that_is_a_file_is_named(config, workdir):
     workdir.write_text("mine")
-    with pytest.raises(OSError, match="a file found, a folder to write expected") as error:
+    with pytest.raises(OSError, match="expected a folder to write, found a file") as error:
         train(config, workdir)
     assert error.value.filename == str(workdir)
     assert workdir.read_text() == "mine"

@@ -27,7 +27,8 @@ from bench.sitting import check_needs, sit
 from bench.turns import Timing
 from morer1_jax.cli import needs_extra, run_main
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import check_writable, local_path
+from morer1_jax.files import check_writable
+from morer1_jax.paths import local_path
 from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 

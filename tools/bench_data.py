@@ -18,7 +18,8 @@ from ml_collections import config_flags
 
 from morer1_jax.cli import needs_extra, run_main
 from morer1_jax.config.settings import settings
-from morer1_jax.files import check_writable, local_path
+from morer1_jax.files import check_writable
+from morer1_jax.paths import local_path
 from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 

@@ -11,7 +11,8 @@ import os
 from absl import flags
 
 from morer1_jax.cli import needs_extra, run_main
-from morer1_jax.files import any_path, check_writable
+from morer1_jax.files import check_writable
+from morer1_jax.paths import any_path
 from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 

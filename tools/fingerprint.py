@@ -23,7 +23,8 @@ from typing import Any
 
 from morer1_jax.cli import ArgumentParser, run_main
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import atomic_write, check_writable, local_path
+from morer1_jax.files import check_writable, read_json, read_jsonl, write_json
+from morer1_jax.paths import local_path
 from morer1_jax.processes import check_alone
 
 # Runs a command in a process that keeps digests of the arrays it puts on devices.
@@ -163,7 +164,7 @@ def texts(workdir: Path) -> dict[str, str]:
         if place.parts[0] in ("eval", "rate", "data") and path.name != "DONE.json":
             found[str(place)] = _of_file(path)
     for name in ("rollouts.jsonl", "metrics.jsonl"):
-        records = [json.loads(line) for line in (workdir / name).read_text("utf-8").splitlines()]
+        records = read_jsonl(workdir / name, lambda _, record: record, "a record", "run it again")
         kept = [
             {k: v for k, v in one.items() if k.split("/")[0] not in _TIMES and k != "compilations"}
             for one in records
@@ -196,10 +197,10 @@ def main(_: list[str]) -> None:
     check_writable(out)
     before: dict[str, Any] | None = None
     if given.compare is not None:
-        before = json.loads(given.compare.read_text(encoding="utf-8"))
+        before = read_json(given.compare, "record it anew")
     with tempfile.TemporaryDirectory() as folder:
         found = fingerprint(given.checkout, Path(folder))
-    atomic_write(out, json.dumps(found, indent=1) + "\n")
+    write_json(out, found)
     print(f"{len(found)} digests: {out}")
     if before is not None:
         changed = differences(before, found)

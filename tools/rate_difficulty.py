@@ -14,7 +14,8 @@ from morer1_jax.cli import run_main
 from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.digests import of_lines
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import any_path, check_writable, local_path
+from morer1_jax.files import check_writable
+from morer1_jax.paths import any_path, local_path
 from morer1_jax.processes import check_alone
 from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.cache import use_program_cache

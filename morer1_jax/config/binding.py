@@ -12,8 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from morer1_jax.cli import suggest
-from morer1_jax.errors import ConfigError, one_line
-from morer1_jax.files import atomic_write, read_text
+from morer1_jax.errors import ConfigError
+from morer1_jax.files import read_json, write_json
 
 # Keys that may differ when a run is resumed: beyond rounding no step depends on them, so that a run
 # out of memory can be corrected. How often and on how many facts is validated decides which of its
@@ -151,7 +151,7 @@ def load(
                 "use a new --workdir, or set these keys back"
             )
     if write and before != now:
-        atomic_write(path, json.dumps(_tree(config), indent=1, ensure_ascii=False) + "\n")
+        write_json(path, _tree(config))
 
 
 def differences(
@@ -225,13 +225,7 @@ def _check(key: str, value: Any, rule: Rule) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_text(path))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({one_line(error)}); use a new --workdir") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: a dict of config keys expected; use a new --workdir")
-    return flatten(found)
+    return flatten(read_json(path, "use a new --workdir", error=ConfigError))
 
 
 def _tree(config: ConfigDict | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from morer1_jax.errors import DataError
-from morer1_jax.files import atomic_write, read_text
+from morer1_jax.files import read_json, write_json
 
 # Kinds of digests, which a name is of up to its first /, that runs begun before did not keep.
 _PHOTOS = "img_org"
@@ -40,7 +39,7 @@ def bind(path: Path, found: Mapping[str, str], where: object) -> None:
     Raises:
       DataError: one differs, is missing or is new; it is named, with what to do.
     """
-    kept = json.loads(read_text(path)) if path.exists() else {}
+    kept = read_json(path, "use a new --workdir") if path.exists() else {}
     kinds = {_kind(name) for name in kept}
     new = {
         name: digest
@@ -53,7 +52,7 @@ def bind(path: Path, found: Mapping[str, str], where: object) -> None:
             "new --workdir"
         )
     if new:
-        atomic_write(path, json.dumps(kept | new, indent=1) + "\n")
+        write_json(path, kept | new)
 
 
 def differences(kept: Mapping[str, str], found: Mapping[str, str]) -> str:

@@ -8,7 +8,6 @@ folder/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from morer1_jax.data.images import Patches
 from morer1_jax.errors import DataError
-from morer1_jax.files import read_text
+from morer1_jax.files import read_json, write_json
 from morer1_jax.task.fact import Fact
 
 INDEX, FEATURES = "index.json", "features.bin"
@@ -41,7 +40,7 @@ class FeatureStore:
         self._merge_size = merge_size
         self._merge = merge_size**2
         try:
-            described = json.loads(read_text(self.folder / INDEX))
+            described = read_json(self.folder / INDEX, "delete the folder")
             self._places: dict[str, list[Place]] = described["facts"]
             self.made_of: dict[str, str] = described.get("made_of", {})
             shape, dtype = tuple(described["shape"]), np.dtype(described["dtype"])
@@ -86,4 +85,4 @@ def write_index(
 ) -> None:
     """Writes the index of a store, after its features."""
     described = {"shape": shape, "dtype": dtype, "facts": places, "made_of": made_of}
-    (folder / INDEX).write_text(json.dumps(described), encoding="utf-8")
+    write_json(folder / INDEX, described, indent=None)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from morer1_jax.errors import DataError, TextError
-from morer1_jax.files import read_text
+from morer1_jax.errors import DataError
+from morer1_jax.files import read_jsonl, write_jsonl
 
 FILE = "ratings.jsonl"
 POOLS = ("easy", "hard", "dropped")
+EXPECTED = 'a rating {"fact": …, "pass_rate": …, "pool": …}'
+_REMEDY = "write it with the stage `rate` or tools/rate_difficulty.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,45 +26,32 @@ class Rating:
     pool: str
 
 
-def rating_line(rating: Rating) -> str:
-    """Returns a rating as a line of a ratings file."""
-    return json.dumps(dataclasses.asdict(rating)) + "\n"
-
-
 def read_ratings(path: Path) -> list[Rating]:
     """Reads what `run_rate` wrote.
 
     Raises:
       DataError: the file is missing or empty, a line is not a rating, or a fact is there twice.
     """
-    try:
-        lines = read_text(path).rstrip().split("\n")
-    except TextError as error:
-        raise DataError(str(error)) from None
-    except OSError as error:
-        found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise DataError(
-            f"{path}: {found}; expected ratings, from the stage `rate` or tools/rate_difficulty.py"
-        ) from None
-    if lines == [""]:
-        raise DataError(f"{path}: empty, expected a rating a line")
-    ratings, seen = [], set()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rating = Rating(**json.loads(line))
-            known = rating.pool in POOLS and 0.0 <= rating.pass_rate <= 1.0
-        except (ValueError, TypeError):
-            known = False
-        if not known:
-            raise DataError(
-                f"{path}:{number}: {line[:80]!r} found, a rating "
-                '{"fact": …, "pass_rate": …, "pool": …} expected'
-            )
+    seen: set[str] = set()
+
+    def parse(_: int, value: dict[str, Any]) -> Rating:
+        rating = Rating(**value)
+        if rating.pool not in POOLS or not 0.0 <= rating.pass_rate <= 1.0:
+            raise ValueError
         if rating.fact in seen:
-            raise DataError(f"{path}:{number}: {rating.fact} is rated twice, expected once")
+            raise DataError(f"expected a rating a fact, found {rating.fact} twice; {_REMEDY}")
         seen.add(rating.fact)
-        ratings.append(rating)
+        return rating
+
+    ratings = read_jsonl(path, parse, EXPECTED, _REMEDY)
+    if not ratings:
+        raise DataError(f"{path}: expected a rating a line, found none; {_REMEDY}")
     return ratings
+
+
+def write_ratings(path: Path, ratings: Sequence[Rating]) -> None:
+    """Writes ratings, a line each, so that `read_ratings` returns the same."""
+    write_jsonl(path, map(dataclasses.asdict, ratings))
 
 
 def histogram(ratings: Sequence[Rating], width: int = 40) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from morer1_jax.errors import DataError, one_line
-from morer1_jax.files import expanded, is_hub_name, nearby, plain_path, why_local
+from morer1_jax.paths import did_you_mean, expand_home, hub_hint, is_hub_name, plain_path
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.more import check_reasoning
 from morer1_jax.task.ontology import Ontology
@@ -40,14 +40,14 @@ def read_reasoning_dataset(
     """
     local = "://" not in source
     if local:
-        source = expanded(source, "data.reasoning")
+        source = expand_home(source, "data.reasoning")
     builder = next((name for suffix, name in _BUILDERS if re.search(suffix, source)), None)
     there = local and os.path.exists(source)
     if local and not (there or glob.glob(source)) and (builder or not is_hub_name(source)):
         raise DataError(
-            f"{source}: no such file{nearby(source)}; expected rows of fact and text in JSONL or "
-            "Parquet, or a dataset on the hub, owner/name"
-            + why_local(source, "--repo-type=dataset ")
+            f"{source}: no such file{did_you_mean(source)}; expected rows of fact and text in "
+            "JSONL or Parquet, or a dataset on the hub, owner/name"
+            + hub_hint(source, "--repo-type=dataset ")
         )
     if builder is None and local and os.path.isfile(source):
         raise DataError(f"{source}: not named as what it holds; expected .jsonl, .json or .parquet")

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from morer1_jax.data.images import ImageReader
-from morer1_jax.errors import DataError, TextError
+from morer1_jax.errors import DataError
 from morer1_jax.files import read_text
 from morer1_jax.report.page import Html, escape, join, remark, tag
 from morer1_jax.run.batch_sampler import Answer
@@ -40,7 +40,7 @@ def read_answers(path: Path, facts: Sequence[Fact]) -> list[Pair]:
     known = {fact.id: fact for fact in facts}
     try:
         lines = read_text(path).split("\n")
-    except (OSError, TextError):
+    except (OSError, DataError):
         raise DataError(f"{path}: no answers there; run the stage `evaluate` first") from None
     pairs = []
     for number, line in enumerate(lines, start=1):

@@ -29,15 +29,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from morer1_jax.errors import DataError, NotFiniteError
-from morer1_jax.files import (
-    atomic_dir,
-    atomic_write,
-    full_disk,
-    named,
-    plain_path,
-    remove,
-    temporary_path,
-)
+from morer1_jax.files import atomic_dir, atomic_write, full_disk, named, remove, temporary_path
+from morer1_jax.paths import plain_path
 from morer1_jax.run.finite import first_not_finite
 from morer1_jax.run.mesh import path_name
 

@@ -21,7 +21,7 @@ from morer1_jax.data.reasoning import read_reasoning_dataset
 from morer1_jax.data.shapes import Need
 from morer1_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from morer1_jax.errors import ConfigError, DataError
-from morer1_jax.files import any_path, atomic_dir
+from morer1_jax.files import atomic_dir
 from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
 from morer1_jax.learn.trainable import ADAPTER, TrainableParts, join, select, split
 from morer1_jax.model.config import ImageConfig, ModelConfig, VisionConfig
@@ -29,6 +29,7 @@ from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.paths import any_path
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.features import check_frozen, feature_store
 from morer1_jax.run.kernels import choose

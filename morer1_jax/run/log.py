@@ -15,8 +15,7 @@ from typing import Any
 
 import jax
 
-from morer1_jax.errors import DataError
-from morer1_jax.files import atomic_write, named, sync_path
+from morer1_jax.files import atomic_write, named, read_jsonl, sync_path
 
 # Seconds for which TensorBoard may be behind.
 _FLUSH_INTERVAL = 10.0
@@ -98,23 +97,22 @@ class RecordLog:
         self._last = {}
         if not self.path.exists():
             return
-        before = self.path.read_bytes()
-        kept = []
-        for number, line in enumerate(before.split(b"\n")[:-1], 1):
-            try:
-                record = json.loads(line)
-                stage, at, kind = record["stage"], record["step"], record["kind"]
-            except (ValueError, KeyError, TypeError):
-                raise DataError(
-                    f"{self.path}:{number}: a JSON object with stage, step and kind expected; "
-                    "delete the line or use a new --workdir"
-                ) from None
+
+        def keep(number: int, record: Mapping[str, Any]) -> int:
+            """Returns the line's number, or 0 if the line is dropped."""
+            stage, at, kind = record["stage"], record["step"], record["kind"]
             if stage == self.stage:
                 if at > step:
-                    continue
+                    return 0
                 self._last[kind] = max(at, self._last.get(kind, -1))
-            kept.append(line + b"\n")
-        after = b"".join(kept)
+            return number
+
+        expected = "a JSON object with stage, step and kind"
+        remedy = "delete the line or use a new --workdir"
+        kept = set(read_jsonl(self.path, keep, expected, remedy, partial=True))
+        before = self.path.read_bytes()
+        lines = enumerate(before.split(b"\n"), start=1)
+        after = b"".join(line + b"\n" for number, line in lines if number in kept)
         if after != before:
             atomic_write(self.path, after)
 

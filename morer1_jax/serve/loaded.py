@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +19,12 @@ from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.shapes import widest
 from morer1_jax.data.tokenizer import load_tokenizer
 from morer1_jax.errors import ConfigError, WeightsError
-from morer1_jax.files import any_path, expanded, is_hub_name, nearby, read_text, why_local
+from morer1_jax.files import read_text
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import ImageConfig, Runtime
 from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.checkpoint import MANIFEST, Checkpointer
 from morer1_jax.run.job import Job, like
@@ -141,18 +141,18 @@ def open_model(
     """
     ontology = None if labels is None else read_ontology_file(any_path(labels, "--labels"))
     if "://" not in path:
-        path = expanded(path, "--checkpoint")
+        path = expand_home(path, "--checkpoint")
     if (stage := _stage(Path(path))) is not None:
         return _trained(stage, ontology, completion)
     folder = Path(path)
     bucket_or_hub = "://" in path or (is_hub_name(path) and not folder.exists())
     if not bucket_or_hub and not (folder / weights.CONFIG).exists():
         check_kind(folder)
-        found = "no checkpoint" if folder.is_dir() else f"no such folder{nearby(path)}"
+        found = "no checkpoint" if folder.is_dir() else f"no such folder{did_you_mean(path)}"
         raise WeightsError(
             f"{path}: {found}; expected a run's "
             f"workdir, one of its stages {', '.join(_NEWEST_FIRST)}, a published folder (with a "
-            f"{weights.CONFIG}), or a name on the hub{'' if folder.is_dir() else why_local(path)}"
+            f"{weights.CONFIG}), or a name on the hub{'' if folder.is_dir() else hub_hint(path)}"
         )
     return _published(path, ontology, completion)
 
@@ -162,10 +162,10 @@ def _stage(path: Path) -> Path | None:
     if (path / "checkpoints").is_dir() and (path.parent / RUN_CONFIG).exists():
         return path
     try:
-        described = json.loads(read_text(path / RUN_CONFIG))
-    except (OSError, ValueError):
+        described = read_json(path / RUN_CONFIG)
+    except WeightsError:
         return None
-    if not isinstance(described, dict) or "model_type" in described or "stages" not in described:
+    if "model_type" in described or "stages" not in described:
         return None
     for name in _NEWEST_FIRST:
         if Checkpointer(path / name / "checkpoints").best() is not None:

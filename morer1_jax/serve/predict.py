@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from morer1_jax.errors import DataError, TextError
-from morer1_jax.files import read_text
+from morer1_jax.errors import DataError
+from morer1_jax.files import read_jsonl
 from morer1_jax.run.batch_sampler import Answer, BatchSampler
 from morer1_jax.serve.loaded import LoadedModel
 from morer1_jax.task import more
@@ -101,28 +101,16 @@ def read_questions(path: Path) -> list[Fact]:
     Raises:
       DataError: naming file and line.
     """
-    try:
-        lines = read_text(path).split("\n")
-    except TextError as e:
-        raise DataError(str(e)) from None
-    except OSError as e:
-        raise DataError(f"{path}: {e}; expected a text file, a JSON object a line") from None
-    facts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            given = json.loads(line)
-        except ValueError:
-            given = None
-        if not isinstance(given, dict):
-            raise DataError(f"{path}:{number}: {line[:80]!r} found, a JSON object expected")
-        try:
-            facts.append(question(number, given, path.parent))
-        except DataError as e:
-            raise DataError(f"{path}:{number}: {e}") from None
+
+    def parse(number: int, value: Any) -> Fact:
+        if not isinstance(value, dict):
+            raise TypeError
+        return question(number, value, path.parent)
+
+    expected, remedy = "a question, a JSON object", "write it as README shows"
+    facts = read_jsonl(path, parse, expected, remedy, skip_blank=True)
     if not facts:
-        raise DataError(f"{path}: empty, expected a question a line")
+        raise DataError(f"{path}: expected a question a line, found none; write one")
     return facts
 
 

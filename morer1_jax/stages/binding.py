@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from morer1_jax.config.binding import FILE, OPERATIONAL, flatten, identity, matches
-from morer1_jax.errors import ConfigError
-from morer1_jax.files import atomic_write
+from morer1_jax.errors import ConfigError, DataError
+from morer1_jax.files import read_json, write_json
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.stages.marker import MARKER, Stage, read_marker
 
@@ -224,9 +223,9 @@ def upgrade_markers(config: Any, workdir: Path) -> None:
     """
     path = workdir / FILE
     try:
-        there = flatten(json.loads(path.read_bytes())) if path.exists() else flatten(config)
-    except (ValueError, AttributeError):
-        return  # Not for this to say.
+        there = flatten(read_json(path, "") if path.exists() else config)
+    except DataError:
+        return  # The check of the config reports it.
     for name in DEPENDS.keys() - {"features", "evaluate"}:
         marker = read_marker(workdir / name)
         if marker is None or not isinstance(marker["config"], str):
@@ -235,7 +234,7 @@ def upgrade_markers(config: Any, workdir: Path) -> None:
         canonical = json.dumps(keys, sort_keys=True, allow_nan=False)
         if hashlib.sha256(canonical.encode()).hexdigest() == marker["config"]:
             marker["config"] = depends(there, name)
-            atomic_write(os.path.join(workdir, name, MARKER), json.dumps(marker, indent=1) + "\n")
+            write_json(workdir / name / MARKER, marker)
 
 
 def _free(name: str) -> Sequence[str]:

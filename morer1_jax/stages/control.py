@@ -8,13 +8,13 @@ method's price, so its time counts as GRPO's.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import read_text
+from morer1_jax.files import read_jsonl
 from morer1_jax.model.layers import Params
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job
@@ -57,9 +57,13 @@ def _affordable_steps(job: Job, rating_seconds: float) -> int:
 def _step_times(workdir: Path, stage: str) -> list[float]:
     """Seconds of the stage's logged steps."""
     path = workdir / "metrics.jsonl"
-    lines = read_text(path).splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines]
-    times = [r["step_time"] for r in records if r["stage"] == stage and r["kind"] == "train"]
-    if not times:
+
+    def parse(_: int, record: Mapping[str, Any]) -> float | None:
+        of_stage = record["stage"] == stage and record["kind"] == "train"
+        return record["step_time"] if of_stage else None
+
+    remedy = "delete the line or use a new --workdir"
+    times = read_jsonl(path, parse, "a step's metrics", remedy) if path.exists() else []
+    if not any(times):
         raise ConfigError(f"{path}: no step times of stage {stage}; run it before the control")
-    return times
+    return [time for time in times if time is not None]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from morer1_jax.files import atomic_write, read_text
+from morer1_jax.files import read_json, write_json, write_jsonl
 from morer1_jax.run.batch_sampler import Answer, BatchSampler
 from morer1_jax.run.job import Job
 from morer1_jax.task import metrics
@@ -46,12 +45,13 @@ def write_scores(
     Writes `eval/<name>.json` (the scores) and `eval/<name>.answers.jsonl` (every answer).
     """
     scores = metrics.score(facts, [a.label for a in answers], ontology)
-    lines = [json.dumps(dataclasses.asdict(a), ensure_ascii=False) + "\n" for a in answers]
-    atomic_write(folder / "eval" / f"{name}.answers.jsonl", "".join(lines))
-    atomic_write(folder / "eval" / f"{name}.json", json.dumps(scores, indent=1) + "\n")
+    path = folder / "eval" / f"{name}.answers.jsonl"
+    write_jsonl(path, map(dataclasses.asdict, answers), ascii_only=False)
+    write_json(folder / "eval" / f"{name}.json", scores)
     return scores
 
 
 def read_scores(workdir: Path) -> dict[str, dict[str, Any]]:
     """All score files of a workdir by name."""
-    return {p.stem: json.loads(read_text(p)) for p in sorted((workdir / "eval").glob("*.json"))}
+    paths = sorted((workdir / "eval").glob("*.json"))
+    return {path.stem: read_json(path, "evaluate again") for path in paths}

@@ -4,7 +4,6 @@ A stage writes all its output first and its marker last, so a marker that is the
 output is too, and a stage that was killed is run again.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from morer1_jax.config.binding import OPERATIONAL, differences, matches
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import atomic_write
+from morer1_jax.files import read_json, write_json
 
 MARKER = "DONE.json"
 
@@ -67,7 +66,7 @@ class Stage:
           results: JSON values for later stages, such as the step of the best checkpoint.
         """
         marker = {"stage": self.name, "config": self._depends, "results": dict(results or {})}
-        atomic_write(self.folder / MARKER, json.dumps(marker, indent=1, allow_nan=False) + "\n")
+        write_json(self.folder / MARKER, marker)
 
     def _marker(self) -> dict[str, Any] | None:
         marker = read_marker(self.folder)
@@ -96,15 +95,11 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
       ConfigError: the file is something else.
     """
     path = folder / MARKER
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-        known = isinstance(marker["config"], str | dict) and isinstance(marker["results"], dict)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise ConfigError(
-            f"{path}: not a stage's marker; delete it to run stage {folder.name} again"
-        )
+    remedy = f"delete it to run stage {folder.name} again"
+    marker = read_json(path, remedy, expected="a stage's marker", error=ConfigError)
+    kinds = {key: type(marker.get(key)) for key in ("config", "results")}
+    if kinds["config"] not in (str, dict) or kinds["results"] is not dict:
+        raise ConfigError(f"{path}: expected a stage's marker, found other keys; {remedy}")
     return marker

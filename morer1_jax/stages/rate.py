@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from morer1_jax.config.settings import RateSettings
-from morer1_jax.data.ratings import FILE, Rating, histogram, rating_line, read_ratings
-from morer1_jax.errors import ConfigError, DataError, TextError
-from morer1_jax.files import atomic_write, local_path, named, read_text
+from morer1_jax.data.ratings import EXPECTED, FILE, Rating, histogram, read_ratings, write_ratings
+from morer1_jax.errors import ConfigError, DataError
+from morer1_jax.files import named, read_jsonl, read_text, write_jsonl
+from morer1_jax.paths import local_path
 from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.job import Job
 from morer1_jax.run.shapes import widest_prompt_shape
@@ -42,11 +43,11 @@ def run_rate(job: Job, params: Any) -> dict[str, int]:
     config, out = job.settings.rate, job.workdir / "rate" / FILE
     if config.file is not None:
         given = _given(_file(config), job.facts["train"], config)
-        atomic_write(out, "".join(map(rating_line, given)))
+        write_ratings(out, given)
         print(histogram(given))
         return dict(Counter(rating.pool for rating in given))
     if (whole := _whole(out, job.facts["train"], config)) is not None:
-        atomic_write(out, "".join(map(rating_line, whole)))
+        write_ratings(out, whole)
         print(histogram(whole))
         return dict(Counter(rating.pool for rating in whole))
     sampler = BatchSampler(
@@ -94,43 +95,46 @@ def rate(
       ConfigError: what was begun depends on something else; it stays as it is.
     """
     unfinished, before = unfinished_paths(out)
-    head = json.dumps({"batch": sampler.batch, "out": out.name, **(identity or {})}) + "\n"
+    head = json.loads(json.dumps({"batch": sampler.batch, "out": out.name, **(identity or {})}))
     taken = before.exists() and _is_of_before(before, head)
     begun = unfinished if unfinished.exists() or not taken else before
     done = _pooled(_begun(begun, head), config)
     # Whole batches, so that each fact is asked in the company it would have had. Under another
     # batch those rated so far stay: noise is a fact's own, company changes rounding alone.
     done = done[: len(done) // sampler.batch * sampler.batch]
-    atomic_write(unfinished, head + "".join(map(rating_line, done)))
+    write_jsonl(unfinished, [head, *map(dataclasses.asdict, done)])
     if taken:
         before.unlink()
     with named(unfinished), open(unfinished, "a", buffering=1, encoding="utf-8") as file:
         for fact, drawn in sampler.ask(params, facts, "rate", start=len(done)):
             passed = float(np.mean(drawn.answer == sampler.ontology.ids[fact.label]))
             done.append(Rating(fact.id, passed, classify(passed, config)))
-            file.write(rating_line(done[-1]))
-    atomic_write(out, "".join(map(rating_line, done)))
+            file.write(json.dumps(dataclasses.asdict(done[-1])) + "\n")
+    write_ratings(out, done)
     unfinished.unlink()
     print(histogram(done))
     return dict(Counter(rating.pool for rating in done))
 
 
-def _begun(path: Path, head: str) -> list[Rating]:
+def _begun(path: Path, head: Mapping[str, Any]) -> list[Rating]:
     """The ratings of a run that was killed, which began with the same head but for the batch.
 
     Raises:
       ConfigError: it began with another.
     """
-    lines = read_text(path).splitlines(keepends=True) if path.exists() else []
-    if not lines or not lines[0].endswith("\n"):
-        return []
-    if changed := _changed(lines[0], head):
-        raise ConfigError(
-            f"{path}: ratings that were begun with another {', '.join(changed)}; give what they "
-            "were begun with, or delete it to rate anew"
-        )
-    whole = lines[1:] if lines[-1].endswith("\n") else lines[1:-1]
-    return [Rating(**json.loads(line)) for line in whole]
+
+    def parse(number: int, value: Any) -> Rating | None:
+        if number > 1:
+            return Rating(**value)
+        if changed := _changed(value, head):
+            raise ConfigError(
+                f"ratings that were begun with another {', '.join(changed)}; give what "
+                "they were begun with, or delete it to rate anew"
+            )
+        return None
+
+    remedy = "delete it to rate anew"
+    return read_jsonl(path, parse, EXPECTED, remedy, partial=True)[1:] if path.exists() else []
 
 
 def _file(config: RateSettings) -> Path:
@@ -145,16 +149,15 @@ def unfinished_paths(out: Path) -> tuple[Path, Path]:
     return out.with_name(f"{out.name}.unfinished"), out.with_suffix(".unfinished")
 
 
-def _is_of_before(path: Path, head: str) -> bool:
+def _is_of_before(path: Path, head: Mapping[str, Any]) -> bool:
     """Whether a file is what an earlier version began of these ratings; if of others, says so."""
     try:
-        first = read_text(path).partition("\n")[0]
-    except TextError:
+        found = json.loads(read_text(path).partition("\n")[0])
+    except ValueError:
         return False
-    found = _head(first)
-    if found is None or "batch" not in found or "out" in found:
+    if not isinstance(found, dict) or "batch" not in found or "out" in found:
         return False
-    if changed := _changed(first, head):
+    if changed := _changed(found, head):
         print(
             f"{path}: left as it is, ratings that an earlier version began with another "
             f"{', '.join(changed)}",
@@ -163,10 +166,9 @@ def _is_of_before(path: Path, head: str) -> bool:
     return not changed
 
 
-def _changed(there: str, here: str) -> list[str]:
+def _changed(found: Any, wanted: Mapping[str, Any]) -> list[str]:
     """What two heads differ in, of what pass rates depend on; numbers and names with both."""
-    found, wanted = _head(there), json.loads(here)
-    if found is None:
+    if not isinstance(found, dict):
         return ["first line"]
     # Those of earlier versions have the pools' keys too, and say nothing of photos.
     free = {"batch", "out", "easy_from", "never", *({"photos"} - found.keys())}
@@ -177,14 +179,6 @@ def _changed(there: str, here: str) -> list[str]:
             short = all(value is None or isinstance(value, int | float) for value in values)
             changed.append(f"{name} ({values[0]} there, {values[1]} here)" if short else name)
     return changed
-
-
-def _head(line: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _whole(out: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating] | None:
@@ -210,7 +204,7 @@ def pool_again(path: Path, config: RateSettings) -> list[Rating]:
     before = read_ratings(path)
     ratings = _pooled(before, config)
     if ratings != before:
-        atomic_write(path, "".join(map(rating_line, ratings)))
+        write_ratings(path, ratings)
         print(histogram(ratings))
     return ratings
 

@@ -3,9 +3,6 @@
 import unicodedata
 from dataclasses import dataclass
 
-# What to do where a bucket's client is not installed.
-GET_CLIENT = "pip install 'morer1-jax[gcs]'"
-
 
 def composed(text: str) -> str:
     """Text in Unicode's composed form (NFC), the one in which text is compared.

@@ -12,10 +12,9 @@ is not letter for letter the title's words under `h.pos`, and a box that leaves 
 """
 
 import hashlib
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,10 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from morer1_jax.errors import DataError, Faults, TextError, one_line
-from morer1_jax.files import read_text
+from morer1_jax.errors import DataError, Faults, one_line
+from morer1_jax.files import atomic_write, read_jsonl, read_lines, write_jsonl
 from morer1_jax.task.answer import Special, read
-from morer1_jax.task.fact import GET_CLIENT, Fact, composed
+from morer1_jax.task.fact import Fact, composed
 from morer1_jax.task.fields import fields, is_text, literal
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
 from morer1_jax.task.photo import DIGEST, open_photo
@@ -75,7 +74,9 @@ def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[F
         DataError: naming file and line of each that is not a whole and valid fact, up to 20.
     """
     path = split_path(folder, split)
-    lines = _read_lines(path)
+    lines = read_lines(path, "a text file, a fact a line", "copy it anew")
+    if not lines:
+        raise DataError(f"{path}:1: expected a fact a line, found none; copy it anew")
     photos: dict[str, list[str]] = {}
     try:
         for photo in (epath.Path(folder) / "img_org" / split).iterdir():
@@ -115,7 +116,7 @@ def write_split(folder: Path, split: str, facts: Sequence[Fact]) -> None:
                 }
             )
         )
-    _write_lines(split_path(folder, split), lines)
+    atomic_write(split_path(folder, split), "".join(line + "\n" for line in lines))
 
 
 def digests(folder: epath.PathLike) -> dict[str, str]:
@@ -221,17 +222,13 @@ def read_reasoning(
     Raises:
         DataError: naming file and line, if a line is malformed; see `check_reasoning`.
     """
-
-    def records() -> Iterator[tuple[str, Any]]:
-        for number, line in enumerate(_read_lines(path), start=1):
-            place = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise DataError(f"{place}: {one_line(e)}; expected one JSON object a line") from e
-            yield place, record
-
-    return check_reasoning(records(), facts, ontology)
+    records = read_jsonl(
+        path,
+        lambda number, record: (f"{path}:{number}", record),
+        'written reasoning {"fact": …, "text": …}',
+        "write it anew",
+    )
+    return check_reasoning(records, facts, ontology)
 
 
 def check_reasoning(
@@ -292,7 +289,7 @@ def _check_text(text: str, gold: str, ontology: Ontology) -> None:
 
 def write_reasoning(path: Path, texts: Mapping[str, str]) -> None:
     """Writes fact id to text so that `read_reasoning` gives the same."""
-    _write_lines(Path(path), [json.dumps({"fact": k, "text": v}) for k, v in texts.items()])
+    write_jsonl(path, ({"fact": fact_id, "text": text} for fact_id, text in texts.items()))
 
 
 def _parse_fact(
@@ -364,28 +361,3 @@ def check_box(box: Sequence[Any]) -> tuple[float, float, float, float]:
             raise DataError(f"t.box: {box!r} lies outside the photo, expected it within 0 to 1")
         x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
     return float(x), float(y), float(w), float(h)
-
-
-def _read_lines(path: epath.PathLike) -> list[str]:
-    """Lines of a UTF-8 file, split at newlines only: a title may hold U+2028 and the like."""
-    try:
-        text = read_text(path)
-    except ImportError as e:
-        raise DataError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
-    except OSError as e:
-        raise DataError(f"{path}: {one_line(e)}; expected a text file") from e
-    except TextError as e:
-        raise DataError(str(e)) from None
-    lines = text.rstrip().split("\n")
-    if lines == [""]:
-        raise DataError(f"{path}:1: empty, expected one fact a line")
-    return lines
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Writes the whole file or nothing: readers never see a part of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
-    os.replace(part, path)

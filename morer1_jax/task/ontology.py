@@ -1,14 +1,13 @@
 """The label list: relations between an object's type and an entity's type, and `none`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from morer1_jax.errors import DataError, TextError, one_line
-from morer1_jax.files import read_text
-from morer1_jax.task.fact import GET_CLIENT, composed
+from morer1_jax.errors import DataError
+from morer1_jax.files import read_json, write_json
+from morer1_jax.task.fact import composed
 
 NONE = "none"
 ENTITY_TYPES = ("per", "org", "loc", "misc")
@@ -82,16 +81,7 @@ def read_ontology_file(path: Path) -> Ontology:
     Raises:
         DataError: the file is absent, not such an object, or a label or id is malformed.
     """
-    try:
-        pairs = json.loads(read_text(path), object_pairs_hook=_Pairs)
-    except ImportError as e:  # A bucket's client is not installed.
-        raise DataError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
-    except TextError as e:
-        raise DataError(str(e)) from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise DataError(f"{path}: {one_line(e)}; expected a JSON object, label to id") from e
-    if not isinstance(pairs, _Pairs):
-        raise DataError(f"{path}: {type(pairs).__name__}, expected a JSON object, label to id")
+    pairs = read_json(path, "copy it anew", expected="a JSON object, label to id", kind=_Pairs)
     owner: dict[int, str] = {}
     seen: dict[str, str] = {}
     for written, i in pairs:
@@ -120,10 +110,7 @@ def read_ontology_file(path: Path) -> Ontology:
 
 def write_ontology_file(path: Path, labels: Sequence[str]) -> None:
     """Writes a `rel2id.json` that `read_ontology_file` reads back."""
-    ids = {label: i for i, label in enumerate(labels)}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(ids, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-    part.replace(path)  # Whole or not at all.
+    write_json(path, {label: i for i, label in enumerate(labels)}, indent=0)
 
 
 class _Pairs(list):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.errors import WeightsError, one_line
-from morer1_jax.files import read_text
+from morer1_jax import files
+from morer1_jax.errors import WeightsError
 from morer1_jax.model.config import DEFAULT_IDS
 from morer1_jax.model.special import SpecialIds
 
@@ -83,27 +82,20 @@ def token_ids(
 
 
 def read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
-    """The JSON object of a file.
+    """Returns the JSON object of a checkpoint's file.
 
     Args:
-      needed: whether the file must be there; else what is not is empty.
+      path: the file.
+      needed: whether the file must exist; else a missing one is an empty object.
 
     Raises:
-      WeightsError: it is none.
+      WeightsError: the file is missing or holds something else.
     """
-    try:
-        value = json.loads(read_text(path))
-    except (OSError, ValueError) as e:
-        if isinstance(e, FileNotFoundError) and not needed:
-            return {}
-        raise WeightsError(f"{path}: {one_line(e)}; expected a JSON object, copy it anew") from e
-    if not isinstance(value, dict):
-        raise WeightsError(
-            f"{path}: {type(value).__name__} found, a JSON object expected; copy it anew"
-        )
-    return value
+    if not needed and not path.exists():
+        return {}
+    return files.read_json(path, "copy it anew", error=WeightsError)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object as `transformers` does, for people to read."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Writes a JSON object, indented as `transformers` does."""
+    files.write_json(path, value, indent=2)

@@ -32,11 +32,11 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError, one_line
-from morer1_jax.files import any_path, expanded, is_hub_name, nearby, why_local
+from morer1_jax.files import INSTALL_CLIENT
 from morer1_jax.model.config import DEFAULT_IDS, LoRA, ModelConfig
 from morer1_jax.model.layers import merged_kernel
+from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
 from morer1_jax.progress import progress
-from morer1_jax.task.fact import GET_CLIENT
 from morer1_jax.weights.finite import count_not_finite
 from morer1_jax.weights.folder import (
     CONFIG,
@@ -85,7 +85,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         path = str(path)
-        self.folder = _find(path if "://" in path else expanded(path, "a checkpoint's path"))
+        self.folder = _find(path if "://" in path else expand_home(path, "a checkpoint's path"))
         check_kind(self.folder)
         described = read_json(self.folder / CONFIG)
         try:
@@ -337,11 +337,11 @@ def _find(path: str) -> Path:
     try:
         there = folder.is_dir()
     except ImportError as e:
-        raise WeightsError(f"{path}: {one_line(e)}; {GET_CLIENT}") from None
+        raise WeightsError(f"{path}: {one_line(e)}; {INSTALL_CLIENT}") from None
     if not there:
         raise WeightsError(
-            f"{path}: no such folder{nearby(path)}; expected one with a {CONFIG}, or a name on the "
-            f"hub{why_local(path)}"
+            f"{path}: no such folder{did_you_mean(path)}; expected one with a {CONFIG}, or a name "
+            f"on the hub{hub_hint(path)}"
         )
     return folder
 

@@ -348,7 +348,7 @@ def test_an_empty_workdir_gives_a_page_that_says_so(tmp_path):
     assert "No SFT metrics" in page.texts["curves"]
     assert "No GRPO metrics" in page.texts["curves"]
     assert "No GRPO steps" in page.texts["curriculum"]
-    assert "expected ratings" in page.texts["curriculum"]
+    assert "expected a rating" in page.texts["curriculum"]
     assert "No answers" in page.texts["gallery"]
 
 

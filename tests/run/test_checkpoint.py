@@ -425,7 +425,7 @@ def test_a_name_that_is_a_glob_matches_no_other_folder(tmp_path):
 
 def as_it_is(monkeypatch):
     """Gives orbax the path as it is, so that it merges nothing in a folder such as `[1]`."""
-    monkeypatch.setattr("morer1_jax.files._PLAIN", re.compile("(?s:.*)"), raising=False)
+    monkeypatch.setattr("morer1_jax.paths._PLAIN", re.compile("(?s:.*)"), raising=False)
 
 
 def test_what_cannot_be_found_again_is_no_checkpoint_and_the_older_stay(tmp_path, monkeypatch):

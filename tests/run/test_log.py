@@ -135,7 +135,7 @@ def test_a_torn_last_line_is_dropped_before_the_next_is_written(tmp_path):
 def test_a_foreign_line_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "sft", "step": 1, "kind": "train"}\n' + line + "\n")
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: a JSON object"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected a JSON object"):
         MetricLog(tmp_path, "sft")
 
 

@@ -15,7 +15,7 @@ def test_that_checkpoints_can_be_saved_is_tried_out(tmp_path, monkeypatch):
     check_saves(tmp_path)
     assert os.listdir(tmp_path) == []
     # Orbax gets the path as it is, and merges nothing in such a folder.
-    monkeypatch.setattr("morer1_jax.files._PLAIN", re.compile("(?s:.*)"), raising=False)
+    monkeypatch.setattr("morer1_jax.paths._PLAIN", re.compile("(?s:.*)"), raising=False)
     odd = tmp_path / "[1]"
     with pytest.raises(CheckpointError) as error:
         check_saves(odd)

@@ -305,9 +305,9 @@ def test_a_tokenizer_that_is_gone_is_named_before_a_tensor_is_read(whole, tmp_pa
 @pytest.mark.parametrize(
     ("text", "path", "found"),
     [
-        ("{", "run/sft", ".*expected a JSON object, copy it anew"),
+        ("{", "run/sft", "expected a JSON object, found .*; copy it anew"),
         ("{", "run", ".*expected a JSON object"),
-        ("3", "run", "int found, a JSON object expected"),
+        ("3", "run", "expected a JSON object, found int"),
         ('{"stages": "sft"}', "run/sft", r"config\.\w+: the key is missing"),
     ],
 )

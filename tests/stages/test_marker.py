@@ -31,5 +31,5 @@ def test_a_marker_that_is_none_is_an_error(tmp_path, text):
     stage = Stage(tmp_path, "sft")
     stage.finish()
     (stage.folder / "DONE.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"DONE\.json: not a stage's marker"):
+    with pytest.raises(ConfigError, match=r"DONE\.json: expected a stage's marker, found "):
         stage.done()

@@ -75,7 +75,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, line):
     good = json.dumps(dataclasses.asdict(RATINGS[0]))
     path = write(tmp_path / "ratings.jsonl", good, line, good)
-    with pytest.raises(DataError, match=r"ratings\.jsonl:2: .* a rating .* expected") as error:
+    with pytest.raises(DataError, match=r"ratings\.jsonl:2: expected a rating .* found ") as error:
         read_ratings(path)
     assert "\n" not in str(error.value)
 
@@ -88,9 +88,11 @@ def test_bytes_that_are_no_text_are_a_malformed_line(tmp_path):
 
 
 def test_a_missing_file_says_where_ratings_are_from(tmp_path):
-    with pytest.raises(DataError, match=r"ratings\.jsonl: no such file; .* the stage `rate` or to"):
+    with pytest.raises(
+        DataError, match=r"ratings\.jsonl: .* found No such file.*; .* the stage `rate` or to"
+    ):
         read_ratings(tmp_path / "ratings.jsonl")
-    with pytest.raises(DataError, match=r": Is a directory; expected ratings"):
+    with pytest.raises(DataError, match=r": expected a rating .* found Is a directory;"):
         read_ratings(tmp_path)
 
 
@@ -138,8 +140,8 @@ def test_ratings_made_before_get_the_configs_pools_and_the_facts_order(tmp_path)
     [
         (RATINGS[1:], r"of 3 facts found, of the 4 .* 1 missing, such as \['train:1'\]"),
         ([*RATINGS, Rating("train:9", 1.0, "easy")], r"1 of no such fact, such as \['train:9'\]"),
-        ([*RATINGS, RATINGS[1]], r"given\.jsonl:5: train:2 is rated twice, expected once"),
-        ([], r"given\.jsonl: empty, expected a rating a line"),
+        ([*RATINGS, RATINGS[1]], r"given\.jsonl:5: expected a rating a fact, found train:2 twice"),
+        ([], r"given\.jsonl: expected a rating a line, found none"),
     ],
 )
 def test_ratings_of_other_facts_are_refused(tmp_path, ratings, message):
@@ -205,7 +207,7 @@ def test_ratings_of_another_kind_are_not_overwritten(tmp_path):
         with pytest.raises(ConfigError) as error:
             rate(Asked(), None, FACTS, RATE, out, mine | changes)
         assert re.fullmatch(
-            rf"{tmp_path}/ratings\.jsonl\.unfinished: ratings that were begun with another "
+            rf"{tmp_path}/ratings\.jsonl\.unfinished:1: ratings that were begun with another "
             rf"{names}; give what they were begun with, or delete it to rate anew",
             str(error.value),
         )
@@ -263,7 +265,7 @@ def test_what_is_no_rating_under_the_earlier_name_is_left(tmp_path, capsys, cont
 def test_what_is_no_beginning_is_refused_and_a_torn_one_is_none(tmp_path):
     out, unfinished = tmp_path / "ratings.jsonl", tmp_path / "ratings.jsonl.unfinished"
     unfinished.write_text("notes\n")
-    with pytest.raises(ConfigError, match=r"begun with another first line; .* delete it to rate"):
+    with pytest.raises(DataError, match=r"unfinished:1: .* found 'notes'; delete it to rate anew"):
         rated(out, None)
     unfinished.write_text('{"batch": 2')
     assert rated(out, None) == ALL

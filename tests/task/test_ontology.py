@@ -50,7 +50,7 @@ def test_allowed_labels_of_an_ordered_pair_end_in_none():
     ("text", "message"),
     [
         ("{", "expected a JSON object"),
-        ('["none"]', "list, expected a JSON object"),
+        ('["none"]', "expected a JSON object, label to id, found list"),
         ('{"none": 0, "none": 1}', "key 'none' occurs twice"),
         ('{"none": 0, "/a/b/c": 0}', "key '/a/b/c': id 0 is already that of 'none'"),
         ('{"none": 0, "/a/b/c": 2}', "key '/a/b/c': id 2, expected 0 to 1 without a gap"),
@@ -90,10 +90,10 @@ def test_bad_files_are_named_with_their_key_in_one_line(tmp_path, text, message)
 def test_a_file_of_another_encoding_is_named(tmp_path):
     path = tmp_path / "rel2id.json"
     path.write_bytes('{"none": 0,\n"/a/b/é": 1}'.encode("latin-1"))
-    with pytest.raises(DataError, match=rf"^{path}:2: not UTF-8, expected UTF-8 text; save it"):
+    with pytest.raises(DataError, match=rf"^{path}:2: expected UTF-8 text, found other bytes;"):
         read_ontology_file(path)
     path.write_text('{"none": 0, "/a/b/c": 1}', encoding="utf-16")
-    with pytest.raises(DataError, match=rf"^{path}: UTF-16 or no text, expected UTF-8 text; save"):
+    with pytest.raises(DataError, match=rf"^{path}: expected UTF-8 text, found UTF-16 or"):
         read_ontology_file(path)
 
 

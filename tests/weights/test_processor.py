@@ -84,7 +84,7 @@ def test_without_a_file_it_is_as_transformers_makes_it_and_the_tower_s(tmp_path)
         ({"resample": 2}, "resample: found 2, only 3 is done"),
         ({"patch_size": 14}, "patch_size: found 14, expected the model's 4"),
         ({"image_processor_type": "CLIPImageProcessor"}, "found 'CLIPImageProcessor', only"),
-        ([], "list found, a JSON object expected; copy it anew"),
+        ([], "expected a JSON object, found list; copy it anew"),
     ],
 )
 @pytest.mark.parametrize("name", [PREPROCESSOR, PROCESSOR])

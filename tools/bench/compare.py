@@ -11,7 +11,7 @@ from typing import Any
 from bench.cases import Preset
 from bench.turns import Timing, Worker, ratio, take_turns
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import atomic_write, read_text
+from morer1_jax.files import read_json, write_json
 
 OURS = "ours"
 # In float32 sums of thousands of products agree to about this; bfloat16 keeps three digits.
@@ -158,7 +158,7 @@ class Results:
         if not path.exists():
             return cls(preset, device)
         try:
-            saved = json.loads(read_text(path))
+            saved = read_json(path, "give another --out")
             found = saved["device"], saved["preset"]
             tasks = {task: _measured(one) for task, one in saved["tasks"].items()}
             unfinished = saved.get("unfinished")
@@ -198,7 +198,7 @@ class Results:
             "tasks": {task: dataclasses.asdict(one) for task, one in self.tasks.items()},
             "unfinished": self.unfinished,
         }
-        atomic_write(path, json.dumps(described, indent=1) + "\n")
+        write_json(path, described)
 
     def in_order(self) -> list[tuple[str, Measured]]:
         """Tasks in the order of `comparisons`."""

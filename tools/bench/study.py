@@ -6,7 +6,6 @@ took; and GRPO without mixing, from the same SFT checkpoint and ratings.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from morer1_jax.errors import ConfigError
-from morer1_jax.files import atomic_dir, atomic_write
+from morer1_jax.files import atomic_dir, atomic_write, write_json
 from morer1_jax.stages.evaluate import read_scores
 
 # Exit codes of a command; see `cli.run_main`.
@@ -61,7 +60,7 @@ def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequen
             continue
         done.append(seed)
         results = collect(folder, done)
-        atomic_write(folder / "study.json", json.dumps(results, indent=1) + "\n")
+        write_json(folder / "study.json", results)
         atomic_write(folder / "study.md", table(results))
     if done:
         print(table(results))

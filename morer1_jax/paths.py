@@ -1,0 +1,151 @@
+"""Paths as users write them: of this machine, in a bucket, or a name on the hub."""
+
+import contextlib
+import difflib
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_NAME = re.compile(
+    r"\.(jsonl?|parquet|csv|tsv|txt|arrow|zip|tar|gz|bz2|xz|zst|safetensors|bin|pth?|gguf|py|ya?ml)$"
+)
+# The beginning of a URL, also as `Path` writes it; a folder of such a name is not meant.
+_URL = re.compile(r"[A-Za-z][\w+.-]*:/")
+# Paths that mean the same to a file system, a glob and a URL.
+_PLAIN = re.compile(r"(/[\w.,=+@-]+)+", re.ASCII)
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """Returns a path of this machine's file systems as a user wrote it, `~` as in a shell.
+
+    Args:
+      path: the path.
+      name: the flag or key whose value it is, which errors name.
+
+    Raises:
+      OSError: the path is empty, not UTF-8, or a URL; the error has `filename`, and its `strerror`
+        says what to do.
+    """
+    text = os.fspath(path)
+    if _URL.match(text):
+        raise _path_error(name, text, "expected a path of this machine, found a URL; name another")
+    return Path(expand_home(text, name))
+
+
+def any_path(path: str | os.PathLike[str], name: str) -> epath.Path:
+    """Returns a path as `local_path` does, or a path in a bucket (`gs://…`)."""
+    text = os.fspath(path)
+    try:
+        return epath.Path(text if "://" in text else expand_home(text, name))
+    except KeyError:
+        problem = "expected a path or gs://…, found another URL; name one"
+        raise _path_error(name, text, problem) from None
+
+
+def expand_home(text: str, name: str) -> str:
+    """Returns the text of a local path with `~` as in a shell.
+
+    The result is a fixed point: a folder whose own name begins with `~` is named from the root.
+
+    Args:
+      text: the path.
+      name: the flag or key whose value it is, which errors name.
+
+    Raises:
+      OSError: the path is empty or not UTF-8, as in `local_path`.
+    """
+    if not text.strip() or "\0" in text:
+        raise _path_error(name, text, "expected a path, found none; name one")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        problem = (
+            "expected UTF-8, found another encoding or locale; name another, or set PYTHONUTF8=1"
+        )
+        raise _path_error(name, text, problem) from None
+    text = os.path.expanduser(text)
+    return os.path.join(os.getcwd(), Path(text)) if str(Path(text)).startswith("~") else text
+
+
+def _path_error(name: str, text: str, problem: str) -> OSError:
+    shown = text if text.isprintable() else ascii(text)
+    return OSError(errno.EINVAL, problem, f"{name}={shown}")
+
+
+@contextlib.contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """Yields a path to a file or folder that libraries take literally, for the block alone.
+
+    Orbax and datasets glob the paths they are given, tensorstore and fsspec find URLs in them: a
+    bracket, a backslash or a colon leads elsewhere, or silently nowhere.
+
+    Args:
+      path: an absolute path.
+    """
+    if _PLAIN.fullmatch(str(path)):
+        yield path
+        return
+    folders = (tempfile.gettempdir(), "/tmp", "/var/tmp")
+    folder = next((folder for folder in folders if _PLAIN.fullmatch(folder)), None)
+    suffix = re.search(r"(\.\w+)*$", path.name, re.ASCII)[0]
+    with tempfile.TemporaryDirectory(prefix="plain-", dir=folder) as temporary:
+        link = Path(temporary) / f"path{suffix}"
+        link.symlink_to(path)
+        yield link
+
+
+def is_hub_name(path: str) -> bool:
+    """Returns whether a path is a name on the hub (`owner/name`) and not a mistyped local path.
+
+    It is a file's if it ends as files do, and local if its folder exists or one of nearly the same
+    name holds the rest of it.
+    """
+    local = Path(path)
+    if not _HUB_NAME.fullmatch(path) or _FILE_NAME.search(path):
+        return False
+    return not (path.startswith(".") or local.parent.exists() or did_you_mean(path))
+
+
+def did_you_mean(path: str) -> str:
+    """Returns an error's hint at a path of nearly this name, `; is it runs/demo?`, or ""."""
+    similar = _similar_path(path)
+    return f"; is it {similar}?" if similar else ""
+
+
+def _similar_path(path: str) -> Path | None:
+    local, above = Path(path), Path(path).parent
+    similar = [local.with_name(name) for name in _similar_names(local.name, above)]
+    similar += [
+        above.with_name(name) / local.name for name in _similar_names(above.name, above.parent)
+    ]
+    return next((other for other in similar if other.exists()), None)
+
+
+def _similar_names(name: str, folder: Path) -> list[str]:
+    try:
+        return difflib.get_close_matches(name, os.listdir(folder), cutoff=0.7)
+    except OSError:
+        return []
+
+
+def hub_hint(path: str, kind: str = "") -> str:
+    """Returns an error's hint at why a name was not looked for on the hub, or "".
+
+    Args:
+      path: a local path that does not exist.
+      kind: the option of `hf download` for the kind of the repository.
+    """
+    if not _HUB_NAME.fullmatch(path) or path.startswith(".") or _FILE_NAME.search(path):
+        return ""
+    parent = Path(path).parent
+    here = parent if parent.exists() else _similar_path(path)
+    return (
+        f" (not looked for there, as {here} is on this machine; if it is meant, hf download "
+        f"{kind}{path}, and name the folder that it prints)"
+    )
