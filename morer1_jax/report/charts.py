@@ -1,325 +1,266 @@
-"""Charts as inline SVG, drawn here so that a page needs no library and no network.
+"""Charts as static SVG in the page's own colours, drawn by matplotlib.
 
-A chart is `WIDTH` units wide and is scaled by the page. Colours 1 to 4 are the page's classes `c1`
-to `c4`. What a place holds in numbers is its `<title>`, which browsers show on hovering.
+matplotlib lays a chart out. It writes text as text and nothing that differs between two runs; this
+module then puts the page's CSS variables in place of colours, so that charts are light or dark as
+the page is. What a chart holds in numbers is in its hits, which the page shows on hovering.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from morer1_jax.report.page import Html, tag
+import numpy as np
+from markupsafe import Markup
 
-WIDTH, HEIGHT = 360, 200
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Sizes are in units of the SVG, which are matplotlib's points, 72 an inch.
+_WIDTH, _HEIGHT = 360, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 24, 32
-# Hovering is by vertical strips; more of them than this would be narrower than a pointer.
-_STRIPS = 90
-# A smoothed line's value is the mean over this share of the series.
+_FONT_SIZE = 11
+# Hits are vertical strips; more of them than this would be narrower than a pointer.
+_MAX_HITS = 90
+# A smoothed value is the mean over this share of the series.
 _SMOOTH = 0.06
-
-Point = tuple[float, float | None]
+# Colours that only stand for variables of the page's style sheet.
+_SERIES = ("#000001", "#000002", "#000003", "#000004")
+_GRID, _TEXT = "#000005", "#000006"
+_VARIABLES = dict(zip(_SERIES, ("var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)"), strict=True))
+_VARIABLES |= {_GRID: "var(--line)", _TEXT: "var(--muted)"}
+# Dashes, in widths of the line, keep series apart for colour-blind readers.
+_DASHES = ("-", (0, (3.9, 1.4)), (0, (1.4, 1.1)), (0, (5, 1.1, 1.1, 1.1)))
+_REPLACEMENTS = {
+    # Names that all charts have alike; those of markers, which are referred to, say what they are.
+    r' id="(?!m[0-9a-f]{10}")[^"]*"': "",
+    r' clip-path="[^"]*"': "",
+    r"font-family: [^;]*; ": "",
+    r' transform="rotate\(-?0 [^"]*"': "",
+    r"\s*\n\s*": "",
+    r"(\.\d\d)\d+(?=[^\d<])": r"\1",  # Digits of coordinates, not of labels.
+    "|".join(_VARIABLES): lambda match: _VARIABLES[match[0]],
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Series:
-    """A named line.
+class Hit:
+    """The text about a vertical strip of a chart; sizes in units of the SVG."""
+
+    left: float
+    width: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart and what stands around it.
 
     Attributes:
-      points: (x, y) with x increasing; y None where there is no value, which breaks the line.
-      colour: 1 to 4.
-      band: (lower, upper) for each point, drawn as a light area; or None.
+      drawing: the markup inside the `<svg>` of `macros.html`; empty if there is nothing to draw.
+      names: the legend, in the order of colours; empty if the chart needs none.
+      lines: whether the legend shows lines, not areas.
+      note: a sentence below the chart.
+      missing: why there is no drawing.
     """
 
-    name: str
-    points: tuple[Point, ...]
-    colour: int = 1
-    band: tuple[tuple[float, float], ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """Where data lies in a chart: the ranges of both axes, and their ticks."""
-
-    x: tuple[float, float]
-    y: tuple[float, float]
-    x_ticks: tuple[float, ...]
-    y_ticks: tuple[float, ...]
-
-    @classmethod
-    def around(cls, xs: Sequence[float], ys: Sequence[float]) -> _Frame:
-        y_ticks = ticks(min(ys), max(ys), 5, outside=True)
-        x = (min(xs), max(xs)) if max(xs) > min(xs) else (xs[0] - 1, xs[0] + 1)
-        return cls(x, (y_ticks[0], y_ticks[-1]), ticks(*x, 5), y_ticks)
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        (x0, x1), (y0, y1) = self.x, self.y
-        return (
-            _LEFT + (x - x0) / (x1 - x0) * (WIDTH - _LEFT - _RIGHT),
-            HEIGHT - _BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - _TOP - _BOTTOM),
-        )
-
-    def path(self, points: Sequence[Point]) -> str:
-        """`M` at the first point of each unbroken run of values, `L` at the others."""
-        words, pen = [], "M"
-        for x, y in points:
-            if y is None:
-                pen = "M"
-                continue
-            words.append("{}{:.1f} {:.1f}".format(pen, *self.at(x, y)))
-            pen = "L"
-        return "".join(words)
-
-    def axes(self, x_label: str, y_label: str) -> list[Html]:
-        """Grid lines, ticks and the axes' names."""
-        parts = []
-        for y in self.y_ticks:
-            _, level = self.at(self.x[0], y)
-            parts.append(_line(_LEFT, level, WIDTH - _RIGHT, level))
-            parts.append(_text(_LEFT - 5, level + 3.5, number(y), "end"))
-        for x in self.x_ticks:
-            place, _ = self.at(x, self.y[0])
-            parts.append(_line(place, HEIGHT - _BOTTOM, place, HEIGHT - _BOTTOM + 4))
-            parts.append(_text(place, HEIGHT - _BOTTOM + 15, number(x), "middle"))
-        parts.append(_text(0, 10, y_label, "start"))
-        parts.append(_text(WIDTH - _RIGHT, HEIGHT - 3, x_label, "end"))
-        return parts
-
-    def strips(self, texts: Mapping[float, str]) -> list[Html]:
-        """An unseen strip for hovering at each x, over the whole height."""
-        xs = list(texts)[:: math.ceil(len(texts) / _STRIPS)]
-        places = [self.at(x, self.y[0])[0] for x in xs]
-        middles = [(a + b) / 2 for a, b in itertools.pairwise(places)]
-        edges = [_LEFT, *middles, WIDTH - _RIGHT]
-        return [
-            tag(
-                "rect",
-                tag("title", texts[x]),
-                class_="hit",
-                x=f"{left:.1f}",
-                y=_TOP,
-                width=f"{right - left:.1f}",
-                height=HEIGHT - _TOP - _BOTTOM,
-            )
-            for x, (left, right) in zip(xs, itertools.pairwise(edges), strict=True)
-        ]
+    title: str
+    drawing: str = ""
+    hits: tuple[Hit, ...] = ()
+    names: tuple[str, ...] = ()
+    lines: bool = False
+    note: str = ""
+    missing: str = ""
 
 
 def number(value: float) -> str:
-    """A number as short as it can be read: 12,500, 0.25, 3e-05."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+    """Returns a number in as few characters as it can be read: 12,500, 0.25, 3e-05."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def ticks(low: float, high: float, most: int, *, outside: bool = False) -> tuple[float, ...]:
-    """About `most` round numbers, multiples of 1, 2 or 5 times a power of ten.
+def thin(values: np.ndarray, max_values: int) -> np.ndarray:
+    """Returns at most `max_values` values, equal runs of neighbours replaced by their means.
 
-    Args:
-      outside: whether the first and last lie around `low` and `high` instead of between them.
+    A mean leaves NaNs out; where there is nothing else it is NaN.
     """
-    if high - low <= 1e-6 * max(abs(low), abs(high)):  # Labels could not tell its ticks apart.
-        spread = abs(low) / 2 or 0.5
-        low, high = low - spread, high + spread
-    raw = (high - low) / most
-    scale = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * (1 - 1e-9))
-    # What rounding adds to a bound that is a tick itself must not push the tick out.
-    first, last = low / step, high / step
-    if outside:
-        first, last = math.floor(first + 1e-9), math.ceil(last - 1e-9)
-    else:
-        first, last = math.ceil(first - 1e-9), math.floor(last + 1e-9)
-    return tuple(float(f"{i * step:.10g}") for i in range(first, last + 1))
-
-
-def thin(points: Sequence[Point], most: int) -> list[Point]:
-    """At most `most` points: equal runs of neighbours are replaced by their means."""
-    size = math.ceil(len(points) / most) or 1
-    out: list[Point] = []
-    for run in (points[i : i + size] for i in range(0, len(points), size)):
-        values = [y for _, y in run if y is not None]
-        y = math.fsum(values) / len(values) if values else None
-        out.append((math.fsum(x for x, _ in run) / len(run), y))
-    return out
+    size = math.ceil(len(values) / max_values) or 1
+    runs = np.pad(values, (0, -len(values) % size), constant_values=np.nan).reshape(-1, size)
+    counts = np.isfinite(runs).sum(1)
+    return np.where(counts, np.nansum(runs, 1) / np.maximum(counts, 1), np.nan)
 
 
 def smooth_window(count: int) -> int:
-    """How many neighbouring points, an odd number, a smoothed value is the mean of."""
+    """Returns how many neighbours, an odd number, of `count` values a smoothed one averages."""
     return 2 * round(_SMOOTH * count / 2) + 1
 
 
-def smooth(points: Sequence[Point]) -> list[Point]:
-    """Each value replaced by the mean of those around it; at the ends the window is cut off."""
-    reach = smooth_window(len(points)) // 2
-    out: list[Point] = []
-    for i, (x, y) in enumerate(points):
-        around = [v for _, v in points[max(i - reach, 0) : i + reach + 1] if v is not None]
-        out.append((x, None if y is None else math.fsum(around) / len(around)))
-    return out
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Replaces each value by the mean of its neighbours; the window is cut off at the ends.
+
+    NaNs stay, and means leave them out.
+    """
+    window = np.ones(smooth_window(len(values)))
+    finite = np.isfinite(values)
+    sums = np.convolve(np.where(finite, values, 0), window, "same")
+    counts = np.convolve(finite, window, "same")
+    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
 
 
 def line_chart(
-    series: Sequence[Series],
+    title: str,
+    steps: np.ndarray,
+    lines: Mapping[str, np.ndarray],
     *,
-    x_label: str,
-    y_label: str,
+    unit: str,
     smoothed: bool,
-    low: float | None = None,
-    high: float | None = None,
-) -> Html:
-    """Lines over a common x.
+    band: tuple[np.ndarray, np.ndarray] | None = None,
+    y_range: Sequence[float] = (),
+    note: str = "",
+) -> Chart:
+    """Draws values over steps.
 
     Args:
-      series: at least one value among them.
-      smoothed: draw the points light and their running mean strong; else mark each point.
-      low, high: what the y axis reaches to at least.
+      steps: increasing.
+      lines: at most four, by name, with a value for each step; NaN breaks a line. Not all are NaN.
+      unit: of the y axis.
+      smoothed: whether to draw the values light and their running mean strong, instead of a marker
+        on each value.
+      band: a lower and an upper bound of each value of the first line, drawn as a light area.
+      y_range: values that the y axis includes at least.
     """
-    ys = [y for one in series for _, y in one.points if y is not None]
-    ys += [y for one in series for pair in one.band or () for y in pair]
-    ys += [y for y in (low, high) if y is not None]
-    frame = _Frame.around(sorted({x for one in series for x, _ in one.points}), ys)
-    parts = frame.axes(x_label, y_label)
-    for one in series:
-        colour = f"c{one.colour}"
-        if one.band:
-            xs = [x for x, _ in one.points]
-            lower = list(zip(xs, (low for low, _ in one.band), strict=True))
-            upper = list(zip(xs, (high for _, high in one.band), strict=True))
-            outline = frame.path(upper + lower[::-1]) + "Z"
-            parts.append(tag("path", class_=f"band {colour}", d=outline))
+    axes = _axes(steps, np.concatenate([*lines.values(), *(band or ()), y_range]), "step", unit)
+    texts = [[f"step {number(step)}" for step in steps]]
+    for (name, values), colour, dashes in zip(lines.items(), _SERIES, _DASHES, strict=False):
+        style = {"color": colour, "linestyle": dashes, "linewidth": 1.8}
         if smoothed:
-            parts.append(tag("path", class_=f"line raw {colour}", d=frame.path(one.points)))
-            parts.append(tag("path", class_=f"line {colour}", d=frame.path(smooth(one.points))))
-            continue
-        parts.append(tag("path", class_=f"line {colour}", d=frame.path(one.points)))
-        for x, y in one.points:
-            if y is not None:
-                cx, cy = frame.at(x, y)
-                parts.append(tag("circle", class_=colour, cx=f"{cx:.1f}", cy=f"{cy:.1f}", r=2.2))
-    texts: dict[float, list[str]] = {}
-    for one in series:
-        for i, (x, y) in enumerate(one.points):
-            span = " ({} to {})".format(*map(number, one.band[i])) if one.band else ""
-            shown = "no value" if y is None else f"{number(y)}{span}"
-            texts.setdefault(x, [f"{x_label} {number(x)}"]).append(f"{one.name}: {shown}")
-    parts += frame.strips({x: "\n".join(texts[x]) for x in sorted(texts)})
-    return _svg(parts)
+            axes.plot(steps, values, color=colour, alpha=0.33, linewidth=1)
+            axes.plot(steps, smooth(values), **style)
+        else:
+            axes.plot(steps, values, marker="o", markersize=4.4, **style)
+        texts.append([f"{name}: {'no value' if math.isnan(y) else number(y)}" for y in values])
+    if band:
+        axes.fill_between(steps, *band, color=_SERIES[0], alpha=0.14, linewidth=0)
+        bounds = zip(texts[1], *band, strict=True)
+        texts[1] = [f"{text} ({number(low)} to {number(high)})" for text, low, high in bounds]
+    names = tuple(lines) if len(lines) > 1 else ()
+    return Chart(title, _svg(axes), _hits(axes, steps, texts), names, lines=True, note=note)
 
 
 def stacked_area(
-    xs: Sequence[float], layers: Mapping[str, Sequence[float]], *, x_label: str, y_label: str
-) -> Html:
-    """Shares of a whole over x, the first layer lowest; every layer has a value for each x."""
-    frame = _Frame.around(xs, [0.0, 1.0])
-    parts, base = [], [0.0] * len(xs)
-    for colour, values in enumerate(layers.values(), start=1):
-        top = [a + b for a, b in zip(base, values, strict=True)]
-        edge = [*zip(xs, top, strict=True), *reversed(list(zip(xs, base, strict=True)))]
-        parts.append(tag("path", class_=f"area c{colour}", d=frame.path(edge) + "Z"))
-        base = top
-    parts += frame.axes(x_label, y_label)
-    texts = {
-        x: "\n".join(
-            [f"{x_label} {number(x)}", *(f"{n}: {100 * v[i]:.0f}%" for n, v in layers.items())]
-        )
-        for i, x in enumerate(xs)
-    }
-    return _svg([*parts, *frame.strips(texts)])
+    title: str, steps: np.ndarray, layers: Mapping[str, np.ndarray], *, unit: str, note: str = ""
+) -> Chart:
+    """Draws shares of a whole over steps.
+
+    Args:
+      layers: by name, the lowest first: a share, 0 to 1, for each step.
+      unit: of the y axis.
+    """
+    axes = _axes(steps, np.array([0, 1]), "step", unit)
+    axes.set_axisbelow(False)
+    axes.stackplot(steps, *layers.values(), colors=_SERIES, alpha=0.85, linewidth=0)
+    texts = [[f"step {number(step)}" for step in steps]]
+    texts += [[f"{name}: {100 * y:.0f}%" for y in values] for name, values in layers.items()]
+    return Chart(title, _svg(axes), _hits(axes, steps, texts), tuple(layers), note=note)
 
 
 def histogram(
-    bars: Sequence[tuple[str, Mapping[str, int]]], names: Sequence[str], *, x_label: str
-) -> Html:
-    """Counts as bars, left to right.
+    title: str,
+    labels: Sequence[str],
+    counts: Mapping[str, np.ndarray],
+    *,
+    x_label: str,
+    unit: str,
+    note: str = "",
+) -> Chart:
+    """Draws counts as stacked bars.
 
     Args:
-      bars: the text under each, and its count by name; those are stacked in the order of `names`.
-      names: colours 1, 2, … are theirs.
+      labels: of each bar, left to right.
+      counts: by name, the lowest first: a number for each bar.
+      unit: of the y axis.
     """
-    most = max(sum(counts.values()) for _, counts in bars)
-    frame = _Frame((0, len(bars)), (0, (y := ticks(0, most, 5, outside=True))[-1]), (), y)
-    parts = frame.axes(x_label, "facts")
-    every = math.ceil(len(bars) / 11)
-    for i, (text, counts) in enumerate(bars):
-        left, bottom = frame.at(i + 0.1, 0)
-        right, _ = frame.at(i + 0.9, 0)
-        base = 0
-        for colour, name in enumerate(names, start=1):
-            count = counts.get(name, 0)
-            if not count:
-                continue
-            top, floor = frame.at(0, base + count)[1], frame.at(0, base)[1]
-            parts.append(
-                tag(
-                    "rect",
-                    tag("title", f"{x_label} {text}\n{count:,} {name}"),
-                    class_=f"area c{colour}",
-                    x=f"{left:.1f}",
-                    y=f"{top:.1f}",
-                    width=f"{right - left:.1f}",
-                    height=f"{floor - top:.1f}",
-                )
-            )
-            base += count
-        if i % every == 0:
-            parts.append(_text((left + right) / 2, bottom + 15, text, "middle"))
-    return _svg(parts)
+    places = np.arange(len(labels)) + 0.5
+    axes = _axes(np.array([0, len(labels)]), np.array([0, *sum(counts.values())]), x_label, unit)
+    base = np.zeros(len(labels))
+    for values, colour in zip(counts.values(), _SERIES, strict=False):
+        axes.bar(places, values, 0.8, base, color=colour, alpha=0.85, linewidth=0)
+        base = base + values
+    every = math.ceil(len(labels) / 11)
+    axes.set_xticks(places[::every], labels[::every])
+    axes.tick_params(axis="x", length=0, pad=7)
+    texts = [[f"{x_label} {label}" for label in labels]]
+    texts += [[f"{n:,} {name}" if n else "" for n in values] for name, values in counts.items()]
+    return Chart(title, _svg(axes), _hits(axes, places, texts), tuple(counts), note=note)
 
 
-def paired_bars(values: Mapping[str, float]) -> Html:
-    """Percentages as thin horizontal bars, one below the other, as wide as where they are put."""
-    height = 18 / len(values)
-    track = tag("rect", class_="track", width="100%", height="100%")
-    bars = [
-        tag(
-            "rect",
-            tag("title", f"{name}: {value:.1f}"),
-            class_=f"area c{colour}",
-            y=f"{(colour - 1) * height + 1:.1f}",
-            width=f"{value:.1f}%",
-            height=f"{min(height - 2, 9):.1f}",
-        )
-        for colour, (name, value) in enumerate(values.items(), start=1)
-    ]
-    return tag("svg", track, *bars)
+def _axes(xs: np.ndarray, ys: np.ndarray, x_label: str, y_label: str) -> Axes:
+    """Returns empty axes around the values, with round numbers as ticks and ends of the y axis."""
+    # Imported where a page is written: it takes a second, and may look for the machine's fonts.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # Not through pyplot, which would keep every figure in a global list.
+    figure = Figure((_WIDTH / 72, _HEIGHT / 72), dpi=72)
+    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    place = (_LEFT / _WIDTH, _BOTTOM / _HEIGHT, width / _WIDTH, height / _HEIGHT)
+    axes = figure.add_axes(place, frameon=False)
+    # Ranges.
+    locator = MaxNLocator(5, steps=[1, 2, 5, 10])
+    low, high = np.nanmin(ys), np.nanmax(ys)
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # Labels could not tell the ticks apart.
+        spread = abs(low) / 2 or 0.5
+        low, high = low - spread, high + spread
+    y_ticks = locator.tick_values(low, high)
+    x_range = (xs[0], xs[-1]) if xs[-1] > xs[0] else (xs[0] - 1, xs[0] + 1)
+    axes.set(xlim=x_range, ylim=(y_ticks[0], y_ticks[-1]), yticks=y_ticks)
+    axes.xaxis.set_major_locator(locator)
+    # Looks.
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: number(value))
+    axes.tick_params(color=_GRID, labelcolor=_TEXT, labelsize=_FONT_SIZE, width=1, length=4)
+    axes.tick_params(axis="y", length=0, pad=5)
+    axes.grid(axis="y", color=_GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    figure.text(0, 1 - 10 / _HEIGHT, y_label, color=_TEXT, fontsize=_FONT_SIZE)
+    right = 1 - _RIGHT / _WIDTH
+    figure.text(right, 3 / _HEIGHT, x_label, color=_TEXT, fontsize=_FONT_SIZE, ha="right")
+    return axes
 
 
-def figure(
-    title: str, chart: Html, names: Sequence[str] = (), *, lines: bool = False, note: str = ""
-) -> Html:
-    """A chart with its title, a legend if colours 1, 2, … have names, and what there is to know."""
-    return tag(
-        "figure",
-        tag("figcaption", title),
-        chart,
-        legend(names, lines=lines) if names else "",
-        tag("p", note, class_="note") if note else "",
+def _hits(axes: Axes, xs: np.ndarray, texts: Sequence[Sequence[str]]) -> tuple[Hit, ...]:
+    """Returns strips that meet halfway between their x.
+
+    Args:
+      xs: increasing.
+      texts: the first line of the text at each x, its second line, and so on.
+    """
+    every = math.ceil(len(xs) / _MAX_HITS)
+    places = axes.transData.transform([(x, 0) for x in xs[::every]])[:, 0]
+    edges = [_LEFT, *(places[1:] + places[:-1]) / 2, _WIDTH - _RIGHT]
+    lines = list(zip(*texts, strict=True))[::every]
+    return tuple(
+        Hit(round(left, 1), round(right - left, 1), "\n".join(filter(None, text)))
+        for (left, right), text in zip(itertools.pairwise(edges), lines, strict=True)
     )
 
 
-def legend(names: Sequence[str], *, lines: bool = False) -> Html:
-    """The names of colours 1, 2, …, each beside a piece of its line or its area."""
-    entries = []
-    for i, name in enumerate(names, start=1):
-        if lines:
-            swatch = tag("path", class_=f"line c{i}", d="M0 4.5H22")
-        else:
-            swatch = tag("rect", class_=f"area c{i}", width=22, height=9)
-        entries.append(tag("span", tag("svg", swatch), name))
-    return tag("div", *entries, class_="legend")
+def _svg(axes: Axes) -> Markup:
+    """Returns what goes inside an `<svg>` of the page."""
+    from matplotlib import rc_context
 
-
-def _svg(parts: Sequence[Html]) -> Html:
-    return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}")
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> Html:
-    x1, y1, x2, y2 = (f"{v:.1f}" for v in (x1, y1, x2, y2))
-    return tag("line", class_="grid", x1=x1, y1=y1, x2=x2, y2=y2)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> Html:
-    return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
+    file = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        axes.figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    # Before the first group is a style sheet that would apply to the whole page, after the last
+    # are the clip paths.
+    svg = file.getvalue()
+    svg = svg[svg.index("<g ") : svg.rindex("</g>") + len("</g>")]
+    for pattern, replacement in _REPLACEMENTS.items():
+        svg = re.sub(pattern, replacement, svg)
+    return Markup(svg)

@@ -5,27 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from morer1_jax.data.ratings import Rating
-from morer1_jax.report.charts import (
-    Series,
-    figure,
-    histogram,
-    line_chart,
-    smooth_window,
-    stacked_area,
-    thin,
-)
-from morer1_jax.report.page import Html, join, remark, tag
+import numpy as np
+from markupsafe import Markup
+
+from morer1_jax.data.ratings import POOLS, Rating, read_ratings
+from morer1_jax.errors import DataError
+from morer1_jax.report.charts import Chart, histogram, line_chart, smooth_window, stacked_area, thin
+from morer1_jax.report.page import render
 
 # Points of a line beyond which neighbours are drawn as their mean.
-_POINTS = 600
+_MAX_POINTS = 600
 # Different pass rates beyond which they are counted in tenths.
-_RATES = 17
+_MAX_RATES = 17
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -36,110 +32,103 @@ class Metrics:
 
     Attributes:
       records: by stage and kind, in order of steps.
-      unreadable: lines that are no record, such as one cut off by a crash.
+      unreadable: how many lines are no record, such as one cut off by a crash.
     """
 
     records: Mapping[tuple[str, str], Records]
     unreadable: int
 
     def get(self, stage: str, kind: str = "train") -> Records:
+        """Returns the records of a stage, none if it logged nothing."""
         return self.records.get((stage, kind), ())
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
-    """One chart: some metrics of a stage over its steps.
+class Stage:
+    """The learning curves of a stage; `curves.html` says which.
 
     Attributes:
-      unit: what the y axis measures.
-      metrics: key in the records to name in the chart; the colours are given in this order.
-      band: keys of a lower and an upper bound around the first metric.
-      low, high: what the y axis reaches to at least.
+      key: the stage's name in the records.
+      name: what the report calls it.
     """
 
-    title: str
-    unit: str
-    metrics: Mapping[str, str]
-    kind: str = "train"
-    band: tuple[str, str] | None = None
-    low: float | None = None
-    high: float | None = None
+    key: str
+    name: str
+    metrics: Metrics
 
+    @property
+    def steps(self) -> int:
+        """The number of logged training steps."""
+        return len(self.metrics.get(self.key))
 
-_VALID = Curve(
-    "Validation F1",
-    "F1, %",
-    {"validation/micro_f1": "micro F1", "validation/macro_f1": "macro F1"},
-    kind="valid",
-    low=0,
-)
-_STEP_TIME = Curve("Step time", "seconds", {"step_time": "step time"}, low=0)
-_GRAD_NORM = Curve("Gradient norm, before clipping", "L2 norm", {"grad_norm": "norm"}, low=0)
-_ENTROPY = Curve("Entropy", "nats per token", {"entropy": "entropy"}, low=0)
+    @property
+    def steps_per_point(self) -> int:
+        """How many logged steps a point of a line is the mean of."""
+        return math.ceil(self.steps / _MAX_POINTS)
 
-_MAIN = {
-    "sft": (Curve("Loss", "nats per token", {"loss": "loss"}, low=0), _VALID, _ENTROPY),
-    "grpo": (
-        Curve(
-            "Reward", "mean reward", {"reward": "reward", "reward_std": "spread in a group"}, low=0
-        ),
-        Curve(
-            "Reward's parts, before weighting",
-            "mean, 0 to 1",
-            {f"rewards/{part}/mean": part for part in ("accuracy", "format", "effort")},
-            low=0,
-            high=1,
-        ),
-        _VALID,
-        Curve(
-            "Completion length, shortest to longest",
-            "tokens",
-            {"completions/mean_length": "mean length"},
-            band=("completions/min_length", "completions/max_length"),
-            low=0,
-        ),
-        _ENTROPY,
-        Curve(
-            "Groups and completions that teach nothing",
-            "share",
-            {
-                "frac_reward_zero_std": "groups of equal rewards",
-                "completions/clipped_ratio": "completions cut off",
-            },
-            low=0,
-            high=1,
-        ),
-    ),
-}
-_MORE = {
-    "sft": (
-        _GRAD_NORM,
-        Curve("Target tokens a step", "tokens", {"target_tokens": "tokens"}),
-        _STEP_TIME,
-    ),
-    "grpo": (
-        Curve("Loss", "loss", {"loss": "loss"}),
-        _GRAD_NORM,
-        Curve("KL to the model it began with", "nats per token", {"kl": "KL"}, low=0),
-        Curve(
-            "Ratios outside the clip range",
-            "share of tokens",
-            {"clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"},
-            low=0,
-        ),
-        Curve(
-            "Log-probability, sampler against scorer",
-            "mean |difference|, nats",
-            {"sampling/sampling_logp_difference/mean": "difference"},
-            low=0,
-        ),
-        _STEP_TIME,
-    ),
-}
+    @property
+    def window(self) -> int:
+        """How many points a smoothed one averages."""
+        return smooth_window(min(self.steps, _MAX_POINTS))
+
+    def chart(
+        self,
+        title: str,
+        unit: str,
+        metrics: Mapping[str, str],
+        *,
+        kind: str = "train",
+        band: Sequence[str] = (),
+        y_range: Sequence[float] = (0,),
+        note: str = "",
+    ) -> Chart:
+        """Draws metrics over the steps.
+
+        Args:
+          unit: of the y axis.
+          metrics: each key in the records, and its name in the chart, in the order of colours.
+          kind: of the records.
+          band: keys of a lower and an upper bound of the first metric.
+          y_range: values that the y axis includes at least.
+
+        Returns:
+          A chart, without a drawing if the metrics are not logged, or zero throughout.
+        """
+        records = self.metrics.get(self.key, kind)
+        lines = {name: _thinned(records, key) for key, name in metrics.items()}
+        lines = {name: values for name, values in lines.items() if np.isfinite(values).any()}
+        if not lines:
+            return Chart(title, missing="Not logged")
+        if not any(np.nan_to_num(values).any() for values in lines.values()):
+            return Chart(title, missing="Zero throughout")
+        bounds = tuple(_thinned(records, key) for key in band)
+        return line_chart(
+            title,
+            _thinned(records, "step"),
+            lines,
+            unit=unit,
+            smoothed=kind == "train",
+            band=bounds if bounds and np.isfinite(bounds).all() else None,
+            y_range=y_range,
+            note=note,
+        )
+
+    @property
+    def best(self) -> str:
+        """A sentence about the step that did best on validation, if any was validated."""
+        records = self.metrics.get(self.key, "valid")
+        scores = _values(records, "validation/micro_f1")
+        if not np.isfinite(scores).any():
+            return ""
+        best = int(np.nanargmax(scores))
+        step = records[best]["step"]
+        return (
+            f"Best micro F1 {scores[best]:.1f} at step {step:,.0f}: the checkpoint that is scored."
+        )
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Reads `metrics.jsonl`, which need not be there.
+    """Reads `metrics.jsonl`, which may be missing.
 
     A NaN or an infinity, logged as null, becomes a gap in its line.
     """
@@ -153,154 +142,90 @@ def read_metrics(path: Path) -> Metrics:
             unreadable += 1
         else:
             records[key].append(record | {"step": step})
-    for found in records.values():
-        found.sort(key=lambda record: record["step"])
+    for of_stage in records.values():
+        of_stage.sort(key=lambda record: record["step"])
     return Metrics(dict(records), unreadable)
 
 
-def learning_curves(metrics: Metrics, names: Mapping[str, str]) -> Html:
-    """SFT's and GRPO's charts, then the validation scores of all other trainings.
+def learning_curves(metrics: Metrics, names: Mapping[str, str]) -> Markup:
+    """Returns SFT's and GRPO's charts, then the validation scores of all other trainings.
 
     Args:
-      names: how to call a stage.
+      names: what the report calls each stage.
     """
-    parts = []
-    for stage in ("sft", "grpo"):
-        parts.append(tag("h3", names[stage]))
-        records = metrics.get(stage)
-        if not records:
-            parts.append(remark(f"No {names[stage]} metrics in this workdir."))
-            continue
-        window = smooth_window(min(len(records), _POINTS))
-        parts.append(
-            tag("p", _legend_note(len(records), window), class_="note") if window > 1 else ""
-        )
-        parts.append(_charts(metrics, stage, _MAIN[stage]))
-        more = tag("summary", f"More curves of {names[stage]}")
-        parts.append(tag("details", more, _charts(metrics, stage, _MORE[stage])))
-    if metrics.unreadable:
-        parts.append(remark(f"Lines of metrics.jsonl that cannot be read: {metrics.unreadable}."))
-    return join([*parts, _other_stages(metrics, names)])
-
-
-def curriculum(metrics: Metrics) -> Html:
-    """The shares of easy and hard facts over GRPO's steps."""
-    records = metrics.get("grpo")
-    layers = {
-        name: [y for _, y in thin(_points(records, f"curriculum/{name}_share"), _POINTS)]
-        for name in ("easy", "hard")
+    trained = {stage for stage, kind in metrics.records if kind == "valid"} | {"sft", "grpo"}
+    stages = {
+        stage: Stage(stage, names.get(stage.rpartition("/")[2], stage), metrics)
+        for stage in sorted(trained)
     }
-    if not records or any(y is None for values in layers.values() for y in values):
-        return remark("No GRPO steps with a curriculum in this workdir.")
-    xs = [x for x, _ in thin(_points(records, "curriculum/easy_share"), _POINTS)]
-    chart = stacked_area(xs, layers, x_label="step", y_label="share of the batch")
+    return render(
+        "curves.html",
+        sft=stages.pop("sft"),
+        grpo=stages.pop("grpo"),
+        others=list(stages.values()),
+        unreadable=metrics.unreadable,
+    )
+
+
+def curriculum(metrics: Metrics, ratings: Path) -> Markup:
+    """Returns the chart of GRPO's curriculum and that of the pass rates in a file of ratings."""
+    charts, problems = [], []
+    for draw in (lambda: shares(metrics), lambda: pass_rates(read_ratings(ratings))):
+        try:
+            charts.append(draw())
+        except DataError as error:
+            problems.append(error)
+    return render("curriculum.html", charts=charts, problems=problems)
+
+
+def shares(metrics: Metrics) -> Chart:
+    """Draws the shares of easy and hard facts over GRPO's steps.
+
+    Raises:
+      DataError: GRPO did not log them.
+    """
+    records = metrics.get("grpo")
+    layers = {name: _thinned(records, f"curriculum/{name}_share") for name in ("easy", "hard")}
+    if not records or not np.isfinite([*layers.values()]).all():
+        raise DataError("No GRPO steps with a curriculum in this workdir.")
     first, last = layers["hard"][0], layers["hard"][-1]
-    note = f"Hard facts: {100 * first:.0f}% of the first batch, {100 * last:.0f}% of the last."
-    return figure("Easy and hard facts in a batch", chart, list(layers), note=note)
+    return stacked_area(
+        "Easy and hard facts in a batch",
+        _thinned(records, "step"),
+        layers,
+        unit="share of the batch",
+        note=f"Hard facts: {first:.0%} of the first batch, {last:.0%} of the last.",
+    )
 
 
-def pass_rates(ratings: Sequence[Rating]) -> Html:
-    """How many training facts the SFT model solved how often, by the pool they went to."""
-    if not ratings:
-        return remark("No facts were rated.")
+def pass_rates(ratings: Sequence[Rating]) -> Chart:
+    """Draws how many training facts, at least one, the SFT model solved how often, by pool."""
     rates = sorted({rating.pass_rate for rating in ratings})
-    if len(rates) > _RATES:
+    if len(rates) > _MAX_RATES:
         rates = [tenth / 10 for tenth in range(11)]
-    counts: dict[float, Counter[str]] = {rate: Counter() for rate in rates}
+    counts = {pool: np.zeros(len(rates), int) for pool in POOLS}
     for rating in ratings:
-        nearest = min(rates, key=lambda rate: abs(rate - rating.pass_rate))
-        counts[nearest][rating.pool] += 1
-    pools = [pool for pool in ("easy", "hard", "dropped") if any(c[pool] for c in counts.values())]
-    bars = [(f"{rate:.3g}", count) for rate, count in counts.items()]
-    sizes = Counter(rating.pool for rating in ratings)
-    note = ", ".join(f"{sizes[pool]:,} {pool}" for pool in pools)
-    return figure(
+        nearest = min(range(len(rates)), key=lambda i: abs(rates[i] - rating.pass_rate))
+        counts[rating.pool][nearest] += 1
+    counts = {pool: numbers for pool, numbers in counts.items() if numbers.any()}
+    sizes = ", ".join(f"{numbers.sum():,} {pool}" for pool, numbers in counts.items())
+    return histogram(
         "Pass rates of the training facts",
-        histogram(bars, pools, x_label="pass rate"),
-        pools,
-        note=f"{len(ratings):,} facts: {note}.",
+        [f"{rate:.3g}" for rate in rates],
+        counts,
+        x_label="pass rate",
+        unit="facts",
+        note=f"{len(ratings):,} facts: {sizes}.",
     )
 
 
-def _legend_note(count: int, window: int) -> str:
-    run = math.ceil(count / _POINTS)
-    light = f"means of {run} logged steps" if run > 1 else "logged steps"
-    return f"Light lines are {light}; strong ones the mean over {window} neighbours."
+def _values(records: Records, key: str) -> np.ndarray:
+    """Returns a metric at each step, NaN where it is not a finite number."""
+    values = [record.get(key) for record in records]
+    finite = [isinstance(value, int | float) and math.isfinite(value) for value in values]
+    return np.where(finite, values, np.nan).astype(float)
 
 
-def _points(records: Records, key: str) -> list[tuple[float, float | None]]:
-    points = []
-    for record in records:
-        y = record.get(key)
-        usable = isinstance(y, int | float) and math.isfinite(y)
-        points.append((record["step"], float(y) if usable else None))
-    return points
-
-
-def _charts(metrics: Metrics, stage: str, curves: Sequence[Curve]) -> Html:
-    shown, zero, absent = [], [], []
-    for curve in curves:
-        records = metrics.get(stage, curve.kind)
-        lines = {key: thin(_points(records, key), _POINTS) for key in curve.metrics}
-        lines = {k: line for k, line in lines.items() if any(y is not None for _, y in line)}
-        if not lines:
-            absent.append(curve.title)
-        elif all(not y for line in lines.values() for _, y in line):
-            zero.append(curve.title)
-        else:
-            shown.append(_figure(curve, lines, records))
-    parts = [tag("div", *shown, class_="charts")]
-    for titles, words in ((zero, "Zero throughout"), (absent, "Not logged")):
-        if titles:
-            parts.append(remark(f"{words}: {'; '.join(titles)}."))
-    return join(parts)
-
-
-def _figure(
-    curve: Curve, lines: Mapping[str, list[tuple[float, float | None]]], records: Records
-) -> Html:
-    band = None
-    if curve.band:
-        low, high = ([y for _, y in thin(_points(records, key), _POINTS)] for key in curve.band)
-        band = None if None in (*low, *high) else tuple(zip(low, high, strict=True))
-    series = [
-        Series(curve.metrics[key], tuple(line), colour, band if colour == 1 else None)
-        for colour, (key, line) in enumerate(lines.items(), start=1)
-    ]
-    chart = line_chart(
-        series,
-        x_label="step",
-        y_label=curve.unit,
-        smoothed=curve.kind == "train",
-        low=curve.low,
-        high=curve.high,
-    )
-    names = [one.name for one in series] if len(series) > 1 else ()
-    return figure(curve.title, chart, names, lines=True, note=_best(curve, records))
-
-
-def _best(curve: Curve, records: Records) -> str:
-    if curve.kind != "valid":
-        return ""
-    points = [(y, -x) for x, y in _points(records, "validation/micro_f1") if y is not None]
-    if not points:
-        return ""
-    best, step = max(points)
-    return f"Best micro F1 {best:.1f} at step {-step:,.0f}: the checkpoint that is scored."
-
-
-def _other_stages(metrics: Metrics, names: Mapping[str, str]) -> Html:
-    stages = sorted({stage for stage, kind in metrics.records if kind == "valid"} - {"sft", "grpo"})
-    lines = {s: _points(metrics.get(s, "valid"), "validation/micro_f1") for s in stages}
-    lines = {s: line for s, line in lines.items() if any(y is not None for _, y in line)}
-    if not lines:
-        return Html("")
-    figures = []
-    for stage, line in lines.items():
-        name = names.get(stage.rpartition("/")[2], stage)
-        series = [Series(name, tuple(line))]
-        chart = line_chart(series, x_label="step", y_label="micro F1, %", smoothed=False, low=0)
-        figures.append(figure(name, chart))
-    return join(
-        [tag("h3", "Baselines and controls, on validation"), tag("div", *figures, class_="charts")]
-    )
+def _thinned(records: Records, key: str) -> np.ndarray:
+    """Returns a metric as it is drawn."""
+    return thin(_values(records, key), _MAX_POINTS)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from morer1_jax.errors import DataError
-from morer1_jax.report.charts import legend, paired_bars
-from morer1_jax.report.page import Html, join, remark, table, tag
+from morer1_jax.report.page import render
 from morer1_jax.task.ontology import NONE
 
 # In the order of the tables: what does not see or read, then what was trained, the result last.
@@ -23,15 +24,15 @@ NAMES = {
 }
 BLIND = ("majority", "title_hidden", "photo_hidden")
 FINAL = ("grpo", "sft")
-_SCORES = (
-    ("Accuracy", "accuracy"),
-    ("Precision", "micro_precision"),
-    ("Recall", "micro_recall"),
-    ("Micro F1", "micro_f1"),
-    ("Macro F1", "macro_f1"),
-    ("Unreadable", "unreadable"),
-    ("Lenient F1", "lenient.micro_f1"),
-)
+_SCORES = {
+    "accuracy": "Accuracy",
+    "micro_precision": "Precision",
+    "micro_recall": "Recall",
+    "micro_f1": "Micro F1",
+    "macro_f1": "Macro F1",
+    "unreadable": "Unreadable",
+    "lenient.micro_f1": "Lenient F1",
+}
 _CELLS = {
     "1_entity_1_object": "1 entity, 1 object",
     "1_entity_n_objects": "1 entity, several objects",
@@ -43,134 +44,111 @@ Scores = Mapping[str, Mapping[str, Any]]
 
 
 def name_of(system: str) -> str:
+    """Returns what the report calls a system."""
     return NAMES.get(system, system)
 
 
 def get(tree: Any, dotted: str) -> Any:
-    """A value within nested objects, or None."""
+    """Returns a value within nested objects, or None."""
     for key in dotted.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
 
 
 def number_in(tree: Any, dotted: str) -> float | None:
+    """Returns a finite number within nested objects, or None."""
     value = get(tree, dotted)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def decimals(value: float | None) -> str:
+    """Returns a score as text, a dash for None."""
     return "–" if value is None else f"{value:.1f}"
 
 
-def score_section(scores: Scores) -> Html:
+def score_section(scores: Scores) -> Markup:
+    """Returns the tables of all systems.
+
+    Raises:
+      DataError: there are no scores.
+    """
     if not scores:
         raise DataError("No scores in this workdir; run the stage `evaluate`.")
-    facts = next((n for s in scores.values() if (n := number_in(s, "facts"))), None)
-    caption = f"Percent, on {facts:,} test facts. Bold: the best." if facts else "Percent."
-    none = tag("code", NONE)
-    notes = (
-        *(none, " is the negative class of precision, recall and F1. An answer that cannot be "),
-        *("read is wrong and counts as a false positive; the lenient micro F1 takes it as ", none),
-        *(". Macro F1 is the mean over the labels other than ", none, " that have test facts."),
-    )
-    return join(
-        [
-            _score_table(scores, caption),
-            tag("p", *notes, class_="note"),
-            tag("h3", "By the number of entities and objects of a title-photo pair"),
-            _breakdown(scores),
-            tag("h3", "Pairs with several objects"),
-            _multi_object(scores),
-            tag("h3", "F1 of each label"),
-            _per_label(scores),
-        ]
+    trained = [s for s in scores if s not in BLIND and get(scores[s], "breakdown")]
+    compared = [s for s in reversed(FINAL) if get(scores.get(s), "per_label")]
+    labels, labels_without_facts = _per_label(scores, compared)
+    several = [number_in(s, "multi_object.facts") or 0 for s in scores.values()]
+    return render(
+        "scores.html",
+        negative=NONE,
+        facts=next((n for s in scores.values() if (n := number_in(s, "facts"))), None),
+        score_names=list(_SCORES.values()),
+        scores=_score_rows(scores),
+        trained=list(map(name_of, trained)),
+        breakdown=_breakdown_rows(scores, trained) if trained else [],
+        several_facts=max(several),
+        several=_several_rows(scores),
+        compared=list(map(name_of, compared)),
+        labels=labels,
+        labels_without_facts=labels_without_facts,
     )
 
 
-def _score_table(scores: Scores, caption: str) -> Html:
-    best = {
-        key: max((number_in(s, key) or 0.0 for s in scores.values()), default=0.0)
-        for _, key in _SCORES
-        if key != "unreadable"
-    }
+def _score_rows(scores: Scores) -> list[list[str]]:
+    """Returns a row for each system, the best of each column in bold."""
+    best = {key: max(number_in(s, key) or 0.0 for s in scores.values()) for key in _SCORES}
+    best["unreadable"] = 0.0  # Less is better: nothing is bold.
+    rows = []
+    for system in scores:
+        row = [name_of(system)]
+        for key in _SCORES:
+            value = number_in(scores[system], key)
+            bold = value and value == best[key]
+            row.append(Markup("<b>{}</b>").format(decimals(value)) if bold else decimals(value))
+        rows.append(row)
+    return rows
 
-    def cell(system: str, key: str) -> Html | str:
-        value = number_in(scores[system], key)
-        shown = decimals(value)
-        return tag("b", shown) if value and value == best.get(key) else shown
 
-    rows = [[name_of(system), *(cell(system, key) for _, key in _SCORES)] for system in scores]
-    return table(["System", *(title for title, _ in _SCORES)], rows, caption)
-
-
-def _breakdown(scores: Scores) -> Html:
-    trained = [name for name in scores if name not in BLIND and get(scores[name], "breakdown")]
-    if not trained:
-        return remark("No scores of a trained model in this workdir.")
-    first = scores[trained[0]]
+def _breakdown_rows(scores: Scores, trained: list[str]) -> list[list[str]]:
+    """Returns a row for each kind of title-photo pair: facts, share of `none`, systems' scores."""
     rows = []
     for key, title in _CELLS.items():
-        facts = number_in(first, f"breakdown.{key}.facts") or 0
-        row: list[object] = [title, f"{facts:,}"]
-        values = [number_in(first, f"breakdown.{key}.none")]
+        cell = f"breakdown.{key}"
+        facts = number_in(scores[trained[0]], f"{cell}.facts") or 0
+        values = [number_in(scores[trained[0]], f"{cell}.none")]
         for system in trained:
-            values += [
-                number_in(scores[system], f"breakdown.{key}.{score}")
-                for score in ("accuracy", "micro_f1")
-            ]
-        rows.append(row + [decimals(value if facts else None) for value in values])
-    head = ["Pair", "Facts", "Gold none", *(("Accuracy", "Micro F1") * len(trained))]
-    groups = [("", 3), *((name_of(system), 2) for system in trained)]
-    return table(head, rows, "Percent but for facts.", groups)
+            values += [number_in(scores[system], f"{cell}.{s}") for s in ("accuracy", "micro_f1")]
+        rows.append([title, f"{facts:,}", *(decimals(v if facts else None) for v in values)])
+    return rows
 
 
-def _multi_object(scores: Scores) -> Html:
-    rows = [
-        [
-            name_of(system),
-            *(decimals(number_in(s, f"multi_object.{k}")) for k in ("precision", "recall", "f1")),
-        ]
+def _several_rows(scores: Scores) -> list[list[str]]:
+    """Returns a row for each system that answered facts of pairs with several objects."""
+    keys = [f"multi_object.{score}" for score in ("precision", "recall", "f1")]
+    return [
+        [name_of(system), *(decimals(number_in(s, key)) for key in keys)]
         for system, s in scores.items()
         if number_in(s, "multi_object.facts")
     ]
-    if not rows:
-        return remark("No test facts of pairs with several objects.")
-    facts = {number_in(s, "multi_object.facts") for s in scores.values()} - {None, 0}
-    caption = f"Percent, on {max(facts):,} test facts."
-    return table(["System", "Precision", "Recall", "F1"], rows, caption)
 
 
-def _per_label(scores: Scores) -> Html:
-    systems = [name for name in reversed(FINAL) if get(scores.get(name), "per_label")]
+def _per_label(scores: Scores, systems: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """Returns F1 and number of facts of each label that has facts, and how many have none.
+
+    Args:
+      systems: whose F1, in percent, are compared; the first says how many facts a label has.
+    """
     if not systems:
-        return remark("No scores of a trained model in this workdir.")
-    per_label = {name: scores[name]["per_label"] for name in systems}
-    support = {
-        label: int(number_in(row, "support") or 0) for label, row in per_label[systems[0]].items()
-    }
-    shown = sorted((label for label in support if support[label]), key=lambda x: (-support[x], x))
-    rows = []
-    for label in shown:
-        f1 = {name_of(name): number_in(per_label[name].get(label), "f1") or 0.0 for name in systems}
-        rows.append(
-            tag(
-                "tr",
-                tag("th", tag("code", label), class_="name", scope="row"),
-                tag("td", paired_bars(f1), class_="bars"),
-                *(tag("td", decimals(value)) for value in f1.values()),
-                tag("td", f"{support[label]:,}"),
-            )
-        )
-    head = ["Label", "", *map(name_of, systems), "Facts"]
-    parts = [
-        legend([name_of(name) for name in systems]),
-        tag(
-            "table",
-            tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head))),
-            tag("tbody", *rows),
-            class_="labels",
-        ),
+        return [], 0
+    tables = [scores[system]["per_label"] for system in systems]
+    facts = {label: int(number_in(row, "support") or 0) for label, row in tables[0].items()}
+    labels = sorted(filter(facts.get, facts), key=lambda label: (-facts[label], label))
+    rows = [
+        {
+            "label": label,
+            "f1": [number_in(table.get(label), "f1") or 0.0 for table in tables],
+            "facts": facts[label],
+        }
+        for label in labels
     ]
-    if left_out := len(support) - len(shown):
-        parts.append(remark(f"Left out, without test facts: {left_out} of {len(support)} labels."))
-    return join(parts)
+    return rows, len(facts) - len(labels)

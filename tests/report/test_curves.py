@@ -1,8 +1,11 @@
 import json
 import re
 
-from morer1_jax.data.ratings import Rating
-from morer1_jax.report.curves import curriculum, learning_curves, pass_rates, read_metrics
+import pytest
+
+from morer1_jax.data.ratings import Rating, write_ratings
+from morer1_jax.errors import DataError
+from morer1_jax.report.curves import curriculum, learning_curves, pass_rates, read_metrics, shares
 from morer1_jax.report.tables import NAMES
 
 
@@ -17,12 +20,16 @@ def record(step, stage="sft", kind="train", **values):
 
 
 def curve(html, title):
-    """The figure of a title: its legend, and the number of points of each line by class."""
-    figure = html.partition(f"<figcaption>{title}</figcaption>")[2].partition("</figure>")[0]
-    chart, _, legend = figure.partition("</svg>")
-    lines = re.findall(r'<path class="([^"]*)" d="([^"]*)"', chart)
-    names = re.findall(r'<path class="line (c\d)" d="[^"]*"></path></svg>([^<]*)<', legend)
-    return names, {class_: len(re.findall("[ML]", path)) for class_, path in lines}
+    """The figure of a title: its legend, and the number of points of each line by its look."""
+    figure = str(html).partition(f"<figcaption>{title}</figcaption>")[2].partition("</figure>")[0]
+    lines = re.findall(
+        r'<path d="([^"]*)" style="fill: none;[^"]*? stroke: var\(--(c.)\)([^"]*)"', figure
+    )
+    names = re.findall(r'<path class="line (c\d)" d="[^"]*"/></svg>([^<]*)<', figure)
+    points = {
+        f"{c} light" if "opacity" in look else c: len(path.split()) for path, c, look in lines
+    }
+    return names, {look: count // 2 for look, count in points.items()}
 
 
 def test_records_are_sorted_by_stage_kind_and_step(tmp_path):
@@ -44,7 +51,7 @@ def test_a_line_has_every_step_and_a_gap_where_it_was_not_finite(tmp_path):
     odd = {5: None, 7: float("nan"), 9: "x"}
     records = [record(s, loss=odd.get(s, 1 / s), entropy=0.0) for s in range(1, 21)]
     html = learning_curves(metrics(tmp_path, *records), NAMES)
-    assert curve(html, "Loss") == ([], {"line raw c1": 17, "line c1": 17})
+    assert curve(html, "Loss") == ([], {"c1 light": 17, "c1": 17})
     assert "Zero throughout: Entropy." in html
     assert "Not logged: Validation F1." in html
 
@@ -52,7 +59,7 @@ def test_a_line_has_every_step_and_a_gap_where_it_was_not_finite(tmp_path):
 def test_long_series_are_drawn_as_means(tmp_path):
     records = [record(step, loss=1 / step) for step in range(1, 1802)]
     html = learning_curves(metrics(tmp_path, *records), NAMES)
-    assert curve(html, "Loss")[1]["line raw c1"] == 451
+    assert 2 < curve(html, "Loss")[1]["c1"] <= 451
     assert "means of 4 logged steps" in html
 
 
@@ -64,7 +71,7 @@ def test_lines_and_legend_share_their_colours(tmp_path):
     html = learning_curves(metrics(tmp_path, record(1, loss=1.0), *valid, better, same), NAMES)
     names, points = curve(html, "Validation F1")
     assert names == [("c1", "micro F1"), ("c2", "macro F1")]
-    assert points == {"line c1": 4, "line c2": 4}
+    assert points == {"c1": 4, "c2": 4}
     assert "Best micro F1 50.0 at step 30" in html
 
 
@@ -78,31 +85,45 @@ def test_other_trainings_are_shown_by_name(tmp_path):
 
 
 def test_the_curriculum_needs_both_shares(tmp_path):
-    shares = {"curriculum/easy_share": 0.25, "curriculum/hard_share": 0.75}
-    whole = [record(step, stage="grpo", **shares) for step in (1, 2, 3)]
-    assert "Hard facts: 75% of the first batch" in curriculum(metrics(tmp_path, *whole))
+    values = {"curriculum/easy_share": 0.25, "curriculum/hard_share": 0.75}
+    whole = [record(step, stage="grpo", **values) for step in (1, 2, 3)]
+    assert "Hard facts: 75% of the first batch" in shares(metrics(tmp_path, *whole)).note
     del whole[1]["curriculum/easy_share"]
-    assert "No GRPO steps" in curriculum(metrics(tmp_path, *whole))
+    with pytest.raises(DataError, match="No GRPO steps"):
+        shares(metrics(tmp_path, *whole))
+
+
+def test_a_chart_that_cannot_be_drawn_leaves_the_other(tmp_path):
+    values = {"curriculum/easy_share": 0.25, "curriculum/hard_share": 0.75}
+    logged = metrics(tmp_path, record(1, stage="grpo", **values))
+    html = curriculum(logged, tmp_path / "ratings.jsonl")
+    assert html.count("<figure>") == 1
+    assert re.search('class="remark">.*ratings.jsonl: expected', html)
+    write_ratings(tmp_path / "ratings.jsonl", [Rating("train:1", 0.5, "hard")])
+    html = curriculum(metrics(tmp_path), tmp_path / "ratings.jsonl")
+    assert html.count("<figure>") == 1
+    assert "No GRPO steps with a curriculum" in html
 
 
 def test_pass_rates_are_counted_by_pool():
     ratings = [
         Rating(f"train:{i}", (i % 5) / 4, "easy" if i % 5 > 1 else "hard") for i in range(50)
     ]
-    html = pass_rates(ratings)
-    assert re.findall("<title>pass rate (.*?)\n(.*?)</title>", html) == [
-        ("0", "10 hard"),
-        ("0.25", "10 hard"),
-        ("0.5", "10 easy"),
-        ("0.75", "10 easy"),
-        ("1", "10 easy"),
+    chart = pass_rates(ratings)
+    assert [hit.text for hit in chart.hits] == [
+        "pass rate 0\n10 hard",
+        "pass rate 0.25\n10 hard",
+        "pass rate 0.5\n10 easy",
+        "pass rate 0.75\n10 easy",
+        "pass rate 1\n10 easy",
     ]
-    assert "50 facts: 30 easy, 20 hard." in html
-    assert "No facts were rated" in pass_rates([])
+    assert chart.note == "50 facts: 30 easy, 20 hard."
 
 
 def test_many_pass_rates_are_counted_in_tenths():
-    html = pass_rates([Rating(f"train:{i}", i / 32, "hard") for i in range(33)])
-    found = re.findall("<title>pass rate (.*?)\n(.*?) hard</title>", html)
-    assert [rate for rate, _ in found] == [f"{i / 10:.3g}" for i in range(11)]
-    assert sum(int(count) for _, count in found) == 33
+    chart = pass_rates([Rating(f"train:{i}", i / 32, "hard") for i in range(33)])
+    counts = dict(
+        re.fullmatch("pass rate (.*)\n(.*) hard", hit.text).groups() for hit in chart.hits
+    )
+    assert list(counts) == [f"{i / 10:.3g}" for i in range(11)]
+    assert sum(map(int, counts.values())) == 33

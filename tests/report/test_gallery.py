@@ -73,10 +73,16 @@ def test_answers_are_read_with_their_facts(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"answers.jsonl:2: '\{' found, an answer"),
-        ('{"fact": "test:1"}', "answers.jsonl:2: .* an answer"),
-        ('{"fact": "test:1", "label": 3, "text": "", "format": true, "effort": 0}', "an answer"),
-        ('{"fact": "test:9", "label": null, "text": "", "format": true, "effort": 0}', "'test:9'"),
+        ("{", r"answers.jsonl:2: expected an answer .*, found '\{'"),
+        ('{"fact": "test:1"}', "answers.jsonl:2: expected an answer"),
+        (
+            '{"fact": "test:1", "label": 3, "text": "", "format": true, "effort": 0}',
+            "expected an answer",
+        ),
+        (
+            '{"fact": "test:9", "label": null, "text": "", "format": true, "effort": 0}',
+            "a fact of the split, found 'test:9'",
+        ),
     ],
 )
 def test_a_bad_answer_is_named(tmp_path, line, message):
@@ -88,5 +94,7 @@ def test_a_bad_answer_is_named(tmp_path, line, message):
 
 
 def test_absent_answers_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"sft.answers.jsonl: no answers there"):
+    with pytest.raises(
+        DataError, match=r"sft.answers.jsonl: expected an answer .*, found No such file"
+    ):
         read_answers(tmp_path / "sft.answers.jsonl", [])

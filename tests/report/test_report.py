@@ -288,7 +288,7 @@ def test_right_and_wrong_are_said_and_filtered(workdir, html):
     gold = {fact.id: fact.label for fact in facts}
     lines = (workdir / "eval" / "grpo.answers.jsonl").read_text("utf-8").splitlines()
     said = {answer["fact"]: answer["label"] for answer in map(json.loads, lines)}
-    cards = re.findall(r'<article class="card (\w+)"><header><b>(. \w+).*?<span>(.*?)<', html)
+    cards = re.findall(r'<article class="card (\w+)">\s*<header><b>(. \w+).*?<span>(.*?)<', html)
     assert len(cards) == 8
     for class_, verdict, fact in cards:
         right = said[fact] == gold[fact]
@@ -343,7 +343,7 @@ def test_the_same_files_and_seed_give_the_same_page(workdir, html):
 
 def test_an_empty_workdir_gives_a_page_that_says_so(tmp_path):
     page = Page(write_report(tmp_path, tmp_path / "data").read_text("utf-8"))
-    assert "config.json: not in this workdir" in page.texts[""]
+    assert "config.json: expected a JSON object, found No such file" in page.texts[""]
     assert "No scores" in page.texts["scores"]
     assert "No SFT metrics" in page.texts["curves"]
     assert "No GRPO metrics" in page.texts["curves"]
@@ -372,7 +372,7 @@ def test_what_cannot_be_read_is_said_in_its_place(workdir, tmp_path):
     (tmp_path / "rate" / "ratings.jsonl").write_text("[]\n")
     (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "step": "x", "kind": "train"}\n')
     page = Page(write_report(tmp_path, tmp_path / "nowhere").read_text("utf-8"))
-    assert "sft.json: not a JSON object" in page.texts[""]
+    assert "sft.json: expected a JSON object" in page.texts[""]
     assert "ratings.jsonl:1" in page.texts["curriculum"]
     assert "rel2id.json" in page.texts["gallery"]
     assert "cannot be read: 1" in page.texts["curves"]

@@ -28,9 +28,9 @@ def section(**predictions):
 
 def rows(html, heading):
     """The rows under a heading, cells as text."""
-    part = html.partition(heading)[2].partition("</table>")[0].partition("<tbody>")[2]
-    cells = [re.findall("<t[hd].*?</t[hd]>", row) for row in part.split("</tr>")[:-1]]
-    return [[re.sub("<.*?>", "", cell) for cell in row] for row in cells]
+    part = str(html).partition(heading)[2].partition("</table>")[0].partition("<tbody>")[2]
+    cells = [re.findall("<t[hd].*?</t[hd]>", row, re.DOTALL) for row in part.split("</tr>")[:-1]]
+    return [[re.sub(r"<.*?>|\s*\n\s*", "", cell) for cell in row] for row in cells]
 
 
 GOLD = ("/per/org/a", "none", "/per/per/b")
@@ -39,7 +39,7 @@ HALF = ("/per/org/a", None, "none")
 
 def test_the_best_of_each_column_is_bold():
     html = section(sft=HALF, grpo=GOLD)
-    table = html.partition("</table>")[0]
+    table = str(html).partition("</table>")[0]
     assert re.findall("<b>(.*?)</b>", table) == ["100.0"] * 6
     assert rows(html, "<caption>")[0] == [
         "SFT",
@@ -79,6 +79,16 @@ def test_labels_are_compared_where_they_have_facts():
         ["none", "SFT: 0.0GRPO: 100.0", "0.0", "100.0", "1"],
     ]
     assert "Left out, without test facts: 1 of 4 labels." in html
+
+
+def test_bars_are_as_wide_as_their_percentages():
+    per_label = {"none": {"f1": 40.0, "support": 9}}
+    better = {"none": {"f1": 62.5, "support": 9}}
+    html = score_section({"sft": {"per_label": per_label}, "grpo": {"per_label": better}})
+    assert re.findall(r'class="area c(\d)".*?width="([\d.]+)%"', html) == [
+        ("1", "40.0"),
+        ("2", "62.5"),
+    ]
 
 
 def test_labels_with_more_facts_come_first():

@@ -50,7 +50,6 @@ def no_work(monkeypatch):
         ("trl", "bench", (), "[bench]', or leave TRL out: --tasks=sft,sft_mixed,first/128,sample/"),
         ("datasets", "bench", ("--tasks=grpo/128",), "pip install 'morer1-jax[bench]'"),
         ("torch", "bench", ("--tasks=sft",), "pip install 'morer1-jax[bench]'"),
-        ("matplotlib", "bench", ("--tasks=sft",), "pip install 'morer1-jax[bench]'"),
         ("psutil", "bench_data", (CONFIG,), "pip install 'morer1-jax[bench]'"),
         ("tensorflow_datasets", "bench_data", (CONFIG,), "pip install 'morer1-jax[bench]'"),
         ("tensorflow_datasets", "build_tfds", ("--folder=a", "--data_dir=b"), "morer1-jax[tfds]'"),

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from bench.cases import Preset
 from bench.compare import OURS, Results
 from bench.turns import Timing
@@ -99,13 +101,7 @@ def laws(preset: Preset, group: int) -> tuple[int, int]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes a picture: how much faster ours is at each task, and how an update grows.
-
-    Raises:
-      ImportError: matplotlib is not installed (the extra `bench`).
-    """
-    from matplotlib.figure import Figure
-
+    """Writes a picture: how much faster ours is at each task, and how an update grows."""
     growth = Growth.of(results)
     figure = Figure(figsize=(10, 4), layout="constrained")
     bars, *curves = figure.subplots(1, 2 if len(growth.update) > 1 else 1, squeeze=False)[0]

@@ -31,8 +31,6 @@ def check_needs(chosen: Sequence[Comparison], forms: Forms) -> None:
       OSError: the system does not tell how much memory a process has held.
     """
     with needs_extra("bench"):
-        import matplotlib.figure  # noqa: F401
-
         from bench.peers_model import DEVICE
     without = [c.task for c in chosen if not _has(c, forms, peer="TRL")]
     if len(without) < len(chosen):
