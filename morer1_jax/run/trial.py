@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.errors import one_line
-from morer1_jax.run.checkpoint import Checkpointer, CheckpointError
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.manifest import CheckpointError
 
 
 def check_saves(workdir: Path) -> None:

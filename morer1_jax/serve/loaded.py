@@ -26,9 +26,10 @@ from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
 from morer1_jax.run import mesh as meshes
-from morer1_jax.run.checkpoint import MANIFEST, Checkpointer
+from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.job import Job, like
 from morer1_jax.run.kernels import choose
+from morer1_jax.run.manifest import MANIFEST
 from morer1_jax.run.policy import Policy
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from morer1_jax.run.checkpoint import CheckpointError
+from morer1_jax.run.manifest import CheckpointError
 from morer1_jax.run.trial import check_saves
 
 

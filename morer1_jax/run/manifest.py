@@ -1,0 +1,127 @@
+"""The manifest of a checkpoint: what it holds, and the digest of each of its files.
+
+Orbax restores a file with a changed byte without an error, so the digests are written and verified
+here.  A folder with a valid manifest is a whole checkpoint.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from morer1_jax.errors import DataError
+from morer1_jax.files import named, write_json
+
+ARRAYS = "arrays"
+MANIFEST = "manifest.json"
+# What orbax merges all processes' arrays into, last of all; without it none can be read.
+_MERGED = f"{ARRAYS}/manifest.ocdbt"
+_FORMAT = 1
+_DIGEST_THREADS = 8
+
+
+class CheckpointError(DataError):
+    """A checkpoint that is damaged, missing or of another structure; the message is one line."""
+
+
+def describe(leaf: Any) -> str:
+    """Returns the dtype and shape of an array, such as `float32[16, 8]`."""
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def manifest_body(step: int, extra: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a manifest without the digests of the files, as it will be read back.
+
+    Raises:
+      ValueError: a value of `extra` is not JSON, or not finite.
+    """
+    body = {
+        "format": _FORMAT,
+        "step": step,
+        "extra": extra,
+        "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
+    }
+    return json.loads(json.dumps(body, allow_nan=False))
+
+
+def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
+    """Writes the manifest of a folder that holds all its other files."""
+    names = sorted(
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, _, files in os.walk(folder)
+        for name in files
+    )
+    body = {**body, "files": dict(zip(names, _file_digests(folder, names), strict=True))}
+    write_json(folder / MANIFEST, {"sha256": _json_digest(body), "body": body})
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Returns the body of a checkpoint's manifest; None if the checkpoint is not whole.
+
+    Raises:
+      OSError: the manifest cannot be read now, which says nothing of the checkpoint; the error has
+        the file's name.
+      CheckpointError: another version of this package wrote it, in another format.
+    """
+    try:
+        with named(path / MANIFEST):
+            manifest = json.loads((path / MANIFEST).read_bytes())
+        body = manifest["body"]
+        whole = manifest["sha256"] == _json_digest(body) and _MERGED in body["files"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    if whole and body["format"] != _FORMAT:
+        raise CheckpointError(
+            f"{path}: expected format {_FORMAT}, found {body['format']}; read it with the version "
+            "that wrote it"
+        )
+    return body if whole else None
+
+
+def verify(path: Path, digests: Mapping[str, str]) -> None:
+    """Compares every file with its digest; the processes share the work and the verdict.
+
+    Args:
+      path: the checkpoint's folder.
+      digests: SHA-256 by the file's path in the folder.
+
+    Raises:
+      CheckpointError: a file is missing or differs.
+    """
+    names = sorted(digests)
+    mine = names[jax.process_index() :: jax.process_count()]
+    bad = [n for n, d in zip(mine, _file_digests(path, mine), strict=True) if d != digests[n]]
+    first_bad = names.index(bad[0]) if bad else len(names)
+    if jax.process_count() > 1:
+        first_bad = int(multihost_utils.process_allgather(np.int32(first_bad)).min())
+    if first_bad < len(names):
+        raise CheckpointError(
+            f"{path / names[first_bad]}: missing or not what was saved (its SHA-256 differs); "
+            f"delete {path} to go on from the checkpoint before it"
+        )
+
+
+def _json_digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digests(folder: Path, names: list[str]) -> list[str | None]:
+    """Returns the SHA-256 of each file; None for a missing one."""
+
+    def digest(name: str) -> str | None:
+        path = folder / name
+        try:
+            with named(path), open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
+        return list(pool.map(digest, names))
