@@ -1,4 +1,4 @@
-"""Attention patterns: who sees whom.
+"""Attention patterns: which token attends to which.
 
 A decoder layer computes queries, keys and values and hands them to a pattern,
 `attend(q, k, v, cache) -> (out, cache)`; it does not know which one it got.  Axes: b batch,
@@ -16,8 +16,9 @@ g group (samples of one prompt), t completion.
 
 A third, `Cached`, is in `model.decoding`: one token of each sample.
 
-A pattern says what is seen; its `Kernels` compute it.  `XLA`, here, is right on every backend, and
-what `model.splash` and `model.cudnn` are held against.  Softmax is in float32 everywhere.
+A pattern says which keys a query attends to ("sees"); its `Kernels` compute it.  `XLA`, here, runs
+on every backend and is the reference that `model.splash` and `model.cudnn` are tested against.
+Softmax is in float32 everywhere.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.products import einsum
 
-# Finite, so that a token which may see nothing (padding) gets a finite output and no NaN.
-UNSEEN = -1e30
+# Finite, so that a token which sees nothing (padding) gets a finite output and no NaN.
+HIDDEN_SCORE = -1e30
 # Blocks of queries that a causal pattern is cut into: three save a third of the scores, six little
-# more at twice the compiling. Products of smaller blocks take longer than the scores they save.
-_BLOCKS, _LEAST_BLOCK = 3, 128
+# more at twice the time to compile. Products of smaller blocks take longer than what they save.
+_BLOCKS, _MIN_BLOCK = 3, 128
 
 Queries = Float[Array, "b s h e"]
 Keys = Float[Array, "b s k e"]
@@ -46,17 +47,17 @@ Keys = Float[Array, "b s k e"]
 
 @runtime_checkable
 class Kernels(Protocol):
-    """How attention is computed on a platform; hashable, for it is a static choice.
+    """How attention is computed on a platform; hashable, since it is a static argument of programs.
 
-    What comes out at places without a meaning (padding) is finite and otherwise free to differ.
+    Outputs at padding are finite; their values may differ between kernels.
     """
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
-        """A token sees itself and earlier tokens of its own segment."""
+        """Attends from each token to itself and to earlier tokens of its own segment."""
         ...
 
     def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
-        """A token sees every token of its own segment."""
+        """Attends from each token to every token of its own segment."""
         ...
 
     def shared_prefix(
@@ -67,24 +68,27 @@ class Kernels(Protocol):
         prompt_mask: Bool[Array, "b p"],
         completion_mask: Bool[Array, "b g t"],
     ) -> Queries:
-        """As `SharedPrefix` says; s = p + g·t."""
+        """Attends as `SharedPrefix` says; s = p + g·t."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class XLA:
-    """Plain products and softmax, as the compiler fuses them."""
+    """`Kernels` of plain products and softmax, as the compiler fuses them."""
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        """Attends in blocks of queries; see `causal_attention`."""
         causal = causal_mask(segment_ids.shape[1])
 
-        def visible(here: slice, seen: slice) -> Bool[Array, "b s u"]:
-            return same(segment_ids[:, here], segment_ids[:, seen]) & causal[here, seen]
+        def visible(queries: slice, keys: slice) -> Bool[Array, "b s u"]:
+            of_segment = same_segment(segment_ids[:, queries], segment_ids[:, keys])
+            return of_segment & causal[queries, keys]
 
         return causal_attention(q, k, v, visible)
 
     def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
-        return masked_attention(q, k, v, same(segment_ids, segment_ids))
+        """Attends under a dense mask."""
+        return masked_attention(q, k, v, same_segment(segment_ids, segment_ids))
 
     def shared_prefix(
         self,
@@ -94,21 +98,26 @@ class XLA:
         prompt_mask: Bool[Array, "b p"],
         completion_mask: Bool[Array, "b g t"],
     ) -> Queries:
+        """Attends to the prompt's keys, held once a group, and to the completion's own.
+
+        One softmax runs over both, so that the two outputs need no merge.
+        """
         p = prompt_mask.shape[1]
         b, g, t = completion_mask.shape
         e = q.shape[-1]
         prompt_k, prompt_v = k[:, :p], v[:, :p]
         own_k, own_v = (x[:, p:].reshape(b, g, t, -1, e) for x in (k, v))
-        # Causality alone hides padding on the right, but it may be on the left.
+        # The prompt by itself. Causality alone hides padding on the right, but it may be on the
+        # left.
         causal = causal_mask(p)
         prompt_out = causal_attention(
             q[:, :p],
             prompt_k,
             prompt_v,
-            lambda here, seen: prompt_mask[:, None, seen] & causal[here, seen],
+            lambda queries, keys: prompt_mask[:, None, keys] & causal[queries, keys],
         )
 
-        # As in `masked_attention`, heads lead.
+        # The completions. Heads lead, as in `masked_attention`.
         queries = _group_heads(q[:, p:].reshape(b, g, t, -1, e), own_k.shape[-2])
         queries = jnp.transpose(queries, (0, 3, 1, 4, 2, 5))
         prompt_k, prompt_v = _heads_first(prompt_k), _heads_first(prompt_v)
@@ -116,8 +125,8 @@ class XLA:
         to_prompt = scaled_scores("bkgrte,bkpe->bkgrtp", queries, prompt_k)
         to_own = scaled_scores("bkgrte,bkgue->bkgrtu", queries, own_k)
         causal = completion_mask[:, :, None, :] & causal_mask(t)
-        to_prompt = jnp.where(prompt_mask[:, None, None, None, None], to_prompt, UNSEEN)
-        to_own = jnp.where(causal[:, None, :, None], to_own, UNSEEN)
+        to_prompt = jnp.where(prompt_mask[:, None, None, None, None], to_prompt, HIDDEN_SCORE)
+        to_own = jnp.where(causal[:, None, :, None], to_own, HIDDEN_SCORE)
         weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
         weights = weights.astype(q.dtype)
         out = einsum("bkgrtp,bkpe->bkgrte", weights[..., :p], prompt_v)
@@ -128,22 +137,27 @@ class XLA:
 
 @runtime_checkable
 class Pattern(Protocol):
-    """What a decoder layer needs of an attention pattern."""
+    """An attention pattern as a decoder layer calls it."""
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any) -> tuple[Queries, Any]: ...
+    def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any) -> tuple[Queries, Any]:
+        """Returns the attention's output, and the layer's cache with the new keys and values."""
+        ...
 
 
 @struct.dataclass
 class PackedCausal:
     """Samples packed in a row: a token sees itself and earlier tokens of its own segment.
 
-    Segment 0 is padding; it sees only padding and nothing else sees it.
+    Attributes:
+        segment_ids: 0 is padding, which sees only padding and is seen by nothing else.
+        kernels: what computes it.
     """
 
     segment_ids: Int[Array, "b s"]
     kernels: Kernels = struct.field(pytree_node=False, default=XLA())
 
     def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any = None) -> tuple[Queries, Any]:
+        """Attends over whole rows; the cache passes through."""
         return self.kernels.causal(q, k, v, self.segment_ids), cache
 
 
@@ -154,6 +168,11 @@ class SharedPrefix:
     Prompt tokens are causal among themselves; a completion's tokens see the whole valid prompt
     and their own completion causally.  Equals running each [prompt | completion] by itself,
     in value and gradient, without scores between completions.
+
+    Attributes:
+        prompt_mask: the prompts' valid tokens.
+        completion_mask: the completions' valid tokens.
+        kernels: what computes it.
     """
 
     prompt_mask: Bool[Array, "b p"]
@@ -161,6 +180,7 @@ class SharedPrefix:
     kernels: Kernels = struct.field(pytree_node=False, default=XLA())
 
     def __call__(self, q: Queries, k: Keys, v: Keys, cache: Any = None) -> tuple[Queries, Any]:
+        """Attends over whole rows; the cache passes through."""
         out = self.kernels.shared_prefix(q, k, v, self.prompt_mask, self.completion_mask)
         return out, cache
 
@@ -171,11 +191,11 @@ def masked_attention(
     v: Float[Array, "b u k e"],
     visible: Bool[Array, "b s u"],
 ) -> Float[Array, "b s h e"]:
-    """Grouped-query attention under a dense mask; repeated keys are never materialised."""
+    """Computes grouped-query attention under a dense mask, without materialising repeated keys."""
     # Heads lead, so that both products are plain batches of matrices: on a CPU a quarter faster.
     q, k, v = _heads_first(_group_heads(q, k.shape[-2])), _heads_first(k), _heads_first(v)
     scores = scaled_scores("bkrse,bkue->bkrsu", q, k)
-    scores = jnp.where(visible[:, None, None], scores, UNSEEN)
+    scores = jnp.where(visible[:, None, None], scores, HIDDEN_SCORE)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = einsum("bkrsu,bkue->bkrse", weights, v)
     b, _, _, s, e = out.shape
@@ -185,19 +205,26 @@ def masked_attention(
 def causal_attention(
     q: Queries, k: Keys, v: Keys, visible: Callable[[slice, slice], Bool[Array, "b s u"]]
 ) -> Queries:
-    """`masked_attention` where no token sees a later one: blocks of queries, each with the keys up
-    to its end, so that most scores that a mask would hide are never computed.
+    """Computes `masked_attention` where no token sees a later one.
+
+    It runs by blocks of queries, each with the keys up to its end, so that most scores that a mask
+    would hide are never computed.
 
     Args:
-        visible: the mask between a block of queries and of keys, causality included.
+        q: queries of whole rows.
+        k: keys of whole rows.
+        v: values of whole rows.
+        visible: returns the mask between a block of queries and a block of keys, causality
+            included.
     """
     length = q.shape[1]
-    count = max(1, min(_BLOCKS, length // _LEAST_BLOCK))
+    count = max(1, min(_BLOCKS, length // _MIN_BLOCK))
     edges = [round(i * length / count) for i in range(count + 1)]
     blocks = []
     for start, stop in itertools.pairwise(edges):
-        here, seen = slice(start, stop), slice(0, stop)
-        blocks.append(masked_attention(q[:, here], k[:, seen], v[:, seen], visible(here, seen)))
+        queries, keys = slice(start, stop), slice(0, stop)
+        mask = visible(queries, keys)
+        blocks.append(masked_attention(q[:, queries], k[:, keys], v[:, keys], mask))
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -210,16 +237,22 @@ def _group_heads(q: Float[Array, "*s h e"], kv_heads: int) -> Float[Array, "*s k
 
 
 def scaled_scores(axes: str, q: Array, k: Array) -> Array:
-    """Float32 products of queries and keys, divided by the root of the head size."""
+    """Returns float32 products of queries and keys, divided by the root of the head size.
+
+    Args:
+        axes: of `einsum`.
+        q: queries, the head size last.
+        k: keys.
+    """
     scale = q.shape[-1] ** -0.5
     return einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
 
 
 def causal_mask(length: int) -> Bool[Array, "s s"]:
-    """Which tokens (columns) a token (row) follows, itself among them."""
+    """Returns which tokens (columns) a token (row) sees: itself and those before it."""
     return jnp.tril(jnp.ones((length, length), bool))
 
 
-def same(ids: Int[Array, "b s"], others: Int[Array, "b u"]) -> Bool[Array, "b s u"]:
-    """Which tokens are of one segment."""
-    return ids[:, :, None] == others[:, None, :]
+def same_segment(query_ids: Int[Array, "b s"], key_ids: Int[Array, "b u"]) -> Bool[Array, "b s u"]:
+    """Returns which queries and keys are of one segment."""
+    return query_ids[:, :, None] == key_ids[:, None, :]

@@ -1,8 +1,8 @@
 """Static description of a Qwen2.5-VL model, and how a run computes with it.
 
 The architecture (`ModelConfig`) carries Hugging Face's field names, so that a published
-`config.json` reads one to one.  What a run may choose freely without changing the model
-(`Runtime`: dtypes, rematerialisation, unrolling, kernels) is kept apart from it.
+`config.json` reads one to one (`model.hf_config`).  What a run may choose without changing the
+model is kept apart from it, in `Runtime`: dtypes, rematerialisation, unrolling, kernels.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from morer1_jax.errors import ConfigError
-from morer1_jax.model import windows
+from morer1_jax.model import hf_config, windows
 from morer1_jax.model.attention import XLA, Kernels
 
-_DTYPES = ("float32", "bfloat16")  # In float16 activations overflow.
+_DTYPES = ("float32", "bfloat16")  # Not float16, in which activations overflow.
 _REMATS = ("none", "full", "dots")
 AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
-# What `transformers` takes where a config leaves them out.
+# `transformers`' defaults, for configs that leave them out.
 DEFAULT_IDS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
@@ -30,7 +30,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower.  Sizes are in patches' pixels (`patch_size`, `window_size`) or channels."""
+    """The vision tower.  `patch_size` and `window_size` are in pixels, other sizes in channels."""
 
     depth: int
     hidden_size: int
@@ -54,17 +54,18 @@ class VisionConfig:
         outside = [i for i in self.fullatt_block_indexes if not 0 <= i < self.depth]
         if outside or list(self.fullatt_block_indexes) != sorted(set(self.fullatt_block_indexes)):
             raise ConfigError(
-                f"vision_config.fullatt_block_indexes: found {self.fullatt_block_indexes}, "
-                f"expected increasing block numbers below depth {self.depth}"
+                f"vision_config.fullatt_block_indexes: expected increasing block numbers below "
+                f"depth {self.depth}, found {self.fullatt_block_indexes}"
             )
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.hidden_size // self.num_heads
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one flattened patch: channel, frame, row, column in the processor's order."""
+        """Numbers of one flattened patch: channel, frame, row, column in the processor's order."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -152,12 +153,13 @@ class TextConfig:
         _divides("text head size", self.head_dim, "2 (rotary halves)", 2)
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
             raise ConfigError(
-                f"mrope_section: found {self.mrope_section}, expected three counts that sum to "
-                f"half the head size, {self.head_dim // 2}"
+                f"mrope_section: expected three counts that sum to half the head size, "
+                f"{self.head_dim // 2}, found {self.mrope_section}"
             )
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.hidden_size // self.num_attention_heads
 
 
@@ -176,8 +178,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ConfigError(
-                f"vision_config.out_hidden_size: found {self.vision.out_hidden_size}, expected "
-                f"the decoder's hidden_size {self.text.hidden_size}"
+                f"vision_config.out_hidden_size: expected the decoder's hidden_size "
+                f"{self.text.hidden_size}, found {self.vision.out_hidden_size}"
             )
 
     @property
@@ -190,28 +192,28 @@ class ModelConfig:
         """Reads a parsed `config.json`, flat (published) or with a nested `text_config`.
 
         Raises:
-            ConfigError: a key is missing, or asks for what is not implemented (named).
+            ConfigError: a key, which the error names, is missing or asks for what is not
+                implemented.
         """
-        if config.get("model_type", "qwen2_5_vl") != "qwen2_5_vl":
-            raise ConfigError(f"model_type: found {config['model_type']!r}, expected 'qwen2_5_vl'")
+        _one_of("model_type", config.get("model_type", "qwen2_5_vl"), ("qwen2_5_vl",))
         text = dict(config.get("text_config") or config)
         # Saves of transformers 4.5x keep this key inside text_config only.
         tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         return cls(
-            text=_text_from_hf(text),
-            vision=_vision_from_hf(_need(config, "vision_config")),
-            **DEFAULT_IDS | _given(config, *DEFAULT_IDS),
+            text=TextConfig(**hf_config.text_fields(text)),
+            vision=VisionConfig(**hf_config.vision_fields(config.get("vision_config"))),
+            **DEFAULT_IDS | hf_config.present(config, *DEFAULT_IDS),
             tie_word_embeddings=bool(tied),
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The published flat form, JSON-ready; `from_hf` of it gives an equal config."""
+        """Returns the published flat form, JSON-ready; `from_hf` of it gives an equal config."""
         text = dataclasses.asdict(self.text)
         section = list(text.pop("mrope_section"))
         vision = dataclasses.asdict(self.vision)
         theta = vision.pop("rope_theta")
         vision["fullatt_block_indexes"] = list(self.vision.fullatt_block_indexes)
-        if theta != VisionConfig.rope_theta:  # The published form does not say it.
+        if theta != VisionConfig.rope_theta:  # The published form leaves it out.
             vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": theta}
         vision |= {
             # Older releases of transformers read `in_chans`, newer ones `in_channels`.
@@ -240,8 +242,11 @@ class LoRA:
 
     Attributes:
         rank: of an adapter.
-        alpha: what an adapter adds is scaled by alpha / rank.
+        alpha: an adapter's output is scaled by alpha / rank.
         targets: the maps that have one, of `LORA_TARGETS`.
+
+    Raises:
+        ConfigError: a number is out of its range, or a target is unknown or none is there.
     """
 
     rank: int
@@ -250,16 +255,17 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"rank: found {self.rank}, expected at least 1")
+            raise ConfigError(f"rank: expected at least 1, found {self.rank}")
         if self.alpha <= 0:
-            raise ConfigError(f"alpha: found {self.alpha:g}, expected above 0")
+            raise ConfigError(f"alpha: expected above 0, found {self.alpha:g}")
         if not self.targets:
-            raise ConfigError(f"targets: none found, expected some of {', '.join(LORA_TARGETS)}")
+            raise ConfigError(f"targets: expected some of {', '.join(LORA_TARGETS)}, found none")
         for target in self.targets:
             _one_of("targets", target, LORA_TARGETS)
 
     @property
     def scale(self) -> float:
+        """Factor of an adapter's output."""
         return self.alpha / self.rank
 
 
@@ -270,18 +276,22 @@ class Runtime:
     Attributes:
         param_dtype: dtype the parameters are held in.
         dtype: dtype of activations and matrix products; norms, rotary and softmax use float32.
-            Float32 products are so on every platform (`model.products`), which on accelerators
-            takes several times as long as bfloat16's.
-        remat: what the backward pass recomputes per layer: "none" keeps all activations, "full"
-            keeps only each layer's input, "dots" also keeps the results of linear maps, each
-            with its bias and adapter.
-        scan_unroll: layers a step of the forward scan (at least the layer count: no scan at all);
-            1 where layers are computed again: of layers that share a step, or stand outside of the
-            loop, XLA merges what is computed again with the first time, and little is saved.
+            Float32 products are exact on every platform (`model.products`), and on accelerators
+            take several times as long as bfloat16's.
+        remat: what is saved of a layer for the backward pass, which computes the rest again:
+            "none" saves all activations, "full" only the layer's input, "dots" also the results of
+            linear maps, each with its bias and adapter.
+        scan_unroll: layers in one step of the forward scan (from the layer count on: no scan); 1
+            with rematerialisation: of layers that share a step, or stand outside of the loop, XLA
+            merges the recomputation with the first one, and saves little memory.
         decode_unroll: whether one-token decoding is a plain loop over layers whose parameters are
-            copied apart beforehand, not a scan. On a CPU it is the faster by far; elsewhere
-            kernels read a layer's slice where it lies, and the copy is a second model in memory.
+            copied apart beforehand, not a scan. On a CPU it is much faster; elsewhere kernels read
+            a layer's slice where it lies, and the copy is a second model in memory.
         kernels: what computes attention over whole sequences.
+
+    Raises:
+        ConfigError: a value is not one of those allowed, or `remat` and `scan_unroll` exclude each
+            other.
     """
 
     param_dtype: str = "float32"
@@ -296,88 +306,13 @@ class Runtime:
             _one_of(key, getattr(self, key), _DTYPES)
         _one_of("remat", self.remat, _REMATS)
         if self.scan_unroll < 1:
-            raise ConfigError(f"scan_unroll: found {self.scan_unroll}, expected at least 1")
+            raise ConfigError(f"scan_unroll: expected at least 1, found {self.scan_unroll}")
         if self.remat != "none" and self.scan_unroll != 1:
             raise ConfigError(
-                f"scan_unroll: found {self.scan_unroll} with remat = {self.remat!r}, expected 1 "
-                "there: of layers that share a step of the scan what is computed again is merged "
-                "with the first time, and little memory is saved"
+                f"scan_unroll: expected 1 with remat = {self.remat!r}, found {self.scan_unroll}; "
+                "of layers that share a step of the scan XLA merges the recomputation with the "
+                "first one, and saves little memory"
             )
-
-
-def _text_from_hf(text: Mapping[str, Any]) -> TextConfig:
-    _only_silu("hidden_act", text)
-    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
-        raise ConfigError("use_sliding_window: sliding-window attention is not implemented")
-    if text.get("attention_dropout"):
-        raise ConfigError(f"attention_dropout: found {text['attention_dropout']}, only 0 is done")
-    rope = text.get("rope_scaling") or text.get("rope_parameters")
-    if not rope:
-        raise ConfigError("rope_parameters: missing; expected one with an mrope_section")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ConfigError(f"rope_type: found {kind!r}, only 'default' and 'mrope' are implemented")
-    heads = _need(text, "num_attention_heads")
-    if text.get("head_dim") not in (None, _need(text, "hidden_size") // heads):
-        raise ConfigError(
-            f"head_dim: found {text['head_dim']}, only hidden_size/num_attention_heads is done"
-        )
-    return TextConfig(
-        vocab_size=_need(text, "vocab_size"),
-        hidden_size=text["hidden_size"],
-        intermediate_size=_need(text, "intermediate_size"),
-        num_hidden_layers=_need(text, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=text.get("num_key_value_heads") or heads,
-        mrope_section=tuple(_need(rope, "mrope_section")),
-        **_given(rope, "rope_theta"),
-        **({} if "rope_theta" in rope else _given(text, "rope_theta")),
-        rms_norm_eps=_need(text, "rms_norm_eps"),
-        **_given(text, "initializer_range", "max_position_embeddings"),
-    )
-
-
-def _vision_from_hf(vision: Mapping[str, Any]) -> VisionConfig:
-    _only_silu("vision_config.hidden_act", vision)
-    rope = vision.get("rope_parameters") or {}
-    if rope.get("rope_type", "axial") != "axial":
-        raise ConfigError(
-            f"vision_config.rope_type: found {rope['rope_type']!r}, only 'axial' is implemented"
-        )
-    channels = vision.get("in_channels", vision.get("in_chans", 3))
-    needed = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
-    optional = ("temporal_patch_size", "spatial_merge_size", "window_size", "initializer_range")
-    return VisionConfig(
-        **{key: _need(vision, key, "vision_config.") for key in needed},
-        fullatt_block_indexes=tuple(_need(vision, "fullatt_block_indexes", "vision_config.")),
-        in_channels=channels,
-        **_given(rope, "rope_theta"),
-        **_given(vision, "patch_size", *optional),
-    )
-
-
-def _need(config: Mapping[str, Any], key: str, prefix: str = "") -> Any:
-    if config.get(key) is None:
-        raise ConfigError(f"{prefix}{key}: missing from the model's config")
-    return config[key]
-
-
-def _given(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: config[key] for key in keys if config.get(key) is not None}
-
-
-def _only_silu(name: str, config: Mapping[str, Any]) -> None:
-    _one_of(name, config.get("hidden_act", "silu"), ("silu",))
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}: found {value!r}, expected one of {', '.join(allowed)}")
-
-
-def _divides(name: str, value: int, by_name: str, by: int) -> None:
-    if by < 1 or value < 1 or value % by:
-        raise ConfigError(f"{name}: found {value}, expected a multiple of {by_name} = {by}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,12 +320,16 @@ class ImageConfig:
     """How pixels become patches.
 
     Attributes:
-      min_pixels, max_pixels: an image is scaled to lie between, keeping its shape nearly.
-      crop_margin: how much of the box's width and height is added on each side of the crop.
+      min_pixels: least pixels of an image, which is scaled up to it, its shape nearly kept.
+      max_pixels: most pixels of an image, which is scaled down to it, its shape nearly kept.
+      crop_margin: share of the box's width and height that is added on each side of the crop.
       crop_least: least width and height of the crop in the photo's pixels; a smaller box grows
         around its centre.
-      patch_size, merge_size, temporal_patch_size: the vision tower's.
-      image_mean, image_std: of each channel, with levels from 0 to 1; by default CLIP's.
+      patch_size: the vision tower's, in pixels.
+      merge_size: the vision tower's `spatial_merge_size`.
+      temporal_patch_size: the vision tower's, in frames.
+      image_mean: mean of each channel, with levels from 0 to 1; by default CLIP's.
+      image_std: standard deviation of each channel, with levels from 0 to 1; by default CLIP's.
     """
 
     min_pixels: int = 56 * 56
@@ -402,3 +341,13 @@ class ImageConfig:
     temporal_patch_size: int = 2
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+
+
+def _divides(name: str, value: int, by_name: str, by: int) -> None:
+    if by < 1 or value < 1 or value % by:
+        raise ConfigError(f"{name}: expected a multiple of {by_name} = {by}, found {value}")

@@ -1,6 +1,6 @@
 """Attention over whole sequences on NVIDIA's GPUs: cuDNN's fused kernel.
 
-It keeps no scores, but the masks go to it as a bias of each query and key, which all heads share.
+The kernel keeps no scores, but takes masks as a bias of each query and key, which all heads share.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from morer1_jax.model.attention import Keys, Queries, causal_mask, same
+from morer1_jax.model.attention import Keys, Queries, causal_mask, same_segment
 
-# What cuDNN computes: multiples of so many elements of a head, and at most so many.
-HEAD_MULTIPLE, HEAD_MOST = 8, 128
+# Head sizes that cuDNN computes: multiples of the first, up to the second.
+HEAD_MULTIPLE, HEAD_MAX = 8, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class CuDNN:
-    """`attention.Kernels` by `jax.nn.dot_product_attention`; queries of 16 bits alone.
+    """`attention.Kernels` by `jax.nn.dot_product_attention`, for queries of 16 bits.
 
     Attributes:
-      implementation: "xla" computes the same masks and products anywhere, for tests.
+      implementation: "xla" computes the same masks and products on any platform, for tests.
     """
 
     implementation: Literal["cudnn", "xla"] = "cudnn"
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
-        return self._attend(q, k, v, same(segment_ids, segment_ids), causal=True)
+        """Attends under the segments' mask and the kernel's own causal one."""
+        return self._attend(q, k, v, same_segment(segment_ids, segment_ids), causal=True)
 
     def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
-        return self._attend(q, k, v, same(segment_ids, segment_ids))
+        """Attends under the segments' mask."""
+        return self._attend(q, k, v, same_segment(segment_ids, segment_ids))
 
     def shared_prefix(
         self,
@@ -42,10 +44,10 @@ class CuDNN:
         prompt_mask: Bool[Array, "b p"],
         completion_mask: Bool[Array, "b g t"],
     ) -> Queries:
-        """The completions as rows by themselves, each beside the prompt's keys and values.
+        """Attends from completions as rows of their own, beside the prompt's keys and values.
 
-        One kernel over both, not two merged: the log-sum-exp that a merge needs has no gradient
-        there. The prompt's keys are repeated in memory, but no score of the prompt is.
+        One kernel runs over both, not two that are merged: the log-sum-exp that a merge needs has
+        no gradient in cuDNN. The prompt's keys are repeated in memory, but not its scores.
         """
         p = prompt_mask.shape[1]
         b, g, t = completion_mask.shape
@@ -72,15 +74,16 @@ class CuDNN:
         visible: Bool[Array, "b s u"],
         causal: bool = False,
     ) -> Queries:
-        """The kernel; its gradient under a mask takes even lengths alone."""
-        length, odd = q.shape[1], [(0, n % 2) for n in visible.shape[1:]]
+        """Runs the kernel over even lengths, the only ones its gradient takes under a mask."""
+        length = q.shape[1]
+        query_padding, key_padding = ((0, n % 2) for n in visible.shape[1:])
         q, k, v = (
-            jnp.pad(x, [(0, 0), more, (0, 0), (0, 0)])
-            for x, more in ((q, odd[0]), (k, odd[1]), (v, odd[1]))
+            jnp.pad(x, [(0, 0), padding, (0, 0), (0, 0)])
+            for x, padding in ((q, query_padding), (k, key_padding), (v, key_padding))
         )
-        visible = jnp.pad(visible, [(0, 0), (0, 0), odd[1]])
-        # A query that is added sees something, so that its softmax has a term.
-        visible = jnp.pad(visible, [(0, 0), odd[0], (0, 0)], constant_values=True)
+        visible = jnp.pad(visible, [(0, 0), (0, 0), key_padding])
+        # A query of the padding sees every key, so that its softmax has a term.
+        visible = jnp.pad(visible, [(0, 0), query_padding, (0, 0)], constant_values=True)
         out = jax.nn.dot_product_attention(
             q, k, v, mask=visible[:, None], is_causal=causal, implementation=self.implementation
         )

@@ -1,4 +1,4 @@
-"""One-token decoding: what is remembered, and how a new token attends to it.
+"""One-token decoding: the cache of keys and values, and how a new token attends to it.
 
 The prompt's keys and values are held once and read once for all samples of the prompt; each sample
 owns those of its completion. Heads lead and keys lie with their tokens last, values with their
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from morer1_jax.model.attention import UNSEEN, scaled_scores
+from morer1_jax.model.attention import HIDDEN_SCORE, scaled_scores
 from morer1_jax.model.products import einsum
 
 KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
@@ -23,10 +23,17 @@ KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
 
 @struct.dataclass
 class LayerKV:
-    """Keys and values of one layer, or of all of them stacked and the layer whose turn it is.
+    """Keys and values of one layer, or of all layers stacked.
 
-    Stacked, they ride whole in the carry of the scan over layers, so that each layer writes one
+    Stacked, they stay whole in the carry of the scan over layers, so that each layer writes one
     token's slice in place; as a scan's input and output they would be copied every token.
+
+    Attributes:
+        prompt_k: rotated keys of the prompts.
+        prompt_v: values of the prompts.
+        k: rotated keys of the completions, zero where no token has been written.
+        v: values of the completions, zero where no token has been written.
+        layer: int32, the current layer of the stack; None where there is one layer.
     """
 
     prompt_k: Float[Array, "*l b k e s"]
@@ -38,37 +45,38 @@ class LayerKV:
     def written(
         self, k: Float[Array, "b k g e"], v: Float[Array, "b k g e"], index: Int[Array, ""]
     ) -> LayerKV:
-        """With a token's keys and values at completion place `index` of the layer."""
+        """Returns a copy with a token's keys and values at place `index` of the current layer."""
         lead = () if self.layer is None else (self.layer,)
         new_k, new_v = k[..., None], v[..., None, :]
         if lead:
             new_k, new_v = new_k[None], new_v[None]
-        at = jax.lax.dynamic_update_slice
+        write = jax.lax.dynamic_update_slice
         return self.replace(
-            k=at(self.k, new_k.astype(self.k.dtype), (*lead, 0, 0, 0, 0, index)),
-            v=at(self.v, new_v.astype(self.v.dtype), (*lead, 0, 0, 0, index, 0)),
+            k=write(self.k, new_k.astype(self.k.dtype), (*lead, 0, 0, 0, 0, index)),
+            v=write(self.v, new_v.astype(self.v.dtype), (*lead, 0, 0, 0, index, 0)),
         )
 
     def current(self, dtype: jnp.dtype) -> tuple[Array, Array, Array, Array]:
-        """(prompt_k, prompt_v, k, v) of the layer."""
+        """Returns (prompt_k, prompt_v, k, v) of the current layer, cast to `dtype`."""
         arrays = (self.prompt_k, self.prompt_v, self.k, self.v)
         if self.layer is not None:
             arrays = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in arrays)
         return tuple(x.astype(dtype) for x in arrays)
 
     def following(self) -> LayerKV:
-        """For the next layer."""
+        """Returns a copy whose current layer is the next one."""
         return self if self.layer is None else self.replace(layer=self.layer + 1)
 
 
 @struct.dataclass
 class KVCache:
-    """All that decoding remembers.
+    """Keys and values of the prompts and of the completions so far.
 
     Attributes:
         layers: stacked, or one entry a layer.
         prompt_mask: the prompts' valid tokens.
-        index: the completion place the next token is written to, the same for every sample.
+        index: int32, the completion place that the next token is written to, the same for every
+            sample.
     """
 
     layers: LayerKV | tuple[LayerKV, ...]
@@ -76,11 +84,11 @@ class KVCache:
     index: Int[Array, ""]
 
     def grown(self, length: int) -> KVCache:
-        """With room for completions of `length` tokens."""
+        """Returns a copy with room for completions of `length` tokens."""
 
         def pad(layer: LayerKV) -> LayerKV:
-            more = length - layer.k.shape[-1]
-            keys = [(0, 0)] * (layer.k.ndim - 1) + [(0, more)]
+            added = length - layer.k.shape[-1]
+            keys = [(0, 0)] * (layer.k.ndim - 1) + [(0, added)]
             values = [*keys[:-2], keys[-1], keys[-2]]
             return layer.replace(k=jnp.pad(layer.k, keys), v=jnp.pad(layer.v, values))
 
@@ -96,35 +104,38 @@ def init_cache(
     length: int,
     stacked: bool = True,
 ) -> KVCache:
-    """An empty cache for `group` samples a prompt of at most `length` tokens each.
+    """Returns a cache that holds the prompts and no token of their completions.
 
     Args:
-        prompt_kv: what `forward(..., keep_kv=True)` returned for the prompts.
+        prompt_kv: of `forward(..., keep_kv=True)` for the prompts.
         prompt_mask: the prompts' valid tokens.
+        group: samples of each prompt.
+        length: tokens of each completion that there is room for.
         stacked: whether layers are stacked, for a scan, or apart, for a plain loop.
     """
     k, v = prompt_kv
     layers, b, _, heads, size = k.shape
-    room = (layers, b, heads, group)
-    whole = LayerKV(
+    leading = (layers, b, heads, group)
+    stack = LayerKV(
         prompt_k=jnp.transpose(k, (0, 1, 3, 4, 2)),
         prompt_v=jnp.transpose(v, (0, 1, 3, 2, 4)),
-        k=jnp.zeros((*room, size, length), k.dtype),
-        v=jnp.zeros((*room, length, size), v.dtype),
+        k=jnp.zeros((*leading, size, length), k.dtype),
+        v=jnp.zeros((*leading, length, size), v.dtype),
     )
     if stacked:
-        held = whole.replace(layer=jnp.zeros((), jnp.int32))
+        kv = stack.replace(layer=jnp.zeros((), jnp.int32))
     else:
-        held = tuple(jax.tree.map(lambda x, i=i: x[i], whole) for i in range(layers))
-    return KVCache(held, prompt_mask, jnp.zeros((), jnp.int32))
+        kv = tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(layers))
+    return KVCache(kv, prompt_mask, jnp.zeros((), jnp.int32))
 
 
 @struct.dataclass
 class Cached:
-    """One new token of each of g samples a prompt; `q`, `k`, `v` carry g in place of s.
+    """The pattern of one new token of each of g samples; `q`, `k`, `v` carry g in place of s.
 
-    Writes the token's keys and values at completion place `index`, then sees the valid prompt
-    and its own completion up to and including `index`.
+    Attributes:
+        prompt_mask: the prompts' valid tokens.
+        index: int32, the token's place in its completion.
     """
 
     prompt_mask: Bool[Array, "b s"]
@@ -137,6 +148,10 @@ class Cached:
         v: Float[Array, "b g k e"],
         cache: LayerKV,
     ) -> tuple[Float[Array, "b g h e"], LayerKV]:
+        """Writes the token's keys and values at `index`, then attends from it.
+
+        It sees the valid prompt, and its own completion up to and including itself.
+        """
         b, g, _, e = q.shape
         kv_heads = k.shape[-2]
         cache = cache.written(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), self.index)
@@ -144,29 +159,29 @@ class Cached:
         queries = jnp.moveaxis(q.reshape(b, g, kv_heads, -1, e), 2, 1)
         to_prompt = scaled_scores("bkgre,bkes->bkgrs", queries, prompt_k)
         to_own = scaled_scores("bkgre,bkget->bkgrt", queries, own_k)
-        to_prompt = jnp.where(self.prompt_mask[:, None, None, None], to_prompt, UNSEEN)
-        to_own = jnp.where(jnp.arange(own_k.shape[-1]) <= self.index, to_own, UNSEEN)
-        # One softmax over both parts, whose products are never joined.
+        to_prompt = jnp.where(self.prompt_mask[:, None, None, None], to_prompt, HIDDEN_SCORE)
+        to_own = jnp.where(jnp.arange(own_k.shape[-1]) <= self.index, to_own, HIDDEN_SCORE)
+        # One softmax over both, whose scores are never joined in memory.
         largest = jnp.maximum(
             jnp.max(to_prompt, axis=-1, keepdims=True), jnp.max(to_own, axis=-1, keepdims=True)
         )
         to_prompt, to_own = jnp.exp(to_prompt - largest), jnp.exp(to_own - largest)
         total = jnp.sum(to_prompt, -1, keepdims=True) + jnp.sum(to_own, -1, keepdims=True)
-        out = _mixed("bkgrs,bkse->bkgre", to_prompt, prompt_v)
-        out += _mixed("bkgrt,bkgte->bkgre", to_own, own_v)
+        out = _weighted_values("bkgrs,bkse->bkgre", to_prompt, prompt_v)
+        out += _weighted_values("bkgrt,bkgte->bkgre", to_own, own_v)
         out = (out / total).astype(q.dtype)
         return jnp.moveaxis(out, 1, 2).reshape(q.shape), cache.following()
 
 
-def _mixed(axes: str, weights: Array, v: Array) -> Array:
+def _weighted_values(axes: str, weights: Array, v: Array) -> Array:
     return einsum(axes, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
 
 def separate_layers(params: dict) -> dict:
-    """A model's parameters with the decoder's layers apart, as decoding without a scan takes them.
+    """Returns a model's parameters with the decoder's layers apart, for decoding without a scan.
 
-    Taken apart once, outside the loop over tokens: inside it a layer's slice of stacked kernels
-    would be copied every token.
+    Call it once, outside the loop over tokens: inside it a layer's slice of stacked kernels would
+    be copied every token.
     """
     language = dict(params["language"])
     stacked = language.pop("layers")

@@ -1,11 +1,11 @@
-"""Floating-point operations that the model asks for, whatever a program spends on it.
+"""Floating-point operations (FLOPs) of the model as published, whatever a program spends on it.
 
 What counts is the products of matrices that the published model defines, 2·m·k·n each: linear maps
 of tower, merger and decoder, logits where a token's probability is asked for, and attention between
 tokens that see each other (queries with keys, weights with values). What does not count: looking up
 embeddings, norms and other element-wise work, padding, and whatever is computed a second time
-(rematerialisation). So that of two programs which compute the same the faster one has the higher
-MFU (PaLM, arXiv 2204.02311, appendix B, with vision and without the look-up).
+(rematerialisation). Thus of two programs which compute the same the faster one has the higher model
+FLOPs utilisation (MFU; PaLM, arXiv 2204.02311, appendix B, with vision and without the look-up).
 
 For a sample of n tokens whose images have windows of p and images of q patches,
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
 
-# Dense bfloat16 FLOP/s of one device (a TPU chip or core as JAX counts them), from its makers.
+# Dense bfloat16 FLOP/s of one device (a TPU chip or core as JAX counts them), of its data sheet.
 _PEAKS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -40,39 +40,40 @@ _PEAKS = (
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None where it is not known (a CPU)."""
+    """Returns dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None if unknown, as of a CPU."""
     return next((peak for name, peak in _PEAKS if name in device_kind), None)
 
 
 def linear_flops(text: TextConfig) -> int:
-    """Of the decoder's linear maps, for one token."""
+    """Returns the FLOPs of the decoder's linear maps for one token."""
     d, kv = text.hidden_size, text.num_key_value_heads * text.head_dim
     return 2 * text.num_hidden_layers * (2 * d * d + 2 * d * kv + 3 * d * text.intermediate_size)
 
 
 def attention_flops(text: TextConfig) -> int:
-    """Of the decoder's attention, for one pair of a token and one that it sees."""
+    """Returns the FLOPs of the decoder's attention for one pair of a token and one that it sees."""
     return 4 * text.num_hidden_layers * text.hidden_size
 
 
 def logit_flops(text: TextConfig) -> int:
-    """Of one token's logits."""
+    """Returns the FLOPs of one token's logits."""
     return 2 * text.hidden_size * text.vocab_size
 
 
 def patch_flops(vision: VisionConfig) -> int:
-    """Of the tower's linear maps, for one patch."""
+    """Returns the FLOPs of the tower's linear maps for one patch."""
     d, f = vision.hidden_size, vision.intermediate_size
     return 2 * (vision.patch_dim * d + vision.depth * (4 * d * d + 3 * d * f))
 
 
 def text_flops(text: TextConfig, tokens: float, pairs: float, logits: float) -> float:
-    """Of the decoder, forward.
+    """Returns the FLOPs of the decoder's forward pass.
 
     Args:
-      tokens: that pass through it.
-      pairs: of a token and one that it sees, itself included.
-      logits: tokens whose distribution is asked for.
+      text: the decoder's sizes.
+      tokens: number of tokens.
+      pairs: number of pairs of a token and one that it sees, itself included.
+      logits: number of tokens whose logits are computed.
     """
     of_tokens = tokens * linear_flops(text) + logits * logit_flops(text)
     return of_tokens + pairs * attention_flops(text)
@@ -81,11 +82,13 @@ def text_flops(text: TextConfig, tokens: float, pairs: float, logits: float) -> 
 def vision_flops(
     vision: VisionConfig, patches: float, window_pairs: float, image_pairs: float
 ) -> float:
-    """Of tower and merger, forward.
+    """Returns the FLOPs of the tower's and the merger's forward pass.
 
     Args:
-      patches: that pass through it.
-      window_pairs, image_pairs: of patches in the same window, and in the same image.
+      vision: the tower's sizes.
+      patches: number of patches.
+      window_pairs: number of pairs of patches in the same window.
+      image_pairs: number of pairs of patches in the same image.
     """
     full = len(vision.fullatt_block_indexes)
     pairs = full * image_pairs + (vision.depth - full) * window_pairs
@@ -98,10 +101,11 @@ def vision_flops(
 def row_flops(config: ModelConfig, length: int, slots: int) -> float:
     """Returns the FLOPs of a forward pass over a row of a batch, padding included.
 
-    What compares one shape of batches with another: logits, the merger and attention within
-    windows, which hardly differ between them, are left out.
+    It serves to compare the shapes of batches: logits, the merger and attention within windows,
+    which hardly differ between shapes, are left out.
 
     Args:
+      config: the model's.
       length: tokens of the row.
       slots: of its images, counted as in `ImageCost`.
     """

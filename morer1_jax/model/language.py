@@ -1,7 +1,8 @@
 """The decoder: grouped-query attention with M-RoPE and SwiGLU, scanned over layers.
 
 One definition serves whole sequences and one-token decoding; they differ in the attention
-pattern handed in and in what the scan carries (`morer1_jax.model.attention`).
+pattern that is passed in and in what the scan carries (`morer1_jax.model.attention`).  Axes: b
+batch, s sequence (g samples of one prompt when decoding), d model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from morer1_jax.model.layers import (
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU.  The carry is (x, the attention pattern's cache)."""
+    """Pre-norm attention and SwiGLU, in the form that `layers.scanned` repeats."""
 
     config: TextConfig
     runtime: Runtime
@@ -41,6 +42,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, carry: tuple[Float[Array, "b s d"], Any], rotary: Rotary, attend: Pattern
     ) -> tuple[tuple[Float[Array, "b s d"], Any], tuple[Array, Array] | None]:
+        """Returns the carry, (x, the attention pattern's cache), and (k, v) with `keep_kv`."""
         cfg, run, std = self.config, self.runtime, self.config.initializer_range
         x, cache = carry
         y = rms_norm(cfg.rms_norm_eps, run, name="input_norm")(x)
@@ -59,7 +61,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All layers and the final norm."""
+    """The decoder's layers and its final norm."""
 
     config: TextConfig
     runtime: Runtime
@@ -74,21 +76,31 @@ class Decoder(nn.Module):
         cache: Any = None,
         keep_kv: bool = False,
     ) -> tuple[Float[Array, "b s d"], Any, KV | None]:
-        """Hidden states after the final norm, the pattern's cache, and keys and values if kept.
+        """Runs all layers.
 
-        Where `cache` is a tuple, with an entry for each layer, layers are a plain loop over
-        parameters that are apart (`decoding.separate_layers`).
+        Args:
+            x: embeddings, in the runtime's dtype.
+            positions: int32, of time, height and width (M-RoPE).
+            attend: the attention pattern.
+            cache: the pattern's; a tuple, with an entry for each layer, makes the layers a plain
+                loop over parameters that are apart (`decoding.separate_layers`).
+            keep_kv: whether to return keys and values; not where `cache` is a tuple.
+
+        Returns:
+            Hidden states after the final norm, the pattern's cache, and every layer's keys and
+            values or None.
         """
         cfg, run = self.config, self.runtime
         rotary = multimodal_rotary(positions, cfg)
         norm = rms_norm(cfg.rms_norm_eps, run, name="norm")
         if isinstance(cache, tuple):
-            after = []
-            for i, own in enumerate(cache):
+            layer_caches = []
+            for i, layer_cache in enumerate(cache):
                 layer = DecoderLayer(cfg, run, self.lora, keep_kv, name=f"layer_{i}")
-                (x, own), _ = layer((x, own), rotary, attend)
-                after.append(own)
-            return norm(x), tuple(after), None
+                (x, layer_cache), _ = layer((x, layer_cache), rotary, attend)
+                layer_caches.append(layer_cache)
+            return norm(x), tuple(layer_caches), None
+        # Decoding (with a cache) has no backward pass, so nothing is rematerialised there.
         layer, count, unroll = DecoderLayer, cfg.num_hidden_layers, 1
         if cache is None:
             unroll = run.scan_unroll
@@ -101,7 +113,10 @@ class Decoder(nn.Module):
 
 
 def multimodal_rotary(positions: Int[Array, "3 b s"], config: TextConfig) -> Rotary:
-    """M-RoPE (arXiv 2409.12191, 2.1): each rotary frequency follows time, height or width."""
+    """Returns M-RoPE's cosines and sines (Qwen2-VL, arXiv 2409.12191, 2.1).
+
+    Each rotary frequency follows the position in time, in height or in width.
+    """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     frequencies = 1 / config.rope_theta**exponents
     axis = np.repeat(np.arange(3), config.mrope_section)

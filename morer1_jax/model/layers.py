@@ -1,4 +1,4 @@
-"""What the vision tower and the decoder share: projections, norm, SwiGLU, rotary, layer scans."""
+"""Layers of both tower and decoder: projections, norm, SwiGLU, rotation, scans over layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from morer1_jax.model.products import dot_general
 
 Params = dict[str, Any]
 
-# What `dense` gives: the product, its bias and its adapter's part in one, kept once.
+# Names the output of `dense`, bias and adapter included, so that the policy "dots" saves one array
+# a linear map.
 _PRODUCT = "product"
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -35,9 +36,16 @@ def dense(
     bias: bool = False,
     lora: LoRA | None = None,
 ) -> nn.Module:
-    """A linear map in `runtime.dtype`; its kernel is [*contracted axes, *features].
+    """Returns a linear map in `runtime.dtype`; its kernel is [*contracted axes, *features].
 
-    Where `lora` has this name among its targets, an adapter stands beside the kernel.
+    Args:
+        features: output axes.
+        runtime: dtypes of parameters and results.
+        std: standard deviation of the kernel's initial values.
+        name: of the map; where it is among `lora`'s targets, an adapter stands beside the kernel.
+        axis: contracted axes of the input.
+        bias: whether a bias is added.
+        lora: the adapters of the model, if any.
     """
     plain = {
         "axis": axis,
@@ -47,29 +55,32 @@ def dense(
         "kernel_init": nn.initializers.normal(std),
     }
     if lora is None or name not in lora.targets:
-        return nn.DenseGeneral(features, **plain, dot_general=_kept_product, name=name)
+        return nn.DenseGeneral(features, **plain, dot_general=_named_product, name=name)
     base = nn.DenseGeneral(features, **plain, dot_general=linear_product, parent=None)
     return AdaptedDense(base, lora, name=name)
 
 
-def _kept_product(*args: Any, **given: Any) -> Array:
-    return checkpoint_name(linear_product(*args, **given), _PRODUCT)
+def _named_product(*args: Any, **options: Any) -> Array:
+    return checkpoint_name(linear_product(*args, **options), _PRODUCT)
 
 
 class AdaptedDense(nn.Module):
     """A linear map and its adapter: `x W + b + scale · (x A) B`, with B = 0 at first.
 
-    A is [*contracted axes, rank], B [rank, *features]; they lie beside the map's own parameters.
+    A (`lora_a`) is [*contracted axes, rank], B (`lora_b`) [rank, *features]; they lie beside the
+    map's own parameters.
     """
 
     base: nn.DenseGeneral
     lora: LoRA
 
     def setup(self) -> None:
+        """Puts the adapter's parameters in the map's own scope."""
         nn.share_scope(self, self.base)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Returns the map's output with its adapter's part added."""
         base = self.base
         out = base(x)
         axes = base.axis if isinstance(base.axis, tuple) else (base.axis,)
@@ -90,12 +101,21 @@ class AdaptedDense(nn.Module):
 
 
 def rms_norm(epsilon: float, runtime: Runtime, *, name: str) -> nn.RMSNorm:
-    """Root-mean-square norm: statistics and scale in float32, result in `runtime.dtype`."""
+    """Returns a root-mean-square norm: float32 statistics and scale, result in `runtime.dtype`."""
     return nn.RMSNorm(epsilon, dtype=runtime.dtype, param_dtype=runtime.param_dtype, name=name)
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(silu(gate(x)) * up(x))`.
+
+    Attributes:
+        hidden: width of the model.
+        features: width between.
+        std: standard deviation of the kernels' initial values.
+        runtime: dtypes of parameters and results.
+        bias: whether the maps have biases.
+        lora: the adapters of the model, if any.
+    """
 
     hidden: int
     features: int
@@ -106,6 +126,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
+        """Applies the block to each token."""
         run, std, common = self.runtime, self.std, {"bias": self.bias, "lora": self.lora}
         gate = dense(self.features, run, std, name="gate", **common)(x)
         up = dense(self.features, run, std, name="up", **common)(x)
@@ -117,32 +138,40 @@ Rotary = tuple[Float[Array, "*s r"], Float[Array, "*s r"]]
 
 
 def rotate(x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
-    """Turns each pair (x_i, x_{i+e/2}) by its angle (RoFormer, arXiv 2104.09864), in float32."""
+    """Rotates each pair (x_i, x_{i+e/2}) by its angle, in float32 (RoFormer, arXiv 2104.09864)."""
     cos, sin = (angle[..., None, :] for angle in rotary)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def rematerialised(
     layer: type[nn.Module], runtime: Runtime, *, in_scan: bool = True
 ) -> type[nn.Module]:
-    """`layer` under the runtime's rematerialisation policy.
+    """Returns `layer` under the runtime's rematerialisation policy.
 
     Args:
-        in_scan: whether it is repeated by a loop of at least two steps.
+        layer: the module.
+        runtime: whose `remat` is the policy.
+        in_scan: whether a loop of at least two steps repeats the layer.
     """
     if runtime.remat == "none":
         return layer
-    # Of a loop XLA does not merge the two computations; elsewhere it would, and save nothing.
+    # Outside of a loop XLA would merge the recomputation with the first one and save no memory.
     return nn.remat(layer, policy=_REMAT_POLICIES[runtime.remat], prevent_cse=not in_scan)
 
 
 def scanned(layer: type[nn.Module], length: int, inputs: int, unroll: int = 1) -> type[nn.Module]:
-    """`layer` repeated `length` times with its parameters stacked on a leading axis.
+    """Returns `layer` repeated `length` times, with its parameters stacked on a leading axis.
 
-    The layer maps (carry, *inputs) to (carry, output); every repeat gets the same `inputs`,
-    and the outputs are stacked.
+    The layer maps (carry, *inputs) to (carry, output); every repeat gets the same inputs, and the
+    outputs are stacked.
+
+    Args:
+        layer: the module.
+        length: number of repeats.
+        inputs: number of the layer's inputs beside the carry.
+        unroll: repeats in one step of the loop.
     """
     return nn.scan(
         layer,
@@ -155,9 +184,15 @@ def scanned(layer: type[nn.Module], length: int, inputs: int, unroll: int = 1) -
 
 
 def merged_kernel(layer: Params, lora: LoRA) -> jax.Array:
-    """The kernel of one linear map, stacked over layers [l, …], with its adapter added to it:
-    `W + scale · A B` in float32, because what an adapter adds is often less than a rounding of a
-    kernel held in bfloat16."""
+    """Returns the kernels of a linear map with their adapters merged in, `W + scale · A B`.
+
+    Computed in float32, because what an adapter adds is often less than the rounding of a kernel
+    held in bfloat16.
+
+    Args:
+        layer: `kernel`, `lora_a` and `lora_b` of the map, stacked over layers [l, …].
+        lora: the adapters' config.
+    """
     kernel, down, up = layer["kernel"], layer["lora_a"], layer["lora_b"]
     layers, rank = kernel.shape[0], down.shape[-1]
     product = jnp.matmul(

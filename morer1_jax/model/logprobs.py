@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens, without the logits of a whole sequence.
+"""Log-probabilities of target tokens, without the logits of a whole sequence.
 
-`[batch, length, vocabulary]` logits are the largest array there would be. They are made for a few
-places at a time, forward and again backward, and only what is asked for is kept of them. Axes: b
-rows, n places of a chunk, d model, v vocabulary.
+`[batch, length, vocabulary]` logits would be the largest array of all. They are computed for a few
+places at a time, forward and again backward, and only log-probability and entropy are kept. Axes: b
+rows, s places of a row, n places of a chunk, d model, v vocabulary.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.products import einsum
 
-# Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN,
-# so a masked-out position whose target is not allowed leaves loss and gradient finite.
+# Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN, so that
+# a masked position whose target is not allowed leaves loss and gradient finite.
 DISALLOWED = -1e30
 
-Numbers = tuple[Float[Array, "*b"], Float[Array, "*b"]]
+LogprobsAndEntropies = tuple[Float[Array, "*b"], Float[Array, "*b"]]
 
 
 def token_logprobs(
@@ -32,14 +32,24 @@ def token_logprobs(
     allowed: Bool[Array, " v"] | None = None,
     temperature: float | Float[Array, ""] = 1.0,
     chunk: int = 128,
-) -> Numbers:
-    """Float32 log-probability of each target and entropy of its distribution, in nats.
+) -> LogprobsAndEntropies:
+    """Returns the log-probability of each target and the entropy of its distribution.
 
-    Worked out `chunk` places at a time, forward and backward. Places that are not `counted`
-    (prompts, padding; by default all are) get 0 for both, and no logits but to fill the last chunk.
-    Logits are divided by `temperature`, then ids that are not `allowed` are left out of the
-    distribution; the log-probability of such a target is about -1e30, finite so that a mask can
-    take it out. There is a gradient by `hidden` and `head`, none by `temperature`.
+    There is a gradient with respect to `hidden` and `head`, none with respect to `temperature`.
+
+    Args:
+        hidden: hidden states that predict the targets.
+        head: the output embedding.
+        targets: int32 ids.
+        counted: places to compute; the others (prompts, padding) get 0 for both numbers, and no
+            logits but to fill the last chunk. None: all.
+        allowed: ids that the distribution is over; None: all. The log-probability of another target
+            is about -1e30, finite so that a mask can remove it.
+        temperature: logits are divided by it, before ids are left out.
+        chunk: places of each row whose logits exist at once, forward and backward.
+
+    Returns:
+        Two float32 arrays in nats.
     """
     b, s, _ = hidden.shape
     chunk = min(chunk, s)
@@ -47,19 +57,20 @@ def token_logprobs(
         counted = jnp.ones((b, s), bool)
     if allowed is None:
         allowed = jnp.ones(head.shape[0], bool)
-    # What counts goes first in each row, so that only the first chunks have work.
+    # Counted places go first in each row, so that only the first chunks have work.
     order = jnp.argsort(~counted, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
-    targets, some = (jnp.take_along_axis(x, order, axis=1) for x in (targets, counted))
+    targets, counted_in_order = (jnp.take_along_axis(x, order, axis=1) for x in (targets, counted))
 
     def chunked(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -s % chunk), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
 
     temperature = jnp.asarray(temperature, jnp.float32)
-    results = _chunks_numbers(
-        chunked(hidden), head, chunked(targets), chunked(some), allowed, temperature
+    results = _chunked_logprobs(
+        chunked(hidden), head, chunked(targets), chunked(counted_in_order), allowed, temperature
     )
+    # Back in the order of the row.
     back = jnp.argsort(order, axis=1)
     logprob, entropy = (
         jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :s], back, axis=1)
@@ -69,111 +80,114 @@ def token_logprobs(
 
 
 @jax.custom_vjp
-def _chunks_numbers(
+def _chunked_logprobs(
     hidden: Float[Array, "chunks b n d"],
     head: Float[Array, "v d"],
     targets: Int[Array, "chunks b n"],
-    some: Bool[Array, "chunks b n"],
+    counted: Bool[Array, "chunks b n"],
     allowed: Bool[Array, " v"],
     temperature: Float[Array, ""],
 ) -> tuple[Float[Array, "chunks b n"], Float[Array, "chunks b n"]]:
-    """Log-probabilities and entropies; chunks without a place that counts are passed over.
+    """Returns log-probabilities and entropies; chunks without a counted place are skipped.
 
-    Its gradient is written out, since it is short: with logits l, probabilities p, log-normaliser
-    z and entropy H, log p(y) has the gradient 1[i = y] - p_i by l_i, and H has -p_i (l_i - z + H).
-    Logits are made once more, z and H are kept.
+    The gradient is written out, since it is short: with logits l, probabilities p, log-normaliser
+    z and entropy H, the derivative of log p(y) with respect to l_i is 1[i = y] - p_i, and that of H
+    is -p_i (l_i - z + H). Logits are computed once more; z and H are saved.
     """
-    logprob, entropy, _ = _chunks_forward(hidden, head, targets, some, allowed, temperature)
+    logprob, entropy, _ = _forward_chunks(hidden, head, targets, counted, allowed, temperature)
     return logprob, entropy
 
 
-def _chunks_forward(
-    hidden: Array, head: Array, targets: Array, some: Array, allowed: Array, temperature: Array
+def _forward_chunks(
+    hidden: Array, head: Array, targets: Array, counted: Array, allowed: Array, temperature: Array
 ) -> tuple[Array, Array, Array]:
-    """Log-probabilities, entropies and log-normalisers."""
+    """Returns log-probabilities, entropies and log-normalisers."""
 
-    def numbers(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
+    def computed(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         logits = _logits(hidden, head, allowed, temperature)
         largest = jnp.max(logits, axis=-1)
         weights = jnp.exp(logits - largest[..., None])
         total = jnp.sum(weights, axis=-1)
         normaliser = largest + jnp.log(total)
-        # Ids that are left out have weight 0 and a finite logit.
+        # Ids that are not allowed have weight 0 and a finite logit.
         entropy = normaliser - jnp.sum(weights * logits, axis=-1) / total
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - normaliser, entropy, normaliser
 
-    def nothing(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
+    def skipped(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         return (jnp.zeros(targets.shape, jnp.float32),) * 3
 
     return jax.lax.map(
-        lambda part: jax.lax.cond(jnp.any(part[2]), numbers, nothing, *part[:2]),
-        (hidden, targets, some),
+        lambda chunk: jax.lax.cond(jnp.any(chunk[2]), computed, skipped, *chunk[:2]),
+        (hidden, targets, counted),
     )
 
 
-def _forward(*primals: Any) -> tuple[Numbers, tuple[Any, ...]]:
-    hidden, head, targets, some, allowed, temperature = (x.value for x in primals)
-    logprob, entropy, normaliser = _chunks_forward(
-        hidden, head, targets, some, allowed, temperature
+def _forward(*primals: Any) -> tuple[LogprobsAndEntropies, tuple[Any, ...]]:
+    hidden, head, targets, counted, allowed, temperature = (x.value for x in primals)
+    logprob, entropy, normaliser = _forward_chunks(
+        hidden, head, targets, counted, allowed, temperature
     )
-    # A head that does not train needs no gradient, the costliest of all; None says so.
-    trains = jnp.zeros(()) if primals[1].perturbed else None
-    saved = (hidden, head, targets, some, allowed, temperature, entropy, normaliser, trains)
+    # A frozen head needs no gradient, the costliest of all; None marks it.
+    head_trains = jnp.zeros(()) if primals[1].perturbed else None
+    saved = (hidden, head, targets, counted, allowed, temperature, entropy, normaliser, head_trains)
     return (logprob, entropy), saved
 
 
 def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
-    hidden, head, targets, some, allowed, temperature, entropy, normaliser, trains = saved
+    hidden, head, targets, counted, allowed, temperature, entropy, normaliser, head_trains = saved
     ids = jnp.arange(head.shape[0])
-    by_logprob, by_entropy = (
+    # A result that is not differentiated has no cotangent (None), and costs no product.
+    of_logprob, of_entropy = (
         None if isinstance(x, SymbolicZero) else x.astype(jnp.float32) for x in cotangents
     )
 
-    def gradients(total: Array | None, part: dict[str, Array]) -> tuple[Array | None, Array]:
-        hidden = part["hidden"]
+    def computed(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
+        hidden = chunk["hidden"]
         logits = _logits(hidden, head, allowed, temperature)
-        logprobs = logits - part["normaliser"][..., None]
-        share = jnp.exp(logprobs)
-        by_logits = jnp.zeros_like(logits)
-        if by_logprob is not None:
-            given = part["by_logprob"][..., None]
-            target = (ids == part["targets"][..., None]) & allowed
-            by_logits += jnp.where(target, given, 0.0) - share * given
-        if by_entropy is not None:
-            by_logits -= (
-                share * part["by_entropy"][..., None] * (logprobs + part["entropy"][..., None])
+        logprobs = logits - chunk["normaliser"][..., None]
+        probabilities = jnp.exp(logprobs)
+        logits_grad = jnp.zeros_like(logits)
+        if of_logprob is not None:
+            cotangent = chunk["of_logprob"][..., None]
+            is_target = (ids == chunk["targets"][..., None]) & allowed
+            logits_grad += jnp.where(is_target, cotangent, 0.0) - probabilities * cotangent
+        if of_entropy is not None:
+            cotangent = chunk["of_entropy"][..., None]
+            logits_grad -= probabilities * cotangent * (logprobs + chunk["entropy"][..., None])
+        logits_grad = (logits_grad / temperature).astype(hidden.dtype)
+        hidden_grad = einsum("bnv,vd->bnd", logits_grad, head.astype(hidden.dtype))
+        if head_sum is not None:
+            # The head's gradient transposed: hidden states are cheaper to transpose than logits.
+            head_sum += einsum(
+                "bnd,bnv->dv", hidden, logits_grad, preferred_element_type=jnp.float32
             )
-        by_logits = (by_logits / temperature).astype(hidden.dtype)
-        by_hidden = einsum("bnv,vd->bnd", by_logits, head.astype(hidden.dtype))
-        if total is not None:
-            # The transpose of what is wanted: states are cheaper to turn than logits.
-            total += einsum("bnd,bnv->dv", hidden, by_logits, preferred_element_type=jnp.float32)
-        return total, by_hidden
+        return head_sum, hidden_grad
 
-    def nothing(total: Array | None, part: dict[str, Array]) -> tuple[Array | None, Array]:
-        return total, jnp.zeros_like(part["hidden"])
+    def skipped(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
+        return head_sum, jnp.zeros_like(chunk["hidden"])
 
-    parts = {
+    chunks = {
         "hidden": hidden,
         "targets": targets,
-        "some": some,
+        "counted": counted,
         "entropy": entropy,
         "normaliser": normaliser,
-        "by_logprob": by_logprob,
-        "by_entropy": by_entropy,
+        "of_logprob": of_logprob,
+        "of_entropy": of_entropy,
     }
-    total = None if trains is None else jnp.zeros(head.shape[::-1], jnp.float32)
-    total, by_hidden = jax.lax.scan(
-        lambda total, part: jax.lax.cond(jnp.any(part["some"]), gradients, nothing, total, part),
-        total,
-        parts,
+    head_sum, hidden_grad = jax.lax.scan(
+        lambda head_sum, chunk: jax.lax.cond(
+            jnp.any(chunk["counted"]), computed, skipped, head_sum, chunk
+        ),
+        None if head_trains is None else jnp.zeros(head.shape[::-1], jnp.float32),
+        chunks,
     )
-    by_head = None if total is None else total.T.astype(head.dtype)
-    return by_hidden, by_head, None, None, None, None
+    head_grad = None if head_sum is None else head_sum.T.astype(head.dtype)
+    return hidden_grad, head_grad, None, None, None, None
 
 
-_chunks_numbers.defvjp(_forward, _backward, symbolic_zeros=True)
+_chunked_logprobs.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _logits(
@@ -186,7 +200,7 @@ def _logits(
 
 
 def plain_logits(hidden: Float[Array, "*b d"], head: Float[Array, "v d"]) -> Float[Array, "*b v"]:
-    """Float32 logits of every id."""
+    """Returns float32 logits of every id."""
     return einsum(
         "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )

@@ -1,7 +1,7 @@
 """Products of matrices that are as exact as their operands' dtype says.
 
-Asked for no precision, TPUs round float32 operands to bfloat16 and GPUs to TF32: three digits in
-place of seven. Every product of the model goes through here, so that float32 is float32.
+By default TPUs round float32 operands to bfloat16 and GPUs to TF32: three digits in place of seven.
+Every product of the model goes through here, so that float32 is float32.
 """
 
 from __future__ import annotations
@@ -15,28 +15,31 @@ from jaxtyping import Array
 
 
 def precision(*operands: Array) -> jax.lax.Precision | None:
-    """That of a product: the highest of float32 operands, the platform's own of others."""
-    whole = all(x.dtype == jnp.float32 for x in operands)
-    return jax.lax.Precision.HIGHEST if whole else None
+    """Returns a product's precision: the highest of float32 operands, else the platform's own."""
+    all_float32 = all(x.dtype == jnp.float32 for x in operands)
+    return jax.lax.Precision.HIGHEST if all_float32 else None
 
 
-def einsum(axes: str, *operands: Array, **given: Any) -> Array:
-    """`jnp.einsum`; its gradients are products of the same precision."""
-    return jnp.einsum(axes, *operands, precision=precision(*operands), **given)
+def einsum(axes: str, *operands: Array, **options: Any) -> Array:
+    """Computes `jnp.einsum`; its gradients are products of the same precision."""
+    return jnp.einsum(axes, *operands, precision=precision(*operands), **options)
 
 
 def dot_general(x: Array, y: Array, dims: tuple, preferred: Any = None) -> Array:
-    """`jax.lax.dot_general` with results of dtype `preferred`; its gradients likewise."""
+    """Computes `jax.lax.dot_general` with a result of dtype `preferred`; its gradients likewise."""
     return jax.lax.dot_general(
         x, y, dims, precision=precision(x, y), preferred_element_type=preferred
     )
 
 
 def exact(run: Callable[..., Array]) -> Callable[..., Array]:
-    """`run`, a function of arrays, with products of the highest precision, in its gradient too.
+    """Returns `run` with products of the highest precision, in its gradient too.
 
-    For code of others that asks for none. A context around the call alone would not reach rules of
-    gradients, which are traced after it has ended.
+    For library code that sets no precision. A context around the call alone would not reach the
+    rules of gradients, which are traced after it has ended.
+
+    Args:
+        run: a function of arrays.
     """
 
     @jax.custom_vjp

@@ -1,12 +1,14 @@
-"""The trainer's own log-probabilities: of whole sequences, and of groups beside their prompt.
+"""The trainer's log-probabilities: of whole sequences, and of groups beside their prompt.
 
-One forward pass serves SFT, old and reference log-probabilities and the GRPO update, so that they
-can differ in their parameters only.
+One forward pass serves SFT, old and reference log-probabilities and the GRPO update, so that these
+differ in their parameters only. Axes: b rows, s sequence, g completions of a prompt, t tokens of a
+completion, d model, v vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -16,16 +18,19 @@ from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
 
-Params = dict
+Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """How log-probabilities are taken; the sampler and the scorer share one.
+    """How log-probabilities are computed.
 
     Attributes:
-      temperature: logits are divided by it before normalisation.
+      temperature: logits are divided by it before normalisation; the sampler's own.
       chunk: places of a sequence whose logits exist at once.
+
+    Raises:
+      ValueError: `temperature` is not above 0, or `chunk` is not at least 1.
     """
 
     temperature: float = 1.0
@@ -34,20 +39,23 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if self.temperature <= 0 or self.chunk < 1:
             raise ValueError(
-                f"temperature {self.temperature} and chunk {self.chunk}: above 0 and at least 1 "
-                "expected"
+                f"temperature and chunk: expected above 0 and at least 1, found "
+                f"{self.temperature} and {self.chunk}"
             )
 
 
 def vision_inputs(vision: VisionBatch) -> VisionInputs | None:
-    """The batch's images as the tower takes them; None for a batch without any."""
+    """Returns the batch's images as the tower's inputs; None where its shape has no slots."""
     if vision.patches.shape[1] == 0:
         return None
     return VisionInputs(*vision)
 
 
 def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float[Array, "b s d"]:
-    """Embeds tokens, with the images' features in their places; runs inside `model.apply`."""
+    """Embeds tokens, with the images' features in their places; runs inside `model.apply`.
+
+    Images are encoded here, unless the batch has their features.
+    """
     if isinstance(batch.vision, FeatureBatch):
         return module.embed(batch.tokens, batch.vision.features, batch.vision_index)
     images = vision_inputs(batch.vision)
@@ -58,9 +66,9 @@ def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float
 def sequence_logprobs(
     model: Qwen25VL, params: Params, batch: SequenceBatch, config: ScoreConfig
 ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-    """Log-probability of each target that has a weight, and the entropy there; 0 elsewhere.
+    """Returns the log-probability of each target and the entropy of its distribution.
 
-    Both float32, in nats.
+    Two float32 arrays in nats, 0 where a target has no weight.
     """
 
     def run(module: Qwen25VL) -> tuple[Array, Array]:
@@ -83,16 +91,20 @@ def group_logprobs(
     allowed: Bool[Array, " v"],
     config: ScoreConfig,
 ) -> tuple[Float[Array, "b g t"], Float[Array, "b g t"]]:
-    """Log-probability of each completion token given its prompt, and the entropy there.
+    """Returns the log-probability of each completion token and the entropy of its distribution.
 
     The prompt, its images too, runs once for its group: the row is
-    `[prompt | completion 1 | … | completion G]`, exact in value and gradient (the method is
-    Prefix Grouper's, arXiv 2506.05433).
+    `[prompt | completion 1 | … | completion G]`, exact in value and gradient (Prefix Grouper, arXiv
+    2506.05433).
 
     Args:
-      completions: sampled ids; any id may stand where `mask` is False.
+      model: the model.
+      params: the whole tree.
+      prompts: one a row.
+      completions: int32 ids of the sampled tokens; any id may stand where `mask` is False.
       mask: True for the tokens of a completion, end-of-turn among them.
       allowed: ids that can be sampled; the rest are left out of the distribution.
+      config: temperature and chunk.
 
     Returns:
       Two float32 arrays in nats, 0 where `mask` is False.
@@ -101,20 +113,23 @@ def group_logprobs(
     s = prompts.tokens.shape[1]
 
     def run(module: Qwen25VL) -> tuple[Array, Array]:
-        answers = module.embed(completions.reshape(b, g * t))
-        x = jnp.concatenate([embed_prompts(module, prompts), answers], axis=1)
-        places = prompts.next_position[:, None, None] + jnp.arange(t)
-        places = jnp.broadcast_to(places, (b, g, t)).reshape(b, g * t)
-        places = jnp.broadcast_to(places, (3, b, g * t))
-        positions = jnp.concatenate([jnp.moveaxis(prompts.positions, 1, 0), places], axis=2)
+        # The row, and its positions: each completion goes on from the prompt's last.
+        embedded = module.embed(completions.reshape(b, g * t))
+        x = jnp.concatenate([embed_prompts(module, prompts), embedded], axis=1)
+        own_positions = prompts.next_position[:, None, None] + jnp.arange(t)
+        own_positions = jnp.broadcast_to(own_positions, (b, g, t)).reshape(b, g * t)
+        own_positions = jnp.broadcast_to(own_positions, (3, b, g * t))
+        prompt_positions = jnp.moveaxis(prompts.positions, 1, 0)
+        positions = jnp.concatenate([prompt_positions, own_positions], axis=2)
         attend = SharedPrefix(prompts.mask, mask, model.runtime.kernels)
         hidden = module.forward(x, positions, attend)
         # A token is predicted from the one before it; the first, from the prompt's last.
         last = last_valid(hidden[:, :s], prompts.mask)
         last = jnp.broadcast_to(last[:, None, None], (b, g, 1, last.shape[-1]))
-        before = jnp.concatenate([last, hidden[:, s:].reshape(b, g, t, -1)[:, :, :-1]], axis=2)
+        own = hidden[:, s:].reshape(b, g, t, -1)
+        predicting = jnp.concatenate([last, own[:, :, :-1]], axis=2)
         return module.logprobs(
-            before.reshape(b, g * t, -1),
+            predicting.reshape(b, g * t, -1),
             completions.reshape(b, g * t),
             counted=mask.reshape(b, g * t),
             allowed=allowed,
@@ -127,7 +142,7 @@ def group_logprobs(
 
 
 def last_valid(hidden: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b d"]:
-    """The hidden state at each row's last valid token."""
+    """Returns the hidden state at each row's last valid token."""
     s = mask.shape[1]
     last = s - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""The special tokens of the Qwen2.5-VL family, and their ids in a tokenizer."""
+"""Special tokens of the Qwen2.5-VL family, and their ids in a tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPECIAL_TOKENS = (
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the tokens the programs treat apart."""
+    """Ids of the special tokens that the programs know."""
 
     pad: int
     end_of_turn: int
@@ -43,15 +43,15 @@ class SpecialIds:
 
     @property
     def never_sampled(self) -> tuple[int, ...]:
-        """Padding, image, vision and video: a sampled one would stand for what is not there."""
+        """Ids of padding, image, vision and video: sampled, one would stand for a missing input."""
         return tuple(i for name, i in vars(self).items() if name != "end_of_turn")
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
-        """Looks the ids up.
+        """Looks the ids up in a tokenizer.
 
         Raises:
-          DataError: the tokenizer lacks one, so is none of this family.
+          DataError: the tokenizer lacks a token, so is not of this family.
         """
         names = (
             PAD,
@@ -66,7 +66,7 @@ class SpecialIds:
         for name in names:
             if name not in vocabulary:
                 raise DataError(
-                    f"tokenizer {tokenizer.name_or_path!r} has no {name}; expected a tokenizer of "
-                    "the Qwen2.5-VL family"
+                    f"tokenizer {tokenizer.name_or_path!r}: expected a token {name}, found none; "
+                    "take a tokenizer of the Qwen2.5-VL family"
                 )
         return cls(*(vocabulary[name] for name in names))

@@ -1,8 +1,8 @@
-"""Attention over whole sequences on TPUs: splash attention, which skips the blocks that a static
-mask hides and keeps no scores.
+"""Attention over whole sequences on TPUs: splash attention.
 
-What is known when a step is compiled (causality, which completion a place of a row belongs to) is
-the static mask; what is known with the data alone (segments, padding) goes in as segment ids.
+It keeps no scores, and skips the blocks that a static mask hides. What is known when a step is
+compiled (causality, which completion a place of a row belongs to) is the static mask; what is known
+with the data only (segments, padding) is passed as segment ids.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from morer1_jax.model.products import exact
 
 # The width of a TPU's vector registers, which heads and blocks are padded to multiples of.
 _LANES = 128
-# Sides of a block that are tried, the largest first, and the share of a row that may be padding
-# for one.
-_BLOCKS, _SPARE = (512, 256, _LANES), 1 / 8
-# `_SharedPrefixMask`: bits of a place in the row; those above hold the completion's number.
+# Sides of a block to choose from, the largest first, and the padding that one may add, as a share
+# of the row.
+_BLOCKS, _MAX_PADDING = (512, 256, _LANES), 1 / 8
+# Bits of a query's place in the row in `_SharedPrefixMask`; those above hold its completion.
 _PLACE_BITS = 23
 
 
@@ -33,18 +33,21 @@ _PLACE_BITS = 23
 class Splash:
     """`attention.Kernels` by splash attention.
 
-    Queries are scaled before their products and rounded to their own dtype, not the scores after.
+    Queries are scaled before their products, and rounded to their own dtype; other kernels scale
+    the scores.
 
     Attributes:
-      interpret: run the kernel in Pallas's interpreter, on any platform.
+      interpret: whether the kernel runs in Pallas's interpreter, on any platform.
     """
 
     interpret: bool = False
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        """Attends under the kernel's causal mask."""
         return self._attend(q, k, v, segment_ids, lambda n: splash.CausalMask((n, n)))
 
     def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        """Attends under segments alone."""
         return self._attend(q, k, v, segment_ids, lambda n: splash.FullMask((n, n)))
 
     def shared_prefix(
@@ -55,6 +58,7 @@ class Splash:
         prompt_mask: Bool[Array, "b p"],
         completion_mask: Bool[Array, "b g t"],
     ) -> Queries:
+        """Attends under a static mask of the row's completions."""
         p = prompt_mask.shape[1]
         b, g, t = completion_mask.shape
         valid = jnp.concatenate([prompt_mask, completion_mask.reshape(b, g * t)], axis=1)
@@ -69,20 +73,17 @@ class Splash:
         ids: Int[Array, "b s"],
         mask: Callable[[int], splash.Mask],
     ) -> Queries:
-        """Attention among tokens of the same id that `mask`, of a padded length, lets see.
+        """Attends among tokens of the same id under a static mask, by a padded length.
 
-        A length that is no multiple of a block's side is padded with tokens that are a segment of
-        their own or of other padding.
+        A length that is not a multiple of a block's side is padded with tokens of a segment that
+        no token of the row is of.
         """
         _, length, _, e = q.shape
         block, padded = _blocks(length)
         q = (q.astype(jnp.float32) * e**-0.5).astype(q.dtype)
-        more = (padded - length, -e % _LANES)
-        q, k, v = (
-            jnp.pad(jnp.moveaxis(x, 2, 1), [(0, 0), (0, 0), (0, more[0]), (0, more[1])])
-            for x in (q, k, v)
-        )
-        ids = jnp.pad(ids, [(0, 0), (0, more[0])], constant_values=np.iinfo(np.int32).min)
+        padding = [(0, 0), (0, 0), (0, padded - length), (0, -e % _LANES)]
+        q, k, v = (jnp.pad(jnp.moveaxis(x, 2, 1), padding) for x in (q, k, v))
+        ids = jnp.pad(ids, [(0, 0), (0, padded - length)], constant_values=np.iinfo(np.int32).min)
         out = _run(q, k, v, ids, mask=mask(padded), block=block, interpret=self.interpret)
         return jnp.moveaxis(out[:, :, :length, :e], 1, 2)
 
@@ -90,7 +91,7 @@ class Splash:
 def _run(
     q: Array, k: Array, v: Array, ids: Array, *, mask: splash.Mask, block: int, interpret: bool
 ) -> Array:
-    """The kernel over rows; all [b heads s e], `ids` [b s]."""
+    """Runs the kernel over rows; q, k and v are [b heads s e], `ids` [b s]."""
 
     def attend(q: Array, k: Array, v: Array, ids: Array) -> Array:
         kernel = splash.make_splash_mha(
@@ -109,15 +110,15 @@ def _run(
         )
         return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
 
-    # The kernel's own products ask for no precision.
+    # The kernel's own products set no precision.
     return (exact(attend) if q.dtype == jnp.float32 else attend)(q, k, v, ids)
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """(side of a block, `length` padded to a multiple of it)."""
+    """Returns the side of a block, and `length` padded to a multiple of it."""
     for block in _BLOCKS:
         padded = -(-length // block) * block
-        if padded - length <= length * _SPARE:
+        if padded - length <= length * _MAX_PADDING:
             break
     return block, padded
 
@@ -126,7 +127,13 @@ def _blocks(length: int) -> tuple[int, int]:
 class _SharedPrefixMask(splash.Mask):
     """Who sees whom in [prompt | completion 1 | … | completion g | padding].
 
-    The kernel computes it from what `q_sequence` says of a query and from a key's place.
+    The kernel computes it from a query's entry of `q_sequence` and from a key's place.
+
+    Attributes:
+      prompt: tokens of the prompt.
+      group: number of completions.
+      completion: tokens of each completion.
+      length: tokens of the row, padding included.
     """
 
     prompt: int
@@ -137,9 +144,9 @@ class _SharedPrefixMask(splash.Mask):
     def __post_init__(self) -> None:
         if self.length > 1 << _PLACE_BITS or self.group >= 1 << (31 - _PLACE_BITS):
             raise ValueError(
-                f"a row of {self.length} places with {self.group} completions found, at most "
-                f"{1 << _PLACE_BITS} and {(1 << (31 - _PLACE_BITS)) - 1} expected; make groups "
-                "smaller"
+                f"group of completions: expected at most {1 << _PLACE_BITS} places in a row and "
+                f"{(1 << (31 - _PLACE_BITS)) - 1} completions, found {self.length} and "
+                f"{self.group}; make groups smaller"
             )
 
     @property
@@ -148,7 +155,7 @@ class _SharedPrefixMask(splash.Mask):
 
     @functools.cached_property
     def q_sequence(self) -> np.ndarray:
-        """Of each place, itself and, above its bits, the number of its completion."""
+        """Each place of the row and, in the bits above, the number of its completion."""
         place = np.arange(self.length, dtype=np.int32)
         number = np.maximum(place - self.prompt, 0) // self.completion
         return place | number << _PLACE_BITS

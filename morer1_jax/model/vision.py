@@ -1,7 +1,7 @@
 """The vision tower: patches in window slots to image tokens (Qwen2.5-VL, arXiv 2502.13923, 2.1.1).
 
 Most blocks attend within windows, a dense batch of [windows, slots]; a few attend over whole
-images.  Which patch sits in which slot is the host's business (`morer1_jax.data.layout`).
+images.  The host decides which patch sits in which slot (`morer1_jax.model.windows`).
 Axes: b rows, w windows of a row, p slots of a window, n = w·p, d tower width.
 """
 
@@ -32,14 +32,14 @@ _NORM_EPSILON = 1e-6
 
 @struct.dataclass
 class VisionInputs:
-    """The images of `b` rows in window slots, as `data.layout` places them.
+    """The images of `b` rows in window slots, as `model.windows` places them.
 
     Attributes:
         patches: flattened patches, c = channels · frames · patch_size² in the processor's order.
         positions: row and column of each patch in its image.
         image_ids: image of each slot, counted within the row; -1 is padding.
-        part_ids: window of its image, counted within the row; -1 is padding. Parts of images that
-            are too small for a window may share its slots.
+        part_ids: window of its image, counted within the row; -1 is padding. Windows that an
+            image's edge cuts short may share a batch's window.
     """
 
     patches: Float[Array, "b w p c"]
@@ -49,7 +49,7 @@ class VisionInputs:
 
 
 class VisionAttention(nn.Module):
-    """Attention among slots of the same id: within each window, or over the whole row."""
+    """Attention among slots of the same id: within each window, or over the whole row if `full`."""
 
     config: VisionConfig
     runtime: Runtime
@@ -59,6 +59,7 @@ class VisionAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b w p d"], rotary: Rotary, ids: Int[Array, "b w p"]
     ) -> Float[Array, "b w p d"]:
+        """Attends from each slot to those with its id."""
         cfg, run = self.config, self.runtime
         qkv = dense(
             (3, cfg.num_heads, cfg.head_dim), run, cfg.initializer_range, name="qkv", bias=True
@@ -69,7 +70,7 @@ class VisionAttention(nn.Module):
         rows, length = (b, w * p) if self.full else (b * w, p)
         ids = ids.reshape(rows, length)
         heads = (rows, length, cfg.num_heads, cfg.head_dim)
-        # A window is less than any kernel's block.
+        # A window is smaller than any kernel's block.
         kernels = run.kernels if self.full else XLA()
         out = kernels.full(*(a.reshape(heads) for a in (q, k, v)), ids)
         out = out.reshape(b, w, p, cfg.num_heads, cfg.head_dim)
@@ -79,7 +80,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and SwiGLU, in the shape `layers.scanned` repeats."""
+    """Pre-norm attention and SwiGLU, in the form that `layers.scanned` repeats."""
 
     config: VisionConfig
     runtime: Runtime
@@ -93,6 +94,7 @@ class VisionBlock(nn.Module):
         image_ids: Int[Array, "b w p"],
         part_ids: Int[Array, "b w p"],
     ) -> tuple[Float[Array, "b w p d"], None]:
+        """Runs the block, over images if `full`, else within windows."""
         cfg, run = self.config, self.runtime
         attend = VisionAttention(cfg, run, self.full, name="attn")
         ids = image_ids if self.full else part_ids
@@ -117,6 +119,7 @@ class VisionGroup(nn.Module):
         image_ids: Int[Array, "b w p"],
         part_ids: Int[Array, "b w p"],
     ) -> tuple[Float[Array, "b w p d"], None]:
+        """Runs the group's blocks in turn."""
         cfg, run = self.config, self.runtime
         windowed, repeated = cfg.period - 1, cfg.depth > cfg.period
         if windowed:
@@ -139,19 +142,20 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: VisionInputs) -> Float[Array, "b m d"]:
-        """Image tokens in slot order, m = w·p / merge²; tokens of padding slots are finite."""
+        """Returns image tokens in slot order, m = w·p / merge²; those of padding are finite."""
         cfg, run = self.config, self.runtime
         std = cfg.initializer_range
         x = dense(cfg.hidden_size, run, std, name="patch_embed")(inputs.patches)
-        given = axial_rotary(inputs.positions, cfg), inputs.image_ids, inputs.part_ids
+        slots = axial_rotary(inputs.positions, cfg), inputs.image_ids, inputs.part_ids
         if cfg.period:
             groups = scanned(VisionGroup, cfg.depth // cfg.period, inputs=3)
-            x, _ = groups(cfg, run, name="groups")(x, *given)
+            x, _ = groups(cfg, run, name="groups")(x, *slots)
         else:
             block = rematerialised(VisionBlock, run, in_scan=False)
             for i in range(cfg.depth):
                 full = i in cfg.fullatt_block_indexes
-                x, _ = block(cfg, run, full, name=f"block_{i}")(x, *given)
+                x, _ = block(cfg, run, full, name=f"block_{i}")(x, *slots)
+        # The merger: a merged slot's patches lie one after another.
         x = rms_norm(_NORM_EPSILON, run, name="merger_norm")(x)
         merged = cfg.hidden_size * cfg.spatial_merge_size**2
         x = x.reshape(x.shape[0], -1, merged)
@@ -160,7 +164,7 @@ class VisionTower(nn.Module):
 
 
 def axial_rotary(positions: Int[Array, "b w p 2"], config: VisionConfig) -> Rotary:
-    """Angles whose first half follows the patch's row and second half its column."""
+    """Returns cosines and sines of angles whose halves follow the patch's row and its column."""
     half = config.head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / half
     frequencies = 1 / config.rope_theta**exponents

@@ -25,13 +25,20 @@ from morer1_jax.model.vision import VisionInputs, VisionTower
 
 
 class Qwen25VL(nn.Module):
-    """The whole model.  See the module's text for how its verbs go together."""
+    """The whole model.  The module's docstring says how its verbs go together.
+
+    Attributes:
+        config: the architecture.
+        runtime: how it computes.
+        lora: adapters beside the decoder's maps; None: none.
+    """
 
     config: ModelConfig
     runtime: Runtime = Runtime()
     lora: LoRA | None = None
 
     def setup(self) -> None:
+        """Makes embedding, head, tower and decoder."""
         text = self.config.text
         table = (text.vocab_size, text.hidden_size)
         init = nn.initializers.normal(text.initializer_range)
@@ -49,12 +56,12 @@ class Qwen25VL(nn.Module):
         images: VisionInputs | None = None,
         vision_index: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """Whole forward pass to hidden states; without images the two last are None."""
+        """Runs a whole forward pass to hidden states; without images the last two are None."""
         vision_tokens = None if images is None else self.encode_images(images)
         return self.forward(self.embed(tokens, vision_tokens, vision_index), positions, attend)
 
     def encode_images(self, images: VisionInputs) -> Float[Array, "b m d"]:
-        """Image tokens of each row in slot order, m = windows · slots / merge²."""
+        """Returns the image tokens of each row in slot order, m = windows · slots / merge²."""
         return self.vision(images)
 
     def embed(
@@ -63,13 +70,13 @@ class Qwen25VL(nn.Module):
         vision_tokens: Float[Array, "b m d"] | None = None,
         vision_index: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """Token embeddings, with the image token `vision_index` names where it is not -1."""
+        """Embeds tokens; where `vision_index` is not -1, takes that image token in their place."""
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.runtime.dtype)
         if vision_tokens is None:
             return x
         place = jnp.maximum(vision_index, 0)[..., None]
-        seen = jnp.take_along_axis(vision_tokens, place, axis=1).astype(x.dtype)
-        return jnp.where(vision_index[..., None] >= 0, seen, x)
+        vision = jnp.take_along_axis(vision_tokens, place, axis=1).astype(x.dtype)
+        return jnp.where(vision_index[..., None] >= 0, vision, x)
 
     def forward(
         self,
@@ -78,17 +85,22 @@ class Qwen25VL(nn.Module):
         attend: Pattern,
         keep_kv: bool = False,
     ) -> Any:
-        """Hidden states [b s d] after the final norm; with `keep_kv` also every layer's KV."""
+        """Returns hidden states [b s d] after the final norm; with `keep_kv` all layers' KV too."""
         hidden, _, kv = self.language(x, positions, attend, keep_kv=keep_kv)
         return (hidden, kv) if keep_kv else hidden
 
     def decode(
         self, x: Float[Array, "b g d"], positions: Int[Array, "b g"], cache: KVCache
     ) -> tuple[Float[Array, "b g d"], KVCache]:
-        """One more token of each sample: its hidden state, and the cache one place further.
+        """Runs one more token of each sample.
 
         Args:
-            positions: of the tokens; text, so the same on all three axes.
+            x: the tokens' embeddings.
+            positions: int32, of the tokens; text, so the same on all three axes.
+            cache: of the tokens before.
+
+        Returns:
+            The tokens' hidden states, and the cache with their keys and values.
         """
         attend = Cached(cache.prompt_mask, cache.index)
         axes = jnp.broadcast_to(positions, (3, *positions.shape))
@@ -98,7 +110,7 @@ class Qwen25VL(nn.Module):
         return hidden, cache.replace(layers=layers, index=cache.index + 1)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Float32 logits; for a token or a few a row, never for whole long sequences."""
+        """Returns float32 logits; for a token or a few a row, never for whole long sequences."""
         return plain_logits(hidden, self._head())
 
     def logprobs(
@@ -111,8 +123,7 @@ class Qwen25VL(nn.Module):
         temperature: float | Float[Array, ""] = 1.0,
         chunk: int = 128,
     ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-        """Float32 log-probability of each target and entropy of its distribution, in nats;
-        see `model.logprobs.token_logprobs`."""
+        """Returns log-probabilities and entropies; see `model.logprobs.token_logprobs`."""
         return token_logprobs(
             hidden,
             self._head(),
@@ -128,8 +139,11 @@ class Qwen25VL(nn.Module):
 
 
 def init_params(model: Qwen25VL, key: PRNGKeyArray) -> dict[str, Any]:
-    """Parameters from scratch: matrices normal with the config's `initializer_range` as
-    standard deviation, zero biases, unit norm scales."""
+    """Returns parameters from scratch.
+
+    Matrices are normal with the config's `initializer_range` as standard deviation, biases zero,
+    scales of norms one.
+    """
     vision = model.config.vision
     slots = (1, 1, vision.window_patches)
     images = VisionInputs(

@@ -100,10 +100,11 @@ def merged_grid(grid: Grid, merge_size: int) -> tuple[int, int]:
     """
     frames, rows, columns = (int(n) for n in grid)
     if frames != 1:
-        raise LayoutError(f"grid {(frames, rows, columns)} is a video; only images are supported")
+        raise LayoutError(f"grid {(frames, rows, columns)}: expected an image, found a video")
     if rows < 1 or columns < 1 or rows % merge_size or columns % merge_size:
         raise LayoutError(
-            f"grid {(frames, rows, columns)}: expected positive multiples of {merge_size} patches"
+            f"grid {(frames, rows, columns)}: expected rows and columns in positive multiples of "
+            f"{merge_size} patches"
         )
     return rows // merge_size, columns // merge_size
 
@@ -136,39 +137,22 @@ def vision_layout(
         LayoutError: a grid is a video or not divisible by `merge_size`, or `pad_to_windows` is
             fewer than the images fill.
     """
-    side = window_size // patch_size // merge_size  # merge units along a window's edge
-    # Of each merge unit of the row, in the processor's order: its part, its rank in it, its image
-    # and its row and column there.
-    part, rank, image, place = ([_EMPTY] for _ in range(4))
-    part_sizes: list[np.ndarray] = []
-    for number, grid in enumerate(grids):
-        parts, columns = _part_of_units(grid, merge_size, side)
-        counts = np.bincount(parts)
-        # A stable sort keeps rows before columns.
-        order = np.argsort(parts, kind="stable")
-        ranks = np.empty_like(order)
-        ranks[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        part.append(parts + sum(map(len, part_sizes)))
-        rank.append(ranks)
-        image.append(np.full(order.size, number))
-        place.append(np.stack(np.divmod(np.arange(order.size), columns), axis=-1).reshape(-1))
-        part_sizes.append(counts)
-    part, rank, image = (np.concatenate(values) for values in (part, rank, image))
-
+    side = window_size // patch_size // merge_size
+    units = _units(grids, merge_size, side)
     # The merged slot of each unit: its part's window and first slot there, and its rank.
     counts = [len(grids)] if samples is None else samples
-    window_of, start_of, filled = _place_parts(part_sizes, counts, side * side)
+    window_of, start_of, filled = _place_parts(units.part_sizes, counts, side * side)
     windows = filled if pad_to_windows is None else pad_to_windows
     if windows < filled:
         raise LayoutError(
-            f"images {list(grids)} fill {filled} windows, more than the bucket of {windows}; "
-            f"use a larger bucket or smaller images"
+            f"images {list(grids)}: expected at most the bucket's {windows} windows, found "
+            f"{filled}; use a larger bucket or smaller images"
         )
-    slot = window_of[part] * side * side + start_of[part] + rank
+    slot = window_of[units.part] * side * side + start_of[units.part] + units.rank
 
     # From units to their patches, in the processor's order too.
     inside = np.arange(merge_size**2)
-    corner = np.concatenate(place).reshape(-1, 1, 2) * merge_size
+    corner = units.place[:, None] * merge_size
     within = np.stack(np.divmod(inside, merge_size), axis=-1)
 
     def in_slots(values: np.ndarray, padding: int) -> np.ndarray:
@@ -181,8 +165,8 @@ def vision_layout(
     return VisionLayout(
         source=in_slots(np.arange(slot.size)[:, None] * inside.size + inside, -1),
         positions=in_slots(corner + within, 0),
-        image_ids=in_slots(image[:, None], -1),
-        part_ids=in_slots(part[:, None], -1),
+        image_ids=in_slots(units.image[:, None], -1),
+        part_ids=in_slots(units.part[:, None], -1),
         token_slots=slot.astype(np.int32),
     )
 
@@ -198,7 +182,9 @@ def place_patches(
     filled = layout.source >= 0
     expected = int(filled.sum())
     if len(patches) != expected:
-        raise LayoutError(f"found {len(patches)} patches, the images' grids expect {expected}")
+        raise LayoutError(
+            f"patches: expected {expected} by the images' grids, found {len(patches)}"
+        )
     placed = np.zeros((*layout.source.shape, patches.shape[-1]), patches.dtype)
     placed[filled] = patches[layout.source[filled]]
     return placed
@@ -215,8 +201,8 @@ def vision_index(
     places = np.flatnonzero(token_ids == image_token_id)
     if len(places) != len(layout.token_slots):
         raise LayoutError(
-            f"found {len(places)} image tokens in the text, the images need "
-            f"{len(layout.token_slots)}; was the text cut or an image left out?"
+            f"image tokens in the text: expected {len(layout.token_slots)} by the images' grids, "
+            f"found {len(places)}; was the text cut or an image left out?"
         )
     index = np.full(token_ids.shape, -1, np.int32)
     index[places] = layout.token_slots
@@ -225,6 +211,44 @@ def vision_index(
 
 # Begins concatenations, so that those over no images have a type.
 _EMPTY = np.zeros(0, np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """The merge units of a row, in the processor's order.
+
+    Attributes:
+        part: the unit's part, counted through the row.
+        rank: the unit's place in its part.
+        image: the unit's image, counted through the row.
+        place: row and column of the unit in its image.
+        part_sizes: units of each part, image by image.
+    """
+
+    part: Int[np.ndarray, " m"]
+    rank: Int[np.ndarray, " m"]
+    image: Int[np.ndarray, " m"]
+    place: Int[np.ndarray, "m 2"]
+    part_sizes: list[Int[np.ndarray, " parts"]]
+
+
+def _units(grids: Sequence[Grid], merge_size: int, side: int) -> _Units:
+    part, rank, image, place = ([_EMPTY] for _ in range(4))
+    part_sizes: list[np.ndarray] = []
+    for number, grid in enumerate(grids):
+        parts, columns = _part_of_units(grid, merge_size, side)
+        counts = np.bincount(parts)
+        # A stable sort keeps rows before columns.
+        order = np.argsort(parts, kind="stable")
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        part.append(parts + sum(map(len, part_sizes)))
+        rank.append(ranks)
+        image.append(np.full(order.size, number))
+        place.append(np.stack(np.divmod(np.arange(order.size), columns), axis=-1).reshape(-1))
+        part_sizes.append(counts)
+    part, rank, image, place = (np.concatenate(values) for values in (part, rank, image, place))
+    return _Units(part, rank, image, place.reshape(-1, 2), part_sizes)
 
 
 def _part_of_units(grid: Grid, merge_size: int, side: int) -> tuple[Int[np.ndarray, " m"], int]:
@@ -267,8 +291,9 @@ def _place_parts(
 def _first_fit(
     sizes: Int[np.ndarray, " parts"], capacity: int
 ) -> tuple[Int[np.ndarray, " parts"], Int[np.ndarray, " parts"], int]:
-    """Places one sample's parts in windows of `capacity` units: whole windows, then the largest
-    first, each in the first window with room (first-fit decreasing).
+    """Places one sample's parts in windows of `capacity` units by first-fit decreasing.
+
+    Whole windows come first, then the largest part, each in the first window with room.
 
     Returns:
         Window and first place of each part, and the number of windows.

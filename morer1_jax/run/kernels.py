@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from morer1_jax.errors import ConfigError
 from morer1_jax.model.attention import XLA, Kernels
 from morer1_jax.model.config import AttentionChoice
-from morer1_jax.model.cudnn import HEAD_MOST, HEAD_MULTIPLE, CuDNN
-from morer1_jax.model.split import Split
+from morer1_jax.model.cudnn import HEAD_MAX, HEAD_MULTIPLE, CuDNN
+from morer1_jax.model.sharded import ShardedKernels
 from morer1_jax.run.mesh import BATCH_AXES, HEAD_AXIS
 
 
@@ -48,7 +48,7 @@ def choose(
     if mesh.size == 1:
         return kernels
     rows = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-    return Split(kernels, mesh, rows, HEAD_AXIS if HEAD_AXIS in mesh.shape else None)
+    return ShardedKernels(kernels, mesh, rows, HEAD_AXIS if HEAD_AXIS in mesh.shape else None)
 
 
 def _unfit_for_cudnn(dtype: str, head_sizes: Sequence[int], mesh: Mesh) -> str | None:
@@ -59,9 +59,9 @@ def _unfit_for_cudnn(dtype: str, head_sizes: Sequence[int], mesh: Mesh) -> str |
         return f"an NVIDIA GPU from Ampere on, and the mesh has {_kind(mesh)} devices"
     if dtype != "bfloat16":
         return f"runtime.dtype='bfloat16', which is {dtype!r}"
-    if wrong := [size for size in head_sizes if size % HEAD_MULTIPLE or size > HEAD_MOST]:
+    if wrong := [size for size in head_sizes if size % HEAD_MULTIPLE or size > HEAD_MAX]:
         return (
-            f"heads of a multiple of {HEAD_MULTIPLE} elements, at most {HEAD_MOST}, and the "
+            f"heads of a multiple of {HEAD_MULTIPLE} elements, at most {HEAD_MAX}, and the "
             f"model has some of {wrong[0]}"
         )
     return None

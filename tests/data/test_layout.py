@@ -63,9 +63,9 @@ def test_images_on_both_sides_of_a_boundary_between_samples():
 @pytest.mark.parametrize(
     ("tokens", "grids", "message"),
     [
-        ([IMAGE] * 4, [(2, 4, 4)], r"\(2, 4, 4\) is a video"),
+        ([IMAGE] * 4, [(2, 4, 4)], r"\(2, 4, 4\): expected an image, found a video"),
         ([1, VIDEO], [], "videos are not supported"),
-        ([IMAGE] * 4, [(1, 4, 5)], "multiples of 2"),
+        ([IMAGE] * 4, [(1, 4, 5)], "multiples of 2 patches"),
         ([IMAGE] * 3, [(1, 4, 4)], "found 3 image tokens at 0, the image .* needs 4"),
         ([IMAGE] * 4, [], "image tokens at 0, after the last of 0"),
         ([IMAGE] * 4, [(1, 4, 4)] * 2, "1 of 2 images have no image tokens"),

@@ -156,14 +156,14 @@ def test_place_patches_and_vision_index():
 
 
 def test_layout_refuses():
-    with pytest.raises(LayoutError, match="fill 3 windows, more than the bucket of 2"):
+    with pytest.raises(LayoutError, match=r"expected at most the bucket's 2 windows, found 3"):
         vision_layout([(1, 6, 6)], **SIZES, pad_to_windows=2)
-    with pytest.raises(LayoutError, match="is a video"):
+    with pytest.raises(LayoutError, match="expected an image, found a video"):
         vision_layout([(3, 6, 6)], **SIZES)
     layout = vision_layout([(1, 4, 4)], **SIZES)
-    with pytest.raises(LayoutError, match=r"found 15 patches, .* expect 16"):
+    with pytest.raises(LayoutError, match=r"expected 16 .* found 15"):
         place_patches(layout, np.zeros((15, 3), np.float32))
-    with pytest.raises(LayoutError, match=r"found 3 image tokens .* need 4"):
+    with pytest.raises(LayoutError, match=r"expected 4 .* found 3"):
         vision_index(np.array([IMAGE] * 3), layout, image_token_id=IMAGE)
 
 

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.cudnn import CuDNN
+from morer1_jax.model.sharded import ShardedKernels
 from morer1_jax.model.splash import Splash
-from morer1_jax.model.split import Split
 
 ROWS = ("data", "fsdp")
 B, S, H, K, E = 4, 40, 4, 2, 8
@@ -93,7 +93,7 @@ def test_a_mesh_changes_nothing(tiny, axes, pattern, kernels):
             return run
 
     placed = jax.device_put(numbers(pattern)[0], NamedSharding(mesh, split))
-    ours = value_and_gradients(Split(Watched(), mesh, ROWS, "tensor"), pattern, placed)
+    ours = value_and_gradients(ShardedKernels(Watched(), mesh, ROWS, "tensor"), pattern, placed)
     assert set(seen) == {part}
     for got, wanted in zip(*map(jax.tree.leaves, (ours, expected(pattern))), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
@@ -102,6 +102,6 @@ def test_a_mesh_changes_nothing(tiny, axes, pattern, kernels):
 def test_axes_that_a_mesh_does_not_have_split_nothing(tiny):
     mesh = tiny.mesh(data=8, fsdp=1, tensor=1)
     q, k = (jnp.ones((8, 4, heads, 8)) for heads in (2, 1))
-    kernels = Split(XLA(), mesh, ("data",), None)
+    kernels = ShardedKernels(XLA(), mesh, ("data",), None)
     out = jax.jit(kernels.causal)(q, k, k, jnp.ones((8, 4), jnp.int32))
     np.testing.assert_allclose(out, 1.0)

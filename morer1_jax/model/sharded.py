@@ -1,4 +1,4 @@
-"""Kernels over a mesh: the compiler cannot split a kernel itself."""
+"""Attention kernels over a mesh: the compiler cannot partition a kernel by itself."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from morer1_jax.model.attention import Kernels, Keys, Queries
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """`attention.Kernels` that run others on every device's own rows and heads.
+class ShardedKernels:
+    """`attention.Kernels` that run one device's kernels on every device's own rows and heads.
 
-    Key-value heads that the axis does not divide are repeated until it does, where that is fewer
-    than there are query heads. Axes that do not divide rows or heads even so do all the work on
-    each of their devices.
+    Key-value heads that the axis does not divide are repeated until it does, where that leaves
+    fewer than there are query heads. Where an axis still does not divide rows or heads, each of its
+    devices does all the work.
 
     Attributes:
       kernels: those of one device.
+      mesh: the devices.
       rows: the mesh's axes that rows are split over.
       heads: the mesh's axis that heads are split over; None: they are not.
     """
@@ -35,9 +36,11 @@ class Split:
     heads: str | None
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        """Attends as `kernels` does, on each device's shard."""
         return self._run(self.kernels.causal, q, k, v, segment_ids)
 
     def full(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
+        """Attends as `kernels` does, on each device's shard."""
         return self._run(self.kernels.full, q, k, v, segment_ids)
 
     def shared_prefix(
@@ -48,11 +51,13 @@ class Split:
         prompt_mask: Bool[Array, "b p"],
         completion_mask: Bool[Array, "b g t"],
     ) -> Queries:
+        """Attends as `kernels` does, on each device's shard."""
         return self._run(self.kernels.shared_prefix, q, k, v, prompt_mask, completion_mask)
 
     def _run(
         self, run: Callable[..., Queries], q: Queries, k: Keys, v: Keys, *masks: Array
     ) -> Queries:
+        """Runs a kernel under `shard_map`; masks are split by rows alone."""
         sizes = self.mesh.shape
         rows = None
         if q.shape[0] % math.prod(sizes[axis] for axis in self.rows) == 0:
@@ -68,5 +73,5 @@ class Split:
             mesh=self.mesh,
             in_specs=(x, x, x, *(P(rows) for _ in masks)),
             out_specs=x,
-            check_vma=False,  # Pallas's outputs do not say what they vary over.
+            check_vma=False,  # Pallas's outputs do not declare over which axes they vary.
         )(q, k, v, *masks)
