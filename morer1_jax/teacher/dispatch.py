@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import dataclasses
 import random
+import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-
-from tqdm import tqdm
+from collections.abc import Callable, Sequence
 
 from morer1_jax.errors import DataError
+from morer1_jax.progress import progress
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.teacher.answers import rejection_reason, strip_wrapping
@@ -30,11 +30,7 @@ _FIRST_DELAY, _MAX_DELAY, _MAX_RETRY_AFTER = 0.5, 8.0, 120.0
 
 
 class _OverBudget(Exception):
-    """A request that does not fit the budget, by its size."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__(size)
-        self.size = size
+    """A request that does not fit the budget; its argument is the request's size."""
 
 
 @dataclasses.dataclass
@@ -44,10 +40,13 @@ class Dispatcher:
     A request that failed for a passing reason is retried, as a request of its own: after as long as
     the endpoint asks for, up to two minutes, otherwise after half a second, doubled up to eight.
 
+    SIGINT and SIGTERM end the run: the requests in flight may arrive until the endpoint's time-out.
+    A second signal gives them up.
+
     Attributes:
       build: builds a fact's request; called in a thread.
       max_in_flight: number of workers.
-      bar: advances by one when a fact is kept or set aside.
+      stopped_by: the signal that ended the run, if one did.
     """
 
     endpoint: Endpoint
@@ -56,7 +55,7 @@ class Dispatcher:
     ontology: Ontology
     build: Callable[[Fact], Request]
     max_in_flight: int
-    bar: tqdm
+    stopped_by: signal.Signals | None = None
 
     def __post_init__(self) -> None:
         self._queue: deque[Fact] = deque()
@@ -64,7 +63,6 @@ class Dispatcher:
         self._in_flight: set[asyncio.Task[None] | None] = set()  # Workers that await a reply.
         self._arrival = asyncio.Event()  # Of the next reply.
         self._turn = asyncio.Lock()  # One worker at a time waits for the budget, first come first.
-        self._stopping = False
         self._answered = False
         self._last_problem = ""
         self._fatal: str | None = None
@@ -72,25 +70,14 @@ class Dispatcher:
         self._given_up = 0
         self._refused: Counter[str] = Counter()
 
-    @property
-    def in_flight(self) -> int:
-        """The number of requests in flight."""
-        return len(self._in_flight)
-
-    def stop(self) -> None:
-        """Sends no more; `run` ends when all requests in flight have arrived or timed out."""
-        self._stopping = True
-        for worker in self._workers - self._in_flight:
-            worker.cancel()
-        loop = asyncio.get_running_loop()
-        for worker in self._in_flight:
-            loop.call_later(self.endpoint.config.timeout, worker.cancel)
-
-    async def run(self, facts: Iterable[Fact]) -> Size | None:
+    async def run(self, facts: Sequence[Fact], done: int = 0) -> Size | None:
         """Asks for each fact until it is kept or set aside, or a request does not fit the budget.
 
-        Requests in flight may arrive until the endpoint's time-out before it returns, or raises an
-        EndpointError. They are given up when it is cancelled or the journal cannot be written.
+        Before it returns or raises an EndpointError, requests in flight may arrive until the
+        endpoint's time-out. If the journal cannot be written they are given up.
+
+        Args:
+          done: number of facts done before, which the progress bar counts.
 
         Returns:
           The size of the request that did not fit, if any.
@@ -100,17 +87,22 @@ class Dispatcher:
             for ten facts in a row.
           DataError: a photo cannot be read, or the journal cannot be written.
         """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
         self._queue.extend(facts)
+        total = done + len(facts)
+        self._bar = progress(desc="reasoning", total=total, initial=done, unit="fact")
         unaffordable = None
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self.endpoint, asyncio.TaskGroup() as group:
                 self._workers = {group.create_task(self._work()) for _ in range(self.max_in_flight)}
         except BaseExceptionGroup as errors:
-            error = errors.exceptions[0]
-            if not isinstance(error, _OverBudget):
-                raise error from None
-            unaffordable = error.size
-        if self._stopping:
+            if not isinstance(errors.exceptions[0], _OverBudget):
+                raise errors.exceptions[0] from None
+            [unaffordable] = errors.exceptions[0].args
+        finally:
+            self._bar.close()
+        if self.stopped_by:
             return None
         if self._last_problem and not self._answered:
             raise EndpointError(
@@ -119,11 +111,28 @@ class Dispatcher:
             )
         return unaffordable
 
+    def _stop(self, number: signal.Signals) -> None:
+        """Sends no more requests; at a second signal, gives up those in flight."""
+        if self.stopped_by:
+            for worker in self._workers:
+                worker.cancel()
+            return
+        self.stopped_by = number
+        timeout = self.endpoint.config.timeout
+        for worker in self._workers - self._in_flight:
+            worker.cancel()
+        for worker in self._in_flight:
+            asyncio.get_running_loop().call_later(timeout, worker.cancel)
+        self._bar.write(
+            f"{number.name}: waiting for {len(self._in_flight):,} requests in flight, up to "
+            f"{timeout:g} s; a second signal gives them up"
+        )
+
     async def _work(self) -> None:
         """Asks for one fact after another until the queue is empty."""
-        while self._queue and not self._stopping:
+        while self._queue and not self.stopped_by:
             await self._ask(self._queue.popleft())
-        if not self._stopping:
+        if not self.stopped_by:
             await self._check_endpoint()
 
     async def _ask(self, fact: Fact) -> None:
@@ -133,12 +142,17 @@ class Dispatcher:
             async with self._turn:
                 request = request or await self._build(fact)
                 sent = await self._admit(fact, request)
-            reply = await self._await_reply(request)
+            try:
+                reply = await self.endpoint.ask(request.messages)
+            finally:
+                self._in_flight.remove(asyncio.current_task())
+                self._arrival.set()  # Who waits for it goes on when the reply is recorded.
+                self._arrival = asyncio.Event()
             self._record(sent, reply, fact)
             delay = _retry_delay(reply, attempt)
             if delay is None or attempt == retries:
                 break
-            if self._stopping:
+            if self.stopped_by:
                 return
             await asyncio.sleep(delay)
         if reply.kind == "failed":
@@ -147,9 +161,9 @@ class Dispatcher:
         if self.results.is_pending(fact.id):
             self._queue.append(fact)
         else:
-            self.bar.update()
+            self._bar.update()
         cost = f"{len(self.results.kept):,} kept, {self.results.cost()}"
-        self.bar.set_postfix_str(cost, refresh=False)
+        self._bar.set_postfix_str(cost, refresh=False)
 
     async def _build(self, fact: Fact) -> Request:
         try:
@@ -159,10 +173,10 @@ class Dispatcher:
             raise
 
     async def _admit(self, fact: Fact, request: Request) -> RequestSent:
-        """Journals a request once the budget covers it, after which it is sent.
+        """Journals a request once the budget covers it, after which it is to be sent.
 
         Raises:
-          _OverBudget: it does not, and no reply can change that.
+          _OverBudget: the budget does not cover it, and no reply in flight can change that.
         """
         ledger, size = self.results.ledger, request.size(self.endpoint.config.max_tokens)
         await self._check_endpoint()
@@ -177,24 +191,16 @@ class Dispatcher:
         self._in_flight.add(asyncio.current_task())
         return sent
 
-    async def _await_reply(self, request: Request) -> Reply:
-        try:
-            return await self.endpoint.ask(request.messages)
-        finally:
-            self._in_flight.remove(asyncio.current_task())
-            self._arrival.set()  # Who waits for it goes on when the reply is recorded.
-            self._arrival = asyncio.Event()
-
     def _record(self, sent: RequestSent, reply: Reply, fact: Fact) -> None:
-        """Journals a reply, and takes from it whether the endpoint works."""
+        """Journals a reply, and notes whether it shows that the endpoint works."""
         result = judge(sent, reply, fact, self.ontology)
         self.journal.add(result)
         self.results.apply(result)
         if reply.kind == "answer":
             self._answered, self._given_up = True, 0
             self._refused.clear()
-        else:
-            self._last_problem = f"{fact.id}: {reply.problem}"
+            return
+        self._last_problem = f"{fact.id}: {reply.problem}"
         if reply.kind == "refused":
             self._refused[(reply.problem or "").partition(":")[0]] += 1
         elif reply.kind == "fatal" and self._fatal is None:

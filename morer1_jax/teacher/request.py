@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import io
 import math
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from etils import epath
 from PIL import Image
 
 from morer1_jax.data.images import ImageReader
-from morer1_jax.errors import DataError, one_line
-from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.photo import DIGEST
@@ -26,8 +19,6 @@ from morer1_jax.teacher.prompt import teacher_prompt
 
 JPEG_QUALITY = 90
 _TILE = 512
-# Files read at once: more than there are cores, since a bucket answers late.
-_READERS = min(32, 2 * (os.cpu_count() or 1) + 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,24 +71,6 @@ def build_request(fact: Fact, ontology: Ontology, reader: ImageReader) -> Reques
         shapes=tuple(image.size for image in images),
         photo=photo.info[DIGEST],
     )
-
-
-def photo_digests(facts: Iterable[Fact], folder: epath.PathLike) -> dict[str, str]:
-    """Returns the SHA-256 of each distinct photo's file by `Fact.photo`, as in `Request.photo`.
-
-    Raises:
-      DataError: a photo cannot be read.
-    """
-
-    def digest(fact: Fact) -> str:
-        try:
-            return hashlib.sha256(more.photo_path(folder, fact).read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(f"{one_line(error)} (fact {fact.id}); restore the photo") from None
-
-    by_photo = {fact.photo: fact for fact in facts}
-    with ThreadPoolExecutor(_READERS) as pool:
-        return dict(zip(by_photo, pool.map(digest, by_photo.values()), strict=True))
 
 
 def _scaled_down(image: Image.Image, max_pixels: int) -> Image.Image:

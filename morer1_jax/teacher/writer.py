@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,15 +21,14 @@ from morer1_jax.data.images import ImageReader
 from morer1_jax.errors import ConfigError, DataError, one_line
 from morer1_jax.files import atomic_write
 from morer1_jax.model.config import ImageConfig
-from morer1_jax.progress import progress
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.teacher.dispatch import Dispatcher
 from morer1_jax.teacher.endpoint import Endpoint, EndpointConfig
 from morer1_jax.teacher.journal import Entry, Journal, RequestSent, RunStarted, read_journal
-from morer1_jax.teacher.ledger import Ledger, Prices, Size, Usage
+from morer1_jax.teacher.ledger import Ledger, Prices, Usage
 from morer1_jax.teacher.prompt import prompt_digest, teacher_prompt
-from morer1_jax.teacher.request import JPEG_QUALITY, Request, build_request, photo_digests
+from morer1_jax.teacher.request import JPEG_QUALITY, Request, build_request
 from morer1_jax.teacher.results import Results
 from morer1_jax.teacher.selection import select_balanced, select_listed
 
@@ -107,7 +105,6 @@ class Writer:
         self.reader = ImageReader(config.data, config.images)
         self.ledger = Ledger(config.prices, config.budget_dollars, config.budget_tokens)
         self.results = Results(config.attempts, self.ledger)
-        self.signal: signal.Signals | None = None
         self._journal_path = config.folder / JOURNAL
         kept = config.folder / KEPT
         if kept.exists() and not self._journal_path.exists():
@@ -156,8 +153,17 @@ class Writer:
             if facts:
                 more.photo_sizes(facts, self.config.data)
 
+            dispatcher = Dispatcher(
+                endpoint=endpoint,
+                journal=journal,
+                results=self.results,
+                ontology=self.ontology,
+                build=self._build,
+                max_in_flight=self.config.in_flight,
+            )
             try:
-                unaffordable = asyncio.run(self._dispatch(endpoint, journal, facts))
+                done = len(self.selection) - len(facts)
+                unaffordable = asyncio.run(dispatcher.run(facts, done))
             except BaseException:
                 try:
                     self._write_outputs()
@@ -167,9 +173,9 @@ class Writer:
             self._write_outputs()
         if unanswered := len(self.results.unanswered):
             print(f"{unanswered:,} facts were not answered; start again to ask for them again")
-        if self.signal is not None:
-            print(f"stopped by {self.signal.name}; start again to go on")
-            return 128 + self.signal
+        if dispatcher.stopped_by:
+            print(f"stopped by {dispatcher.stopped_by.name}; start again to go on")
+            return 128 + dispatcher.stopped_by
         if unaffordable is not None:
             cost = self.config.prices.format(self.ledger.max_usage(unaffordable))
             print(
@@ -214,16 +220,16 @@ class Writer:
                 )
             self.results.apply(entry)
 
-        sent = [(by_id[x.fact], x.photo) for x in entries if isinstance(x, RequestSent) and x.photo]
-        digests = photo_digests((fact for fact, _ in sent), self.config.data)
-        replaced = dict.fromkeys(fact for fact, photo in sent if digests[fact.photo] != photo)
+        sent = {x.fact: x.photo for x in entries if isinstance(x, RequestSent) and x.photo}
+        photos = more.check_photos((by_id[x] for x in sent), self.config.data) if sent else {}
+        replaced = [fact for fact in sent if photos[by_id[fact].photo].digest != sent[fact]]
         if replaced:
             first, *others = replaced
             more_facts = f" and {len(others)} more facts" if others else ""
+            path = more.photo_path(self.config.data, by_id[first])
             raise DataError(
-                f"{self._journal_path}: {first.id}{more_facts}: expected the photo that was sent, "
-                f"found another as {more.photo_path(self.config.data, first)}; put back the old "
-                "one, or use another --out"
+                f"{self._journal_path}: {first}{more_facts}: expected the photo that was sent, "
+                f"found another as {path}; put back the old one, or use another --out"
             )
 
         if unknown_cost := self.results.unknown_cost():
@@ -234,41 +240,6 @@ class Writer:
 
     def _build(self, fact: Fact) -> Request:
         return build_request(fact, self.ontology, self.reader)
-
-    async def _dispatch(
-        self, endpoint: Endpoint, journal: Journal, facts: Sequence[Fact]
-    ) -> Size | None:
-        """Runs a `Dispatcher`: a first signal stops it, a second one gives up what is in flight."""
-        total = len(self.selection)
-        bar = progress(desc="reasoning", total=total, initial=total - len(facts), unit="fact")
-        dispatcher = Dispatcher(
-            endpoint=endpoint,
-            journal=journal,
-            results=self.results,
-            ontology=self.ontology,
-            build=self._build,
-            max_in_flight=self.config.in_flight,
-            bar=bar,
-        )
-        running = asyncio.create_task(dispatcher.run(facts))
-
-        def stop(number: signal.Signals) -> None:
-            if self.signal is not None:
-                running.cancel()
-                return
-            self.signal = number
-            dispatcher.stop()
-            bar.write(
-                f"{number.name}: waiting for {dispatcher.in_flight:,} requests in flight, up to "
-                f"{self.config.endpoint.timeout:g} s; a second signal gives them up"
-            )
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop, number)
-        with bar:
-            async with endpoint:
-                await asyncio.wait([running])
-        return None if running.cancelled() else running.result()
 
     def _write_outputs(self) -> None:
         """Writes what the journal holds, in the facts' order, and prints the closing table.

@@ -5,7 +5,6 @@ import dataclasses
 import re
 
 import pytest
-from tqdm import tqdm
 
 from morer1_jax.errors import DataError
 from morer1_jax.task.answer import format_answer
@@ -36,6 +35,12 @@ class Fake:
         self.facts = {fact.id: fact for fact in facts}
         self.script = {name: list(replies) for name, replies in script.items()}
         self.asked = []
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
 
     async def ask(self, messages):
         name = messages[0]["content"][-1]["text"]
@@ -87,7 +92,6 @@ def attempt(teachable, tmp_path, monkeypatch):
                 ontology=Ontology(tuple(labels)),
                 build=build or (lambda fact: Request(fact.id, (), ((8, 8),))),
                 max_in_flight=in_flight,
-                bar=tqdm(disable=1),
             )
             try:
                 result = asyncio.run(dispatcher.run(asked))
