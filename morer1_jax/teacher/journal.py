@@ -161,15 +161,13 @@ class Journal:
     def _append(self, line: Mapping[str, Any], sync: bool = False) -> None:
         data = json.dumps(line).encode() + b"\n"
         try:
-            try:
-                if os.write(self._file, data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                if sync:
-                    os.fsync(self._file)
-            except OSError:
-                os.ftruncate(self._file, self._length)
-                raise
+            if os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if sync:
+                os.fsync(self._file)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._length)
             raise DataError(
                 f"{self.path}: {one_line(error)}; make room and start again, the answers so far "
                 "are kept"
