@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 from morer1_jax.config.binding import differences, flatten
 from morer1_jax.errors import ConfigError, DataError, one_line
-from morer1_jax.files import sync_path
+from morer1_jax.files import read_jsonl, sync_path
 from morer1_jax.run.lock import hold
 from morer1_jax.teacher.ledger import Size, Usage
 
@@ -130,11 +130,12 @@ class Journal:
             ) from None
 
     def _open(self, identity: Mapping[str, Any]) -> None:
+        self.entries = read_journal(self.path, identity)
         data = self.path.read_bytes()
-        self.entries, self._length = _parse(data, self.path, identity)
+        self._length = data.rfind(b"\n") + 1
         self.repaired: str | None = None
         if self._length < len(data):
-            whole_lines = data.count(b"\n", 0, self._length)
+            whole_lines = data.count(b"\n")
             self.repaired = f"{self.path}:{whole_lines + 1}"
             os.ftruncate(self._file, self._length)
         if not self._length:
@@ -182,45 +183,29 @@ def read_journal(path: str | os.PathLike[str], identity: Mapping[str, Any]) -> l
       ConfigError: its identity differs.
       DataError: a whole line is damaged.
     """
-    path = Path(path)
-    return _parse(path.read_bytes(), path, identity)[0] if path.exists() else []
-
-
-def _parse(data: bytes, path: Path, identity: Mapping[str, Any]) -> tuple[list[Entry], int]:
-    """Returns the entries and the length of the whole lines, in bytes."""
-    entries: list[Entry] = []
     pending: dict[int, str] = {}  # Fact by number, of requests without a result.
-    runs = requests = 0
-    *lines, torn = data.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-            if number == 1:
-                _check_identity(_typed(value, "journal", dict), identity, path)
-                continue
-            entry = _entry(value)
-            if isinstance(entry, RunStarted):
-                runs += 1
-                follows = entry.number == runs
-            elif isinstance(entry, RequestSent):
-                requests += 1
-                follows = entry.number == requests
-                pending[requests] = entry.fact
-            else:
-                follows = pending.pop(entry.number) == entry.fact
-            if not follows:
-                raise ValueError
-        except ConfigError:
-            raise
-        except (ValueError, KeyError, TypeError, RecursionError):
-            expected = "the next run or request, or the only result of a request"
-            expected = 'a line {"journal": {"model": …}}' if number == 1 else expected
-            raise DataError(
-                f"{path}:{number}: expected {expected}, found "
-                f"{line[:60].decode(errors='replace')!r}; restore the file, or use another --out"
-            ) from None
-        entries.append(entry)
-    return entries, len(data) - len(torn)
+    count = {RunStarted: 0, RequestSent: 0}
+
+    def parse(line: int, value: Any) -> Entry | None:
+        if line == 1:
+            return _check_identity(_typed(value, "journal", dict), identity)
+        entry = _entry(value)
+        if isinstance(entry, RequestResult):
+            in_order = pending.pop(entry.number) == entry.fact
+        else:
+            count[type(entry)] += 1
+            in_order = entry.number == count[type(entry)]
+        if isinstance(entry, RequestSent):
+            pending[entry.number] = entry.fact
+        if not in_order:
+            raise ValueError
+        return entry
+
+    if not Path(path).exists():
+        return []
+    expected = "the journal's settings, then its runs, requests and results in order"
+    remedy = "restore the file, or use another --out"
+    return read_jsonl(path, parse, expected, remedy, partial=True)[1:]
 
 
 def _entry(line: Any) -> Entry:
@@ -254,9 +239,9 @@ def _typed(line: Any, key: str, *types: type) -> Any:
     return line[key]
 
 
-def _check_identity(there: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
+def _check_identity(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     if changed := differences(flatten(there), flatten(here)):
         raise ConfigError(
-            f"{path} was written with other settings: {'; '.join(changed)}; set these back, or "
-            "use another --out"
+            f"was written with other settings: {'; '.join(changed)}; set these back, or use "
+            "another --out"
         )

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from morer1_jax.errors import ConfigError, DataError, one_line
-from morer1_jax.files import read_text
+from morer1_jax.errors import ConfigError, DataError
+from morer1_jax.files import read_lines
 from morer1_jax.task.fact import Fact
 
 
@@ -46,24 +46,18 @@ def select_listed(facts: Sequence[Fact], path: epath.PathLike) -> list[Fact]:
     Raises:
       DataError: the file cannot be read or is empty, or an id is unknown or listed twice.
     """
-    try:
-        lines = read_text(path).split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"--facts: {one_line(error)}; give a file with a fact's id a line"
-        ) from None
+    expected = "the ids of training facts, like train:1, one a line and each once"
     by_id = {fact.id: fact for fact in facts}
     selection: dict[str, Fact] = {}
-    for number, line in enumerate(lines, start=1):
-        name = line.strip()
+    lines = read_lines(path, expected, "name another file with --facts")
+    for number, name in enumerate(map(str.strip, lines), start=1):
         if name and (name not in by_id or name in selection):
             problem = "a second time" if name in selection else "which is unknown"
             raise DataError(
-                f"{path}:{number}: expected the id of a training fact like train:1, each once, "
-                f"found {name!r} {problem}; correct the line"
+                f"{path}:{number}: expected {expected}, found {name!r} {problem}; correct the line"
             )
         if name:
             selection[name] = by_id[name]
     if not selection:
-        raise DataError(f"{path}: expected a fact's id a line, found an empty file; list some")
+        raise DataError(f"{path}: expected {expected}, found an empty file; list some")
     return list(selection.values())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from etils import epath
 
 from morer1_jax.data.images import ImageReader
 from morer1_jax.errors import ConfigError, DataError, one_line
-from morer1_jax.files import atomic_write
+from morer1_jax.files import write_jsonl
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
@@ -259,8 +258,7 @@ class Writer:
         try:
             if kept:
                 more.write_reasoning(self.config.folder / KEPT, kept)
-            text = "".join(json.dumps(line) + "\n" for line in set_aside)
-            atomic_write(self.config.folder / SET_ASIDE, text)
+            write_jsonl(self.config.folder / SET_ASIDE, set_aside)
         except OSError as error:
             raise DataError(
                 f"{self.config.folder}: {one_line(error)}; make room and start again, the journal "

@@ -346,11 +346,11 @@ def test_a_dry_run_goes_by_what_was_asked(teacher, teachable, settings, capsys):
     [
         (
             "train:1\ntrain:99\n",
-            r"ids:2: expected the id of a training fact like .*, found 'train:99' which",
+            r"ids:2: expected the ids of training facts, .*, found 'train:99' which",
         ),
         ("train:1\n\ntrain:1\n", r"ids:3: .*, found 'train:1' a second time"),
         ("\n \n", r"ids: .*, found an empty file"),
-        (None, r"--facts: .*No such file"),
+        (None, r"ids: expected .*, found No such file or directory; .* --facts"),
         # The second line is wrong, and not the first with a byte-order mark before it.
         ("\ufefftrain:1\r\ntrain:99\r\n", r"ids:2: .*, found 'train:99' which is unknown"),
     ],
