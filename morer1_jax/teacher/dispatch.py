@@ -139,9 +139,11 @@ class Dispatcher:
         """Asks for a fact once, with retries, and queues it again if it is still pending."""
         request, retries = None, self.endpoint.config.retries
         for attempt in range(retries + 1):
-            async with self._turn:
-                request = request or await self._build(fact)
-                sent = await self._admit(fact, request)
+            # After an error the turn is not passed on, so that nothing more is sent.
+            await self._turn.acquire()
+            request = request or await self._build(fact)
+            sent = await self._admit(fact, request)
+            self._turn.release()
             try:
                 reply = await self.endpoint.ask(request.messages)
             finally:

@@ -186,6 +186,18 @@ def test_a_retry_that_the_budget_cannot_bear_is_not_sent(attempt):
     assert run.asked == ["train:3"]
 
 
+def test_requests_wait_for_the_budget_in_order(attempt):
+    def build(fact):
+        side = 5120 if fact.id == "train:3" else 8
+        return Request(fact.id, (), ((side, side),))
+
+    assert attempt(1, {}).result is None  # From now on it is known what a prompt costs.
+    script = {"train:2": [(0.1, Reply(problem="empty", usage=Usage(1, 1)))]}
+    run = attempt(4, script, in_flight=3, build=build, budget=5_000)
+    assert run.asked == ["train:2"]  # The fourth would fit, but is not sent before the third.
+    assert run.result.tiles == 100
+
+
 def test_facts_given_up_in_a_row_end_the_run_after_what_is_on_its_way(attempt):
     script = {f"train:{n}": [dataclasses.replace(FAILED, transient=False)] for n in range(1, 13)}
     script["train:11"] = [(0.1, Reply(problem="empty", usage=Usage(1, 1)))]
@@ -253,3 +265,4 @@ def test_a_photo_that_is_gone_meanwhile_loses_no_answer(attempt):
     run = attempt(3, script, in_flight=3, build=build)
     assert str(run.result) == "3.jpg is gone"
     assert {fact for fact, outcome, _ in run.ends if outcome == "rejected"} == script.keys()
+    assert run.asked == ["train:1", "train:2"]  # Nothing is sent meanwhile.
