@@ -1,4 +1,4 @@
-"""A dataset in MORE's form with a few photos, and a teacher of ill will to ask about it."""
+"""A dataset in MORE's form with a few photos, and a teacher that misbehaves on request."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ class Teacher:
         self.url = f"{self.root}/v1"
 
     def set(self, facts, **mode):
-        """Knows the facts from now on, and how to answer; forgets the requests so far."""
+        """Sets the facts it knows and how it answers, and clears the log."""
         ontology = Ontology(LABELS)
         golds = {
             hashlib.sha256(teacher_prompt(fact, ontology).encode()).hexdigest(): (
@@ -47,7 +47,7 @@ class Teacher:
             )
             for fact in facts
         }
-        body = json.dumps({"golds": golds, "fates": {"good": 1}} | mode).encode()
+        body = json.dumps({"golds": golds, "behaviours": {"good": 1}} | mode).encode()
         self._call(urllib.request.Request(f"{self.root}/control", body))
 
     def log(self):

@@ -1,11 +1,11 @@
-"""An OpenAI-compatible endpoint of ill will, for tests: `python teacher_server.py KEY`.
+"""An OpenAI-compatible endpoint that misbehaves, for tests: `python teacher_server.py KEY`.
 
 It listens on a free port of the loopback interface, prints the port, and ends when its standard
 input does.  `POST /control` sets its mode, a JSON object:
 
   golds: SHA-256 of a prompt -> [fact id, gold label]
-  fates: fate -> weight.  A fact's n-th request meets a fate that is a function of the two.
-  lasting: fate -> weight of facts that meet it always ("" for those that do not).
+  behaviours: behaviour -> weight.  A fact's n-th request gets one as a function of both.
+  lasting: behaviour -> weight of facts that always get it ("" for none).
   reply: {"status", "body", "headers"} for every request, instead of all this.
   usage: false leaves it out of the answers.
   refuse: name of a parameter that is not supported.
@@ -27,8 +27,8 @@ STATE = {"mode": {}, "log": [], "seen": {}}
 LOCK = threading.Lock()
 
 
-def answer(fate, label):
-    """The text and the finish reason that a fate gives."""
+def answer(behaviour, label):
+    """The text and the finish reason that a behaviour gives."""
     good = f"<think>\n{STEPS}\n</think>\n<answer>{label}</answer>"
     return {
         "fenced": (f"\n```xml\n{good}\n```\n ", "stop"),
@@ -41,10 +41,10 @@ def answer(fate, label):
         "length": (good[:150], "length"),
         "filter": ("", "content_filter"),
         "empty": (" \n", "stop"),
-    }.get(fate, (good, "stop"))
+    }.get(behaviour, (good, "stop"))
 
 
-def fate_of(weights, *key):
+def choose_behaviour(weights, *key):
     """A draw by weight that depends on the key alone."""
     names = sorted(weights)
     point = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") / 2**64
@@ -116,27 +116,29 @@ class Handler(BaseHTTPRequestHandler):
             name = mode["refuse"]
             self.error(400, f"Unsupported parameter: {name}", "unsupported_parameter", param=name)
             return
-        lasting = fate_of(mode.get("lasting", {"": 1}), "lasting", fact)
-        fate = entry["fate"] = lasting or fate_of(mode["fates"], fact, number)
-        self.meet(fate, label, entry, len(text["text"]), mode)
+        lasting = choose_behaviour(mode.get("lasting", {"": 1}), "lasting", fact)
+        behaviour = entry["behaviour"] = lasting or choose_behaviour(
+            mode["behaviours"], fact, number
+        )
+        self.meet(behaviour, label, entry, len(text["text"]), mode)
 
-    def meet(self, fate, label, entry, length, mode):
-        time.sleep({"slow": 0.4}.get(fate, 0.01 + length % 7 / 200))
-        if fate == "busy":
+    def meet(self, behaviour, label, entry, length, mode):
+        time.sleep({"slow": 0.4}.get(behaviour, 0.01 + length % 7 / 200))
+        if behaviour == "busy":
             self.error(429, f"Slow down, {KEY}", headers={"Retry-After": "0.05"})
             return
-        if fate == "broken":
+        if behaviour == "broken":
             self.error(500, f"Out of order, {KEY}", headers={"retry-after-ms": "100"})
             return
-        if fate == "blocked":
+        if behaviour == "blocked":
             self.error(400, "The response was filtered", "content_filter")
             return
-        if fate == "unfit":
+        if behaviour == "unfit":
             self.error(400, f"Invalid image, {KEY}", "invalid_image")
             return
-        text, finish = answer(fate, label)
+        text, finish = answer(behaviour, label)
         message = {"role": "assistant", "content": text}
-        if fate == "refusal":
+        if behaviour == "refusal":
             message = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
         reply = {
             "id": "x",
@@ -150,8 +152,8 @@ class Handler(BaseHTTPRequestHandler):
             reply["usage"] = {**tokens, "total_tokens": sum(tokens.values())}
         # Billed from here on, whether or not it arrives, or somebody still listens.
         entry.update(text=text, tokens=[*tokens.values()])
-        time.sleep(2.0 * (fate == "late"))
-        self.send(200, reply, whole=fate != "cut")
+        time.sleep(2.0 * (behaviour == "late"))
+        self.send(200, reply, whole=behaviour != "cut")
 
 
 class Server(ThreadingHTTPServer):

@@ -126,12 +126,12 @@ def test_a_good_answer_has_no_rejection_reason():
         (written().replace("three", LEAKS[0]), REVEALS),
     ],
 )
-def test_a_fault_is_named(text, reason):
+def test_a_rejection_names_its_reason(text, reason):
     assert rejection_reason(text, FACT, ONTOLOGY) == reason
 
 
 @pytest.mark.parametrize("phrase", LEAKS)
-def test_what_gives_away_that_one_was_told_is_found(phrase):
+def test_phrases_that_reveal_a_known_label_are_found(phrase):
     for place in range(6):
         for said in (phrase, phrase.upper(), phrase.replace(" ", "\n"), f"So {phrase} and so on."):
             bodies = [*BODIES[:place], said, *BODIES[place + 1 :]]
@@ -148,7 +148,7 @@ def test_ordinary_reasoning_is_no_leak(sentences, upper):
     assert rejection_reason(text, other, ONTOLOGY) is None
 
 
-def test_leaks_that_the_filter_was_not_made_for_are_often_found():
+def test_held_out_leaks_are_often_found():
     """The held-out lines were written before the filter, and are not to be used to widen it."""
     leaks = lines_of("held_out_leaks.txt")
     found = [rejection_reason(written((*BODIES[:5], said)), FACT, ONTOLOGY) for said in leaks]
@@ -193,7 +193,7 @@ def test_a_longer_label_is_another():
     assert rejection_reason(written(bodies, fact.label), fact, ontology) is None
 
 
-def test_what_is_quoted_of_the_title_is_no_leak():
+def test_a_quotation_of_the_title_is_no_leak():
     quoted = ("The title says 'After 4 {Lopsided} Games, What We Were Told by Heat'.", *BODIES[1:])
     assert rejection_reason(written(quoted), FACT, ONTOLOGY) is None
     fact = dataclasses.replace(FACT, tokens=("I", "Was", "Told", "That", "Heat", "Won"))
@@ -210,7 +210,7 @@ def test_what_is_quoted_of_the_title_is_no_leak():
     st.text(" \n\t\r", max_size=4),
     st.text(" \n\t\r", max_size=4),
 )
-def test_only_what_is_around_an_answer_is_taken_off(fence, before, after):
+def test_only_the_wrapping_is_removed(fence, before, after):
     text = f"{fence}\n{written()}\n```" if fence else written()
     assert strip_wrapping(before + text + after) == written()
 

@@ -1,4 +1,4 @@
-"""Requests that fail, that are refused, and that are on their way when a run is to end."""
+"""Requests that fail, that are refused, and that are in flight when a run is to end."""
 
 import asyncio
 import dataclasses
@@ -28,7 +28,7 @@ def good(fact):
 
 
 class Fake:
-    """An endpoint that meets each request by a script: the fact's own, or else an answer."""
+    """An endpoint that replies by the fact's script, or else with an answer."""
 
     def __init__(self, facts, script, **config):
         self.config = EndpointConfig(model="fake", **{"retries": 3, "timeout": 0.3} | config)
@@ -122,7 +122,7 @@ class Run:
         ]
 
 
-def test_each_try_is_a_request_of_its_own_in_journal_and_ledger(attempt):
+def test_each_retry_is_a_request_of_its_own_in_journal_and_ledger(attempt):
     run = attempt(2, {"train:1": [FAILED, LOST, FAILED]})
     assert run.result is None
     assert [end for end in run.ends if end[0] == "train:1"] == [
@@ -132,13 +132,13 @@ def test_each_try_is_a_request_of_its_own_in_journal_and_ledger(attempt):
         ("train:1", "kept", True),
     ]
     assert sum(isinstance(line, RequestSent) for line in run.journal) == 5
-    # A status costs nothing; what was lost on its way may have been billed.
+    # A status costs nothing; a lost request may have been billed.
     assert len(run.results.ledger.unsettled) == 1
     assert run.results.ledger.spent == Usage(200, 100)
     assert run.results.kept.keys() == {"train:1", "train:2"}
 
 
-def test_pauses_double_up_to_eight_seconds_or_are_the_endpoints(attempt):
+def test_delays_double_up_to_eight_seconds_or_are_the_endpoints(attempt):
     after = dataclasses.replace(FAILED, retry_after=33.0)
     run = attempt(1, {"train:1": [*(FAILED,) * 3, after, *(FAILED,) * 3]}, retries=8)
     assert run.pauses == [0.5, 1, 2, 33, 8, 8, 8]
@@ -161,7 +161,7 @@ def test_after_an_answer_retries_begin_anew(attempt):
         (dataclasses.replace(FAILED, transient=False), 1),
     ],
 )
-def test_what_fails_too_often_is_given_up_in_this_run(attempt, reply, tries):
+def test_a_fact_that_fails_too_often_is_given_up_in_this_run(attempt, reply, tries):
     run = attempt(2, {"train:1": [reply] * tries}, retries=2)
     assert run.asked.count("train:1") == tries
     assert run.results.unanswered == {"train:1": reply.problem}
@@ -169,13 +169,13 @@ def test_what_fails_too_often_is_given_up_in_this_run(attempt, reply, tries):
     assert attempt(2, {}).results.kept.keys() == {"train:1", "train:2"}
 
 
-def test_a_fact_that_waits_does_not_keep_others_from_being_asked_for(attempt):
+def test_a_retry_that_waits_does_not_delay_other_facts(attempt):
     run = attempt(3, {"train:1": [FAILED]}, in_flight=2)
     assert run.asked.index("train:2") < len(run.asked) - 1
     assert run.results.kept.keys() == {"train:1", "train:2", "train:3"}
 
 
-def test_a_retry_that_the_budget_cannot_bear_is_not_sent(attempt):
+def test_a_retry_that_exceeds_the_budget_is_not_sent(attempt):
     # 100,007 bytes and images, and 1,024 of the answer; what was lost may have cost as much.
     run = attempt(2, {"train:1": [LOST] * 2}, budget=150_000)
     assert isinstance(run.result, EndpointError)  # Of an endpoint that never answered.
@@ -198,7 +198,7 @@ def test_requests_wait_for_the_budget_in_order(attempt):
     assert run.result.tiles == 100
 
 
-def test_facts_given_up_in_a_row_end_the_run_after_what_is_on_its_way(attempt):
+def test_facts_given_up_in_a_row_end_the_run_after_the_requests_in_flight(attempt):
     script = {f"train:{n}": [dataclasses.replace(FAILED, transient=False)] for n in range(1, 13)}
     script["train:11"] = [(0.1, Reply(problem="empty", usage=Usage(1, 1)))]
     # The one that answers late is waited for, and shows that the endpoint is up.
@@ -220,7 +220,7 @@ def test_an_answer_between_shows_that_only_facts_are_refused(attempt):
     assert attempt(10, {}).asked == []
 
 
-def test_an_answer_on_its_way_speaks_for_the_endpoint(attempt):
+def test_an_answer_in_flight_shows_that_the_endpoint_works(attempt):
     script = {f"train:{n}": [REFUSED] for n in range(1, 6)}
     script["train:6"] = [(0.1, Reply(problem="empty", usage=Usage(1, 1)))]
     run = attempt(8, script, in_flight=6)
@@ -242,7 +242,7 @@ def test_five_facts_refused_alike_end_the_run_and_are_asked_for_again(attempt):
     assert len(attempt(20, {}).results.kept) == 20
 
 
-def test_a_fatal_reply_waits_for_what_is_on_its_way(attempt):
+def test_a_fatal_reply_waits_for_the_requests_in_flight(attempt):
     fatal = Reply("fatal", problem="HTTP 401", advice="correct it", usage=Usage())
     empty = Reply(problem="empty", usage=Usage(1, 1))
     script = {"train:1": [fatal], "train:2": [(0.1, empty)], "train:3": [(9.0, empty)]}
@@ -255,7 +255,7 @@ def test_a_fatal_reply_waits_for_what_is_on_its_way(attempt):
     assert len(run.asked) == 4
 
 
-def test_a_photo_that_is_gone_meanwhile_loses_no_answer(attempt):
+def test_a_photo_that_disappears_loses_no_answer(attempt):
     def build(fact):
         if fact.id == "train:3":
             raise DataError("3.jpg is gone")

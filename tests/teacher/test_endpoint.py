@@ -1,4 +1,4 @@
-"""What the real client makes of what an endpoint says."""
+"""Replies of the real client to everything that an endpoint may send."""
 
 import asyncio
 import dataclasses
@@ -101,7 +101,7 @@ def test_a_lone_surrogate_arrives(ask):
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503, 529])
-def test_what_passes_is_sent_once_and_may_be_again(ask, teacher, status):
+def test_a_passing_error_is_sent_once_and_is_transient(ask, teacher, status):
     reply = ask(reply={"status": status, "body": {}})
     assert reply == Reply("failed", problem=f"HTTP {status}", transient=True, usage=Usage())
     assert len(teacher.log()) == 1
@@ -126,17 +126,17 @@ def test_the_time_that_the_endpoint_asks_for_is_read(ask, headers, seconds):
     assert ask(reply={"status": 429, "body": {}, "headers": headers}).retry_after == seconds
 
 
-def test_a_moment_that_the_endpoint_asks_for_is_seconds_from_now(ask):
+def test_a_date_that_the_endpoint_asks_for_is_read_as_seconds_from_now(ask):
     moment = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     reply = ask(reply={"status": 503, "body": {}, "headers": {"Retry-After": moment}})
     assert 50 < reply.retry_after <= 60
 
 
 @pytest.mark.parametrize(
-    ("fate", "problem"), [("cut", "cut off by the network"), ("late", "time-out")]
+    ("behaviour", "problem"), [("cut", "cut off by the network"), ("late", "time-out")]
 )
-def test_what_was_billed_and_did_not_arrive_has_no_usage(ask, teacher, fate, problem):
-    reply = ask(fates={fate: 1})
+def test_a_billed_request_that_did_not_arrive_has_no_usage(ask, teacher, behaviour, problem):
+    reply = ask(behaviours={behaviour: 1})
     assert reply.problem.partition(":")[0] == problem
     assert dataclasses.replace(reply, problem=None) == Reply("failed", transient=True)
     assert [len(entry["tokens"]) for entry in teacher.log()] == [2]
@@ -150,7 +150,7 @@ def test_what_was_billed_and_did_not_arrive_has_no_usage(ask, teacher, fate, pro
         ("http://127.0.0.1:9/v1", "http://127.0.0.1:9"),
     ],
 )
-def test_what_was_never_sent_costs_nothing(ask, monkeypatch, url, proxy):
+def test_a_request_that_was_never_sent_costs_nothing(ask, monkeypatch, url, proxy):
     if proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy)
         monkeypatch.setenv("NO_PROXY", "")
@@ -182,7 +182,7 @@ def error(message="Said the server.", **more):
         (405, error(), "refuses the request; correct --base-url"),
     ],
 )
-def test_what_holds_for_all_requests_is_fatal(ask, teacher, status, body, advice):
+def test_an_error_of_all_requests_is_fatal(ask, teacher, status, body, advice):
     reply = ask(reply={"status": status, "body": body})
     assert (reply.kind, reply.transient, reply.usage) == ("fatal", False, Usage())
     assert re.search(advice, reply.advice)
@@ -201,7 +201,7 @@ def test_what_holds_for_all_requests_is_fatal(ask, teacher, status, body, advice
         (422, {"detail": [{"loc": ["messages"]}]}, "^HTTP 422: .*loc"),
     ],
 )
-def test_what_may_lie_in_this_fact_alone_is_refused(ask, status, body, problem):
+def test_an_error_of_one_fact_is_a_refusal(ask, status, body, problem):
     reply = ask(reply={"status": status, "body": body})
     assert dataclasses.replace(reply, problem=None) == Reply("refused", usage=Usage())
     assert re.search(problem, reply.problem)
@@ -219,13 +219,13 @@ def test_what_may_lie_in_this_fact_alone_is_refused(ask, status, body, problem):
         (422, error(code="ResponsibleAIPolicyViolation")),
     ],
 )
-def test_what_a_content_filter_refuses_is_told_apart(ask, status, body):
+def test_a_content_filters_refusal_has_its_own_kind(ask, status, body):
     reply = ask(reply={"status": status, "body": body})
     assert dataclasses.replace(reply, problem=None) == Reply("filtered", usage=Usage())
     assert reply.problem.startswith(f"HTTP {status}")
 
 
-def test_a_model_that_wants_the_other_name_for_the_limit_gets_it(ask, teacher):
+def test_a_model_that_expects_max_completion_tokens_gets_it(ask, teacher):
     reply = ask(times=2, refuse="max_tokens")
     assert reply.problem is None
     limits = [entry["limits"] for entry in teacher.log()]
@@ -235,15 +235,15 @@ def test_a_model_that_wants_the_other_name_for_the_limit_gets_it(ask, teacher):
     assert "Unsupported parameter: temperature" in reply.problem
 
 
-def test_the_key_shows_in_nothing_that_comes_back(ask, teacher):
+def test_the_key_is_redacted_in_every_reply(ask, teacher):
     for mode in (
-        {"fates": {"echo": 1}},
-        {"fates": {"broken": 1}},
+        {"behaviours": {"echo": 1}},
+        {"behaviours": {"broken": 1}},
         {"reply": {"status": 400, "body": error(f"no {teacher.key}", code=teacher.key)}},
         {"reply": {"status": 401, "body": error(f"no {teacher.key[:12]}")}},
     ):
         assert teacher.key[:12] not in repr(ask(**mode))
-    assert "which is [key]." in ask(fates={"echo": 1}).text
+    assert "which is [key]." in ask(behaviours={"echo": 1}).text
 
 
 def test_a_placeholder_is_no_secret(ask, monkeypatch):
@@ -264,7 +264,7 @@ def test_a_placeholder_is_no_secret(ask, monkeypatch):
         ("sk-secret-secret", "http://h:99999", "expected a URL like"),
     ],
 )
-def test_a_bad_key_or_url_is_named_before_anything_is_asked(monkeypatch, key, url, message):
+def test_a_bad_key_or_url_is_named_before_anything_is_sent(monkeypatch, key, url, message):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     if key is not None:
         monkeypatch.setenv("OPENAI_API_KEY", key)

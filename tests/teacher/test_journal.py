@@ -1,4 +1,4 @@
-"""The journal holds every answer, whatever moment its writer died at."""
+"""The journal holds every answer, whenever its writer is killed."""
 
 import errno
 import fcntl
@@ -40,7 +40,7 @@ def write(path, entries=ENTRIES):
     return path
 
 
-def test_a_journal_gives_back_what_was_added(tmp_path):
+def test_a_journal_returns_the_entries_that_were_added(tmp_path):
     path = write(tmp_path / "new" / "journal.jsonl")
     assert read_journal(path, IDENTITY) == list(ENTRIES)
     with Journal(path, IDENTITY) as journal:
@@ -54,7 +54,7 @@ def test_a_journal_gives_back_what_was_added(tmp_path):
     assert len(lines) == 12
 
 
-def test_there_is_nothing_in_a_journal_that_is_not_there(tmp_path):
+def test_a_missing_journal_has_no_entries(tmp_path):
     assert read_journal(tmp_path / "journal.jsonl", IDENTITY) == []
     assert list(tmp_path.iterdir()) == []
 

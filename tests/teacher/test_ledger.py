@@ -1,4 +1,4 @@
-"""Whatever requests turn out to cost, the budget holds."""
+"""The budget holds whatever requests cost."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ def providers(draw):
     return lambda size: int(fixed + text * size.text + pixels * size.pixels + tiles * size.tiles)
 
 
-def test_a_request_before_any_answer_is_taken_for_dear():
+def test_a_request_before_any_answer_is_taken_to_be_expensive():
     ledger = Ledger(PRICES)
     assert ledger.max_usage(SIZE) == Usage(2000 + 100_000, 1000)
     assert not Ledger(PRICES, tokens=102_999).fits(SIZE)
@@ -39,7 +39,7 @@ def test_a_request_before_any_answer_is_taken_for_dear():
     assert not Ledger(PRICES, dollars=0.264).fits(SIZE)
 
 
-def test_an_answer_tells_what_others_can_cost():
+def test_an_answer_bounds_the_cost_of_others():
     ledger = Ledger(PRICES, tokens=1_000_000)
     ledger.reserve(1, SIZE)
     ledger.reserve(2, SIZE)
@@ -56,7 +56,7 @@ def test_an_answer_tells_what_others_can_cost():
     assert ledger.max_usage(SIZE) == Usage(2000, 1000)
 
 
-def test_an_answer_above_what_was_asked_for_raises_what_others_can_cost():
+def test_an_answer_beyond_its_maximum_raises_the_bound_of_others():
     ledger = Ledger(PRICES)
     for number in range(3):
         ledger.reserve(number, SIZE)
@@ -79,7 +79,7 @@ def test_a_request_without_usage_stays_reserved_and_an_error_costs_nothing():
 
 @given(providers(), st.lists(sizes, min_size=2, max_size=30), st.randoms())
 @settings(deadline=None)
-def test_no_prompt_is_dearer_than_was_reserved(tokens, asked, rng):
+def test_no_prompt_costs_more_than_was_reserved(tokens, asked, rng):
     ledger = Ledger(PRICES)
     for number, size in enumerate(asked):
         assert tokens(size) <= ledger.max_usage(size).prompt
@@ -98,7 +98,7 @@ def test_no_prompt_is_dearer_than_was_reserved(tokens, asked, rng):
 )
 @settings(deadline=None)
 def test_the_budget_holds(tokens, queue, share, seed, in_dollars, length):
-    """Eight on their way, landing in any order; some are lost, and were billed all the same.
+    """Eight in flight arrive in any order; some are lost, and were billed all the same.
 
     Where answers are longer than was asked for, they differ by a quarter at most.
     """
@@ -109,28 +109,28 @@ def test_the_budget_holds(tokens, queue, share, seed, in_dollars, length):
         return rng.randint(math.ceil(0.8 * length * size.answer), int(length * size.answer))
 
     billed = Usage(tokens(first), answer(first))
-    # What the first costs, and a share of all the others at their dearest.
-    dearest = int(max(1, length) * 1000)
-    total = billed + sum((Usage(tokens(size), dearest) for size in queue), Usage())
+    # What the first costs, and a share of the maximum of all others.
+    max_answer = int(max(1, length) * 1000)
+    total = billed + sum((Usage(tokens(size), max_answer) for size in queue), Usage())
     dollars = PRICES.dollars(billed) + share * PRICES.dollars(total) if in_dollars else None
     most = None if in_dollars else int(billed.total + share * total.total)
     ledger = Ledger(PRICES, dollars, most)
     ledger.reserve(0, first)
     ledger.settle(0, billed)
-    flights = {}
-    while queue or flights:
-        while queue and len(flights) < 8 and ledger.fits(queue[-1]):
-            flights[len(queue)] = queue[-1]
+    in_flight = {}
+    while queue or in_flight:
+        while queue and len(in_flight) < 8 and ledger.fits(queue[-1]):
+            in_flight[len(queue)] = queue[-1]
             ledger.reserve(len(queue), queue.pop())
-        if not flights:
+        if not in_flight:
             worst = ledger.spent + ledger.reserved() + ledger.max_usage(queue[-1])
             assert worst.total > most if dollars is None else PRICES.dollars(worst) > dollars
             break
-        landed = rng.choice(list(flights))
-        size = flights.pop(landed)
+        arrived = rng.choice(list(in_flight))
+        size = in_flight.pop(arrived)
         usage = Usage(tokens(size), answer(size))
         billed += usage
-        ledger.settle(landed, usage if rng.random() < 0.9 else None)
+        ledger.settle(arrived, usage if rng.random() < 0.9 else None)
         assert most is None or billed.total <= most
         assert dollars is None or PRICES.dollars(billed) <= dollars + 1e-9
 
@@ -144,5 +144,5 @@ def test_the_budget_holds(tokens, queue, share, seed, in_dollars, length):
         (Prices(prompt=1e9), "$10,000,000.0000"),
     ],
 )
-def test_money_is_dollars_where_there_are_prices(prices, shown):
+def test_costs_are_dollars_where_there_are_prices(prices, shown):
     assert prices.format(Usage(10_000, 1000)) == shown

@@ -37,7 +37,7 @@ def test_the_request_has_three_parts():
     assert third.endswith("</think>\n<answer>/per/org/opposed_to</answer>")
 
 
-def test_none_gives_no_types_away():
+def test_none_reveals_no_types():
     other = dataclasses.replace(FACT, label="none")
     given = teacher_prompt(other, ONTOLOGY).split("\n\n")[2]
     assert given.startswith("For your eyes only: the answer is 'none'.")

@@ -1,4 +1,4 @@
-"""What is sent for a fact: its photo, its crop and the prompt."""
+"""The request for a fact: its photo, its crop and the prompt."""
 
 import base64
 import dataclasses

@@ -86,7 +86,7 @@ def refused(*facts):
         ([*refused(1), (7, "kept", None), *refused(2, 3, 4, 5, 6)], [1]),
     ],
 )
-def test_a_refusal_lasts_if_the_endpoint_was_seen_to_work(ends, lasting):
+def test_a_refusal_is_final_if_the_endpoint_is_known_to_work(ends, lasting):
     results = results_of(*ends)
     seen = {fact for fact, outcome, _ in ends if outcome == "refused"}
     assert not any(results.is_pending(f"train:{fact}") for fact in seen)  # In this run.
@@ -101,7 +101,7 @@ def test_a_refusal_lasts_if_the_endpoint_was_seen_to_work(ends, lasting):
     assert {fact for fact in seen if results.is_pending(f"train:{fact}")} == seen - set(lasting)
 
 
-def test_more_attempts_open_a_fact_again():
+def test_more_attempts_make_a_fact_pending_again():
     ends = [(1, "rejected", "format")] * 2
     assert not results_of(*ends).is_pending("train:1")
     assert results_of(*ends, attempts=3).is_pending("train:1")

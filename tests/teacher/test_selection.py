@@ -52,7 +52,7 @@ def test_labels_are_chosen_evenly_until_they_are_used_up(facts, count, seed):
         assert chosen[label] >= min(number, most - 1)
 
 
-def test_the_choice_is_the_seeds():
+def test_the_selection_depends_on_the_seed():
     facts = [dataclasses.replace(FACT, id=f"train:{number}") for number in range(1, 51)]
     assert balanced(facts, 20, 0) == balanced(facts, 20, 0)
     assert balanced(facts, 20, 0) != balanced(facts, 20, 1)

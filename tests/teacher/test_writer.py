@@ -1,4 +1,4 @@
-"""The writer, in this process, against a server that does as each test says."""
+"""The writer, in this process, before a server that does as each test says."""
 
 import dataclasses
 import errno
@@ -23,7 +23,7 @@ from morer1_jax.teacher.endpoint import EndpointError
 from morer1_jax.teacher.writer import Writer
 
 
-def test_who_writes_already_is_named_before_anything_is_asked(teacher, teachable, settings):
+def test_another_writer_is_named_before_anything_is_sent(teacher, teachable, settings):
     folder, facts = teachable(2)
     teacher.set(facts)
     with hold(folder / "journal.jsonl"):
@@ -39,17 +39,17 @@ def test_every_answer_is_kept_or_rejected_with_its_reason(
     teacher, teachable, settings, capsys, written
 ):
     folder, facts = teachable(12)
-    fates = ("good", "fenced", "slow", "echo", "wrong", "other", "leak", "format", "special")
+    behaviours = ("good", "fenced", "slow", "echo", "wrong", "other", "leak", "format", "special")
     reasons = {
-        **dict.fromkeys(fates[:4]),
+        **dict.fromkeys(behaviours[:4]),
         **{"wrong": "format", "other": "another label", "leak": "reveals that the label was known"},
         **{"format": "format", "special": "special token"},
         **{"length": "cut off", "filter": "content filter", "empty": "empty"},
         "refusal": "refusal",
     }
-    for number, (fate, reason) in enumerate(reasons.items()):
+    for number, (behaviour, reason) in enumerate(reasons.items()):
         out = folder.parent / str(number)
-        teacher.set(facts, fates={fate: 1})
+        teacher.set(facts, behaviours={behaviour: 1})
         ids = folder.parent / "ids"
         ids.write_text("\n train:3\n\ntrain:1\n")
         assert Writer(settings(folder, out=out, facts=ids, attempts=2)).run() == 0
@@ -72,9 +72,7 @@ def test_every_answer_is_kept_or_rejected_with_its_reason(
         assert f"rejected: {reason}: 4" in shown or reason is None
 
 
-def test_a_finished_run_asks_for_nothing_and_more_facts_come_on_top(
-    teacher, teachable, settings, written
-):
+def test_a_finished_run_asks_for_nothing_and_can_be_extended(teacher, teachable, settings, written):
     folder, facts = teachable(20)
     teacher.set(facts)
     assert Writer(settings(folder, count=6)).run() == 0
@@ -121,7 +119,7 @@ def test_another_dataset_over_one_journal_is_an_error(teacher, teachable, settin
         Writer(settings(folder, count=2)).run()
 
 
-def test_answers_about_a_photo_that_was_replaced_serve_no_other(
+def test_answers_about_a_photo_are_refused_after_it_was_replaced(
     teacher, teachable, settings, written
 ):
     folder, facts = teachable(8)
@@ -158,7 +156,7 @@ def test_answers_about_a_photo_that_was_replaced_serve_no_other(
 @pytest.mark.parametrize("unit", ["dollars", "tokens"])
 def test_the_budget_stops_a_run_cleanly(teacher, teachable, settings, capsys, unit, written):
     folder, facts = teachable(100)
-    teacher.set(facts, fates={"good": 9, "format": 1})
+    teacher.set(facts, behaviours={"good": 9, "format": 1})
     budget = {"dollars": 0.3, "tokens": 106_000}[unit]
     config = settings(folder, count=100, in_flight=8, **{f"budget_{unit}": budget})
     assert Writer(config).run() == 0
@@ -177,11 +175,11 @@ def test_the_budget_stops_a_run_cleanly(teacher, teachable, settings, capsys, un
     assert sum(map(len, written.outputs(folder))) == 100
 
 
-def test_the_budget_holds_against_the_bill_for_what_never_arrived(
+def test_the_budget_covers_the_bill_for_answers_that_never_arrived(
     teacher, teachable, settings, capsys, written
 ):
     folder, facts = teachable(80)
-    teacher.set(facts, fates={"good": 12, "cut": 3, "late": 1, "busy": 2})
+    teacher.set(facts, behaviours={"good": 12, "cut": 3, "late": 1, "busy": 2})
     config = settings(
         folder,
         count=80,
@@ -200,12 +198,12 @@ def test_the_budget_holds_against_the_bill_for_what_never_arrived(
     assert 0.5 * 0.25 < bill <= 0.25
     # Each try has its line, and each that was billed and did not arrive is of unknown cost.
     assert len(log) == sum("sent" in line for line in written.journal(folder))
-    silent = Counter(entry["fact"] for entry in log if entry["fate"] in ("cut", "late"))
+    silent = Counter(entry["fact"] for entry in log if entry["behaviour"] in ("cut", "late"))
     assert silent.total() > 5
     assert silent == Counter(line["fact"] for line in written.lost(folder))
 
 
-def test_a_budget_that_bears_no_request_sends_none(teacher, teachable, settings, capsys):
+def test_a_budget_below_one_request_sends_none(teacher, teachable, settings, capsys):
     folder, facts = teachable(4)
     teacher.set(facts)
     assert Writer(settings(folder, count=4, budget_tokens=50_000)).run() == 0
@@ -213,7 +211,7 @@ def test_a_budget_that_bears_no_request_sends_none(teacher, teachable, settings,
     assert teacher.log() == []
 
 
-def test_an_answer_without_usage_is_counted_at_its_most(
+def test_an_answer_without_usage_is_charged_at_its_maximum(
     teacher, teachable, settings, capsys, written
 ):
     folder, facts = teachable(4)
@@ -270,7 +268,7 @@ def test_data_in_a_bucket_needs_a_local_out(teacher, teachable, settings, monkey
             settings(there, count=4, out=where)
 
 
-def test_a_torn_line_is_cut_by_name(teacher, teachable, settings, capsys, written):
+def test_a_torn_line_is_cut_off_and_named(teacher, teachable, settings, capsys, written):
     folder, facts = teachable(4)
     teacher.set(facts)
     Writer(settings(folder, count=3)).run()
@@ -291,7 +289,7 @@ def test_reasoning_from_elsewhere_is_not_overwritten(teacher, teachable, setting
     assert (folder / "reasoning.jsonl").read_text() == "mine\n"
 
 
-def test_a_dry_run_asks_and_writes_nothing(teacher, teachable, settings, monkeypatch, capsys):
+def test_a_dry_run_sends_and_writes_nothing(teacher, teachable, settings, monkeypatch, capsys):
     folder, facts = teachable(9)
     teacher.set(facts)
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -319,9 +317,7 @@ def test_a_dry_run_asks_and_writes_nothing(teacher, teachable, settings, monkeyp
         (1, 0.3, None),
     ],
 )
-def test_a_dry_run_says_what_the_budget_cannot_bear(
-    teachable, settings, capsys, count, budget, told
-):
+def test_a_dry_run_says_what_exceeds_the_budget(teachable, settings, capsys, count, budget, told):
     folder, _ = teachable(60)
     assert Writer(settings(folder, count=count, budget_dollars=budget)).dry_run() == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the budget")]
@@ -329,7 +325,7 @@ def test_a_dry_run_says_what_the_budget_cannot_bear(
     assert not shown or shown[0].startswith(told)
 
 
-def test_a_dry_run_goes_by_what_was_asked(teacher, teachable, settings, capsys):
+def test_a_dry_run_estimates_from_the_answers_so_far(teacher, teachable, settings, capsys):
     folder, facts = teachable(9)
     teacher.set(facts)
     Writer(settings(folder, count=4)).run()
@@ -364,7 +360,7 @@ def test_bad_ids_are_named(teachable, settings, text, message):
         Writer(settings(folder, facts=path))
 
 
-def test_bad_data_is_found_before_anything_is_asked(teacher, teachable, settings):
+def test_bad_data_is_found_before_anything_is_sent(teacher, teachable, settings):
     folder, facts = teachable(4)
     teacher.set(facts)
     with pytest.raises(ConfigError, match=r"--count: expected at most 4, .*, found 5"):

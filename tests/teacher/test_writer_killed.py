@@ -1,4 +1,4 @@
-"""The command against a server of ill will, killed three times: nothing is lost or paid twice."""
+"""The command, killed three times: no answer is lost or paid twice."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from morer1_jax.teacher.ledger import Ledger, Prices, Size, Usage
 
 TOOL = Path(__file__).parents[2] / "tools" / "write_reasoning.py"
 # A third of the requests meets with something that is not a good answer.
-FATES = {
+BEHAVIOURS = {
     **{"good": 60, "fenced": 3, "slow": 3, "echo": 1},
     **{"wrong": 2, "other": 3, "leak": 4, "format": 3, "special": 1},
     **{"length": 2, "filter": 1, "empty": 1, "refusal": 2},
@@ -77,7 +77,7 @@ def ledger(journal):
 def check_killed(teacher, teachable, written, count, in_flight):
     """Three kills, a budget that ends a run, and a run without one."""
     folder, facts = teachable(count)
-    teacher.set(facts, fates=FATES, lasting=LASTING)
+    teacher.set(facts, behaviours=BEHAVIOURS, lasting=LASTING)
     rng = random.Random(0)
     flags = (f"--count={count}", f"--in-flight={in_flight}", "--max-tokens=200")
     # A good answer of 1,090 tokens in and 115 out is as much a fact; a third is asked again.
@@ -107,19 +107,19 @@ def check_killed(teacher, teachable, written, count, in_flight):
     assert max(ends.values()) == 1
     _, whole = written.bill(log, PRICES)
     assert ledger(written.journal(folder))[0] <= whole <= sum(ledger(written.journal(folder)))
-    # Each answer that was billed is in the journal once, but those on their way at a kill, and
+    # Each answer that was billed is in the journal once, but those in flight at a kill, and
     # those that were sent and did not arrive: each of these has a line that says so.
     known = Counter((line["fact"], line["text"]) for line in entries if line["text"] is not None)
     known += Counter((line["fact"], None) for line in entries if line["reason"] == "refusal")
     billed = Counter(
         (entry["fact"], entry["text"].replace(teacher.key, "[key]"))
-        if entry["fate"] != "refusal"
+        if entry["behaviour"] != "refusal"
         else (entry["fact"], None)
         for entry in written.paid(log)
     )
     assert not known - billed
     paid_for_nothing = billed - known
-    silent = Counter(entry["fact"] for entry in log if entry.get("fate") in ("cut", "late"))
+    silent = Counter(entry["fact"] for entry in log if entry.get("behaviour") in ("cut", "late"))
     lost = Counter()
     for (fact, _), number in paid_for_nothing.items():
         lost[fact] += number
@@ -147,7 +147,7 @@ def check_killed(teacher, teachable, written, count, in_flight):
         "requests": sum("sent" in line for line in written.journal(folder)),
         "billed by the server": len(written.paid(log)),
         "billed and cut off or late": silent.total(),
-        "on their way at three kills": after_kills,
+        "in flight at three kills": after_kills,
         "paid for twice, but these": twice.total(),
         "budget": round(dollars, 4),
         "when it ended the run: spent, of unknown cost at most, server's bill": [

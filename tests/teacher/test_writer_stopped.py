@@ -1,4 +1,4 @@
-"""The writer where the endpoint answers none, or refuses, and where a signal ends a run."""
+"""The writer where the endpoint is down or refuses, and where a signal ends a run."""
 
 import dataclasses
 import os
@@ -31,11 +31,11 @@ def interrupted(folder, written, answers, *numbers):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_what_is_on_its_way_arrive(
+def test_a_signal_waits_for_the_requests_in_flight(
     teacher, teachable, settings, capsys, number, written
 ):
     folder, facts = teachable(40)
-    teacher.set(facts, fates={"good": 1, "slow": 1})
+    teacher.set(facts, behaviours={"good": 1, "slow": 1})
     thread = interrupted(folder, written, 8, number)
     assert Writer(settings(folder, count=40, in_flight=4)).run() == 128 + number
     thread.join()
@@ -52,7 +52,7 @@ def test_a_signal_lets_what_is_on_its_way_arrive(
     assert len(teacher.log()) == 40
 
 
-def test_a_second_signal_gives_up_what_is_on_its_way(teacher, teachable, settings, written):
+def test_a_second_signal_gives_up_the_requests_in_flight(teacher, teachable, settings, written):
     folder, facts = teachable(8)
     teacher.set(facts, lasting={"": 1, "late": 1})
     thread = interrupted(folder, written, 2, signal.SIGINT, signal.SIGTERM)
@@ -80,7 +80,7 @@ def test_a_signal_waits_no_longer_than_the_time_out(teacher, teachable, settings
     ("status", "message"),
     [(401, "correct OPENAI_API_KEY"), (404, "correct --model or --base-url"), (400, "it names")],
 )
-def test_what_holds_for_all_requests_ends_the_run(
+def test_an_error_of_all_requests_ends_the_run(
     teacher, teachable, settings, status, message, written
 ):
     folder, facts = teachable(30)
@@ -153,7 +153,7 @@ def test_facts_that_the_endpoint_refuses_are_set_aside_for_good(
     assert len(teacher.log()) == 24
 
 
-def test_what_is_refused_for_every_fact_costs_no_fact(teacher, teachable, settings, written):
+def test_refusals_of_every_fact_cost_no_fact(teacher, teachable, settings, written):
     folder, facts = teachable(30)
     config = settings(folder, count=30, in_flight=4)
     teacher.set(facts, lasting={"unfit": 1})
