@@ -254,11 +254,10 @@ def _svg(axes: Axes) -> Markup:
     from matplotlib import rc_context
 
     file = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        axes.figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    # Before the first group is a style sheet that would apply to the whole page, after the last
-    # are the clip paths.
+        axes.figure.savefig(file, format="svg", transparent=True)
+    # Before the first group are the date, and a style sheet that would apply to the whole page;
+    # after the last are the clip paths.
     svg = file.getvalue()
     svg = svg[svg.index("<g ") : svg.rindex("</g>") + len("</g>")]
     for pattern, replacement in _REPLACEMENTS.items():

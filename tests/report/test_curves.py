@@ -48,16 +48,17 @@ def test_records_are_sorted_by_stage_kind_and_step(tmp_path):
 
 
 def test_a_line_has_every_step_and_a_gap_where_it_was_not_finite(tmp_path):
-    odd = {5: None, 7: float("nan"), 9: "x"}
+    odd = {5: None, 7: float("nan"), 9: "x", 11: float("inf")}
     records = [record(s, loss=odd.get(s, 1 / s), entropy=0.0) for s in range(1, 21)]
     html = learning_curves(metrics(tmp_path, *records), NAMES)
-    assert curve(html, "Loss") == ([], {"c1 light": 17, "c1": 17})
+    assert curve(html, "Loss") == ([], {"c1 light": 16, "c1": 16})
     assert "Zero throughout: Entropy." in html
     assert "Not logged: Validation F1." in html
 
 
 def test_long_series_are_drawn_as_means(tmp_path):
     records = [record(step, loss=1 / step) for step in range(1, 1802)]
+    records[9]["loss"] = float("inf")
     html = learning_curves(metrics(tmp_path, *records), NAMES)
     assert 2 < curve(html, "Loss")[1]["c1"] <= 451
     assert "means of 4 logged steps" in html
