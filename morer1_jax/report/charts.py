@@ -7,12 +7,13 @@ the page is. What a chart holds in numbers is in its hits, which the page shows 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -111,6 +112,18 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(finite, sums / np.maximum(counts, 1), np.nan)
 
 
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Sets matplotlib's settings to its defaults, whatever those of this machine's user are."""
+    # Imported where a page is written: it takes a second, and may look for the machine's fonts.
+    from matplotlib import rc_context, style
+
+    own = {"svg.fonttype": "none", "svg.hashsalt": "report"}
+    with style.context("default"), rc_context(own):
+        yield
+
+
+@_settings()
 def line_chart(
     title: str,
     steps: np.ndarray,
@@ -125,6 +138,7 @@ def line_chart(
     """Draws values over steps.
 
     Args:
+      title: of the chart.
       steps: increasing.
       lines: at most four, by name, with a value for each step; NaN breaks a line. Not all are NaN.
       unit: of the y axis.
@@ -132,6 +146,7 @@ def line_chart(
         on each value.
       band: a lower and an upper bound of each value of the first line, drawn as a light area.
       y_range: values that the y axis includes at least.
+      note: a sentence below the chart.
     """
     axes = _axes(steps, np.concatenate([*lines.values(), *(band or ()), y_range]), "step", unit)
     texts = [[f"step {number(step)}" for step in steps]]
@@ -151,14 +166,18 @@ def line_chart(
     return Chart(title, _svg(axes), _hits(axes, steps, texts), names, lines=True, note=note)
 
 
+@_settings()
 def stacked_area(
     title: str, steps: np.ndarray, layers: Mapping[str, np.ndarray], *, unit: str, note: str = ""
 ) -> Chart:
     """Draws shares of a whole over steps.
 
     Args:
+      title: of the chart.
+      steps: increasing.
       layers: by name, the lowest first: a share, 0 to 1, for each step.
       unit: of the y axis.
+      note: a sentence below the chart.
     """
     axes = _axes(steps, np.array([0, 1]), "step", unit)
     axes.set_axisbelow(False)
@@ -168,6 +187,7 @@ def stacked_area(
     return Chart(title, _svg(axes), _hits(axes, steps, texts), tuple(layers), note=note)
 
 
+@_settings()
 def histogram(
     title: str,
     labels: Sequence[str],
@@ -180,9 +200,12 @@ def histogram(
     """Draws counts as stacked bars.
 
     Args:
+      title: of the chart.
       labels: of each bar, left to right.
       counts: by name, the lowest first: a number for each bar.
+      x_label: what the bars' labels say.
       unit: of the y axis.
+      note: a sentence below the chart.
     """
     places = np.arange(len(labels)) + 0.5
     axes = _axes(np.array([0, len(labels)]), np.array([0, *sum(counts.values())]), x_label, unit)
@@ -200,7 +223,6 @@ def histogram(
 
 def _axes(xs: np.ndarray, ys: np.ndarray, x_label: str, y_label: str) -> Axes:
     """Returns empty axes around the values, with round numbers as ticks and ends of the y axis."""
-    # Imported where a page is written: it takes a second, and may look for the machine's fonts.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -236,6 +258,7 @@ def _hits(axes: Axes, xs: np.ndarray, texts: Sequence[Sequence[str]]) -> tuple[H
     """Returns strips that meet halfway between their x.
 
     Args:
+      axes: of the chart, after everything is drawn.
       xs: increasing.
       texts: the first line of the text at each x, its second line, and so on.
     """
@@ -251,11 +274,8 @@ def _hits(axes: Axes, xs: np.ndarray, texts: Sequence[Sequence[str]]) -> tuple[H
 
 def _svg(axes: Axes) -> Markup:
     """Returns what goes inside an `<svg>` of the page."""
-    from matplotlib import rc_context
-
     file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        axes.figure.savefig(file, format="svg", transparent=True)
+    axes.figure.savefig(file, format="svg", transparent=True)
     # Before the first group are the date, and a style sheet that would apply to the whole page;
     # after the last are the clip paths.
     svg = file.getvalue()

@@ -85,11 +85,13 @@ class Stage:
         """Draws metrics over the steps.
 
         Args:
+          title: of the chart.
           unit: of the y axis.
           metrics: each key in the records, and its name in the chart, in the order of colours.
           kind: of the records.
           band: keys of a lower and an upper bound of the first metric.
           y_range: values that the y axis includes at least.
+          note: a sentence below the chart.
 
         Returns:
           A chart, without a drawing if the metrics are not logged, or zero throughout.
@@ -151,6 +153,7 @@ def learning_curves(metrics: Metrics, names: Mapping[str, str]) -> Markup:
     """Returns SFT's and GRPO's charts, then the validation scores of all other trainings.
 
     Args:
+      metrics: of the run.
       names: what the report calls each stage.
     """
     trained = {stage for stage, kind in metrics.records if kind == "valid"} | {"sft", "grpo"}

@@ -45,7 +45,9 @@ def gallery_section(
     """Returns a card for each of some of the final model's answers, right and wrong ones.
 
     Args:
+      workdir: the run's, with the answers in its `eval/`.
       data: the dataset's folder.
+      split: which one the answers are of.
       images: how photos are cropped.
       count: how many cards there are at most.
       seed: of their choice.

@@ -40,6 +40,7 @@ def write_report(
     the same page.
 
     Args:
+      workdir: the run's; gets the page.
       data: the dataset's folder.
       split: which one the scores are of.
       sections: of `SECTIONS`, which the page has.

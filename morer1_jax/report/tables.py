@@ -136,6 +136,7 @@ def _per_label(scores: Scores, systems: list[str]) -> tuple[list[dict[str, Any]]
     """Returns F1 and number of facts of each label that has facts, and how many have none.
 
     Args:
+      scores: of all systems.
       systems: whose F1, in percent, are compared; the first says how many facts a label has.
     """
     if not systems:

@@ -1,6 +1,7 @@
 import itertools
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -166,6 +167,14 @@ def test_a_histogram_has_a_bar_for_each_count():
     assert above == pytest.approx([168 - 15 * height, 168 - 5 * height], abs=0.02)
     shown = [hit.text for hit in chart.hits]
     assert shown == ["pass rate 0\n30 hard", "pass rate 0.5\n5 easy\n10 hard", "pass rate 1"]
+
+
+def test_settings_of_the_machine_change_nothing():
+    chart = lines([1.0, 2.0, 3.0])
+    odd = {"savefig.bbox": "tight", "xtick.major.pad": 20, "lines.marker": "x", "svg.hashsalt": "a"}
+    with matplotlib.rc_context(odd):
+        assert lines([1.0, 2.0, 3.0]) == chart
+        assert matplotlib.rcParams["svg.hashsalt"] == "a"
 
 
 def test_names_are_escaped():
