@@ -107,6 +107,7 @@ def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
 
 
 def main(_: list[str]) -> int:
+    """Runs the writer as the flags say; returns the exit code."""
     config, is_dry_run = parse(sys.argv[1:])
     check_alone(devices=False)
     writer = Writer(config)

@@ -130,6 +130,8 @@ def rejection_reason(text: str, fact: Fact, ontology: Ontology) -> str | None:
 
     Args:
       text: an answer from `strip_wrapping`.
+      fact: the fact that it is about.
+      ontology: the labels.
     """
     try:
         data = text.encode()

@@ -77,6 +77,7 @@ class Dispatcher:
         endpoint's time-out. If the journal cannot be written they are given up.
 
         Args:
+          facts: the facts, in order.
           done: number of facts done before, which the progress bar counts.
 
         Returns:

@@ -34,11 +34,12 @@ Outcome = Literal["kept", "rejected", "refused", "unanswered"]
 
 @dataclasses.dataclass(frozen=True)
 class RunStarted:
-    """The start of a run; runs are numbered 1, 2, 3, …"""
+    """The start of a run, numbered 1, 2, 3, and so on."""
 
     number: int
 
     def line(self) -> dict[str, Any]:
+        """Returns the JSON object of its line."""
         return {"run": self.number}
 
 
@@ -59,6 +60,7 @@ class RequestSent:
     photo: str | None = None
 
     def line(self) -> dict[str, Any]:
+        """Returns the JSON object of its line."""
         line = {"sent": self.number, "fact": self.fact, **dataclasses.asdict(self.size)}
         return line if self.photo is None else line | {"photo": self.photo}
 
@@ -84,6 +86,7 @@ class RequestResult:
     text: str | None = None
 
     def line(self) -> dict[str, Any]:
+        """Returns the JSON object of its line."""
         return {
             "answered": self.number,
             "fact": self.fact,
@@ -110,6 +113,7 @@ class Journal:
         """Opens a journal or creates it, and cuts off a torn last line.
 
         Args:
+          path: the journal's file, on a local disk.
           identity: what the answers depend on; must equal the journal's.
 
         Raises:

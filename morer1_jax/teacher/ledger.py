@@ -38,6 +38,7 @@ class Usage:
 
     @property
     def total(self) -> int:
+        """The tokens of both."""
         return self.prompt + self.answer
 
     def __add__(self, other: Usage) -> Usage:
@@ -52,6 +53,7 @@ class Prices:
     answer: float = 0.0
 
     def dollars(self, usage: Usage) -> float:
+        """Returns the cost of tokens in dollars."""
         return (usage.prompt * self.prompt + usage.answer * self.answer) / 1e6
 
     def format(self, usage: Usage) -> str:

@@ -72,7 +72,10 @@ class WriterConfig:
         if (self.count is None) == (self.facts is None):
             raise ConfigError("expected one of --count and --facts, found both or none; give one")
         if self.budget_dollars is not None and not (self.prices.prompt and self.prices.answer):
-            raise ConfigError("--budget-dollars: needs the endpoint's --price-in and --price-out")
+            raise ConfigError(
+                "--budget-dollars: expected --price-in and --price-out beside it, found one or "
+                "none; give both"
+            )
         if "://" in os.fspath(self.data if self.out is None else self.out):
             found = "none, and --data in a bucket" if self.out is None else os.fspath(self.out)
             raise ConfigError(

@@ -2,7 +2,11 @@
 
 import asyncio
 import dataclasses
+import os
 import re
+import signal
+import threading
+import time
 
 import pytest
 
@@ -209,6 +213,34 @@ def test_facts_given_up_in_a_row_end_the_run_after_the_requests_in_flight(attemp
     run = attempt(30, {f"train:{n}": [FAILED] for n in range(1, 31)}, retries=0, in_flight=2)
     assert re.match("1[01] facts in a row were not answered", str(run.result))
     assert run.results.ledger.unsettled == {}
+
+
+def test_facts_given_up_at_the_end_are_an_error_too(attempt):
+    failed = dataclasses.replace(FAILED, transient=False)
+    run = attempt(11, {f"train:{n}": [failed] for n in range(2, 12)})
+    assert str(run.result).startswith("10 facts in a row were not answered (last: train:11: HTTP")
+    assert len(run.asked) == 11
+
+
+def test_a_signal_waits_no_longer_than_the_time_out_for_what_trickles_in(attempt):
+    empty = Reply(problem="empty", usage=Usage(1, 1))
+    started = time.monotonic()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    run = attempt(9, {"train:1": [(9.0, empty)], "train:2": [(0.3, empty)]}, in_flight=2)
+    assert time.monotonic() - started < 5
+    assert run.result is None
+    assert run.asked == ["train:1", "train:2"]
+    assert run.results.ledger.unsettled.keys() == {1}
+
+
+def test_a_signal_ends_what_waits_for_a_retry(attempt, monkeypatch):
+    monkeypatch.setattr(dispatch.asyncio, "sleep", SLEEP)
+    started = time.monotonic()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    run = attempt(1, {"train:1": [dataclasses.replace(FAILED, retry_after=60.0)]})
+    assert time.monotonic() - started < 30
+    assert run.result is None
+    assert run.asked == ["train:1"]
 
 
 def test_an_answer_between_shows_that_only_facts_are_refused(attempt):
