@@ -17,7 +17,7 @@ from ml_collections.config_flags import config_flags
 
 from morer1_jax.errors import ConfigError, DataError, one_line
 from morer1_jax.files import full_disk
-from morer1_jax.output import check_text, lasting_output
+from morer1_jax.output import check_text, unfailing_output
 
 
 def run_main(
@@ -29,15 +29,15 @@ def run_main(
     """Parses the absl flags, runs `main` and exits, telling the user's errors from the program's.
 
     `ConfigError`, `DataError`, an error of the system about a file, a full disk however a library
-    puts it, and whatever is wrong with the flags (an unknown `--config.` key, a value of the wrong
-    type, a missing config file) become one line on stderr and exit code 2. So does Ctrl-C, with
-    exit code 130. Everything else keeps its traceback, errors inside a config file included.
-    Libraries' logs are shown from warnings on, unless `--verbosity` says otherwise.
+    reports it, and errors in the flags (an unknown `--config.` key, a value of the wrong type, a
+    missing config file) become one line on stderr and exit code 2. So does Ctrl-C, with exit code
+    130. Everything else keeps its traceback, errors inside a config file included. Libraries' logs
+    are shown from warnings on, unless `--verbosity` is given.
 
     Args:
-      main: gets what is left of the command line after the flags: the program's name alone.
+      main: a function of the command line without its flags: the program's name alone.
       argv: the command line; by default `sys.argv`.
-      interrupted: what is said after Ctrl-C.
+      interrupted: the message after Ctrl-C.
     """
 
     def quiet_main(rest: list[str]) -> Any:
@@ -45,7 +45,7 @@ def run_main(
             logging.set_verbosity(logging.WARNING)  # orbax reports every file it touches
         return main(rest)
 
-    with lasting_output():
+    with unfailing_output():
         try:
             argv = list(sys.argv if argv is None else argv)
             check_text([*argv, *sys.argv])
@@ -67,9 +67,10 @@ def run_main(
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An `argparse` parser whose errors `run_main` knows. It takes no abbreviation for a flag."""
+    """An `argparse` parser whose errors `run_main` knows; flags cannot be abbreviated."""
 
     def __init__(self, description: str) -> None:
+        """Makes a parser without flags; `description` is the command's help."""
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,10 +88,12 @@ def _exit(code: int, line: str) -> NoReturn:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    # Config files first: absl would report a missing one with a traceback.
     sources = _config_sources(argv)
     for name, source in sources.items():
         # A shell leaves `~` as it is after a `=`.
-        argv = [re.sub(rf"^(--?{name}=)(~.*)", _at_home, arg, flags=re.DOTALL) for arg in argv]
+        flag = re.compile(rf"^(--?{name}=)(~.*)", re.DOTALL)
+        argv = [flag.sub(lambda m: m[1] + os.path.expanduser(m[2]), arg) for arg in argv]
         path = os.path.expanduser(source.split(":", 1)[0])
         if not os.path.isfile(path):
             if os.path.isfile(source):
@@ -100,7 +103,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
                 )
             raise ConfigError(f"--{name}={path}: no such file; give the path of a config file")
         if not path.endswith(".py"):
-            raise ConfigError(f"--{name}={path}: a Python file such as configs/demo.py expected")
+            raise ConfigError(f"--{name}={path}: expected a Python file such as configs/demo.py")
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -118,22 +121,18 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
-def _at_home(match: re.Match[str]) -> str:
-    return match[1] + os.path.expanduser(match[2])
-
-
 def _config_sources(argv: Sequence[str]) -> dict[str, str]:
-    """Config flag to what it is given: `path` or `path:argument`."""
+    """Returns the value of each config flag: `path` or `path:argument`."""
     sources = {}
     for name in flags.FLAGS:
         if config_flags.is_config_flag(flags.FLAGS[name]):
-            given = [flags.FLAGS[name].default] + [
+            values = [flags.FLAGS[name].default] + [
                 match[1] or following
                 for arg, following in zip(argv, [*argv[1:], ""], strict=True)
                 if (match := re.fullmatch(rf"--?{name}(?:=(.*))?", arg))
             ]
-            if given[-1]:
-                sources[name] = given[-1]
+            if values[-1]:  # The last one on the command line holds.
+                sources[name] = values[-1]
     return sources
 
 
@@ -151,8 +150,8 @@ def needs_extra(extra: str, otherwise: str = "") -> Iterator[None]:
     """Turns an import that fails in the block into a line that says what to install.
 
     Args:
-      extra: of `pyproject.toml`, which has the packages.
-      otherwise: what else can be done, if anything.
+      extra: the extra of `pyproject.toml` that has the packages.
+      otherwise: what the user can do instead, if anything.
 
     Raises:
       ConfigError: a package is missing, or cannot be imported.
@@ -166,7 +165,7 @@ def needs_extra(extra: str, otherwise: str = "") -> Iterator[None]:
 
 
 def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a config's values."""
+    """Yields the dotted keys of a config's values."""
     for key, value in node.items():
         if isinstance(value, Mapping | ConfigDict):
             yield from _keys(value, f"{prefix}{key}.")
@@ -175,6 +174,6 @@ def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean …?` where a known key is spelt nearly so, or nothing."""
+    """Returns an error's hint at a known key that is spelt nearly so, or ""."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -8,11 +8,11 @@ class ConfigError(ValueError):
 
 
 class DataError(ValueError):
-    """Bad data.  The message is one line: where it was found, what it is, what was expected."""
+    """Bad data.  The message is one line: the place, what was expected, what was found."""
 
 
 class WeightsError(DataError):
-    """A checkpoint whose tensors are not those the config calls for."""
+    """A checkpoint whose files or tensors do not fit its config."""
 
 
 class NotFiniteError(DataError):
@@ -20,30 +20,36 @@ class NotFiniteError(DataError):
 
 
 class Faults:
-    """Bad data found in one pass, to be named together: who has twenty wants to know them at once.
+    """The errors of one pass over the data, raised together so that a user sees all at once."""
 
-    `add` raises when there are `most`, `check` at the end if there is any.
-    """
+    def __init__(self, max_errors: int = 20) -> None:
+        """Makes an empty list, which raises when it holds `max_errors`."""
+        self._max_errors = max_errors
+        self._errors: list[DataError] = []
 
-    def __init__(self, most: int = 20) -> None:
-        self._most = most
-        self._found: list[DataError] = []
+    def add(self, error: DataError) -> None:
+        """Keeps an error.
 
-    def add(self, fault: DataError) -> None:
-        """Keeps a fault.  Raises DataError, of all so far, if that makes as many as are named."""
-        self._found.append(fault)
-        if len(self._found) == self._most:
+        Raises:
+          DataError: naming all errors so far, if the list is full.
+        """
+        self._errors.append(error)
+        if len(self._errors) == self._max_errors:
             self.check(" or more")
 
-    def check(self, more: str = "") -> None:
-        """Raises DataError, in one line, if a fault was found."""
-        if len(self._found) == 1:
-            raise self._found[0]
-        if self._found:
-            named = "; ".join(f"({n}) {fault}" for n, fault in enumerate(self._found, start=1))
-            raise DataError(f"{len(self._found)} faults{more}: {named}")
+    def check(self, suffix: str = "") -> None:
+        """Ends the pass.
+
+        Raises:
+          DataError: naming all errors in one line, if there is any.
+        """
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            listed = "; ".join(f"({n}) {error}" for n, error in enumerate(self._errors, start=1))
+            raise DataError(f"{len(self._errors)} faults{suffix}: {listed}")
 
 
 def one_line(error: BaseException) -> str:
-    """The message of another library's error, for use within a one-line message."""
+    """Returns the message of another library's error for use within a one-line message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Printing that never ends what is printed about."""
+"""Standard output and error that never end the program that writes to them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from morer1_jax.errors import ConfigError
 
 
 def check_text(arguments: Iterable[str]) -> None:
-    """Raises ConfigError for what of a command line is not text, and can be written nowhere."""
+    """Checks that a command line is text that can be printed.
+
+    Raises:
+      ConfigError: an argument is not UTF-8.
+    """
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError:
             raise ConfigError(
-                f"{argument!a}: not UTF-8, or not in this locale; set PYTHONUTF8=1"
+                f"{argument!a}: expected UTF-8, found another encoding or locale; set PYTHONUTF8=1"
             ) from None
 
 
 @contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Makes `sys.stdout` and `sys.stderr` streams that take whatever is written to them.
+def unfailing_output() -> Iterator[None]:
+    """Makes writing to `sys.stdout` and `sys.stderr` raise no error in the block.
 
-    What their encoding lacks is written as an escape. A stream that can no longer be written, as
-    the pipe to a `head` that has ended, a terminal that is gone or a file on a full disk, is given
-    up; one that was never open is as good as /dev/null.
+    Characters that their encoding lacks are escaped. A stream that can no longer be written (the
+    pipe to a `head` that has ended, a terminal that is gone, a file on a full disk) or was never
+    open is replaced by /dev/null.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Lasting(sys.stdout, 1), _Lasting(sys.stderr, 2)
+    sys.stdout, sys.stderr = _UnfailingStream(sys.stdout, 1), _UnfailingStream(sys.stderr, 2)
     try:
         yield
     finally:
@@ -41,14 +45,14 @@ def lasting_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-class _Lasting:
+class _UnfailingStream:
     def __init__(self, stream: TextIO | None, number: int) -> None:
-        """Takes a stream, or None where the file of this number was closed from the beginning."""
+        """Wraps a stream; None if the file of this number was closed before the program began."""
         if stream is None:
             try:
                 os.fstat(number)
             except OSError:  # Else the next file to be opened gets what libraries print.
-                _to_nowhere(number)
+                _redirect_to_null(number)
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -58,28 +62,28 @@ class _Lasting:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._give_up(error)
+            self._discard_output(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._give_up(error)
+            self._discard_output(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _give_up(self, error: OSError) -> None:
-        with contextlib.suppress(OSError):  # It has no file.
-            _to_nowhere(self._stream.fileno())
+    def _discard_output(self, error: OSError) -> None:
+        with contextlib.suppress(OSError):  # The stream has no file.
+            _redirect_to_null(self._stream.fileno())
             self._stream.flush()
         if error.errno != errno.EPIPE and self is sys.stdout:
             print(f"no more is printed: {error.strerror}", file=sys.stderr)
 
 
-def _to_nowhere(number: int) -> None:
-    """Lets a file's number mean /dev/null."""
+def _redirect_to_null(number: int) -> None:
+    """Makes a file's number refer to /dev/null."""
     null = os.open(os.devnull, os.O_WRONLY)
     if null != number:
         os.dup2(null, number)

@@ -1,7 +1,7 @@
-"""One process alone: what is refused until a run may have several.
+"""Refuses to run as one of several processes, which is not supported yet.
 
 Processes that a launcher starts side by side do not know of one another before
-`jax.distributed.initialize`: each believes that it is alone, and all write the same files.
+`jax.distributed.initialize`: each takes itself for the only one, and all write the same files.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jax
 
 from morer1_jax.errors import ConfigError
 
-# How many processes there are: by Slurm (of srun's step; a job that has room for several tasks may
-# start one), Open MPI, MPICH and Intel MPI, MVAPICH, torchrun, JAX's own, and slices of TPUs.
+# The number of processes by Slurm (of srun's step; a job that has room for several tasks may start
+# one), Open MPI, MPICH and Intel MPI, MVAPICH, torchrun, JAX's own, and slices of TPUs.
 _COUNTS = (
     "SLURM_STEP_NUM_TASKS",
     "OMPI_COMM_WORLD_SIZE",
@@ -25,7 +25,7 @@ _COUNTS = (
     "JAX_NUM_PROCESSES",
     "MEGASCALE_NUM_SLICES",
 )
-# Which of them this one is, from 0.
+# The index of this process among them, from 0.
 _NUMBERS = (
     "SLURM_PROCID",
     "OMPI_COMM_WORLD_RANK",
@@ -36,21 +36,21 @@ _NUMBERS = (
     "TPU_WORKER_ID",
     "CLOUD_TPU_TASK_ID",
 )
-# All of them, separated by commas.
+# The processes' hosts, separated by commas.
 _LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 
 
 def check_alone(*, devices: bool = True, environment: Mapping[str, str] | None = None) -> None:
-    """Finds out whether this process is the only one of its command.
+    """Checks that this process is the only one of its command.
 
     Args:
       devices: whether to ask JAX too, which takes hold of the devices.
-      environment: the launcher's variables; None: this process's.
+      environment: the launcher's variables; this process's by default.
 
     Raises:
-      ConfigError: there are several, with what said so.
+      ConfigError: there are several; the message names the evidence.
     """
-    for name, value, count in _told(os.environ if environment is None else environment):
+    for name, value, count in _process_counts(os.environ if environment is None else environment):
         if count > 1:
             raise _refusal(
                 count,
@@ -60,8 +60,8 @@ def check_alone(*, devices: bool = True, environment: Mapping[str, str] | None =
         raise _refusal(count, "jax.process_count(); start it on a machine of one host")
 
 
-def _told(environment: Mapping[str, str]) -> Iterator[tuple[str, str, int]]:
-    """Each variable that is there, its value, and how many processes it means at least."""
+def _process_counts(environment: Mapping[str, str]) -> Iterator[tuple[str, str, int]]:
+    """Yields the name and value of a launcher's variables, and the least count they imply."""
     for name in (*_COUNTS, *_NUMBERS, *_LISTS):
         value = environment.get(name, "").strip()
         if name in _LISTS:
@@ -70,7 +70,7 @@ def _told(environment: Mapping[str, str]) -> Iterator[tuple[str, str, int]]:
             yield name, value, int(value) + (name in _NUMBERS)
 
 
-def _refusal(count: int, why: str) -> ConfigError:
+def _refusal(count: int, evidence: str) -> ConfigError:
     return ConfigError(
-        f"{count} processes found, one expected: several hosts are not supported yet ({why})"
+        f"expected one process, found {count}: several hosts are not supported yet ({evidence})"
     )

@@ -21,13 +21,17 @@ def progress(
     initial: int = 0,
     unit: str = "step",
 ) -> tqdm:
-    """A progress bar on stderr with counts, time left and rate; one of the first process only.
+    """Returns a progress bar on stderr with counts, time left and rate, in the first process only.
 
-    On a terminal it is redrawn in place; in a file it is a line now and then.  Without `iterable`,
-    call `update(n)` and `close()`, or use it as a context manager.
+    On a terminal it is redrawn in place; in a file it is a line now and then.
 
     Args:
-      initial: steps done before, when a run is resumed.
+      iterable: the items to count; without it, call `update(n)` and `close()`, or use the bar as a
+        context manager.
+      desc: the text before the bar.
+      total: the number of items; by default the iterable's length.
+      initial: items done before, when a run is resumed.
+      unit: an item's name.
     """
     terminal = sys.stderr.isatty()
     line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"

@@ -97,7 +97,7 @@ def test_the_command_line_overrides_the_config():
         (["--config=demo.py", "stray"], "unexpected argument 'stray'"),
         (["--config=none.py"], "--config=none.py: no such file"),
         (["--config=none.py", "--config.seed=3"], "--config=none.py: no such file"),
-        (["--config=run.json"], "--config=run.json: a Python file such as configs/demo.py exp"),
+        (["--config=run.json"], "--config=run.json: expected a Python file such as"),
         (["--config.seed=3"], "config.seed"),
         ([], "--config"),
         (["--config=demo.py", "--workdir=config"], "config.learn.lr: too high"),

@@ -85,8 +85,8 @@ def test_good_data_is_not_refused(config, workdir):
     ("changes", "expected"),
     [
         ({"relation": "/per/per/nemesis"}, "/per/per/nemesis"),
-        ({"t__box": (0.9, 0.5, 0.4, 0.4)}, "leaves the photo"),
-        ({"t__box": (0.5, 0.5, 0.0, 0.4)}, "is empty"),
+        ({"t__box": (0.9, 0.5, 0.4, 0.4)}, "expected fractions within 0 to 1"),
+        ({"t__box": (0.5, 0.5, 0.0, 0.4)}, "expected a width and height above 0"),
         ({"h__pos": [3, 300]}, "h.pos"),
         ({"h__pos": [2, 2]}, "h.pos"),
         ({"img_id": "absent.jpg"}, "absent.jpg"),
@@ -144,7 +144,13 @@ def test_reasoning_that_ends_in_another_label_is_named(data, config, workdir):
     text = f"{thought}<answer>{other}</answer>"
     path.write_text(json.dumps({**first, "text": text}) + "\n")
     check_refused(
-        config, workdir, DataError, f"{path}:1: ", first["fact"], f"ends in '{other}'", repr(gold)
+        config,
+        workdir,
+        DataError,
+        f"{path}:1: ",
+        first["fact"],
+        f"at the end, found '{other}'",
+        repr(gold),
     )
 
 
@@ -546,7 +552,7 @@ def test_too_small_a_disk_is_named_and_leaves_nothing(config, workdir, monkeypat
 
 def test_several_processes_are_refused(config, workdir, monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    check_refused(config, workdir, ConfigError, "2 processes found, one expected")
+    check_refused(config, workdir, ConfigError, "expected one process, found 2")
 
 
 def rate_as(workdir, *lines):

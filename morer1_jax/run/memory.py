@@ -1,4 +1,4 @@
-"""The host's memory: what a CPU's steps allocate and free again, over and over."""
+"""Settings of the host's memory allocator for steps on the CPU."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import platform
 
 import jax
 
-# Of glibc's `mallopt`, by the names in malloc.h.
+# Parameters of glibc's `mallopt`, by their names in malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Where JAX computes on the CPU, has the C library keep what is freed rather than give it back.
+    """Makes the C library keep freed memory instead of returning it, where JAX uses the CPU alone.
 
     Each step there allocates gigabytes at once and frees them, which by default the system then has
-    to map and clear again, page by page: about a tenth of a step. To be called before JAX makes its
+    to map and clear again, page by page: about a tenth of a step. Call it before JAX makes its
     threads.
 
     Returns:
-      Whether it was done: not beside an accelerator, and with glibc alone.
+      Whether the setting was made: only with glibc, and without an accelerator.
     """
     if not _cpu_alone() or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(
-        mallopt(*given) for given in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
+        mallopt(parameter, value)
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
     )
 
 
 def _cpu_alone() -> bool:
-    """Whether JAX will find no accelerator, as far as can be told without making its threads."""
+    """Returns whether JAX has no plugin of an accelerator, without making JAX's threads."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")

@@ -39,8 +39,8 @@ class Automaton:
             byte of a tag or header takes back those before it.
         outcome: what a completion that ends in that state is: -1 not accepted, else the label's id
             (answer automaton) or 0 (step automaton).
-        in_answer: whether `<answer>` has been read after a well-formed think block, from where on
-            the answer automaton alone decides.  Says so of the step automaton only.
+        in_answer: whether `<answer>` has been read after a well-formed think block, after which the
+            answer automaton alone decides.  It holds for the step automaton only.
 
     State 0 is the start.
     """
@@ -52,12 +52,12 @@ class Automaton:
 
 
 def step_automaton() -> Automaton:
-    """The automaton of *format*, up to the label, and of *effort*."""
+    """Returns the automaton of *format*, up to the label, and of *effort*."""
     return _build(("literal", THINK, b""), _step, b"".join(_HEADERS))
 
 
 def answer_automaton(labels: Sequence[str]) -> Automaton:
-    """The automaton of *answer* for labels in id order."""
+    """Returns the automaton of *answer* for labels in id order."""
     return _build(("text", b""), _AnswerStep(labels), "".join(labels).encode())
 
 
@@ -65,7 +65,7 @@ _DEAD = ("dead",)
 
 
 def _step(state: State, symbol: int) -> tuple[State, int]:
-    """One symbol of the step automaton."""
+    """Returns the step automaton's next state and the effort to add."""
     kind = state[0]
     if kind in ("dead", "accept"):
         return state, 0
@@ -108,7 +108,7 @@ def _body_step(state: State, byte: bytes) -> tuple[State, int]:
 
 
 class _AnswerStep:
-    """One symbol of the answer automaton."""
+    """The answer automaton's next state and the effort to add, which is 0."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.ids = {label.encode(): i for i, label in enumerate(labels)}
@@ -152,14 +152,14 @@ class _AnswerStep:
 
 
 def _lost(read: bytes) -> State:
-    """No answer unless a `</think>` comes, of which the end of `read` may be the beginning."""
+    """Returns the state without an answer until a `</think>`, which `read` may end in a part of."""
     if read.endswith(END_THINK):
         return ("text", b"")
     return ("lost", _longest_suffix(read, (END_THINK,)))
 
 
 def _longest_suffix(read: bytes, patterns: Sequence[bytes]) -> bytes:
-    """The longest end of `read` that is a beginning of a pattern."""
+    """Returns the longest suffix of `read` that is a prefix of a pattern."""
     return next(
         read[i:] for i in range(len(read) + 1) if any(p.startswith(read[i:]) for p in patterns)
     )
@@ -169,13 +169,17 @@ def _effort(data: bytes) -> int:
     return len(data.translate(None, SPACE))
 
 
-def _build(start: State, step: Step, told_apart: bytes) -> Automaton:
+def _build(start: State, step: Step, literals: bytes) -> Automaton:
     """Explores the states from `start` and merges those that behave alike.
 
-    `told_apart` has the bytes that `step` tells apart beside those of the tags and white space; all
-    others act alike, so one of them is tried for all.
+    Args:
+        start: the first state.
+        step: the next state and the effort to add, of a state and a symbol.
+        literals: the bytes that `step` tells apart beside those of the tags and white space; all
+            others act alike, so one of them is tried for all.
     """
-    own = set(told_apart + SPACE + b"".join(TAGS))
+    # Explore.
+    own = set(literals + SPACE + b"".join(TAGS))
     other = min(set(range(END)) - own)
     tried = sorted({*own, other, END, OTHER})
     column = [
@@ -193,6 +197,7 @@ def _build(start: State, step: Step, told_apart: bytes) -> Automaton:
                 states.append(target)
         next_state.append([ids[target] for target, _ in moves])
         effort.append([weight for _, weight in moves])
+    # Merge.
     moves, weights = np.array(next_state), np.array(effort)
     outcome = np.array([s[1] if s[0] == "accept" else -1 for s in states])
     in_answer = np.array([s[0] in ("inside", "closing", "accept") for s in states])

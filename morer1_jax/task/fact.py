@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 def composed(text: str) -> str:
-    """Text in Unicode's composed form (NFC), the one in which text is compared.
+    """Returns text in Unicode's composed form (NFC), the form in which text is compared.
 
     The model's tokenizers compose what they read, and macOS types and keeps decomposed letters.
     """
@@ -40,7 +40,7 @@ class Fact:
 
     @property
     def split(self) -> str:
-        """`train`, `valid` or `test`."""
+        """The fact's split: `train`, `valid` or `test`."""
         return self.id.rpartition(":")[0]
 
     @property

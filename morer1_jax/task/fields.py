@@ -1,4 +1,4 @@
-"""Values of untrusted lines: read as data, and checked key by key."""
+"""Reads Python literals of untrusted files as data, and checks values key by key."""
 
 import ast
 from collections.abc import Mapping
@@ -8,51 +8,59 @@ from morer1_jax.errors import DataError
 
 
 def literal(line: str) -> Any:
-    """The value of a Python literal, run as no code.
+    """Returns the value of a Python literal without running code.
 
     Raises:
-        DataError: it is none, or a dict in it, or in a value of it, has a key twice.
+        DataError: the line is not a literal, or its dict, or a dict among its values, has a key
+            twice.
     """
     try:
         node = ast.parse(line.strip(), mode="eval").body
         value = ast.literal_eval(node)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
-        problem = e.msg if isinstance(e, SyntaxError) else "not a literal"
-        raise DataError(f"malformed ({problem}), expected one Python dict literal a line") from e
+        problem = e.msg if isinstance(e, SyntaxError) else "something else"
+        raise DataError(f"expected one Python dict literal a line, found {problem}") from e
     if isinstance(node, ast.Dict):
         for part in (node, *(v for v in node.values if isinstance(v, ast.Dict))):
             keys = [k.value for k in part.keys if isinstance(k, ast.Constant)]
             if len(set(keys)) < len(keys):
-                raise DataError("a key occurs twice in one dict, expected each once")
+                raise DataError("expected each key of a dict once, found one twice")
     return value
 
 
 def fields(value: Any, where: str, types: Mapping[str, type | tuple[type, ...]]) -> list[Any]:
-    """The values of a dict with exactly the given keys, each of its type, in the given order.
+    """Returns the values of a dict with exactly the keys of `types`, in their order.
+
+    Args:
+        value: the dict.
+        where: what errors call it.
+        types: the type or types of each value, by key.
 
     Raises:
-        DataError: it is no such dict; `where` says what it is.
+        DataError: the value is not a dict, or has other keys or a value of another type.
     """
     if type(value) is not dict:
-        raise DataError(f"{where}: {type(value).__name__}, expected a dict of {', '.join(types)}")
+        raise DataError(
+            f"{where}: expected a dict of {', '.join(types)}, found {type(value).__name__}"
+        )
     for key in types:
         if key not in value:
-            raise DataError(f"{where}: no key {key!r}, expected {', '.join(types)}")
+            raise DataError(f"{where}: expected {', '.join(types)}, found no key {key!r}")
     for key in value:
         if key not in types:
-            raise DataError(f"{where}: unexpected key {key!r}, expected {', '.join(types)}")
+            raise DataError(f"{where}: expected {', '.join(types)}, found key {key!r}")
     for key, expected in types.items():
         if not isinstance(value[key], expected):
             names = expected if isinstance(expected, tuple) else (expected,)
             raise DataError(
-                f"{where}: {key} is of type {type(value[key]).__name__}, "
-                f"expected {' or '.join(t.__name__ for t in names)}"
+                f"{where}: {key}: expected {' or '.join(t.__name__ for t in names)}, "
+                f"found {type(value[key]).__name__}"
             )
     return [value[key] for key in types]
 
 
 def is_text(text: str) -> bool:
-    """Whether it is Unicode text: JSON and Python may spell surrogates that are none."""
+    """Returns whether a string is Unicode text: JSON and Python may spell lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -53,12 +53,15 @@ def score(facts: Sequence[Fact], predictions: Sequence[str | None], ontology: On
     """
     if not facts or len(facts) != len(predictions):
         raise ValueError(
-            f"{len(facts)} facts and {len(predictions)} predictions, expected as many, at least one"
+            f"expected one prediction a fact and at least one fact, found {len(predictions)} "
+            f"predictions and {len(facts)} facts"
         )
     for fact, predicted in zip(facts, predictions, strict=True):
         for label in (fact.label, predicted):
             if label is not None and label not in ontology.ids:
-                raise ValueError(f"fact {fact.id}: label {label!r}, expected one of the ontology's")
+                raise ValueError(
+                    f"fact {fact.id}: expected a label of the ontology, found {label!r}"
+                )
     pairs = [(fact.label, p) for fact, p in zip(facts, predictions, strict=True)]
     lenient = [(gold, NONE if p is None else p) for gold, p in pairs]
     entities, objects = _count_per_photo(facts)
@@ -92,7 +95,7 @@ def score(facts: Sequence[Fact], predictions: Sequence[str | None], ontology: On
 
 
 def format_table(rows: Mapping[str, Scores]) -> str:
-    """A plain-text table, one row a system; a score that a system does not have is a dash."""
+    """Returns a plain-text table, one row a system; a missing score is a dash."""
     lines = [["", *(title for _, title in (*_COLUMNS, *_LENIENT_COLUMNS))]]
     for system, scores in rows.items():
         values = [scores.get(key) for key, _ in _COLUMNS]
@@ -139,7 +142,7 @@ def _one_label(pairs: Sequence[tuple[str, str | None]], label: str) -> Scores:
 
 
 def _ratios(hits: int, predicted: int, gold: int) -> Scores:
-    """Precision, recall and F1 = 2 hits / (predicted + gold), their harmonic mean."""
+    """Returns precision, recall and F1 = 2 hits / (predicted + gold), their harmonic mean."""
     return {
         "precision": _percent(hits, predicted),
         "recall": _percent(hits, gold),
@@ -152,9 +155,9 @@ def _percent(part: int, whole: int) -> float:
 
 
 def _count_per_photo(facts: Sequence[Fact]) -> tuple[dict[str, int], dict[str, int]]:
-    """How many entities and how many objects the facts of each photo have."""
+    """Returns the numbers of distinct entities and of distinct objects by photo."""
     entities, objects = defaultdict(set), defaultdict(set)
     for fact in facts:
         entities[fact.photo].add((fact.entity_span, fact.entity_name))
         objects[fact.photo].add(fact.object_name)
-    return tuple({k: len(v) for k, v in found.items()} for found in (entities, objects))
+    return tuple({k: len(v) for k, v in names.items()} for names in (entities, objects))

@@ -6,9 +6,9 @@
       img_org/{train,valid,test}/ the photos
       reasoning.jsonl             ours: written reasoning for some of the facts
 
-What is tolerated, because the released data was made by detectors and taggers: an `h.name` that
-is not letter for letter the title's words under `h.pos`, and a box that leaves the photo by up to
-`BOX_SLOP` of its side, which is clipped to the photo.  All else is an error of one line.
+Two faults are tolerated, because detectors and taggers made the released data: an `h.name` that
+differs from the title's words under `h.pos`, and a box that leaves the photo by up to `BOX_SLOP` of
+its side, which is clipped to the photo.  Any other is an error of one line.
 """
 
 import hashlib
@@ -37,17 +37,17 @@ BOX_SLOP = 1e-3
 # A box whose computed edge passes the photo's by no more than this is kept as written, so that
 # rounding in `centre ± size / 2` does not change boxes that touch the edge.
 _ROUNDING = 1e-6
-# Photos read at once: more than there are cores, for a bucket keeps its readers waiting.
+# Photos read at once: more than there are cores, for readers of a bucket mostly wait.
 _READERS = min(32, 2 * (os.cpu_count() or 1) + 6)
 
 
 def split_path(folder: epath.PathLike, split: str) -> epath.Path:
-    """The text file of a split."""
+    """Returns the text file of a split."""
     return epath.Path(folder) / "txt" / f"{split}.txt"
 
 
 def photo_path(folder: epath.PathLike, fact: Fact) -> epath.Path:
-    """The photo of a fact."""
+    """Returns the file of a fact's photo."""
     return epath.Path(folder) / "img_org" / fact.photo
 
 
@@ -55,7 +55,7 @@ PhotoPath = Callable[[epath.PathLike, Fact], epath.Path]
 
 
 def read_ontology(folder: epath.PathLike) -> Ontology:
-    """Reads `rel2id.json`.  Raises DataError naming the file and key."""
+    """Reads `rel2id.json`; see `read_ontology_file`."""
     return read_ontology_file(epath.Path(folder) / "rel2id.json")
 
 
@@ -71,21 +71,22 @@ def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[F
     Text is composed, and photos are found whichever form of Unicode their names have.
 
     Raises:
-        DataError: naming file and line of each that is not a whole and valid fact, up to 20.
+        DataError: naming file and line of each malformed fact, up to 20.
     """
     path = split_path(folder, split)
     lines = read_lines(path, "a text file, a fact a line", "copy it anew")
     if not lines:
         raise DataError(f"{path}:1: expected a fact a line, found none; copy it anew")
+    # The photos' names as the folder has them, by their composed form.
     photos: dict[str, list[str]] = {}
     try:
         for photo in (epath.Path(folder) / "img_org" / split).iterdir():
             photos.setdefault(composed(photo.name), []).append(photo.name)
     except OSError as e:
-        raise DataError(f"{one_line(e)}; expected the folder of the photos of {path}") from e
+        raise DataError(f"{path}: expected the folder of its photos, found {one_line(e)}") from e
     facts, faults = [], Faults()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of '\d' in a title, which is data and no mistake.
+        warnings.simplefilter("ignore")  # A title may hold '\d', which is no escape.
         for number, line in enumerate(lines, start=1):
             try:
                 facts.append(_parse_fact(f"{split}:{number}", line, ontology, photos))
@@ -104,7 +105,7 @@ def write_split(folder: Path, split: str, facts: Sequence[Fact]) -> None:
     lines = []
     for number, fact in enumerate(facts, start=1):
         if fact.id != f"{split}:{number}":
-            raise ValueError(f"fact {fact.id}: at line {number} of {split}, expected its id there")
+            raise ValueError(f"{split}:{number}: expected the fact of this id, found {fact.id}")
         lines.append(
             repr(
                 {
@@ -120,7 +121,7 @@ def write_split(folder: Path, split: str, facts: Sequence[Fact]) -> None:
 
 
 def digests(folder: epath.PathLike) -> dict[str, str]:
-    """SHA-256 of each of the dataset's text files that is there, by its path in the folder."""
+    """Returns the SHA-256 of each of the dataset's text files by its path in the folder."""
     names = ["rel2id.json", "reasoning.jsonl", *(f"txt/{split}.txt" for split in SPLITS)]
     paths = {name: epath.Path(folder) / name for name in names}
     return {
@@ -131,29 +132,34 @@ def digests(folder: epath.PathLike) -> dict[str, str]:
 
 
 class PhotoInfo(NamedTuple):
-    """Of a photo: (width, height) in pixels, upright, and SHA-256 of its file."""
+    """What checking a photo finds.
+
+    Attributes:
+        size: (width, height) in pixels, upright.
+        digest: SHA-256 of the file.
+    """
 
     size: tuple[int, int]
     digest: str
 
 
-def photo_digests(seen: Mapping[str, PhotoInfo]) -> dict[str, str]:
-    """Those of `check_photos` in the form of `digests`."""
+def photo_digests(photos: Mapping[str, PhotoInfo]) -> dict[str, str]:
+    """Returns the digests of `check_photos` in the form of `digests`."""
     # A copy of the dataset on another system may have the names in another form. Two photos whose
-    # names differ by no more than that share an entry, which either of them changes.
-    found: dict[str, list[str]] = {}
-    for photo in sorted(seen):
-        found.setdefault(f"img_org/{composed(photo)}", []).append(seen[photo].digest)
+    # names differ in their form only share an entry, which either of them changes.
+    groups: dict[str, list[str]] = {}
+    for photo in sorted(photos):
+        groups.setdefault(f"img_org/{composed(photo)}", []).append(photos[photo].digest)
     return {
-        name: each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
-        for name, each in found.items()
+        name: group[0] if len(group) == 1 else hashlib.sha256("".join(group).encode()).hexdigest()
+        for name, group in groups.items()
     }
 
 
 def read_photo(
     folder: epath.PathLike, fact: Fact, photo_path: PhotoPath = photo_path
 ) -> Image.Image:
-    """The photo of a fact, RGB, upright.
+    """Returns the photo of a fact, RGB, upright.
 
     Raises:
         DataError: naming the photo and the fact; see `open_photo`.
@@ -165,8 +171,8 @@ def read_photo(
 def photo_sizes(
     facts: Iterable[Fact], folder: epath.PathLike, photo_path: PhotoPath = photo_path
 ) -> dict[str, tuple[int, int]]:
-    """As `check_photos`, of each its (width, height) alone."""
-    return {photo: seen.size for photo, seen in check_photos(facts, folder, photo_path).items()}
+    """Returns (width, height) by `Fact.photo`; see `check_photos`."""
+    return {photo: info.size for photo, info in check_photos(facts, folder, photo_path).items()}
 
 
 def check_photos(
@@ -175,16 +181,18 @@ def check_photos(
     """Decodes each distinct photo once and shows a progress bar.
 
     Args:
-        photo_path: where in the folder a fact's photo is.
+        facts: the facts whose photos are checked.
+        folder: the dataset's folder.
+        photo_path: the path of a fact's photo, of the folder and the fact.
 
     Returns:
-        By `Fact.photo`.
+        The photos' sizes and digests by `Fact.photo`.
 
     Raises:
         DataError: naming each photo that cannot be read, up to 20, and the first fact that uses it.
     """
 
-    def see(fact: Fact) -> PhotoInfo | DataError:
+    def check(fact: Fact) -> PhotoInfo | DataError:
         try:
             photo = read_photo(folder, fact, photo_path)
         except DataError as e:
@@ -195,18 +203,18 @@ def check_photos(
     for fact in facts:
         first.setdefault(fact.photo, fact)
     with ThreadPoolExecutor(_READERS) as pool:
-        seen = tqdm(pool.map(see, first.values()), "photos", len(first), unit="photo")
-        found: dict[str, PhotoInfo] = {}
+        outcomes = tqdm(pool.map(check, first.values()), "photos", len(first), unit="photo")
+        photos: dict[str, PhotoInfo] = {}
         faults = Faults()
         try:
-            for photo, outcome in zip(first, seen, strict=True):
+            for photo, outcome in zip(first, outcomes, strict=True):
                 if isinstance(outcome, DataError):
                     faults.add(outcome)
                 else:
-                    found[photo] = outcome
+                    photos[photo] = outcome
             faults.check()
-            return found
-        except BaseException:  # an interrupt, too, waits for no other photo
+            return photos
+        except BaseException:  # Whoever interrupts does not wait for the other photos.
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -239,14 +247,16 @@ def check_reasoning(
     A text is `<think>`, six steps, `</think>` and `<answer>label</answer>` (see `answer.py`).
 
     Args:
-        records: pairs of a place, which errors name, and what was found there.
+        records: pairs of a place, which errors name, and the value found there.
+        facts: all facts that reasoning may be about.
+        ontology: the labels.
 
     Returns:
         Fact id to text, composed, in the records' order.
 
     Raises:
-        DataError: a record is no dict of exactly `fact` and `text`, its fact is unknown or was
-            there before, or its text is empty, breaks the answer's grammar, does not end in its
+        DataError: a record is not a dict of exactly `fact` and `text`, its fact is unknown or
+            occurred before, or its text is empty, breaks the answer's grammar, does not end in its
             fact's label, or holds a special token.
     """
     golds = {fact.id: fact.label for fact in facts}
@@ -255,13 +265,15 @@ def check_reasoning(
         try:
             fact_id, text = fields(record, "the record", {"fact": str, "text": str})
             if fact_id not in golds:
-                raise DataError(f"fact {fact_id!r}: unknown, expected the id of a fact read")
+                raise DataError(f"fact {fact_id!r}: expected a known fact, found none of this id")
             if fact_id in texts:
-                raise DataError(f"fact {fact_id!r}: occurs twice, expected one text a fact")
+                raise DataError(f"fact {fact_id!r}: expected one text a fact, found it twice")
             if not text.strip():
-                raise DataError(f"fact {fact_id!r}: text is empty, expected written reasoning")
+                raise DataError(
+                    f"fact {fact_id!r}: expected written reasoning, found an empty text"
+                )
             if not is_text(text):
-                raise DataError(f"fact {fact_id!r}: text holds a lone surrogate, expected Unicode")
+                raise DataError(f"fact {fact_id!r}: expected Unicode text, found a lone surrogate")
             text = composed(text)
             try:
                 _check_text(text, golds[fact_id], ontology)
@@ -274,17 +286,19 @@ def check_reasoning(
 
 
 def _check_text(text: str, gold: str, ontology: Ontology) -> None:
-    """What a text must be for the model to learn the answer's form and the right label from it."""
+    """Checks that a model can learn the answer's form and the right label from a text."""
     if found := SPECIAL_TOKEN.search(text):
-        raise DataError(f"text holds {found.group()!r}, a special token of the model; remove it")
+        raise DataError(
+            f"expected text without special tokens of the model, found {found.group()!r}; remove it"
+        )
     outcome = read([text.encode(), Special.END], ontology.labels)
     if not outcome.format:
         raise DataError(
-            "text is not '<think>', steps 1 to 6, a line each, '</think>' and "
-            "'<answer>', a label of rel2id.json, '</answer>'; write it anew"
+            "expected '<think>', steps 1 to 6, a line each, '</think>' and '<answer>', a label of "
+            "rel2id.json, '</answer>', found other text; write it anew"
         )
     if (found := ontology.labels[outcome.answer]) != gold:
-        raise DataError(f"text ends in {found!r}, expected the fact's label {gold!r}")
+        raise DataError(f"expected the fact's label {gold!r} at the end, found {found!r}")
 
 
 def write_reasoning(path: Path, texts: Mapping[str, str]) -> None:
@@ -295,37 +309,38 @@ def write_reasoning(path: Path, texts: Mapping[str, str]) -> None:
 def _parse_fact(
     fact_id: str, line: str, ontology: Ontology, photos: Mapping[str, Sequence[str]]
 ) -> Fact:
-    """Checks one line's dict literal.  Messages lack file and line; the caller adds them."""
+    """Parses and checks one line's dict literal; the caller adds file and line to the errors."""
     keys = {"token": list, "h": dict, "t": dict, "img_id": str, "relation": str}
     tokens, head, tail, image, label = fields(literal(line), "the line", keys)
     entity_name, span = fields(head, "h", {"name": str, "pos": (list, tuple)})
     object_name, box = fields(tail, "t", {"name": str, "box": (list, tuple)})
     if not tokens or not all(type(t) is str and t for t in tokens):
-        raise DataError("token: expected a list of one or more words, none empty")
+        raise DataError("token: expected one or more words, none empty, found others")
     if not is_text("".join((*tokens, entity_name, object_name))):
-        raise DataError("token or name: holds a lone surrogate, expected Unicode text")
+        raise DataError("token or name: expected Unicode text, found a lone surrogate")
     for key, name in (("h.name", entity_name), ("t.name", object_name)):
         if not name.strip():
-            raise DataError(f"{key}: empty, expected a name")
+            raise DataError(f"{key}: expected a name, found none")
     if len(span) != 2 or not all(type(i) is int for i in span):
-        raise DataError(f"h.pos: {span!r}, expected two integers, start and end")
+        raise DataError(f"h.pos: expected two integers, start and end, found {span!r}")
     if not 0 <= span[0] < span[1] <= len(tokens):
         raise DataError(
-            f"h.pos: {span!r}, expected 0 <= start < end <= {len(tokens)}, the title's words"
+            f"h.pos: expected 0 <= start < end <= {len(tokens)}, the title's words, found {span!r}"
         )
     if composed(label) not in ontology.ids:
         raise DataError(
-            f"relation: unknown label {label!r}, expected one of the {len(ontology.labels)} of "
-            "rel2id.json"
+            f"relation: expected one of the {len(ontology.labels)} labels of rel2id.json, found "
+            f"{label!r}"
         )
     names = photos.get(composed(image), [])
     if not names:
-        raise DataError(f"img_id: no photo {image!r} in the split's folder under img_org")
+        raise DataError(
+            f"img_id: expected a photo in the split's folder under img_org, found none {image!r}"
+        )
     if image not in names and len(names) > 1:
         raise DataError(
-            f"img_id: {image!a} found, but the split's folder under img_org has "
-            f"{' and '.join(map(ascii, names))}, the same name in other forms of Unicode; "
-            "expected one of them"
+            f"img_id: expected {' or '.join(map(ascii, names))}, which are in the split's folder "
+            f"under img_org, found {image!a}, the same name in another form of Unicode"
         )
     return Fact(
         id=fact_id,
@@ -340,24 +355,27 @@ def _parse_fact(
 
 
 def check_box(box: Sequence[Any]) -> tuple[float, float, float, float]:
-    """A box of four fractions (x centre, y centre, width, height), clipped to the photo.
+    """Returns a box of fractions (x centre, y centre, width, height), clipped to the photo.
 
     Raises:
-        DataError: it is none, is empty, or leaves the photo by more than `BOX_SLOP`.
+        DataError: the box is not four numbers, is empty, or leaves the photo by more than
+            `BOX_SLOP`.
     """
     if len(box) != 4 or not all(type(x) in (int, float) for x in box):
-        raise DataError(f"t.box: {box!r}, expected four numbers: x centre, y centre, width, height")
+        raise DataError(
+            f"t.box: expected four numbers, x centre, y centre, width, height, found {box!r}"
+        )
     x, y, w, h = box
     if not (w > 0 and h > 0):
-        raise DataError(f"t.box: {box!r} is empty, expected a width and height above 0")
+        raise DataError(f"t.box: expected a width and height above 0, found {box!r}")
     if not all(-1 <= v <= 2 for v in box):  # Before sums, where a huge integer would overflow.
-        raise DataError(f"t.box: {box!r} leaves the photo, expected fractions within 0 to 1")
+        raise DataError(f"t.box: expected fractions within 0 to 1, found {box!r} outside")
     edges = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
     if not all(-BOX_SLOP <= e <= 1 + BOX_SLOP for e in edges):
-        raise DataError(f"t.box: {box!r} leaves the photo, expected fractions within 0 to 1")
+        raise DataError(f"t.box: expected fractions within 0 to 1, found {box!r} outside")
     if not all(-_ROUNDING <= e <= 1 + _ROUNDING for e in edges):
         x0, y0, x1, y1 = (min(max(e, 0.0), 1.0) for e in edges)
         if x0 >= x1 or y0 >= y1:
-            raise DataError(f"t.box: {box!r} lies outside the photo, expected it within 0 to 1")
+            raise DataError(f"t.box: expected a box inside the photo, found {box!r} outside of it")
         x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
     return float(x), float(y), float(w), float(h)

@@ -14,39 +14,40 @@ ENTITY_TYPES = ("per", "org", "loc", "misc")
 
 
 def label_types(label: str) -> tuple[str, str]:
-    """Object type and entity type of a relation: `/per/org/member_of` gives `("per", "org")`."""
+    """Returns a relation's types of object and entity, `("per", "org")` of `/per/org/member_of`."""
     _, object_type, entity_type, _ = label.split("/", 3)
     return object_type, entity_type
 
 
 @dataclass(frozen=True)
 class Ontology:
-    """A checked label list, in id order.
+    """A label list in id order.
 
     Attributes:
         labels: the labels; a label's id is its place.  `none` is among them, anywhere.
 
     Raises:
-        DataError: a label is malformed or double, or `none` is absent.
+        DataError: a label is malformed or double, or `none` is missing.
     """
 
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        """Checks the labels."""
         for label in self.labels:
             if problem := _label_problem(label):
                 raise DataError(f"label {label!r}: {problem}")
         if len(set(self.labels)) != len(self.labels):
             double = next(x for x in self.labels if self.labels.count(x) > 1)
-            raise DataError(f"label {double!r}: listed twice, expected each label once")
+            raise DataError(f"label {double!r}: expected each label once, found it twice")
         if NONE not in self.labels:
-            raise DataError(f"label {NONE!r}: absent, expected exactly once")
+            raise DataError(f"label {NONE!r}: expected exactly once, found none")
         if len(self.labels) < 2:
-            raise DataError(f"only the label {NONE!r}, expected at least one relation beside it")
+            raise DataError(f"expected at least one relation, found the label {NONE!r} only")
 
     @cached_property
     def ids(self) -> Mapping[str, int]:
-        """Label to id."""
+        """The id of each label."""
         return {label: i for i, label in enumerate(self.labels)}
 
     @property
@@ -57,18 +58,18 @@ class Ontology:
     @cached_property
     def types(self) -> tuple[str, ...]:
         """`per`, `org`, `loc`, `misc`, then any further type in order of its first label."""
-        found = (t for label in self.labels if label != NONE for t in label_types(label))
-        return tuple(dict.fromkeys((*ENTITY_TYPES, *found)))
+        types = (t for label in self.labels if label != NONE for t in label_types(label))
+        return tuple(dict.fromkeys((*ENTITY_TYPES, *types)))
 
     def allowed(self, object_type: str, entity_type: str) -> tuple[str, ...]:
-        """Labels that fit an ordered pair of types, in id order, with `none` always last.
+        """Returns the labels of an ordered pair of types, in id order, with `none` last.
 
         Raises:
-            ValueError: a type is none of `types`.
+            ValueError: a type is not among `types`.
         """
         for t in (object_type, entity_type):
             if t not in self.types:
-                raise ValueError(f"type {t!r}: unknown, expected one of {', '.join(self.types)}")
+                raise ValueError(f"type: expected one of {', '.join(self.types)}, found {t!r}")
         pair = (object_type, entity_type)
         return (*(x for x in self.labels if x != NONE and label_types(x) == pair), NONE)
 
@@ -76,10 +77,10 @@ class Ontology:
 def read_ontology_file(path: Path) -> Ontology:
     """Reads a `rel2id.json`: one JSON object, label to id, ids 0, 1, 2, … without gap.
 
-    Labels are composed, for only so can the model write them.
+    Labels are composed, since the model writes composed text only.
 
     Raises:
-        DataError: the file is absent, not such an object, or a label or id is malformed.
+        DataError: the file is missing or not such an object, or a label or id is malformed.
     """
     pairs = read_json(path, "copy it anew", expected="a JSON object, label to id", kind=_Pairs)
     owner: dict[int, str] = {}
@@ -87,20 +88,24 @@ def read_ontology_file(path: Path) -> Ontology:
     for written, i in pairs:
         label = composed(written)
         if label in seen:
-            found = "occurs twice"
+            found = "it twice"
             if seen[label] != written:
-                found = f"is there as {seen[label]!a} and as {written!a}"
-            raise DataError(f"{path}: key {label!r} {found}, expected each label once")
+                found = f"{seen[label]!a} and {written!a}"
+            raise DataError(f"{path}: key {label!r}: expected each label once, found {found}")
         seen[label] = written
         if problem := _label_problem(label):
             raise DataError(f"{path}: key {label!r}: {problem}")
         if type(i) is not int:
-            raise DataError(f"{path}: key {label!r}: id is not an integer, expected 0, 1, 2, …")
+            raise DataError(f"{path}: key {label!r}: expected an id 0, 1, 2, …, found {i!r}")
         if i in owner:
-            raise DataError(f"{path}: key {label!r}: id {i} is already that of {owner[i]!r}")
+            raise DataError(
+                f"{path}: key {label!r}: expected an id of its own, found {i}, {owner[i]!r}'s"
+            )
         if not 0 <= i < len(pairs):
             last = len(pairs) - 1
-            raise DataError(f"{path}: key {label!r}: id {i}, expected 0 to {last} without a gap")
+            raise DataError(
+                f"{path}: key {label!r}: expected ids 0 to {last} without a gap, found {i}"
+            )
         owner[i] = label
     try:
         return Ontology(tuple(owner[i] for i in range(len(owner))))
@@ -109,7 +114,7 @@ def read_ontology_file(path: Path) -> Ontology:
 
 
 def write_ontology_file(path: Path, labels: Sequence[str]) -> None:
-    """Writes a `rel2id.json` that `read_ontology_file` reads back."""
+    """Writes a `rel2id.json`, the labels in id order."""
     write_json(path, {label: i for i, label in enumerate(labels)}, indent=0)
 
 
@@ -119,11 +124,13 @@ class _Pairs(list):
 
 def _label_problem(label: str) -> str | None:
     if not label:
-        return "empty, expected a label"
+        return "expected a label, found none"
     if label != composed(label):
-        return f"decomposed Unicode, expected {composed(label)!a} for {label!a}"
+        return f"expected {composed(label)!a}, found its decomposed form {label!a}"
     if any(c.isspace() or c in "<>" or not c.isprintable() for c in label):
-        return "holds white space, '<', '>' or a control character, which the answer tag cannot"
+        return (
+            "expected no white space, '<', '>' or control character, for the answer tag, found one"
+        )
     if label != NONE and (len(parts := label.split("/", 3)) < 4 or parts[0] or not all(parts[1:])):
         return f"expected {NONE!r} or '/object type/entity type/relation'"
     return None

@@ -1,13 +1,13 @@
-"""Reading a photo: whatever a file holds becomes eight-bit RGB, upright.
+"""Reads photos: whatever a file holds becomes eight-bit RGB, upright.
 
-All that looks at a photo comes through here, so that what is checked is what is trained on, sampled
-from, rated, evaluated, predicted on and shown.
+All code that looks at a photo reads it here, so that the pixels that are checked are those of
+training, sampling, rating, evaluation, prediction and the report.
 
 - EXIF's orientation is applied: a box is a fraction of the photo as people see it.  MORE does not
   say how its boxes were made; they have the form of detectors of the YOLO family, which read
   through OpenCV, and that turns photos upright, as viewers and `transformers`' `load_image` do.
   EXIF that cannot be read is passed over, as by viewers.
-- What is transparent shows white, as with `transformers` and qwen-vl-utils.
+- Transparent pixels show white, as with `transformers` and qwen-vl-utils.
 - Sixteen-bit grayscale is scaled, 65535 to 255; of a file with several pictures the first is read.
 """
 
@@ -21,10 +21,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from morer1_jax.errors import DataError, one_line
 
-# Others that Pillow knows are no photos, or run programs to be read.
+# Pillow's other formats are not photos, or run programs to be read.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 DIGEST = "sha256"
-# What undoes an orientation of EXIF (CIPA DC-008, tag 274); 1 is upright.
+# The transposition that undoes an orientation of EXIF (CIPA DC-008, tag 274); 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,18 +37,18 @@ _UPRIGHT = {
 
 
 def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """Reads a photo whole.
+    """Reads a photo.
 
     Args:
-        source: a path, of a bucket too (`gs://…`), or the bytes of a file.
-        name: what errors call it; by default the path.
+        source: a path, local or in a bucket (`gs://…`), or the bytes of a file.
+        name: what errors call the photo; by default the path.
 
     Returns:
         The photo, RGB of 8 bits, upright; `info[DIGEST]` is the SHA-256 of the file's bytes.
 
     Raises:
-        DataError: it cannot be read, is damaged, is larger than Pillow's guard against
-            decompression bombs allows, or has pixels without an agreed white.
+        DataError: the photo cannot be read, is damaged, is larger than Pillow's guard against
+            decompression bombs allows, or has pixels of 32 bits, whose white is not agreed on.
     """
     if name is None:
         name = "photo" if isinstance(source, bytes) else str(source)
@@ -57,8 +57,8 @@ def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         with Image.open(io.BytesIO(data), formats=FORMATS) as stored:
             stored.load()
             photo = _to_rgb(stored)
-            if (turn := _UPRIGHT.get(_orientation(stored))) is not None:
-                photo = photo.transpose(turn)
+            if (transposition := _UPRIGHT.get(_orientation(stored))) is not None:
+                photo = photo.transpose(transposition)
     except Image.DecompressionBombError as e:
         raise DataError(f"{name}: {one_line(e)}; expected a smaller photo, scale it down") from e
     except UnidentifiedImageError as e:
@@ -72,7 +72,7 @@ def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         raise DataError(
             f"{name}: cannot be read: {one_line(e)}; expected a whole photo, copy it anew"
         ) from e
-    # What the file says else, such as the orientation, holds no more.
+    # The rest of the file's information, such as the orientation, no longer holds.
     photo.info = {DIGEST: hashlib.sha256(data).hexdigest()}
     return photo
 
@@ -86,8 +86,8 @@ def _to_rgb(photo: Image.Image) -> Image.Image:
         return Image.fromarray(gray).convert("RGB")
     if photo.mode in ("I", "F"):
         raise DataError(
-            f"pixels of 32 bits (mode {photo.mode!r}), of which none is white by agreement; "
-            "expected 8 or 16 bits, save it anew"
+            f"expected pixels of 8 or 16 bits, found 32 (mode {photo.mode!r}), whose white is not "
+            "agreed on; save it anew"
         )
     if photo.has_transparency_data:
         white = Image.new("RGBA", photo.size, "white")

@@ -1,4 +1,4 @@
-"""The student's question: two images, title, entity, labels, types and the form of the answer.
+"""The model's prompt: two images, title, entity, labels, types and the form of the answer.
 
 The same words serve SFT, sampling, rating, evaluation and prediction. The conversation follows the
 Qwen2.5-VL chat format, in which each image stands as one `<|image_pad|>` between vision marks until
@@ -22,7 +22,7 @@ _CONVERSATION = (
     "<|im_start|>user\n{images}{question}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-# What differs between facts comes last, next to where the assistant speaks.
+# Text that differs between facts comes last, next to the answer.
 _QUESTION = """\
 {pictures}How is the object related to the entity in the title?
 Labels:
@@ -42,10 +42,9 @@ _PICTURES = "A news photo, and an object cut out of it.\n"
 def question(
     fact: Fact, ontology: Ontology, *, show_photo: bool = True, show_title: bool = True
 ) -> str:
-    """What is asked of one fact, without the conversation around it; arguments as below.
+    """Returns the question about one fact, without the conversation around it.
 
-    Raises:
-      DataError: as `student_prompt`.
+    Args and errors are those of `student_prompt`.
     """
     for name, text in (("title", fact.title), ("entity", fact.entity_text)):
         if found := SPECIAL_TOKEN.search(text):
@@ -65,10 +64,10 @@ def question(
 def student_prompt(
     fact: Fact, ontology: Ontology, *, show_photo: bool = True, show_title: bool = True
 ) -> str:
-    """The conversation up to where the assistant speaks.
+    """Returns the conversation up to where the assistant speaks.
 
     Args:
-      fact: the question; its label is not read.
+      fact: the fact; its label is not read.
       ontology: the labels and types that may be answered.
       show_photo: False leaves photo and crop out (a blind baseline).
       show_title: False leaves the title's words out; the entity stays (a blind baseline).
@@ -80,15 +79,15 @@ def student_prompt(
       DataError: the title or the entity holds a special token, which the tokenizer would take for
         a turn or an image of its own.
     """
-    asked = question(fact, ontology, show_photo=show_photo, show_title=show_title)
-    return conversation(asked, 2 if show_photo else 0)
+    text = question(fact, ontology, show_photo=show_photo, show_title=show_title)
+    return conversation(text, 2 if show_photo else 0)
 
 
 def conversation(question: str, images: int) -> str:
-    """A question with images before it, up to where the assistant speaks."""
+    """Returns the conversation with a question after its images, up to the answer."""
     return _CONVERSATION.format(images=_IMAGE * images, question=question)
 
 
 def direct_answer(label: str) -> str:
-    """A target without reasoning."""
+    """Returns a target without reasoning."""
     return f"<answer>{label}</answer>"

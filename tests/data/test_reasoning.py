@@ -116,10 +116,10 @@ def error_of(*args):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: row | {"fact": "train:999"}, "fact 'train:999': unknown"),
-        (lambda row: row | {"text": row["text"] + "."}, "text is not '<think>'"),
-        (lambda row: row | {"text": None}, "the record: text is of type NoneType, expected str"),
-        (lambda row: {"text": row["text"]}, "the record: fact is of type NoneType, expected str"),
+        (lambda row: row | {"fact": "train:999"}, "fact 'train:999': expected a known fact"),
+        (lambda row: row | {"text": row["text"] + "."}, "expected '<think>', steps 1"),
+        (lambda row: row | {"text": None}, "the record: text: expected str, found NoneType"),
+        (lambda row: {"text": row["text"]}, "the record: fact: expected str, found NoneType"),
     ],
 )
 def test_bad_rows_are_named(world, tmp_path, name, change, message):
@@ -137,9 +137,13 @@ def test_rows_are_of_fact_and_text_alone(world, tmp_path, name):
     facts, ontology, texts = world
     rows = rows_of(texts)
     source = write(tmp_path / name, [row | {"score": 1} for row in rows])
-    assert "row 0: the record: unexpected key 'score'" in error_of(source, facts, ontology)
+    assert "row 0: the record: expected fact, text, found key 'score'" in error_of(
+        source, facts, ontology
+    )
     source = write(tmp_path / f"names.{name}", [{"id": r["fact"], "text": r["text"]} for r in rows])
-    assert "row 0: the record: no key 'fact'" in error_of(source, facts, ontology)
+    assert "row 0: the record: expected fact, text, found no key 'fact'" in error_of(
+        source, facts, ontology
+    )
 
 
 def test_bad_sources_are_named(world, tmp_path):

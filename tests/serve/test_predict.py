@@ -68,8 +68,8 @@ def test_an_entity_is_found_in_its_title(folder, title, entity, words, span):
         ),
         ({"box": "middle"}, "box is 'middle', expected four numbers"),
         ({"box": [0.5, 0.5, 0.2]}, "expected four numbers"),
-        ({"box": [0.5, 0.5, 0.0, 0.2]}, "is empty"),
-        ({"box": [0.9, 0.5, 0.4, 0.2]}, "leaves the photo"),
+        ({"box": [0.5, 0.5, 0.0, 0.2]}, "expected a width and height above 0"),
+        ({"box": [0.9, 0.5, 0.4, 0.2]}, "expected fractions within 0 to 1"),
         ({"colour": "red"}, "unexpected colour, expected image, box, title, entity"),
     ],
 )

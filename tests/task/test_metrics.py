@@ -159,10 +159,10 @@ def test_equals_a_confusion_matrix(pairs):
 @pytest.mark.parametrize(
     ("facts", "said", "message"),
     [
-        ([], [], "0 facts and 0 predictions"),
-        (facts_of(A), [A, B], "1 facts and 2 predictions"),
-        (facts_of(A), ["/x/y/z"], "fact test:1: label '/x/y/z'"),
-        (facts_of("/x/y/z"), [A], "fact test:1: label '/x/y/z'"),
+        ([], [], "found 0 predictions and 0 facts"),
+        (facts_of(A), [A, B], "found 2 predictions and 1 facts"),
+        (facts_of(A), ["/x/y/z"], "fact test:1: expected a label of the ontology, found '/x/y/z'"),
+        (facts_of("/x/y/z"), [A], "fact test:1: expected a label of the ontology, found '/x/y/z'"),
     ],
 )
 def test_refuses(facts, said, message):

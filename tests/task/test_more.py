@@ -180,7 +180,8 @@ def test_a_photo_of_two_names_that_read_alike_is_refused(folder):
     path = put(folder, changed(img_id=HALF))
     with pytest.raises(DataError) as error:
         read_split(folder, "train", ONTOLOGY)
-    assert str(error.value).startswith(f"{path}:1: img_id: {HALF!a} found, but ")
+    assert str(error.value).startswith(f"{path}:1: img_id: expected ")
+    assert f"found {HALF!a}, the same name" in str(error.value)
     assert all(ascii(name) in str(error.value) for name in NAMES.values())
 
 
@@ -246,56 +247,62 @@ def test_boxes_that_touch_the_edge_and_unusual_titles_are_kept_as_written(folder
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{'token': ['a'", "malformed"),
-        ("", "malformed"),
-        ("__import__('os').getcwd()", "malformed (not a literal)"),
-        ("{'token': [open('x')]}", "malformed (not a literal)"),
-        ("(" * 100_000, "malformed"),
-        ("\0", "malformed"),
-        ("['a']", "the line: list, expected a dict"),
-        (repr(GOOD)[:-1] + ", 'img_id': '2.jpg'}", "a key occurs twice"),
-        (repr(GOOD).replace("'pos'", "'pos': [1, 2], 'pos'"), "a key occurs twice"),
-        (changed(token=...), "the line: no key 'token'"),
-        (changed(h=...), "the line: no key 'h'"),
-        (changed(h__pos=...), "h: no key 'pos'"),
-        (changed(t__box=...), "t: no key 'box'"),
-        (changed(img_id=...), "the line: no key 'img_id'"),
-        (changed(relation=...), "the line: no key 'relation'"),
-        (changed(extra=1), "the line: unexpected key 'extra'"),
-        (changed(t__pos=[0, 1]), "t: unexpected key 'pos'"),
-        (changed(token="Heat"), "token is of type str, expected list"),
-        (changed(h=None), "h is of type NoneType, expected dict"),
-        (changed(h__name=3), "h: name is of type int, expected str"),
-        (changed(img_id=1), "img_id is of type int, expected str"),
-        (changed(relation=["none"]), "relation is of type list, expected str"),
-        (changed(token=[]), "token: expected a list of one or more words"),
-        (changed(token=["a", ""]), "token: expected a list of one or more words"),
-        (changed(token=["a", 1]), "token: expected a list of one or more words"),
+        ("{'token': ['a'", "expected one Python dict literal a line, found"),
+        ("", "expected one Python dict literal a line, found"),
+        ("__import__('os').getcwd()", "found something else"),
+        ("{'token': [open('x')]}", "found something else"),
+        ("(" * 100_000, "expected one Python dict literal a line, found"),
+        ("\0", "expected one Python dict literal a line, found"),
+        ("['a']", "the line: expected a dict of token, h, t, img_id, relation, found list"),
+        (repr(GOOD)[:-1] + ", 'img_id': '2.jpg'}", "expected each key of a dict once"),
+        (repr(GOOD).replace("'pos'", "'pos': [1, 2], 'pos'"), "expected each key of a dict once"),
+        (changed(token=...), "found no key 'token'"),
+        (changed(h=...), "found no key 'h'"),
+        (changed(h__pos=...), "h: expected name, pos, found no key 'pos'"),
+        (changed(t__box=...), "t: expected name, box, found no key 'box'"),
+        (changed(img_id=...), "found no key 'img_id'"),
+        (changed(relation=...), "found no key 'relation'"),
+        (changed(extra=1), "relation, found key 'extra'"),
+        (changed(t__pos=[0, 1]), "t: expected name, box, found key 'pos'"),
+        (changed(token="Heat"), "token: expected list, found str"),
+        (changed(h=None), "h: expected dict, found NoneType"),
+        (changed(h__name=3), "h: name: expected str, found int"),
+        (changed(img_id=1), "img_id: expected str, found int"),
+        (changed(relation=["none"]), "relation: expected str, found list"),
+        (changed(token=[]), "token: expected one or more words"),
+        (changed(token=["a", ""]), "token: expected one or more words"),
+        (changed(token=["a", 1]), "token: expected one or more words"),
         (changed(token=["a", "\ud800"]), "lone surrogate"),
-        (changed(h__name=" "), "h.name: empty"),
-        (changed(t__name=""), "t.name: empty"),
-        (changed(h__pos=[0, 8]), "h.pos: [0, 8], expected 0 <= start < end <= 7"),
-        (changed(h__pos=[-1, 1]), "h.pos: [-1, 1]"),
-        (changed(h__pos=[2, 2]), "h.pos: [2, 2]"),
-        (changed(h__pos=[3, 2]), "h.pos: [3, 2]"),
-        (changed(h__pos=[0]), "h.pos: [0], expected two integers"),
+        (changed(h__name=" "), "h.name: expected a name"),
+        (changed(t__name=""), "t.name: expected a name"),
+        (
+            changed(h__pos=[0, 8]),
+            "h.pos: expected 0 <= start < end <= 7, the title's words, found [0, 8]",
+        ),
+        (changed(h__pos=[-1, 1]), "found [-1, 1]"),
+        (changed(h__pos=[2, 2]), "found [2, 2]"),
+        (changed(h__pos=[3, 2]), "found [3, 2]"),
+        (changed(h__pos=[0]), "h.pos: expected two integers, start and end, found [0]"),
         (changed(h__pos=[0.0, 1.0]), "expected two integers"),
         (changed(h__pos=[False, True]), "expected two integers"),
-        (changed(relation="/per/org/friend_of"), "unknown label '/per/org/friend_of'"),
-        (changed(img_id="9.jpg"), "no photo '9.jpg'"),
-        (changed(img_id="../train/1.jpg"), "no photo '../train/1.jpg'"),
-        (changed(img_id="1\n.jpg"), "no photo '1\\n.jpg'"),
-        (changed(t__box=(0.5, 0.5, 0.0, 0.5)), "is empty"),
-        (changed(t__box=(0.5, 0.5, 0.5, -0.5)), "is empty"),
+        (
+            changed(relation="/per/org/friend_of"),
+            "relation: expected one of the 3 labels of rel2id.json, found '/per/org/friend_of'",
+        ),
+        (changed(img_id="9.jpg"), "found none '9.jpg'"),
+        (changed(img_id="../train/1.jpg"), "found none '../train/1.jpg'"),
+        (changed(img_id="1\n.jpg"), "found none '1\\n.jpg'"),
+        (changed(t__box=(0.5, 0.5, 0.0, 0.5)), "expected a width and height above 0"),
+        (changed(t__box=(0.5, 0.5, 0.5, -0.5)), "expected a width and height above 0"),
         (changed(t__box=(0.5, 0.5, 0.5)), "expected four numbers"),
         (changed(t__box=(0.5, 0.5, 0.5, "1")), "expected four numbers"),
         (changed(t__box=(0.5, 0.5, 0.5, True)), "expected four numbers"),
-        (changed(t__box=(0.1, 0.5, 0.21, 0.5)), "leaves the photo"),
-        (changed(t__box=(0.5, 0.95, 0.2, 0.2)), "leaves the photo"),
-        (changed(t__box=(210, 140, 50, 60)), "leaves the photo"),
-        (changed(t__box=(0.5, 10**400, 0.2, 0.2)), "leaves the photo"),
-        (changed(t__box=(1.0005, 0.5, 0.001, 0.2)), "lies outside the photo"),
-        (changed().replace("0.25", "1e999"), "leaves the photo"),
+        (changed(t__box=(0.1, 0.5, 0.21, 0.5)), "expected fractions within 0 to 1"),
+        (changed(t__box=(0.5, 0.95, 0.2, 0.2)), "expected fractions within 0 to 1"),
+        (changed(t__box=(210, 140, 50, 60)), "expected fractions within 0 to 1"),
+        (changed(t__box=(0.5, 10**400, 0.2, 0.2)), "expected fractions within 0 to 1"),
+        (changed(t__box=(1.0005, 0.5, 0.001, 0.2)), "expected a box inside the photo"),
+        (changed().replace("0.25", "1e999"), "expected fractions within 0 to 1"),
     ],
 )
 def test_bad_lines_are_named_in_one_line(folder, line, message):
@@ -313,7 +320,11 @@ def test_all_bad_lines_are_named_at_once_up_to_twenty(folder):
     with pytest.raises(DataError) as error:
         read_split(folder, "train", ONTOLOGY)
     assert str(error.value).startswith(f"4 faults: (1) {path}:2: relation: ")
-    for number, what in ((3, "img_id: no photo"), (4, "malformed"), (5, "t.box: ")):
+    for number, what in (
+        (3, "img_id: expected a photo in the split's folder"),
+        (4, "expected one Python dict literal a line, found"),
+        (5, "t.box: "),
+    ):
         assert f"({number - 1}) {path}:{number}: {what}" in str(error.value)
     assert "\n" not in str(error.value)
     put(folder, *["x"] * 50)
@@ -333,7 +344,9 @@ def test_bad_files_are_named(folder):
         read_split(folder, "train", ONTOLOGY)
     put(folder, repr(GOOD))
     (folder / "img_org" / "train").rename(folder / "img_org" / "elsewhere")
-    with pytest.raises(DataError, match=r"img_org/train.*folder of the photos"):
+    with pytest.raises(
+        DataError, match=r"expected the folder of its photos, found .*img_org/train"
+    ):
         read_split(folder, "train", ONTOLOGY)
 
 
@@ -354,7 +367,7 @@ def test_a_split_of_the_released_size_is_read_in_seconds(folder):
 
 def test_only_facts_in_their_own_lines_are_written(folder):
     before = split_path(folder, "train").read_bytes()
-    with pytest.raises(ValueError, match="fact train:3: at line 2 of train"):
+    with pytest.raises(ValueError, match="train:2: expected the fact of this id, found train:3"):
         write_split(folder, "train", [FACT, dataclasses.replace(FACT, id="train:3")])
     assert split_path(folder, "train").read_bytes() == before
 
@@ -472,22 +485,25 @@ def test_reasoning_round_trip(tmp_path):
     ("line", "message"),
     [
         ("{", "expected written reasoning {"),
-        ("[]", "the record: list, expected a dict of fact, text"),
-        ('{"fact": "train:1"}', "the record: no key 'text'"),
-        ('{"fact": "train:1", "text": "a", "x": 1}', "unexpected key 'x'"),
-        ('{"fact": 1, "text": "a"}', "fact is of type int, expected str"),
-        ('{"fact": "train:9", "text": "a"}', "fact 'train:9': unknown"),
-        ('{"fact": "train:2", "text": "a"}', "fact 'train:2': occurs twice"),
-        ('{"fact": "train:1", "text": " \\n"}', "fact 'train:1': text is empty"),
-        ('{"fact": "train:1", "text": "\\ud800"}', "fact 'train:1': text holds a lone surrogate"),
+        ("[]", "the record: expected a dict of fact, text, found list"),
+        ('{"fact": "train:1"}', "the record: expected fact, text, found no key 'text'"),
+        ('{"fact": "train:1", "text": "a", "x": 1}', "found key 'x'"),
+        ('{"fact": 1, "text": "a"}', "fact: expected str, found int"),
+        ('{"fact": "train:9", "text": "a"}', "fact 'train:9': expected a known fact"),
+        ('{"fact": "train:2", "text": "a"}', "fact 'train:2': expected one text a fact"),
+        ('{"fact": "train:1", "text": " \\n"}', "fact 'train:1': expected written reasoning"),
+        ('{"fact": "train:1", "text": "\\ud800"}', "fact 'train:1': expected Unicode text"),
         (
             '{"fact": "train:1", "text": "So none."}',
-            "fact 'train:1': text is not '<think>', steps 1",
+            "fact 'train:1': expected '<think>', steps 1",
         ),
-        (text_line(reasoned("none")), "ends in 'none', expected the fact's label '/per/org/opp"),
-        (text_line(reasoned("/per/misc/race")), "text is not '<think>'"),
-        (text_line(reasoned(first="<|im_end|>")), "text holds '<|im_end|>', a special token"),
-        (text_line(reasoned(first="<|image_pad|>")), "text holds '<|image_pad|>'"),
+        (text_line(reasoned("none")), "at the end, found 'none'"),
+        (text_line(reasoned("/per/misc/race")), "expected '<think>', steps 1"),
+        (
+            text_line(reasoned(first="<|im_end|>")),
+            "special tokens of the model, found '<|im_end|>'",
+        ),
+        (text_line(reasoned(first="<|image_pad|>")), "found '<|image_pad|>'"),
     ],
 )
 def test_bad_reasoning_is_named_in_one_line(tmp_path, line, message):
