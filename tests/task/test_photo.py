@@ -248,7 +248,7 @@ def test_bad_files_are_named_in_one_line(tmp_path):
         )
     for mode in ("I", "F"):
         message = bad(encoded(Image.new(mode, (3, 3)), "TIFF"), tmp_path)
-        assert message.startswith(f"pixels of 32 bits (mode {mode!r})")
+        assert message.startswith(f"expected pixels of 8 or 16 bits, found 32 (mode {mode!r})")
         assert message.endswith("save it anew")
     with pytest.raises(
         DataError, match=r"^[^\n]*absent\.jpg: cannot be read: .*No such file"
