@@ -237,7 +237,7 @@ def test_a_checkpoint_is_sought_on_the_hub_only_where_none_here_is_meant(
         asked.append(name)
         raise OSError("offline")
 
-    monkeypatch.setattr("morer1_jax.weights.published.snapshot_download", download)
+    monkeypatch.setattr("morer1_jax.weights.folder.snapshot_download", download)
     _, err = command(CONVERT, "--checkpoint=Qwen/Qwen2.5-VL-3B-Instruct", "--out=x", code=2)
     assert "the hub does not give it: offline" in err
     command(CONVERT, "--checkpoint=runs/dmo", "--out=x", code=2)

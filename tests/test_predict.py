@@ -171,7 +171,7 @@ def spoilt(exported, tmp_path_factory):
     tensors[name][3, 5] = np.nan
     save_file(tensors, folder / SINGLE)
     size = tensors[name].size
-    return folder, f"{folder / SINGLE}: 1 of the {size} values of {name} are not finite; "
+    return folder, f"{folder / SINGLE}: {name}: expected finite values, found 1 of {size} "
 
 
 @pytest.mark.parametrize("stage", ["sft", "rate", "grpo"])

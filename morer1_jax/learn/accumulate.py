@@ -11,9 +11,9 @@ import jax.numpy as jnp
 PyTree = Any
 
 
-def add(total: PyTree, part: PyTree) -> PyTree:
-    """Leaf by leaf."""
-    return jax.tree.map(jnp.add, total, part)
+def add(total: PyTree, summand: PyTree) -> PyTree:
+    """Adds two trees leaf by leaf."""
+    return jax.tree.map(jnp.add, total, summand)
 
 
 def accumulate(
@@ -22,34 +22,36 @@ def accumulate(
     micro_batches: int,
     combine: Callable[[PyTree, PyTree], PyTree] = add,
 ) -> PyTree:
-    """Sums `gradients(part)` over equal parts of a batch, one part's activations at a time.
+    """Sums `gradients(micro_batch)` over a batch's micro-batches, with one's activations at a time.
 
-    What is summed must be a plain sum over rows: a loss is divided by its normaliser over the
-    whole batch beforehand, so that 1 part and 8 parts give the same.
+    What is summed must be a plain sum over rows: a loss is divided beforehand by its normaliser
+    over the whole batch, so that 1 and 8 micro-batches give the same.
 
     Args:
-      gradients: maps a part to a tree of sums (loss, gradients, metrics).
+      gradients: maps a micro-batch to a tree of sums (loss, gradients, metrics).
       batch: a tree of arrays with rows leading.
-      micro_batches: number of parts; must divide the rows.
-      combine: joins the total so far, from zeros, with a part's.
+      micro_batches: number of micro-batches of equal size.
+      combine: joins the total so far, from zeros, with a micro-batch's sums.
 
     Raises:
-      ValueError: it does not.
+      ValueError: `micro_batches` does not divide the rows.
     """
     if micro_batches == 1:
         return gradients(batch)
     rows = jax.tree.leaves(batch)[0].shape[0]
     if micro_batches < 1 or rows % micro_batches:
-        raise ValueError(f"micro_batches: {micro_batches} does not divide the batch of {rows} rows")
-    # Rows i, i + m, i + 2m, … form part i: each device keeps the rows it holds.
-    parts = jax.tree.map(
+        raise ValueError(
+            f"micro_batches: expected a divisor of the batch's {rows} rows, found {micro_batches}"
+        )
+    # Rows i, i + m, i + 2m, … form micro-batch i: each device keeps the rows it holds.
+    stacked = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]), 0, 1),
         batch,
     )
-    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], stacked))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def step(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
-        return combine(total, gradients(part)), None
+    def step(total: PyTree, micro_batch: PyTree) -> tuple[PyTree, None]:
+        return combine(total, gradients(micro_batch)), None
 
-    return jax.lax.scan(step, zeros, parts)[0]
+    return jax.lax.scan(step, zeros, stacked)[0]

@@ -7,10 +7,10 @@ section 3.1):
     l_t = -w_t min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) + beta KL_t
     KL_t = π_ref(o_t) / π(o_t) - log(π_ref(o_t) / π(o_t)) - 1
 
-where w_t, which has no gradient, makes up for the sampler's rounding (`importance_cap`; else 1),
-and the loss is a weighted sum of l_t over the batch's tokens; the weights are the choice of
-`Normalisation`. In the first update on a rollout π_old is π itself, so the ratio is exactly 1 and
-no pass is spent on it.
+where w_t, which has no gradient, corrects for the sampler's rounding (`importance_cap`; else 1),
+and the loss is a weighted sum of l_t over the batch's tokens, by the weights that `Normalisation`
+chooses. In the first update on a rollout π_old is π itself, so the ratio is exactly 1 and no pass
+is spent on it. Axes: b prompts, g completions of a prompt, t tokens of a completion, v vocabulary.
 """
 
 from __future__ import annotations
@@ -38,19 +38,23 @@ Normalisation = Literal["sequence", "token", "constant"]
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The objective.
+    """The objective's choices.
 
     Attributes:
-      clip_low, clip_high: the ratio's clip range is [1 - clip_low, 1 + clip_high].
+      clip_low: the ratio is clipped from 1 - clip_low on.
+      clip_high: the ratio is clipped up to 1 + clip_high.
       beta: weight of the KL to the reference; at 0 no reference is held or scored.
-      normalisation: what a token weighs. "sequence": 1 / (its completion's tokens × completions),
+      normalisation: a token's weight. "sequence": 1 / (its completion's tokens × completions),
         GRPO's. "token": 1 / tokens of the batch, DAPO's. "constant": 1 / (completions × length
         limit), Dr. GRPO's (arXiv 2503.20783). Groups whose rewards are all equal count in the
         denominators: dropping them would raise the step on the rest.
-      importance_cap: a token's policy term, not its KL, is weighted by π_old / π_sampler, at most
-        this (truncated importance sampling), which makes up for a sampler that rounds differently;
-        None: not.
-      mask_truncated: leave completions that were cut off out of the loss.
+      importance_cap: upper bound of π_old / π_sampler, by which a token's policy term, not its KL,
+        is weighted (truncated importance sampling); it corrects for a sampler that rounds
+        differently. None: no weight.
+      mask_truncated: whether completions cut off at the length limit are left out of the loss.
+
+    Raises:
+      ValueError: `normalisation` is unknown, or `importance_cap` is not above 0.
     """
 
     clip_low: float = 0.2
@@ -63,26 +67,29 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.normalisation not in ("sequence", "token", "constant"):
             raise ValueError(
-                f"grpo.normalisation: {self.normalisation!r} found, 'sequence', 'token' or "
-                "'constant' expected"
+                "grpo.normalisation: expected 'sequence', 'token' or 'constant', found "
+                f"{self.normalisation!r}"
             )
         if self.importance_cap is not None and self.importance_cap <= 0:
             raise ValueError(
-                f"importance_cap: {self.importance_cap} found, above 0 expected, or None"
+                f"importance_cap: expected above 0 or None, found {self.importance_cap}"
             )
 
 
 @struct.dataclass
 class GroupBatch:
-    """What an update reads; rows are prompts.
+    """The rollout that an update learns from; rows are prompts.
 
     Attributes:
+      prompts: with images or their features.
+      tokens: int32 ids of the completions.
+      mask: True for a completion's tokens, end-of-turn among them; nothing is read elsewhere.
       weights: float32, each token's share of the loss; 0 where it does not count.
-      sampler: log-probabilities the tokens were drawn with. Of these and those below only the
-        numbers at places that `mask` shows are read.
-      old: log-probabilities under the parameters before the first update on this rollout; None in
-        that first update.
-      reference: log-probabilities under the reference; None where beta is 0.
+      advantages: float32, each completion's.
+      sampler: float32 log-probabilities with which the tokens were sampled.
+      old: float32 log-probabilities under the parameters before the first update on this rollout;
+        None in that first update.
+      reference: float32 log-probabilities under the reference; None where beta is 0.
     """
 
     prompts: PromptBatch
@@ -98,9 +105,15 @@ class GroupBatch:
 def token_weights(
     mask: Bool[Array, "b g t"], ended: Bool[Array, "b g"], config: LossConfig
 ) -> Float[Array, "b g t"]:
-    """Each token's share of the loss over the whole global batch; all 0 if nothing counts."""
-    kept = ended | (not config.mask_truncated)
-    counted = (mask & kept[..., None]).astype(jnp.float32)
+    """Returns each token's share of the loss over the whole global batch, float32.
+
+    Args:
+      mask: True for a completion's tokens.
+      ended: False for completions cut off at the length limit.
+      config: `normalisation` and `mask_truncated`.
+    """
+    in_loss = ended | (not config.mask_truncated)
+    counted = (mask & in_loss[..., None]).astype(jnp.float32)
     b, g, t = mask.shape
     if config.normalisation == "token":
         return counted / jnp.maximum(jnp.sum(counted), 1.0)
@@ -117,9 +130,19 @@ def token_losses(
     advantages: Float[Array, "b g"],
     config: LossConfig,
 ) -> tuple[Float[Array, "b g t"], Metrics]:
-    """l_t of each token, and what happened to it: `clip_low`, `clip_high`, `kl` if asked.
+    """Returns l_t of each token, and diagnostics of it.
 
-    No gradient is to come by `old` and `sampler`.
+    Args:
+      new: log-probabilities under the parameters that train.
+      old: under those before the first update; the caller stops its gradient.
+      sampler: those the tokens were sampled with; the caller stops its gradient.
+      reference: under the reference, if beta is above 0.
+      advantages: of each completion.
+      config: the objective's choices.
+
+    Returns:
+      Losses, and by name whether the ratio was clipped (`clip_low`, `clip_high`) and, with a
+      reference, `kl`.
     """
     advantage = advantages[..., None]
     ratio = jnp.exp(new - old)
@@ -127,15 +150,15 @@ def token_losses(
     losses = -jnp.minimum(ratio * advantage, clipped * advantage)
     if config.importance_cap is not None:
         losses = losses * jnp.minimum(jnp.exp(old - sampler), config.importance_cap)
-    seen = {
+    diagnostics = {
         "clip_low": (ratio < 1.0 - config.clip_low) & (advantage < 0),
         "clip_high": (ratio > 1.0 + config.clip_high) & (advantage > 0),
     }
     if reference is not None:
         log_ratio = reference - new
-        seen["kl"] = jnp.exp(log_ratio) - log_ratio - 1.0
-        losses = losses + config.beta * seen["kl"]
-    return losses, seen
+        diagnostics["kl"] = jnp.exp(log_ratio) - log_ratio - 1.0
+        losses = losses + config.beta * diagnostics["kl"]
+    return losses, diagnostics
 
 
 def grpo_gradients(
@@ -148,54 +171,76 @@ def grpo_gradients(
     micro_batches: int = 1,
     frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
-    """Gradients by `params` of the loss over the whole batch, and metrics under TRL's names.
+    """Returns the gradients of the whole batch's loss with respect to `params`, and metrics.
 
     Args:
+      model: the model.
+      params: the trainable parameters.
+      batch: of which groups stay whole in a micro-batch.
+      allowed: ids that can be sampled.
+      config: the objective's choices.
+      score: temperature and chunk of log-probabilities.
+      micro_batches: number of micro-batches.
       frozen: the model's other parameters; see `learn.trainable`.
+
+    Returns:
+      Gradients, and metrics under TRL's names.
     """
 
-    def part_gradients(part: GroupBatch) -> tuple[Params, Metrics]:
+    def micro_gradients(part: GroupBatch) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[Array, Metrics]:
-            whole = join(params, frozen or {})
             new, entropy = group_logprobs(
-                model, whole, part.prompts, part.tokens, part.mask, allowed, score
+                model,
+                join(params, frozen or {}),
+                part.prompts,
+                part.tokens,
+                part.mask,
+                allowed,
+                score,
             )
             # Places beyond a completion's end hold no token: their numbers, which can be so large
-            # that a ratio of them is infinite, are kept out of everything.
+            # that a ratio of them is infinite, are kept out of losses and metrics.
             new, old, reference, sampler = (
                 None if x is None else jnp.where(part.mask, x, 0.0)
                 for x in (new, part.old, part.reference, part.sampler)
             )
             old = jax.lax.stop_gradient(new) if old is None else old
-            losses, seen = token_losses(new, old, sampler, reference, part.advantages, config)
-            drift = old - sampler
+            losses, diagnostics = token_losses(
+                new, old, sampler, reference, part.advantages, config
+            )
+            # Sums over tokens, which micro-batches add up; `_means` divides them.
+            difference = old - sampler
             counted = (part.weights > 0).astype(jnp.float32)
             sums = {
                 "loss": jnp.sum(losses * part.weights),
                 "tokens": jnp.sum(counted),
                 "entropy": jnp.sum(entropy * counted),
-                "difference": jnp.sum(jnp.abs(drift) * counted),
-                **{name: jnp.sum(value * counted) for name, value in seen.items()},
-                "difference_max": jnp.max(jnp.abs(drift) * counted),
+                "difference": jnp.sum(jnp.abs(difference) * counted),
+                **{name: jnp.sum(value * counted) for name, value in diagnostics.items()},
+                "difference_max": jnp.max(jnp.abs(difference) * counted),
             }
             return sums["loss"], jax.lax.stop_gradient(sums)
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, sums
 
-    grads, sums = accumulate(part_gradients, batch, micro_batches, _combine)
+    grads, sums = accumulate(micro_gradients, batch, micro_batches, _combine)
     return grads, _means(sums)
 
 
 def _combine(total: tuple[Params, Metrics], part: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+    """Adds a micro-batch's sums to the total, but takes the larger of greatest differences."""
     grads, sums = add(total, part)
     largest = jnp.maximum(total[1]["difference_max"], part[1]["difference_max"])
     return grads, sums | {"difference_max": largest}
 
 
 def combined_metrics(updates: Sequence[Metrics]) -> Metrics:
-    """Those of several updates as of one: means, of what is a greatest value the greatest, and of
-    `skipped_updates` the sum."""
+    """Returns the metrics of a rollout's updates as one set.
+
+    That is their means, but the greatest of what is a greatest value, and the sum of
+    `skipped_updates`.
+    """
 
     def combined(name: str) -> Array:
         values = jnp.stack([metrics[name] for metrics in updates])
@@ -229,11 +274,11 @@ def make_grpo_update(
     score: ScoreConfig,
     micro_batches: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """One optimizer update: `update(state, frozen, batch, allowed) -> (state, metrics)`.
+    """Returns one optimizer update, `update(state, frozen, batch, allowed) -> (state, metrics)`.
 
     `state.step` counts rollouts, so the caller raises it after the last update on one. An update on
-    numbers that are not finite is skipped (see `apply_gradients`); `not_finite`, int32 [b], is
-    `prompts.fact` of each group that has such, by `not_finite_groups`, and -1 of the others.
+    numbers that are not finite is skipped (see `apply_gradients`). The metric `not_finite`, int32
+    [b], is `prompts.fact` of each group with such numbers (see `not_finite_groups`), else -1.
     """
 
     def update(
@@ -244,17 +289,17 @@ def make_grpo_update(
         )
         bad = not_finite_groups(batch)
         sound = jnp.isfinite(metrics["loss"]) & ~jnp.any(bad)
-        params, opt_state, seen = apply_gradients(state, grads, optimizer, sound)
-        seen["not_finite"] = jnp.where(bad, batch.prompts.fact, -1)
-        return state.replace(params=params, opt_state=opt_state), metrics | seen
+        params, opt_state, norms = apply_gradients(state, grads, optimizer, sound)
+        metrics |= norms | {"not_finite": jnp.where(bad, batch.prompts.fact, -1)}
+        return state.replace(params=params, opt_state=opt_state), metrics
 
     return update
 
 
 def not_finite_groups(batch: GroupBatch) -> Bool[Array, " b"]:
-    """Whether a group has an advantage, or a completion's token a log-probability, not finite.
+    """Returns which groups have an advantage or a token's log-probability that is not finite.
 
-    The loss alone does not tell: the clip and the importance weight's cap hide an infinite ratio.
+    The loss alone does not show it: the clip and the importance weight's cap hide infinite ratios.
     """
     bad = jnp.any(~jnp.isfinite(batch.advantages), axis=-1)
     for logprobs in (batch.sampler, batch.old, batch.reference):

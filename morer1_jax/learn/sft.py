@@ -26,7 +26,7 @@ Metrics = dict[str, Array]
 def sft_sums(
     model: Qwen25VL, params: Params, batch: SequenceBatch, config: ScoreConfig
 ) -> dict[str, Array]:
-    """Sums over the batch's target tokens: cross-entropy, entropy, count."""
+    """Returns sums over the batch's target tokens: `loss` (cross-entropy), `entropy`, `tokens`."""
     logps, entropy = sequence_logprobs(model, params, batch, config)
     return {
         "loss": -jnp.sum(logps * batch.weights),
@@ -43,14 +43,22 @@ def sft_gradients(
     micro_batches: int = 1,
     frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
-    """Gradients of the mean loss by `params`, and metrics `loss`, `entropy`, `target_tokens`.
+    """Returns the gradients of the mean loss with respect to `params`, and metrics.
 
     Args:
+      model: the model.
+      params: the trainable parameters.
+      batch: of whole rows.
+      config: of log-probabilities.
+      micro_batches: number of micro-batches.
       frozen: the model's other parameters; see `learn.trainable`.
+
+    Returns:
+      Gradients, and the metrics `loss`, `entropy` and `target_tokens`.
     """
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
-    def part_gradients(part: SequenceBatch) -> tuple[Params, dict[str, Array]]:
+    def micro_gradients(part: SequenceBatch) -> tuple[Params, dict[str, Array]]:
         def loss(params: Params) -> tuple[Array, dict[str, Array]]:
             sums = sft_sums(model, join(params, frozen or {}), part, config)
             return sums["loss"] / total, sums
@@ -58,7 +66,7 @@ def sft_gradients(
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, sums
 
-    grads, sums = accumulate(part_gradients, batch, micro_batches)
+    grads, sums = accumulate(micro_gradients, batch, micro_batches)
     return grads, {
         "loss": sums["loss"] / total,
         "entropy": sums["entropy"] / total,
@@ -72,15 +80,15 @@ def make_sft_step(
     config: ScoreConfig,
     micro_batches: int = 1,
 ) -> Callable[[TrainState, Params, SequenceBatch], tuple[TrainState, Metrics]]:
-    """One update: `step(state, frozen, batch) -> (state, metrics)`, to be jitted.
+    """Returns one update, `step(state, frozen, batch) -> (state, metrics)`, to be jitted.
 
-    `state.step` counts batches, also one whose update was skipped; see `apply_gradients`.
+    `state.step` counts batches, those whose update was skipped among them; see `apply_gradients`.
     """
 
     def step(state: TrainState, frozen: Params, batch: SequenceBatch) -> tuple[TrainState, Metrics]:
         grads, metrics = sft_gradients(model, state.params, batch, config, micro_batches, frozen)
         sound = jnp.isfinite(metrics["loss"])
-        params, opt_state, seen = apply_gradients(state, grads, optimizer, sound)
-        return TrainState(state.step + 1, params, opt_state), metrics | seen
+        params, opt_state, norms = apply_gradients(state, grads, optimizer, sound)
+        return TrainState(state.step + 1, params, opt_state), metrics | norms
 
     return step

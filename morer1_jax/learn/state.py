@@ -1,7 +1,7 @@
-"""Parameters, optimizer and what changes them.
+"""Training state, the optimizer, and the update that both go through.
 
 The optimizer is AdamW behind a global-norm clip, with a warm-up and a constant or cosine rate.
-Decay applies to matrices and leaves biases and norm scales alone.
+Weight decay applies to matrices, not to biases and scales of norms.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ Params = dict[str, Any]
 
 @struct.dataclass
 class TrainState:
-    """What training changes; of the parameters, those that train (see `learn.trainable`).
+    """What training changes.
 
-    `step` counts the batches (of SFT) or rollouts (of GRPO) spent; an update that follows the
-    same rollout again counts in the optimizer's own state.
+    Attributes:
+      step: int32, the batches (SFT) or rollouts (GRPO) trained on; further updates on a rollout
+        count in the optimizer's own state alone.
+      params: the trainable parameters; see `learn.trainable`.
+      opt_state: the optimizer's.
     """
 
     step: Int[Array, ""]
@@ -37,14 +40,21 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's.
+    """Settings of AdamW (arXiv 1711.05101), its schedule and its clip.
 
     Attributes:
       lr: peak learning rate.
       schedule: "constant", or "cosine" down to `final` times the peak at the last update.
       warmup: updates of linear warm-up.
       final: last rate of the cosine as a share of the peak.
+      b1: decay of the gradients' first moment.
+      b2: decay of the gradients' second moment.
+      eps: added to the root of the second moment.
+      weight_decay: of matrices, times the learning rate.
       clip_norm: gradients of a greater global norm are scaled down to it.
+
+    Raises:
+      ValueError: `lr` or `clip_norm` is not above 0.
     """
 
     lr: float
@@ -58,11 +68,12 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip_norm <= 0:
-            raise ValueError(f"lr {self.lr} and clip_norm {self.clip_norm}: both must be above 0")
+        for name in ("lr", "clip_norm"):
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"{name}: expected above 0, found {value}")
 
     def learning_rate(self, updates: int) -> optax.Schedule:
-        """Learning rate by number of updates done, for a run of `updates`."""
+        """Returns the learning rate by number of updates done, for a run of `updates`."""
         if self.schedule == "constant":
             rest = optax.constant_schedule(self.lr)
         else:
@@ -72,7 +83,7 @@ class OptimizerConfig:
         return optax.join_schedules([ramp, rest], [self.warmup])
 
     def build(self, updates: int, parts: TrainableParts = ALL) -> optax.GradientTransformation:
-        """The optax transformation for a run of `updates` of the parameters that train."""
+        """Returns the optax transformation for a run of `updates` of the trainable parameters."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
@@ -90,6 +101,7 @@ class OptimizerConfig:
 
 
 def _decayed(params: Params) -> Any:
+    """Returns a tree of whether each leaf has weight decay."""
     names = ("bias", "scale")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not jax.tree_util.keystr(path, simple=True).endswith(names), params
@@ -97,32 +109,34 @@ def _decayed(params: Params) -> Any:
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0."""
+    """Returns a state at step 0 with these parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_params(model: Qwen25VL) -> Params:
-    """Shapes and dtypes of the parameters, without making them; traced once, not to be changed."""
+    """Returns shapes and dtypes of all parameters; traced once a model, not to be changed."""
     return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
 
 
 def init_sharded(model: Qwen25VL, key: PRNGKeyArray, like: Params) -> Params:
-    """Parameters from scratch, each made where it will live.
+    """Returns parameters from scratch, each made on the devices that will hold it.
 
     Args:
-      like: those that are wanted, of `jax.ShapeDtypeStruct` with shardings.
+      model: the model.
+      key: of the random numbers.
+      like: the leaves to return, all or some, of `jax.ShapeDtypeStruct` with shardings.
     """
 
     def pick(params: Params, like: Params) -> Params:
         return {
-            name: pick(params[name], want)
-            if isinstance(want, dict)
-            else params[name].astype(want.dtype)
-            for name, want in like.items()
+            name: pick(params[name], branch)
+            if isinstance(branch, dict)
+            else params[name].astype(branch.dtype)
+            for name, branch in like.items()
         }
 
-    shardings = jax.tree.map(lambda want: want.sharding, like)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(lambda k: pick(init_params(model, k), like), out_shardings=shardings)(key)
 
 
@@ -132,33 +146,36 @@ def apply_gradients(
     optimizer: optax.GradientTransformation,
     sound: Bool[Array, ""] | bool = True,
 ) -> tuple[Params, optax.OptState, dict[str, Array]]:
-    """New parameters and optimizer state; both bit for bit the old ones if the update is skipped.
+    """Applies an update, or skips it and leaves parameters and optimizer state bit for bit.
 
-    It is where the gradients' global norm is not finite, or what they were made of is not sound.
+    It is skipped where the gradients' global norm is not finite, or their inputs are not sound.
     Both are known before anything is written, so that the new state still takes the old one's
-    place. Whether parameters overflow is known only afterwards, as `param_norm`: to keep a copy of
-    them until then would cost as much memory as they do, and only a setting such as a huge
-    learning rate does it, from which no skipping helps.
+    place in memory. Whether parameters overflow is known only afterwards, by `param_norm`: a copy
+    of them until then would double their memory, and the cause would be a setting such as a huge
+    learning rate, which skipping does not mend.
 
     Args:
+      state: before the update.
+      grads: of `state.params`.
+      optimizer: whose state it is.
       sound: False skips the update, too.
 
     Returns:
-      The two, and metrics: `grad_norm`, before the clip; `param_norm`, of the parameters returned;
-      `skipped_updates`, 1 or 0.
+      New parameters, new optimizer state, and metrics: `grad_norm`, before the clip; `param_norm`,
+      of the parameters returned; `skipped_updates`, 1 or 0.
     """
     norm = optax.tree.norm(grads)
-    taken = jnp.isfinite(norm) & sound
+    applies = jnp.isfinite(norm) & sound
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = optax.apply_updates(state.params, updates), opt_state
     old = state.params, state.opt_state
-    params, opt_state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old)
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(applies, new, old), new, old)
     return (
         params,
         opt_state,
         {
             "grad_norm": norm,
             "param_norm": optax.tree.norm(params),
-            "skipped_updates": 1 - taken.astype(jnp.int32),
+            "skipped_updates": 1 - applies.astype(jnp.int32),
         },
     )

@@ -1,8 +1,7 @@
-"""Training by part: which parameters train, at what share of the learning rate, and which do not.
+"""Training by part: which parameters train, at what share of the learning rate, which are frozen.
 
-A model's parameters are split into two trees, `trained` and `frozen`, whose branches lie beside
-each other; `join` puts them together, without copying. Gradients, optimizer state and checkpoints
-exist for the trained ones only.
+A model's parameters are split into two trees, `trained` and `frozen`, which `join` merges again
+without copying. Gradients, optimizer state and checkpoints exist for the trained ones only.
 """
 
 from __future__ import annotations
@@ -21,12 +20,16 @@ ADAPTER = ("lora_a", "lora_b")
 
 @dataclasses.dataclass(frozen=True)
 class TrainableParts:
-    """What trains.
+    """Shares of the learning rate by part of the model; a share of 0 freezes the part.
 
     Attributes:
-      vision, merger, language: what the learning rate is multiplied by in the vision tower, in the
-        merger between it and the decoder, and in the decoder with embedding and head; 0 freezes.
-      lora: adapters that train in the decoder's stead; None: the decoder itself does.
+      vision: share of the vision tower.
+      merger: share of the merger between tower and decoder.
+      language: share of the decoder with embedding and head, or of its adapters.
+      lora: adapters that train in place of the decoder; None: the decoder itself trains.
+
+    Raises:
+      ValueError: a share is negative, nothing trains, or adapters have no share.
     """
 
     vision: float = 1.0
@@ -37,20 +40,20 @@ class TrainableParts:
     def __post_init__(self) -> None:
         if self.lora is not None and not self.language:
             raise ValueError(
-                "language: 0 found, but adapters train at its share of the learning rate; give it "
-                "one (they train in the decoder's stead), or set lora.rank to 0"
+                "language: expected above 0 with adapters, which train at its share of the "
+                "learning rate in place of the decoder, found 0; raise it or set lora.rank to 0"
             )
         for name in ("vision", "merger", "language"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} found, at least 0 expected")
+                raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
         if not (self.vision or self.merger or self.language):
             raise ValueError(
-                "language: vision, merger and language are all 0, so nothing trains; give one a "
-                "share of the learning rate"
+                "language: expected one of vision, merger and language above 0, found none, so "
+                "that nothing trains; give one a share of the learning rate"
             )
 
     def factor(self, path: tuple[str, ...]) -> float:
-        """What the learning rate of the leaf at `path` is multiplied by."""
+        """Returns the share of the learning rate at which the leaf at `path` trains."""
         if path[0] == "vision":
             return self.merger if path[1].startswith("merger") else self.vision
         if self.lora is not None and path[-1] not in ADAPTER:
@@ -62,7 +65,7 @@ ALL = TrainableParts()
 
 
 def split(params: Params, parts: TrainableParts) -> tuple[Params, Params]:
-    """(trained, frozen), the leaves of `params` themselves."""
+    """Splits parameters into (trained, frozen), without copying."""
     return (
         select(params, lambda path: parts.factor(path) > 0),
         select(params, lambda path: parts.factor(path) == 0),
@@ -70,22 +73,28 @@ def split(params: Params, parts: TrainableParts) -> tuple[Params, Params]:
 
 
 def select(
-    params: Params, wanted: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()
+    params: Params, predicate: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()
 ) -> Params:
-    """The leaves whose paths are wanted, without empty branches."""
-    chosen = {}
+    """Returns the tree of those leaves whose paths meet the predicate, without empty branches.
+
+    Args:
+      params: a tree, or a branch of it.
+      predicate: takes the path from the root.
+      path: of `params` from the root.
+    """
+    tree = {}
     for key, value in params.items():
-        here = (*path, key)
+        key_path = (*path, key)
         if isinstance(value, dict):
-            if below := select(value, wanted, here):
-                chosen[key] = below
-        elif wanted(here):
-            chosen[key] = value
-    return chosen
+            if branch := select(value, predicate, key_path):
+                tree[key] = branch
+        elif predicate(key_path):
+            tree[key] = value
+    return tree
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The whole tree again."""
+    """Merges two trees that `split` has made, without copying."""
     both = {**frozen, **trained}
     return {
         key: join(trained[key], frozen[key]) if key in trained and key in frozen else value
@@ -94,7 +103,7 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def factors(trained: Params, parts: TrainableParts) -> Any:
-    """`TrainableParts.factor` of every trained leaf, a tree like them."""
+    """Returns a tree of every trained leaf's share of the learning rate."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: parts.factor(tuple(entry.key for entry in path)), trained
     )

@@ -87,8 +87,10 @@ def inverse_cdf(weights: Float[Array, "b g v"], uniform: Float[Array, "b g"]) ->
 def _first_beyond(
     weights: Float[Array, "b g n"], target: Float[Array, "b g"]
 ) -> tuple[Int[Array, "b g"], Float[Array, "b g"]]:
-    """Returns the first place with a weight up to which the sum exceeds the target, and the sum
-    before it; the last place with a weight where rounding leaves none."""
+    """Returns the first place with a weight up to which the sum exceeds the target.
+
+    Where rounding leaves none, that is the last place with a weight. The sum before it comes too.
+    """
     total = jnp.cumsum(weights, axis=-1)
     has_weight = weights > 0
     beyond = has_weight & (total > target[..., None])

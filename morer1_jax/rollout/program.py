@@ -27,12 +27,13 @@ Metrics = dict[str, Array]
 
 @struct.dataclass
 class Scored:
-    """A rollout with what each completion earned.
+    """A rollout with its rewards.
 
     Attributes:
-      parts: the unweighted reward parts by name.
-      reward: their weighted sum.
-      advantages: reward relative to its group.
+      rollout: of the sampler.
+      parts: the reward's parts before weighting, float32, by name.
+      reward: float32, their weighted sum.
+      advantages: float32, each reward relative to its group.
     """
 
     rollout: Rollout
@@ -44,14 +45,17 @@ class Scored:
 def make_rollout(
     model: Qwen25VL, config: SampleConfig, reward: RewardConfig, scale_rewards: str, seed: int
 ) -> Callable[..., tuple[Scored, Metrics]]:
-    """`rollout(params, prompts, grammar, allowed, step) -> (scored, metrics)`, to be jitted.
-
-    Args:
-      scale_rewards: what advantages are divided by; see `reward.advantages`.
-      seed: of the sampling noise, together with `step`.
+    """Returns `rollout(params, prompts, grammar, allowed, step) -> (scored, metrics)`, to jit.
 
     The metrics carry TRL's names: `reward`, `reward_std`, `frac_reward_zero_std`,
     `rewards/{part}/{mean,std}`, `completions/{mean,min,max}_length`, `completions/clipped_ratio`.
+
+    Args:
+      model: the model.
+      config: how completions are sampled.
+      reward: weights of the reward's parts.
+      scale_rewards: whose deviation advantages are divided by; see `reward.advantages`.
+      seed: of the sampling noise, together with `step`.
     """
 
     def rollout(
@@ -62,26 +66,30 @@ def make_rollout(
         step: Int[Array, ""],
     ) -> tuple[Scored, Metrics]:
         keys = sample_keys(seed, step, prompts.fact, config.group)
-        drawn = sample(model, params, prompts, grammar, allowed, keys, config)
-        parts = reward_parts(drawn, prompts.gold, reward)
+        samples = sample(model, params, prompts, grammar, allowed, keys, config)
+        parts = reward_parts(samples, prompts.gold, reward)
         total = total_reward(parts, reward)
-        advantage, equal = advantages(total, scale_rewards)
-        scored = Scored(rollout=drawn, parts=parts, reward=total, advantages=advantage)
-        return scored, rollout_metrics(scored, equal)
+        advantage, all_equal = advantages(total, scale_rewards)
+        scored = Scored(rollout=samples, parts=parts, reward=total, advantages=advantage)
+        return scored, rollout_metrics(scored, all_equal)
 
     return rollout
 
 
-def rollout_metrics(scored: Scored, equal: Bool[Array, " b"]) -> Metrics:
-    """Means over the batch; `reward_std` is the mean of the groups' standard deviations.
+def rollout_metrics(scored: Scored, all_equal: Bool[Array, " b"]) -> Metrics:
+    """Returns means over the batch; `reward_std` is the mean of the groups' standard deviations.
 
-    `completions/lengths`, [b, g], alone is not a number.
+    All are numbers but `completions/lengths`, [b, g].
+
+    Args:
+      scored: the rollout.
+      all_equal: which groups' rewards are all equal.
     """
     lengths = jnp.sum(scored.rollout.mask, axis=-1)
     metrics = {
         "reward": jnp.mean(scored.reward),
         "reward_std": jnp.mean(deviation(scored.reward, axis=1)),
-        "frac_reward_zero_std": jnp.mean(equal.astype(jnp.float32)),
+        "frac_reward_zero_std": jnp.mean(all_equal.astype(jnp.float32)),
         "completions/lengths": lengths,
         "completions/mean_length": jnp.mean(lengths.astype(jnp.float32)),
         "completions/min_length": jnp.min(lengths),

@@ -1,8 +1,9 @@
 """Rewards and group advantages, computed on the device from what the automaton read.
 
 Reward = weighted sum of format (the tags and six steps are there), effort (the steps are long
-enough) and accuracy (the label is right), as in MORE-R1 (arXiv 2603.09478). The weights and the
-shape of the length part are not public: those here are ours.
+enough) and accuracy (the label is right), as in MORE-R1 (arXiv 2603.09478). The paper's weights and
+the shape of its length part are not public: those here are ours. Axes: b prompts, g samples of a
+prompt.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ PARTS = ("format", "effort", "accuracy")
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """Weights of the parts, and the effort's ramp.
+    """Weights of the reward's parts, and the effort's ramp.
 
     Attributes:
-      format, effort, accuracy: weights.
-      effort_from, effort_to: bytes of reasoning (white space apart) at which the effort part
-        leaves 0 and reaches 1; linear between.
+      format: weight of the format part.
+      effort: weight of the effort part.
+      accuracy: weight of the accuracy part.
+      effort_from: bytes of reasoning, white space apart, up to which the effort part is 0.
+      effort_to: bytes of reasoning from which on the effort part is 1; it is linear between.
+
+    Raises:
+      ValueError: `effort_to` is not above `effort_from`.
     """
 
     format: float = 0.2
@@ -37,15 +43,21 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.effort_to <= self.effort_from:
             raise ValueError(
-                f"reward.effort_to: {self.effort_to} found, more than effort_from = "
-                f"{self.effort_from} expected"
+                f"reward.effort_to: expected above effort_from = {self.effort_from}, found "
+                f"{self.effort_to}"
             )
 
 
 def reward_parts(
     rollout: Rollout, gold: Int[Array, " b"], config: RewardConfig
 ) -> dict[str, Float[Array, "b g"]]:
-    """The parts before weighting, each 0 to 1, by their names in `PARTS`."""
+    """Returns the parts before weighting, float32 from 0 to 1, by their names in `PARTS`.
+
+    Args:
+      rollout: of the sampler.
+      gold: int32, the right label's id of each prompt.
+      config: the effort's ramp.
+    """
     span = config.effort_to - config.effort_from
     return {
         "format": rollout.format.astype(jnp.float32),
@@ -57,22 +69,26 @@ def reward_parts(
 def total_reward(
     parts: dict[str, Float[Array, "b g"]], config: RewardConfig
 ) -> Float[Array, "b g"]:
-    """The weighted sum of the parts."""
+    """Returns the weighted sum of the parts."""
     return sum(getattr(config, name) * parts[name] for name in PARTS)
 
 
 def advantages(
     reward: Float[Array, "b g"], scale: Literal["group", "batch", "none"], eps: float = 1e-4
 ) -> tuple[Float[Array, "b g"], Bool[Array, " b"]]:
-    """Each sample's reward less its group's mean, divided by a standard deviation.
+    """Returns each sample's reward less its group's mean, divided by a standard deviation.
 
     Args:
-      scale: by the group's own (GRPO, arXiv 2402.03300, section 4.1.1), the batch's, or not at all
-        (Dr. GRPO, arXiv 2503.20783).
+      reward: float32.
+      scale: whose deviation: the group's own (GRPO, arXiv 2402.03300, section 4.1.1), the batch's,
+        or none (Dr. GRPO, arXiv 2503.20783).
       eps: added to the deviation.
 
     Returns:
       Advantages, exactly 0 in a group whose rewards are all equal; and which groups those are.
+
+    Raises:
+      ValueError: `scale` is unknown.
     """
     equal = jnp.all(reward == reward[:, :1], axis=1)
     # A mean of equal numbers can differ from them in the last bit.
@@ -82,11 +98,11 @@ def advantages(
     elif scale == "batch":
         centred = centred / (deviation(reward) + eps)
     elif scale != "none":
-        raise ValueError(f"scale_rewards: {scale!r} found, 'group', 'batch' or 'none' expected")
+        raise ValueError(f"scale_rewards: expected 'group', 'batch' or 'none', found {scale!r}")
     return centred, equal
 
 
 def deviation(values: Float[Array, "b g"], axis: int | None = None) -> Array:
-    """The sample standard deviation, as TRL takes it; 0 of a single number."""
+    """Returns the sample standard deviation, which TRL takes too; 0 of a single number."""
     count = values.size if axis is None else values.shape[axis]
     return jnp.std(values, axis=axis, ddof=min(1, count - 1))

@@ -114,8 +114,9 @@ class LoopState:
 
 
 def allowed_ids(special: SpecialIds, tokenizer_size: int, rows: int) -> Bool[np.ndarray, " v"]:
-    """Returns the ids that may be sampled: no padding, image, vision or video token, and no row of
-    the embedding without a token.
+    """Returns the ids that may be sampled.
+
+    Those are none of padding, image, vision and video, and no row of the embedding without a token.
 
     Args:
       special: ids of the tokenizer's special tokens.

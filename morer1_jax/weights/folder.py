@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds: a whole model in safetensors, or something else, as is said."""
+"""Finds a checkpoint folder, and checks that it holds a whole model in safetensors."""
 
 from __future__ import annotations
 
@@ -6,77 +6,124 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax import files
-from morer1_jax.errors import WeightsError
+from morer1_jax.errors import WeightsError, one_line
 from morer1_jax.model.config import DEFAULT_IDS
 from morer1_jax.model.special import SpecialIds
+from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
-# Tensors as others keep them.
+# Suffixes of what is published beside tensors.
+TEXT_SUFFIXES = (".json", ".txt", ".jinja")
+# Suffixes of tensors in formats that are not read, or under other names.
 _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".safetensors")
 
 
-def check_kind(folder: Path) -> None:
-    """Finds out whether a folder holds a whole model.
+def find_folder(path: str) -> Path:
+    """Returns a checkpoint's folder, downloaded if it is on the hub.
+
+    Args:
+      path: a local folder, a folder of a bucket (`gs://…`), or a name on the hub (`owner/name`).
 
     Raises:
-      WeightsError: it holds an adapter, by itself or beside a model that it would change.
+      WeightsError: there is no such folder.
+    """
+    if "://" in path:
+        folder = any_path(path, "a checkpoint's path")
+    else:
+        path = expand_home(path, "a checkpoint's path")
+        folder = Path(path)
+        if not folder.is_dir() and is_hub_name(path):
+            patterns = ["*.safetensors", *(f"*{suffix}" for suffix in TEXT_SUFFIXES)]
+            try:
+                return Path(snapshot_download(path, allow_patterns=patterns))
+            except (OSError, ValueError) as e:
+                raise WeightsError(
+                    f"{path}: no such folder, and the hub does not give it: {one_line(e)}"
+                ) from e
+    try:
+        exists = folder.is_dir()
+    except ImportError as e:
+        raise WeightsError(f"{path}: {one_line(e)}; {files.INSTALL_CLIENT}") from None
+    if not exists:
+        raise WeightsError(
+            f"{path}: no such folder{did_you_mean(path)}; expected one with a {CONFIG}, or a name "
+            f"on the hub{hub_hint(path)}"
+        )
+    return folder
+
+
+def check_kind(folder: Path) -> None:
+    """Checks that a folder holds no adapter.
+
+    Raises:
+      WeightsError: the folder holds an adapter, alone or beside the model that it would change.
     """
     if not (folder / _ADAPTER).exists():
         return
     base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     whole = any((folder / name).exists() for name in (SINGLE, INDEX))
     raise WeightsError(
-        f"{folder}: {_ADAPTER} found, so {'beside a model ' if whole else ''}an adapter"
-        f"{f' of {base}' if base else ''}; a whole model expected: merge it "
+        f"{folder}: expected a whole model, found {_ADAPTER}, so an adapter"
+        f"{f' of {base}' if base else ''}{' beside a model' if whole else ''}; merge it "
         "(peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out))"
         f" and name that folder{f', or remove {_ADAPTER}' if whole else ''}"
     )
 
 
 def tensor_files(folder: Path) -> list[str]:
-    """The files of tensors, each once: the single one if it is there, as `transformers` reads."""
+    """Returns the names of a folder's safetensors files, each once.
+
+    A single file goes before an index, as in `transformers`.
+
+    Raises:
+      WeightsError: the folder has neither, or the index does not say which tensor is where.
+    """
     if (folder / SINGLE).exists():
         return [SINGLE]
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX)
         if not isinstance(index.get("weight_map"), dict):
-            raise WeightsError(f"{folder / INDEX}: no weight_map, expected tensor name to file")
+            raise WeightsError(
+                f"{folder / INDEX}: expected a weight_map of tensors to files, found none; copy it "
+                "anew"
+            )
         return sorted(set(index["weight_map"].values()))
     names = (path.name for path in folder.iterdir() if path.suffix in _FOREIGN)
     others = sorted(names, key=lambda name: ("model" not in name, name))
-    found = f" but {others[0]}, which is not read" if others else ""
+    found = f"only {others[0]}, which is not read" if others else "neither"
     raise WeightsError(
-        f"{folder}: neither {SINGLE} nor {INDEX} found{found}; expected one of them, as "
-        "save_pretrained writes"
+        f"{folder}: expected {SINGLE} or {INDEX}, as save_pretrained writes, found {found}"
     )
 
 
 def token_ids(
-    said: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, path: Path
+    config_ids: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, path: Path
 ) -> dict[str, int]:
-    """The ids that stand for images and videos: the tokenizer's, which a config may leave out.
+    """Returns the tokenizer's ids that stand for images and videos, by the config's keys.
 
     Args:
-      said: those that the config has, by key.
+      config_ids: those of the config, by key; None where it leaves one out.
+      tokenizer: of the same model.
       path: of the config, which errors name.
 
     Raises:
-      WeightsError: one that it has is another than the tokenizer's.
-      DataError: the tokenizer has none.
+      WeightsError: an id of the config differs from the tokenizer's.
+      DataError: the tokenizer lacks a token.
     """
     special = SpecialIds.of(tokenizer)
     ids = {key: getattr(special, key.removesuffix("_token_id")) for key in DEFAULT_IDS}
     for key, expected in ids.items():
-        if (found := said.get(key)) not in (None, expected):
+        if (found := config_ids.get(key)) not in (None, expected):
             raise WeightsError(
-                f"{path}: {key}: found {found!r}, but its tokenizer has {expected}; expected "
-                "config and tokenizer of one model"
+                f"{path}: {key}: expected the tokenizer's {expected}, found {found!r}; take config "
+                "and tokenizer of one model"
             )
     return ids
 

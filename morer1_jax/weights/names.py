@@ -1,8 +1,8 @@
-"""The name map between Hugging Face checkpoints of Qwen2.5-VL and our parameter tree.
+"""Maps the tensors of Hugging Face checkpoints of Qwen2.5-VL to our parameter tree, and back.
 
-Each tensor of a checkpoint is one slice of one leaf of ours: `tensor_specs` lists them all, so a
-loader can go tensor by tensor.  Names are the published ones (`model.layers.0…`, `visual.…`);
-reading accepts those of transformers 5 state dicts (`model.language_model.…`, `model.visual.…`).
+Each tensor of a checkpoint is one slice of one of our leaves: `leaf_slices` lists them all, so that
+a loader can go tensor by tensor.  Names are the published ones (`model.layers.0…`, `visual.…`);
+names of transformers 5's state dicts (`model.language_model.…`, `model.visual.…`) are read too.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _FORMS = (
     ("model.visual.", "visual."),
     ("language_model.", "model."),
 )
-# Buffers of old saves.
+# Suffixes of buffers that old releases of transformers saved.
 _FREQUENCIES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
-# Most faults in one message.
-_MOST = 12
+# Faults that one message names at most.
+_MAX_FAULTS = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """Where one checkpoint tensor lives in our tree, and how its axes map.
+class LeafSlice:
+    """One checkpoint tensor as a slice of a leaf of our tree.
 
     Attributes:
         shape: of the checkpoint's tensor.
         path: keys of our leaf, from the root.
-        index: place on the leaf's leading, stacked axes.
-        split: shape the checkpoint's tensor takes before its axes are permuted.
-        permutation: of the split axes, giving ours.
+        index: of the slice on the leaf's leading, stacked axes.
+        split: shape that the checkpoint's tensor takes before its axes are permuted.
+        permutation: order of the split axes in our leaf.
     """
 
     shape: tuple[int, ...]
@@ -50,22 +50,26 @@ class TensorSpec:
     permutation: tuple[int, ...] = ()
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The checkpoint's tensor in our axes."""
+        """Returns the checkpoint's tensor in our axes."""
         return tensor.reshape(self.split).transpose(self.permutation)
 
     def to_theirs(self, value: np.ndarray) -> np.ndarray:
-        """Our slice in the checkpoint's axes."""
-        back = np.argsort(self.permutation)
-        return np.ascontiguousarray(value.transpose(back).reshape(self.shape))
+        """Returns our slice in the checkpoint's axes."""
+        inverse = np.argsort(self.permutation)
+        return np.ascontiguousarray(value.transpose(inverse).reshape(self.shape))
 
     @property
     def our_shape(self) -> tuple[int, ...]:
+        """Shape of our slice."""
         return tuple(self.split[axis] for axis in self.permutation)
 
 
 def canonical_name(name: str) -> str:
-    """The published name of a tensor, from it, from the transformers 5 form, or from that of a
-    model saved without its head."""
+    """Returns a tensor's published name.
+
+    Args:
+        name: published, of transformers 5, or of a model saved without its head.
+    """
     for new, published in _FORMS:
         if name.startswith(new):
             return published + name.removeprefix(new)
@@ -73,150 +77,156 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Each tensor's published name to the one it has.
+    """Returns the tensors' own names by their published ones.
 
     Rotary frequencies, which old releases of transformers saved, follow from the config and are
-    passed over, as transformers does.
+    left out, as in transformers.
 
     Raises:
-        WeightsError: a tensor is there under both names.
+        WeightsError: two names are of one tensor.
     """
-    found: dict[str, str] = {}
+    by_published: dict[str, str] = {}
     for name in names:
         if name.endswith(_FREQUENCIES):
             continue
-        if (other := found.setdefault(canonical_name(name), name)) != name:
+        if (other := by_published.setdefault(canonical_name(name), name)) != name:
             raise WeightsError(
                 f"{other} and {name} are one tensor under two names; remove the one that is stale"
             )
-    return found
+    return by_published
 
 
-def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint of this model, by its published name.
+def leaf_slices(config: ModelConfig) -> dict[str, LeafSlice]:
+    """Returns the slices of every tensor of a model's checkpoint, by published name.
 
     A tied head is the embedding and has no tensor of its own.
     """
     text = config.text
     d, table = text.hidden_size, (text.vocab_size, text.hidden_size)
-    specs = {
+    slices = {
         "model.embed_tokens.weight": _as_is(table, "embedding"),
         "model.norm.weight": _as_is((d,), "language", "norm", "scale"),
     }
     if not config.tie_word_embeddings:
-        specs["lm_head.weight"] = _as_is(table, "head")
+        slices["lm_head.weight"] = _as_is(table, "head")
     for i in range(text.num_hidden_layers):
         theirs, ours, at = f"model.layers.{i}.", ("language", "layers"), (i,)
         for name in ("input_layernorm", "post_attention_layernorm"):
             our_name = name.replace("layernorm", "norm")
-            specs[f"{theirs}{name}.weight"] = _as_is((d,), *ours, our_name, "scale", index=at)
+            slices[f"{theirs}{name}.weight"] = _as_is((d,), *ours, our_name, "scale", index=at)
         for name in ("q", "k", "v"):
             heads = text.num_attention_heads if name == "q" else text.num_key_value_heads
-            specs |= _linear(
+            slices |= _linear(
                 f"{theirs}self_attn.{name}_proj", (*ours, name), at, (heads, text.head_dim), (d,)
             )
         attention_out = f"{theirs}self_attn.o_proj"
         heads = (text.num_attention_heads, text.head_dim)
-        specs |= _linear(attention_out, (*ours, "o"), at, (d,), heads, bias=False)
-        specs |= _swiglu(theirs, ours, at, d, text.intermediate_size, bias=False)
-    return specs | _vision_specs(config)
+        slices |= _linear(attention_out, (*ours, "o"), at, (d,), heads, bias=False)
+        slices |= _swiglu(theirs, ours, at, d, text.intermediate_size, bias=False)
+    return slices | _vision_specs(config)
 
 
 def from_hf(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, dtype: str = "float32"
 ) -> Params:
-    """Our parameter tree (NumPy leaves of `dtype`) from a checkpoint's tensors.
+    """Returns our parameter tree, of NumPy leaves of `dtype`, from a checkpoint's tensors.
 
     Raises:
-        WeightsError: tensors are missing, unexpected, of the wrong shape or there under two names,
-            or a tied model comes with a head that is not its embedding.
+        WeightsError: tensors are missing, unexpected, of the wrong shape or under two names, or a
+            tied model comes with a head that is not its embedding.
     """
-    there = [*tensors]
+    file_names = [*tensors]
     tensors = {ours: tensors[theirs] for ours, theirs in canonical_names(tensors).items()}
     if config.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
         embedding = tensors.get("model.embed_tokens.weight")
         if embedding is not None and not np.array_equal(head, embedding):
             raise WeightsError(
-                "lm_head.weight: differs from model.embed_tokens.weight, but the config has "
-                "tie_word_embeddings; set it to false to keep the head"
+                "lm_head.weight: expected model.embed_tokens.weight's values, since the config has "
+                "tie_word_embeddings, found others; set it to false to keep the head"
             )
-    specs = tensor_specs(config)
-    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, specs, there)
-    params = empty_params(specs, dtype)
-    for name, spec in specs.items():
-        leaf = _leaf(params, spec.path)
-        leaf[spec.index] = spec.to_ours(np.asarray(tensors[name]))
+    slices = leaf_slices(config)
+    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, slices, file_names)
+    params = empty_params(slices, dtype)
+    for name, leaf_slice in slices.items():
+        leaf = _leaf(params, leaf_slice.path)
+        leaf[leaf_slice.index] = leaf_slice.to_ours(np.asarray(tensors[name]))
     return params
 
 
 def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors, by published name, from our parameter tree (or one like it, such
-    as gradients)."""
+    """Returns a checkpoint's tensors, by published name, from our parameter tree.
+
+    Args:
+        params: parameters, or a tree like them such as gradients.
+        config: the model's.
+    """
     return {
-        name: spec.to_theirs(np.asarray(_leaf(params, spec.path))[spec.index])
-        for name, spec in tensor_specs(config).items()
+        name: leaf_slice.to_theirs(np.asarray(_leaf(params, leaf_slice.path))[leaf_slice.index])
+        for name, leaf_slice in leaf_slices(config).items()
     }
 
 
 def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
-    specs: Mapping[str, TensorSpec],
-    there: Iterable[str],
+    slices: Mapping[str, LeafSlice],
+    file_names: Iterable[str],
 ) -> None:
-    """Compares a checkpoint's tensors, by canonical name, with those the config calls for.
+    """Checks a checkpoint's tensors against those that the config calls for.
 
     Args:
-        there: the names that the tensors have in their files.
+        shapes: of the tensors, by published name.
+        slices: of `leaf_slices`.
+        file_names: the names that the tensors have in their files.
 
     Raises:
-        WeightsError: names missing, unexpected and misshapen tensors, the first of them where they
-            are many, or the prefix that is all that is wrong with their names.
+        WeightsError: tensors are missing, unexpected or of the wrong shape (the first of them are
+            named), or all of their names have a prefix.
     """
-    if (prefix := _foreign_prefix([*there], specs)) is not None:
+    if (prefix := _foreign_prefix([*file_names], slices)) is not None:
         raise WeightsError(
-            f"{prefix!r} stands before the names of tensors, which another library's wrapper puts "
-            "there; save the model inside it, or rename them"
+            f"names of tensors: expected no prefix, found {prefix!r}, which another library's "
+            "wrapper puts there; save the model inside it, or rename them"
         )
-    faults = [f"missing {name} {specs[name].shape}" for name in specs.keys() - shapes.keys()]
-    faults += [f"unexpected {name}" for name in shapes.keys() - specs.keys()]
+    faults = [f"missing {name} {slices[name].shape}" for name in slices.keys() - shapes.keys()]
+    faults += [f"unexpected {name}" for name in shapes.keys() - slices.keys()]
     faults += [
-        f"{name} has shape {tuple(shapes[name])}, expected {specs[name].shape}"
-        for name in specs.keys() & shapes.keys()
-        if tuple(shapes[name]) != specs[name].shape
+        f"{name}: expected shape {slices[name].shape}, found {tuple(shapes[name])}"
+        for name in slices.keys() & shapes.keys()
+        if tuple(shapes[name]) != slices[name].shape
     ]
     if faults:
-        more = f"; and {len(faults) - _MOST} more" if len(faults) > _MOST else ""
-        raise WeightsError(
-            f"checkpoint does not fit the model's config: {'; '.join(sorted(faults)[:_MOST])}{more}"
-        )
+        others = len(faults) - _MAX_FAULTS
+        rest = f"; and {others} more" if others > 0 else ""
+        named = "; ".join(sorted(faults)[:_MAX_FAULTS])
+        raise WeightsError(f"checkpoint does not fit the model's config: {named}{rest}")
 
 
-def _foreign_prefix(there: Sequence[str], specs: Mapping[str, TensorSpec]) -> str | None:
-    """What stands before the names of most tensors that are not found, which without it would be
-    those expected."""
-    missing = specs.keys() - {canonical_name(name) for name in there}
-    # With whatever is before it, the norm's name belongs to one tensor alone.
-    for name in there:
+def _foreign_prefix(file_names: Sequence[str], slices: Mapping[str, LeafSlice]) -> str | None:
+    """Returns the prefix without which most of the missing tensors would be there, if any."""
+    missing = slices.keys() - {canonical_name(name) for name in file_names}
+    # The norm's name is unique, whatever its prefix.
+    for name in file_names:
         found = re.fullmatch(r"(.+?)model\.(?:language_model\.)?norm\.weight", name)
-        if found is None or canonical_name(name) in specs:
+        if found is None or canonical_name(name) in slices:
             continue
         prefix = found.group(1)
-        inner = {canonical_name(n.removeprefix(prefix)) for n in there if n.startswith(prefix)}
-        # Of a wrapper by the name of a known form only some of the tensors look strange.
-        if len(inner & missing) > max(len(missing) // 2, len(specs) // 8):
+        stripped = [n.removeprefix(prefix) for n in file_names if n.startswith(prefix)]
+        inner = {canonical_name(name) for name in stripped}
+        # Where the prefix begins like a known form, only a part of the names are foreign.
+        if len(inner & missing) > max(len(missing) // 2, len(slices) // 8):
             return prefix
     return None
 
 
-def empty_params(specs: Mapping[str, TensorSpec], dtype: str) -> Params:
-    """The parameter tree with uninitialised leaves, to be filled slice by slice."""
-    stacks: dict[tuple[str, ...], tuple[int, ...]] = {}
-    for spec in specs.values():
-        shape = (*(i + 1 for i in spec.index), *spec.our_shape)
-        known = stacks.setdefault(spec.path, shape)
-        stacks[spec.path] = tuple(map(max, known, shape))
+def empty_params(slices: Mapping[str, LeafSlice], dtype: str) -> Params:
+    """Returns the parameter tree with uninitialised NumPy leaves, to be filled slice by slice."""
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for leaf_slice in slices.values():
+        # A leaf's stacked axes reach as far as the last of its slices.
+        shape = (*(i + 1 for i in leaf_slice.index), *leaf_slice.our_shape)
+        shapes[leaf_slice.path] = tuple(map(max, shapes.get(leaf_slice.path, shape), shape))
     params: Params = {}
-    for path, shape in stacks.items():
+    for path, shape in shapes.items():
         branch = params
         for key in path[:-1]:
             branch = branch.setdefault(key, {})
@@ -224,14 +234,14 @@ def empty_params(specs: Mapping[str, TensorSpec], dtype: str) -> Params:
     return params
 
 
-def _vision_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+def _vision_specs(config: ModelConfig) -> dict[str, LeafSlice]:
     vision = config.vision
     d = vision.hidden_size
     merged = d * vision.spatial_merge_size**2
     heads = (vision.num_heads, vision.head_dim)
     kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    specs = {
-        "visual.patch_embed.proj.weight": TensorSpec(
+    slices = {
+        "visual.patch_embed.proj.weight": LeafSlice(
             shape=(d, *kernel),
             path=("vision", "patch_embed", "kernel"),
             split=(d, math.prod(kernel)),
@@ -239,21 +249,22 @@ def _vision_specs(config: ModelConfig) -> dict[str, TensorSpec]:
         ),
         "visual.merger.ln_q.weight": _as_is((d,), "vision", "merger_norm", "scale"),
     }
-    specs |= _linear("visual.merger.mlp.0", ("vision", "merger_in"), (), (merged,), (merged,))
+    slices |= _linear("visual.merger.mlp.0", ("vision", "merger_in"), (), (merged,), (merged,))
     out = (vision.out_hidden_size,)
-    specs |= _linear("visual.merger.mlp.2", ("vision", "merger_out"), (), out, (merged,))
+    slices |= _linear("visual.merger.mlp.2", ("vision", "merger_out"), (), out, (merged,))
     for i in range(vision.depth):
         theirs = f"visual.blocks.{i}."
         ours, at = _block_place(i, vision.period)
         for name in ("norm1", "norm2"):
-            specs[f"{theirs}{name}.weight"] = _as_is((d,), *ours, name, "scale", index=at)
-        specs |= _linear(f"{theirs}attn.qkv", (*ours, "attn", "qkv"), at, (3, *heads), (d,))
-        specs |= _linear(f"{theirs}attn.proj", (*ours, "attn", "proj"), at, (d,), heads)
-        specs |= _swiglu(theirs, ours, at, d, vision.intermediate_size, bias=True)
-    return specs
+            slices[f"{theirs}{name}.weight"] = _as_is((d,), *ours, name, "scale", index=at)
+        slices |= _linear(f"{theirs}attn.qkv", (*ours, "attn", "qkv"), at, (3, *heads), (d,))
+        slices |= _linear(f"{theirs}attn.proj", (*ours, "attn", "proj"), at, (d,), heads)
+        slices |= _swiglu(theirs, ours, at, d, vision.intermediate_size, bias=True)
+    return slices
 
 
 def _block_place(i: int, period: int | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Returns the path of a tower's block in our tree, and its index on the stacked axes."""
     if period is None:
         return ("vision", f"block_{i}"), ()
     group, place = divmod(i, period)
@@ -262,8 +273,8 @@ def _block_place(i: int, period: int | None) -> tuple[tuple[str, ...], tuple[int
     return ("vision", "groups", "windowed"), (group, place)
 
 
-def _as_is(shape: tuple[int, ...], *path: str, index: tuple[int, ...] = ()) -> TensorSpec:
-    return TensorSpec(shape, path, index, split=shape, permutation=tuple(range(len(shape))))
+def _as_is(shape: tuple[int, ...], *path: str, index: tuple[int, ...] = ()) -> LeafSlice:
+    return LeafSlice(shape, path, index, split=shape, permutation=tuple(range(len(shape))))
 
 
 def _linear(
@@ -273,11 +284,11 @@ def _linear(
     outputs: tuple[int, ...],
     inputs: tuple[int, ...],
     bias: bool = True,
-) -> dict[str, TensorSpec]:
+) -> dict[str, LeafSlice]:
     # Theirs is [outputs, inputs] with heads folded in; ours [*inputs, *outputs].
     axes = range(len(outputs) + len(inputs))
-    specs = {
-        f"{name}.weight": TensorSpec(
+    slices = {
+        f"{name}.weight": LeafSlice(
             shape=(math.prod(outputs), math.prod(inputs)),
             path=(*path, "kernel"),
             index=index,
@@ -286,24 +297,24 @@ def _linear(
         )
     }
     if bias:
-        specs[f"{name}.bias"] = TensorSpec(
+        slices[f"{name}.bias"] = LeafSlice(
             shape=(math.prod(outputs),),
             path=(*path, "bias"),
             index=index,
             split=outputs,
             permutation=tuple(range(len(outputs))),
         )
-    return specs
+    return slices
 
 
 def _swiglu(
     theirs: str, ours: tuple[str, ...], index: tuple[int, ...], d: int, f: int, *, bias: bool
-) -> dict[str, TensorSpec]:
-    specs = {}
+) -> dict[str, LeafSlice]:
+    slices = {}
     for name, outputs, inputs in (("gate", f, d), ("up", f, d), ("down", d, f)):
         path = (*ours, "mlp", name)
-        specs |= _linear(f"{theirs}mlp.{name}_proj", path, index, (outputs,), (inputs,), bias)
-    return specs
+        slices |= _linear(f"{theirs}mlp.{name}_proj", path, index, (outputs,), (inputs,), bias)
+    return slices
 
 
 def _leaf(params: Params, path: Iterable[str]) -> Any:

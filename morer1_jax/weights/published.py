@@ -5,7 +5,7 @@ folder/
   model.safetensors                 all tensors, or
   model-00001-of-00002.safetensors  … some of them, with
   model.safetensors.index.json      which tensor is in which file
-  tokenizer.json, …                 what is not ours to read
+  tokenizer.json, …                 files that are copied unread
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import snapshot_download
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
@@ -32,35 +31,33 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError, one_line
-from morer1_jax.files import INSTALL_CLIENT
 from morer1_jax.model.config import DEFAULT_IDS, LoRA, ModelConfig
 from morer1_jax.model.layers import merged_kernel
-from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
 from morer1_jax.progress import progress
 from morer1_jax.weights.finite import count_not_finite
 from morer1_jax.weights.folder import (
     CONFIG,
     INDEX,
     SINGLE,
+    TEXT_SUFFIXES,
     check_kind,
+    find_folder,
     read_json,
     tensor_files,
     token_ids,
     write_json,
 )
 from morer1_jax.weights.names import (
+    LeafSlice,
     Params,
-    TensorSpec,
     canonical_names,
     check_tensors,
-    tensor_specs,
+    leaf_slices,
 )
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_SUFFIXES = (".json", ".txt", ".jinja")
-_WANTED = ("*.safetensors", *(f"*{suffix}" for suffix in _SUFFIXES))
-# Bytes of each tensor that tell it from another.
-_SAMPLE = 4096
+# First bytes of each tensor that go into the digest.
+_DIGEST_BYTES = 4096
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -71,21 +68,21 @@ class Checkpoint:
       path: a local folder, a folder of a bucket (`gs://…`), or a name on the hub (`owner/name`).
 
     Attributes:
-      folder: where it is.
+      folder: local, or of a bucket.
       config: the model's; see `config_with` for its ids of tokens.
-      dtypes: of the tensors, by name.
-      dtype: what the model is held and computed in, so that nothing is rounded: bfloat16 if all
-        have it, else float32. Not float16, in which activations overflow.
+      slices: where each tensor goes in the parameter tree, by published name.
+      dtypes: of the tensors, by published name.
+      dtype: of parameters and activations, so that nothing is rounded: bfloat16 if all tensors have
+        it, else float32. Not float16, in which activations overflow.
 
     Raises:
       WeightsError: there is no such folder; a file is missing or damaged; tensors are missing,
-        unexpected or of the wrong shape, all of which are named.
+        unexpected or of the wrong shape, which the error names.
       ConfigError: the config asks for what is not implemented.
     """
 
     def __init__(self, path: str | Path) -> None:
-        path = str(path)
-        self.folder = _find(path if "://" in path else expand_home(path, "a checkpoint's path"))
+        self.folder = find_folder(str(path))
         check_kind(self.folder)
         described = read_json(self.folder / CONFIG)
         try:
@@ -97,7 +94,7 @@ class Checkpoint:
                 f"{self.folder / CONFIG}: {one_line(e)}; expected Qwen2.5-VL's, copy it anew"
             ) from e
         self._ids = {key: described.get(key) for key in DEFAULT_IDS}
-        self.specs = tensor_specs(self.config)
+        self.slices = leaf_slices(self.config)
         shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._files: dict[str, dict[str, str]] = {}
@@ -111,34 +108,34 @@ class Checkpoint:
                     part = tensors.get_slice(theirs)
                     if part.get_dtype() not in _DTYPES:
                         raise WeightsError(
-                            f"{self.folder / file}: {theirs} is of type {part.get_dtype()}, "
-                            f"expected one of {', '.join(_DTYPES)}; save it as one of them"
+                            f"{self.folder / file}: {theirs}: expected dtype {', '.join(_DTYPES)}, "
+                            f"found {part.get_dtype()}; save it as one of them"
                         )
                     if ours in shapes:
                         raise WeightsError(f"{self.folder / file}: {theirs} is in two files")
                     shapes[ours] = tuple(part.get_shape())
                     self.dtypes[ours] = _DTYPES[part.get_dtype()]
         if self.config.tie_word_embeddings:
-            # Some savers write a tied head out; `load` sees to it that it is the embedding.
+            # Some savers write a tied head out; `load` checks that it is the embedding.
             shapes.pop(_HEAD, None)
         try:
-            there = [name for names in self._files.values() for name in names.values()]
-            check_tensors(shapes, self.specs, there)
+            file_names = [name for names in self._files.values() for name in names.values()]
+            check_tensors(shapes, self.slices, file_names)
         except WeightsError as e:
             raise WeightsError(f"{self.folder}: {e}") from None
         self.dtype = "bfloat16" if {*self.dtypes.values()} == {"bfloat16"} else "float32"
 
     def config_with(self, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
-        """The config, with its tokenizer's ids where it leaves them out; see `token_ids`."""
+        """Returns the config, with the tokenizer's ids where it leaves them out."""
         ids = token_ids(self._ids, tokenizer, self.folder / CONFIG)
         return dataclasses.replace(self.config, **ids)
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of config, tokenizer and the beginning of every tensor.
+        """SHA-256 of config, tokenizer and the first bytes of every tensor.
 
-        It tells a model from another, one that was trained on included, in far less time than
-        reading them whole.
+        It differs between models, and between a model and its fine-tuned ones, and takes far less
+        time than reading tensors whole.
         """
         digest = hashlib.sha256()
         for path in sorted(_others(self.folder), key=lambda path: path.name):
@@ -152,24 +149,24 @@ class Checkpoint:
                 for name in sorted(described.keys() - {"__metadata__"}):
                     begin, end = described[name]["data_offsets"]
                     content.seek(start + begin)
-                    digest.update(content.read(min(end - begin, _SAMPLE)))
+                    digest.update(content.read(min(end - begin, _DIGEST_BYTES)))
         return digest.hexdigest()
 
     def load(self, like: Params) -> Params:
-        """Parameters on the mesh.
+        """Returns parameters on the mesh.
 
         Tensors are read one at a time, so that the host holds no more than one beside what its
         devices hold.
 
         Args:
-          like: the leaves wanted, all or some, of `jax.ShapeDtypeStruct` with shardings.
+          like: the leaves to load, all or some, of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          WeightsError: a tensor of them has values that are not finite, or a tied head is another
-            than its embedding.
+          WeightsError: a tensor of those leaves has values that are not finite, or a tied head
+            differs from the embedding.
         """
         leaves: dict[tuple[str, ...], jax.Array] = {}
-        wanted = {
+        like_by_path = {
             tuple(key.key for key in path): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(like)
         }
@@ -180,26 +177,27 @@ class Checkpoint:
                 with self._open(file) as tensors:
                     for ours, theirs in names.items():
                         bar.update()
-                        spec = self.specs.get(ours)
+                        leaf_slice = self.slices.get(ours)
                         tied = self.config.tie_word_embeddings and ours in (_EMBEDDING, _HEAD)
-                        if not tied and spec.path not in wanted:
+                        if not tied and leaf_slice.path not in like_by_path:
                             continue
                         tensor = tensors.get_tensor(theirs)
                         if bad := count_not_finite(tensor):
                             raise WeightsError(
-                                f"{self.folder / file}: {bad} of the {tensor.size} values of "
-                                f"{theirs} are not finite; copy it anew, or take a checkpoint from "
-                                "before its training broke"
+                                f"{self.folder / file}: {theirs}: expected finite values, found "
+                                f"{bad} of {tensor.size} that are not; copy it anew, or take a "
+                                "checkpoint from before its training diverged"
                             )
                         if tied:
                             digests[ours] = hashlib.sha256(tensor.view(np.uint8)).digest()
-                        if spec is not None and spec.path in wanted:
-                            leaf = leaves.pop(spec.path, None)
-                            leaves[spec.path] = _insert(leaf, wanted[spec.path], spec, tensor)
+                        if leaf_slice is not None and leaf_slice.path in like_by_path:
+                            path = leaf_slice.path
+                            leaf = leaves.pop(path, None)
+                            leaves[path] = _insert(leaf, like_by_path[path], leaf_slice, tensor)
         if len(set(digests.values())) > 1:
             raise WeightsError(
-                f"{self.folder}: {_HEAD} differs from {_EMBEDDING}, but its config has "
-                "tie_word_embeddings; set that to false to keep the head"
+                f"{self.folder}: {_HEAD}: expected {_EMBEDDING}'s values, since the config has "
+                "tie_word_embeddings, found others; set it to false to keep the head"
             )
         return jax.tree_util.tree_map_with_path(
             lambda path, _: leaves[tuple(key.key for key in path)], like
@@ -207,8 +205,10 @@ class Checkpoint:
 
     @functools.cached_property
     def local_files(self) -> Path:
-        """A local folder with whatever there is beside the tensors; for a bucket's, a copy that
-        lasts as long as the checkpoint."""
+        """A local folder with the files beside the tensors.
+
+        Of a bucket's it is a copy that lasts as long as the checkpoint.
+        """
         if isinstance(self.folder, Path):
             return self.folder
         copy_others(self.folder, self._copies)
@@ -216,11 +216,11 @@ class Checkpoint:
 
     @functools.cached_property
     def _copies(self) -> Path:
-        self._temporary = tempfile.TemporaryDirectory()  # gone with the checkpoint
+        self._temporary = tempfile.TemporaryDirectory()  # Removed with the checkpoint.
         return Path(self._temporary.name)
 
     def _file(self, file: str) -> Path:
-        """The file on this machine: a bucket's cannot be mapped into memory, so it is copied."""
+        """Returns the file on this machine; a bucket's, which cannot be mapped, is copied."""
         path = self.folder / file
         if isinstance(path, Path):
             return path
@@ -253,16 +253,19 @@ def save_tensors(
     """Writes the tensors, one file at a time, and their index if there are several files.
 
     Args:
-      folder: is there already.
+      folder: exists.
       params: the whole tree, on the mesh or the host; adapters are merged into their kernels.
+      config: the model's.
       dtype: of the written tensors, one or by name.
+      lora: the adapters' config, if there are any.
       shard_bytes: most bytes of tensors in a file.
 
     Raises:
-      NotFiniteError: a tensor has values that are not finite, or that `dtype` has not.
+      NotFiniteError: a tensor has values that are not finite, or are not in `dtype`.
     """
-    specs = tensor_specs(config)
-    dtypes, sizes = _dtypes_and_sizes(specs, dtype)
+    # Which tensors are in which file.
+    slices = leaf_slices(config)
+    dtypes, sizes = _dtypes_and_sizes(slices, dtype)
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for name, needed in sizes.items():
@@ -274,19 +277,19 @@ def save_tensors(
     count = len(shards)
     files = [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
     files = files if count > 1 else [SINGLE]
-    with progress(desc="save", total=len(specs), unit="tensor") as bar:
+    # The files, one in memory at a time.
+    with progress(desc="save", total=len(slices), unit="tensor") as bar:
         for file, names in zip(files, shards, strict=True):
             tensors = {}
             for name in names:
                 with np.errstate(over="ignore"):  # What overflows is named.
-                    value = _slice(params, specs[name], lora).astype(dtypes[name])
+                    value = _slice(params, slices[name], lora).astype(dtypes[name])
                 if bad := count_not_finite(value):
                     raise NotFiniteError(
-                        f"{name}: {bad} of its {value.size} values are not finite as "
-                        f"{dtypes[name].name}, so that nothing is written; take another dtype, or "
-                        "an earlier checkpoint"
+                        f"{name}: expected finite values as {dtypes[name].name}, found {bad} of "
+                        f"{value.size} that are not; take another dtype, or an earlier checkpoint"
                     )
-                tensors[name] = specs[name].to_theirs(value)
+                tensors[name] = slices[name].to_theirs(value)
                 bar.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if count > 1:
@@ -296,88 +299,65 @@ def save_tensors(
 
 
 def tensor_bytes(config: ModelConfig, dtype: str | Mapping[str, str]) -> int:
-    """Bytes of all tensors that `save_tensors` writes."""
-    return sum(_dtypes_and_sizes(tensor_specs(config), dtype)[1].values())
+    """Returns the bytes of all tensors that `save_tensors` writes."""
+    return sum(_dtypes_and_sizes(leaf_slices(config), dtype)[1].values())
 
 
 def _dtypes_and_sizes(
-    specs: Mapping[str, TensorSpec], dtype: str | Mapping[str, str]
+    slices: Mapping[str, LeafSlice], dtype: str | Mapping[str, str]
 ) -> tuple[dict[str, jnp.dtype], dict[str, int]]:
-    """The type and the bytes of each tensor, by name."""
-    dtypes = {name: jnp.dtype(dtype if isinstance(dtype, str) else dtype[name]) for name in specs}
-    sizes = {name: math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items()}
+    """Returns the dtype and the bytes of each tensor, by name."""
+    dtypes = {name: jnp.dtype(dtype if isinstance(dtype, str) else dtype[name]) for name in slices}
+    sizes = {
+        name: math.prod(leaf_slice.shape) * dtypes[name].itemsize
+        for name, leaf_slice in slices.items()
+    }
     return dtypes, sizes
 
 
-def _slice(params: Params, spec: TensorSpec, lora: LoRA | None) -> np.ndarray:
-    """The part of a leaf that is one tensor, its adapter merged into it."""
-    *branch, leaf = spec.path
+def _slice(params: Params, leaf_slice: LeafSlice, lora: LoRA | None) -> np.ndarray:
+    """Returns the part of a leaf that is one tensor, with its adapter merged in."""
+    *branch, leaf = leaf_slice.path
     layer = _at(params, branch)
     if leaf != "kernel" or "lora_a" not in layer:
-        return np.asarray(jax.device_get(layer[leaf][spec.index]))
-    # One layer at a time, so that no second copy of a whole stack is made.
-    one = {name: value[spec.index][None] for name, value in layer.items()}
+        return np.asarray(jax.device_get(layer[leaf][leaf_slice.index]))
+    # One layer at a time, so that no second copy of a whole stack exists.
+    one = {name: value[leaf_slice.index][None] for name, value in layer.items()}
     return np.asarray(jax.device_get(merged_kernel(one, lora)[0]))
 
 
-def _find(path: str) -> Path:
-    if "://" in path:
-        folder = any_path(path, "a checkpoint's path")
-    elif Path(path).is_dir():
-        return Path(path)
-    elif is_hub_name(path):
-        try:
-            return Path(snapshot_download(path, allow_patterns=list(_WANTED)))
-        except (OSError, ValueError) as e:
-            raise WeightsError(
-                f"{path}: no such folder, and the hub does not give it: {one_line(e)}"
-            ) from e
-    else:
-        folder = Path(path)
-    try:
-        there = folder.is_dir()
-    except ImportError as e:
-        raise WeightsError(f"{path}: {one_line(e)}; {INSTALL_CLIENT}") from None
-    if not there:
-        raise WeightsError(
-            f"{path}: no such folder{did_you_mean(path)}; expected one with a {CONFIG}, or a name "
-            f"on the hub{hub_hint(path)}"
-        )
-    return folder
-
-
 def copy_others(source: Path, folder: Path) -> None:
-    """Copies what is published beside tensors: config, tokenizer, processor, chat template, …"""
+    """Copies what is published beside tensors: config, tokenizer, processor, chat template, etc."""
     for path in _others(source):
         (folder / path.name).write_bytes(path.read_bytes())
 
 
 def _others(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.is_file() and path.suffix in _SUFFIXES and path.name != INDEX:
+        if path.is_file() and path.suffix in TEXT_SUFFIXES and path.name != INDEX:
             yield path
 
 
 def _insert(
-    leaf: jax.Array | None, like: jax.ShapeDtypeStruct, spec: TensorSpec, tensor: np.ndarray
+    leaf: jax.Array | None, like: jax.ShapeDtypeStruct, leaf_slice: LeafSlice, tensor: np.ndarray
 ) -> jax.Array:
-    """`leaf`, or zeros if there is none yet, with the tensor in its place.
+    """Returns `leaf`, or zeros if it is None, with the tensor in its place.
 
-    The old leaf's buffers are given away, so that it is never held twice.
+    The old leaf's buffers are donated, so that it is never held twice.
     """
-    value = spec.to_ours(tensor)
-    if value.dtype == np.float16:  # Which not every device knows.
+    value = leaf_slice.to_ours(tensor)
+    if value.dtype == np.float16:  # Not every device has it.
         value = value.astype(like.dtype)
     sharding = like.sharding
-    if not spec.index:
+    if not leaf_slice.index:
         return jax.make_array_from_callback(
             like.shape, sharding, lambda part: np.asarray(value[part], like.dtype)
         )
     if leaf is None:
         leaf = _zeros(like.shape, like.dtype, sharding)
-    split = NamedSharding(sharding.mesh, P(*tuple(sharding.spec)[len(spec.index) :]))
+    split = NamedSharding(sharding.mesh, P(*tuple(sharding.spec)[len(leaf_slice.index) :]))
     on_mesh = jax.make_array_from_callback(value.shape, split, lambda part: value[part])
-    return _inserter(sharding)(leaf, on_mesh, spec.index)
+    return _inserter(sharding)(leaf, on_mesh, leaf_slice.index)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:

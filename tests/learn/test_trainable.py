@@ -185,8 +185,8 @@ def test_shares_of_every_leaf(adapted):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"vision": -1.0}, "vision: -1.0 found, at least 0"),
-        ({"vision": 0.0, "merger": 0.0, "language": 0.0}, "so nothing trains"),
+        ({"vision": -1.0}, "vision: expected at least 0, found -1.0"),
+        ({"vision": 0.0, "merger": 0.0, "language": 0.0}, "so that nothing trains"),
     ],
 )
 def test_nonsense_is_refused(wrong, message):

@@ -20,7 +20,7 @@ from morer1_jax.run.mesh import (
     state_shardings,
     this_host,
 )
-from morer1_jax.weights.names import empty_params, tensor_specs
+from morer1_jax.weights.names import empty_params, leaf_slices
 
 
 @flax.struct.dataclass
@@ -39,7 +39,7 @@ def model_params():
     text = TextConfig(64, 16, 32, 3, 4, 2, (1, 1, 0))
     vision = VisionConfig(4, 16, 32, 2, 16, (1, 3), patch_size=4, window_size=16)
     config = ModelConfig(text, vision, 60, 61, 62, 63)
-    tree = empty_params(tensor_specs(config), "float32")
+    tree = empty_params(leaf_slices(config), "float32")
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 

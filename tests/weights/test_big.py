@@ -15,7 +15,7 @@ from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.special import SpecialIds
-from morer1_jax.weights.names import tensor_specs
+from morer1_jax.weights.names import leaf_slices
 
 ROOT = Path(__file__).parents[2]
 # As the README says: without it XLA keeps a float32 copy of all layers' bfloat16 weights.
@@ -40,7 +40,7 @@ def write(folder, config):
     """Random weights of a trained model's sizes, bfloat16, in files of about 2 GB."""
     noise = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
     files, index, held = {}, {}, 0
-    for name, spec in tensor_specs(config).items():
+    for name, spec in leaf_slices(config).items():
         number = held // 2_000_000_000
         held += 2 * int(np.prod(spec.shape))
         files.setdefault(f"model-{number:05d}.safetensors", []).append((name, spec.shape))

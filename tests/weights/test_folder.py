@@ -16,7 +16,7 @@ from morer1_jax.errors import ConfigError, WeightsError
 from morer1_jax.run.job import Job
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import TASK, open_model
-from morer1_jax.weights import published as weights
+from morer1_jax.weights import folder as weights
 from morer1_jax.weights.names import canonical_name
 from morer1_jax.weights.published import CONFIG, INDEX, SINGLE, Checkpoint
 
@@ -47,7 +47,7 @@ def same_as_transformers(folder):
     found = {}
     for file, names in checkpoint._files.items():
         tensors = load_file(folder / file)
-        found |= {ours: tensors[name] for ours, name in names.items() if ours in checkpoint.specs}
+        found |= {ours: tensors[name] for ours, name in names.items() if ours in checkpoint.slices}
     assert found.keys() == expected.keys()
     for name, value in found.items():
         np.testing.assert_array_equal(value, expected[name], name)
@@ -100,7 +100,7 @@ class TestTensors:
     @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
     def test_a_foreign_prefix_is_named_once(self, copy, prefix):
         change(copy, lambda t: {prefix + name: value for name, value in t.items()})
-        found = refused(copy, "stands before the names of tensors")
+        found = refused(copy, "names of tensors: expected no prefix")
         assert found.count(prefix) == 1
         assert len(found.removeprefix(str(copy))) < 200
 
@@ -115,19 +115,21 @@ class TestTensors:
     def test_tensors_in_another_form_are_named(self, copy, name):
         (copy / SINGLE).rename(copy / name)
         (copy / "training_args.bin").write_bytes(b"")
-        refused(copy, rf"neither .* found but {name}, which is not read; expected one of them")
+        refused(copy, rf"expected .*, found only {name}, which is not read")
 
 
 class TestAdapters:
     def test_an_adapter_alone(self, tmp_path):
         (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Q"}')
         (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-        found = refused(tmp_path, "so an adapter of Qwen/Q; a whole model expected: merge it")
+        found = refused(
+            tmp_path, "expected a whole model, found .*, so an adapter of Qwen/Q; merge it"
+        )
         assert "merge_and_unload" in found
 
     def test_an_adapter_beside_a_model(self, copy):
         (copy / "adapter_config.json").write_text("{}")
-        refused(copy, r"beside a model an adapter; .* or remove adapter_config\.json")
+        refused(copy, r"an adapter beside a model; .* or remove adapter_config\.json")
 
 
 def test_the_file_that_transformers_5_saves_is_read_before_the_older_one(copy):
@@ -168,7 +170,7 @@ def test_training_has_the_folder_s_mean_and_says_where_limits_differ(
 
 def test_limits_that_are_none_are_refused(copy):
     (copy / PREPROCESSOR).write_text(json.dumps({"size": 448}))
-    refused(copy, "size: found 448, least and most pixels expected")
+    refused(copy, "size: expected least and most pixels .* found 448")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_ids_that_are_not_the_tokenizer_s_are_refused_wherever_the_folder_is_use
     described = json.loads((copy / CONFIG).read_text())
     expected, described[key] = described[key], 7
     (copy / CONFIG).write_text(json.dumps(described))
-    problem = f"{copy / CONFIG}: {key}: found 7, but its tokenizer has {expected}; expected"
+    problem = f"{copy / CONFIG}: {key}: expected the tokenizer's {expected}, found 7; take"
     for use in (
         lambda: open_model(str(copy)),
         lambda: job_of(copy, tmp_path / "run", request, small_world).policy,
