@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 
 class VisionBatch(NamedTuple):
-    """Patches in window slots; see `layout.vision_layout`."""
+    """Patches in the slots of the vision tower's layout; see `VisionConfig.layout`."""
 
     patches: Float[np.ndarray, "b w p c"]
     positions: Int[np.ndarray, "b w p 2"]

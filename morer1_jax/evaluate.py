@@ -63,10 +63,10 @@ def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
     facts = more.read_split(data, split, more.read_ontology(data))
     loaded = open_model(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
     sizes = more.photo_sizes(facts, data)
-    encoder = loaded.encoder(data, facts, sizes)
+    reader = loaded.reader(data, facts, sizes)
     batch = min(_BATCH.value, len(facts))
     sampler = BatchSampler(
-        loaded.policy, encoder, batch=batch, group=1, temperature=0.0, guided=_GUIDED.value
+        loaded.policy, reader, batch=batch, group=1, temperature=0.0, guided=_GUIDED.value
     )
     answers = sampler.answers(loaded.params, facts, f"evaluate {name}")
     write_scores(out, name, facts, answers, loaded.policy.ontology)

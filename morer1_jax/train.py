@@ -9,12 +9,11 @@ that was killed goes on from its last checkpoint. Any other key is set the same 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +23,21 @@ from ml_collections import config_flags
 
 from morer1_jax.cli import run_main
 from morer1_jax.config.binding import FILE as CONFIG_FILE
-from morer1_jax.config.binding import load
+from morer1_jax.config.binding import load as bind
 from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import atomic_write, check_writable, remove
 from morer1_jax.paths import local_path
 from morer1_jax.processes import check_alone
-from morer1_jax.report.report import write_report
-from morer1_jax.run.batch_sampler import greedy_sampler
 from morer1_jax.run.cache import use_program_cache
-from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.job import Job
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
+from morer1_jax.run.setup import Run, Setup, open_run, open_setup, with_features
 from morer1_jax.run.trial import check_saves
-from morer1_jax.stages import binding
-from morer1_jax.stages.baselines import run_baselines
-from morer1_jax.stages.control import run_control
 from morer1_jax.stages.disk import check_room
-from morer1_jax.stages.evaluate import evaluate, read_scores
-from morer1_jax.stages.grpo import run_grpo
-from morer1_jax.stages.marker import MARKER, Stage
-from morer1_jax.stages.rate import check_given, run_rate
-from morer1_jax.stages.sft import run_sft
-from morer1_jax.task import metrics
-from morer1_jax.world.synthesise import synthesise
+from morer1_jax.stages.marker import MARKER
+from morer1_jax.stages.progress import Progress
+from morer1_jax.stages.table import BY_NAME, STAGES, Stage, stages_to_run
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
 _WORKDIR = flags.DEFINE_string(
@@ -57,42 +46,6 @@ _WORKDIR = flags.DEFINE_string(
 
 # What a run has in its workdir before the first step; the config first, which binds it.
 _BEGUN = (CONFIG_FILE, "data.json", "tokenizer", "synthesise", "data")
-
-
-def best_params(job: Job, stage: str) -> Any:
-    """The best parameters of a stage, by validation: those that train."""
-    return Checkpointer(job.workdir / stage / "checkpoints").restore_best(job.like[0])[0]
-
-
-def first_params(job: Job) -> Any:
-    """What is rated, and what GRPO begins with: those that train.
-
-    Raises:
-      ConfigError: there is no such thing.
-    """
-    if job.settings.rate.begin == "sft":
-        return best_params(job, "sft")
-    if job.checkpoint is None:
-        raise ConfigError("config.rate.begin: 'checkpoint' found, but config.model.path names none")
-    return job.init_params(0)
-
-
-def run_synthesise(job: Job) -> None:
-    """Writes the synthetic dataset, unless the config points to one; trains the tokenizer."""
-    if job.settings.data.folder is None and not job.data.exists():
-        synthesise(job.data, job.settings.world, job.settings.seed)
-    print(f"tokenizer: {len(job.tokenizer)} tokens")
-
-
-def run_evaluate(job: Job) -> None:
-    """Scores whatever models the workdir has, prints the table, writes the report page."""
-    sampler = greedy_sampler(job, job.encoder)
-    for stage in ("sft", "control", "grpo"):
-        if (job.workdir / stage / MARKER).exists():
-            evaluate(job, stage, job.whole(best_params(job, stage)), sampler)
-    scores = read_scores(job.workdir)
-    print(metrics.format_table(scores))
-    print(f"report: {write_report(job.workdir, job.data)}")
 
 
 def train(config: Any, workdir: Path) -> None:
@@ -104,69 +57,68 @@ def train(config: Any, workdir: Path) -> None:
     """
     check_alone()
     workdir = local_path(workdir, "--workdir")
-    job = Job(settings(config), workdir)
+    run_settings = settings(config)
+    stages = stages_to_run(run_settings)
     check_writable(workdir, folder=True)
-    job.checkpoint  # noqa: B018  (looked at before anything is written)
+    setup = open_setup(run_settings, workdir)
     with hold(workdir, folder=True):
-        _train(config, job)
+        _train(config, setup, stages)
 
 
-def _train(config: Any, job: Job) -> None:
-    """Runs the config's stages in a workdir that is this process's."""
-    workdir = job.workdir
+def _train(config: Any, setup: Setup, stages: Sequence[Stage]) -> None:
+    """Runs stages in a workdir that is this process's."""
+    workdir, progress = setup.workdir, Progress.of(config, setup.settings, setup.workdir)
 
-    def stage_of(name: str) -> Stage:
-        return binding.stage_of(config, workdir, name)
-
-    def done(name: str) -> bool:
-        return name != "evaluate" and stage_of(name).done()
-
-    runners: dict[str, Callable[[], Any]] = {
-        "synthesise": lambda: run_synthesise(job),
-        "sft": lambda: run_sft(job),
-        "baselines": lambda: run_baselines(job),
-        "rate": lambda: run_rate(job, job.whole(first_params(job))),
-        "grpo": lambda: run_grpo(job, lambda: first_params(job)),
-        "control": lambda: run_control(
-            job, lambda: best_params(job, "sft"), stage_of("rate").results()["seconds"]
-        ),
-        "evaluate": lambda: run_evaluate(job),
-    }
-
-    def run(name: str) -> None:
-        if done(name):
-            print(f"stage {name}: done before")
-            return
-        print(f"stage {name}", flush=True)
-        before = time.perf_counter()
-        runners[name]()
-        seconds = time.perf_counter() - before
-        stage_of(name).finish({"seconds": round(seconds, 1)})
-        print(f"stage {name}: {seconds:.0f} s", flush=True)
-
-    names = job.settings.stages.split(",")
-    first = list(itertools.takewhile(lambda name: name == "synthesise", names))
-    rest = names[len(first) :]
+    # Find whatever is wrong before a step is spent; the data may have to be made for that.
     with _start(workdir):
-        binding.upgrade_markers(config, workdir)
-        bound = functools.partial(binding.why_bound, config, workdir)
-        load(config, workdir, write=jax.process_index() == 0, bound=bound)
-        binding.check_steps(config, workdir)
-        _check_order(job, done)
-        for name in first:
-            run(name)
-        to_run = [name for name in rest if not done(name)]
-        if to_run:
-            if "rate" in to_run:
-                check_given(job)
-            job.check()
-            check_room(job, config, to_run)
-            check_saves(workdir)
+        bind(config, workdir, write=jax.process_index() == 0, bound=progress.why_bound)
+        progress.check_steps()
+        _check_order(setup, progress, stages)
+        first = list(itertools.takewhile(lambda stage: stage.makes_data, stages))
+        rest = stages[len(first) :]
+        for stage in first:
+            _run_stage(stage, setup, progress)
+        unfinished = [stage for stage in rest if not progress.done(stage)]
+        run = _open(setup, progress, stages, unfinished) if unfinished else None
     # What nothing brings back goes once nothing refuses the command any more.
-    binding.drop_states(config, workdir, goes_on=to_run)
-    for name in rest:
-        run(name)
-        binding.drop_states(config, workdir)
+    progress.drop_states(goes_on=[stage.name for stage in unfinished])
+
+    # Run the stages.
+    if run is not None:
+        run = with_features(run)
+    for stage in rest:
+        _run_stage(stage, setup if stage.makes_data else run, progress)
+        progress.drop_states()
+
+
+def _open(
+    setup: Setup, progress: Progress, stages: Sequence[Stage], unfinished: Sequence[Stage]
+) -> Run:
+    """Opens what the stages share, and checks what they read and what they will write."""
+    settings = setup.settings
+    run = open_run(
+        setup,
+        reasoning_needed=any(stage.reads_reasoning(settings) for stage in stages),
+        blind_views=[view for stage in stages for view in stage.blind_views],
+    )
+    for stage in unfinished:
+        stage.check(run)
+    check_room(run, progress, unfinished)
+    check_saves(setup.workdir)
+    return run
+
+
+def _run_stage(stage: Stage, run: Setup | Run | None, progress: Progress) -> None:
+    """Runs a stage unless it is done, and marks it as done with the seconds it took."""
+    if progress.done(stage):
+        print(f"stage {stage.name}: done before")
+        return
+    print(f"stage {stage.name}", flush=True)
+    before = time.perf_counter()
+    stage.run(run)
+    seconds = time.perf_counter() - before
+    progress.finish(stage, {"seconds": round(seconds, 1)})
+    print(f"stage {stage.name}: {seconds:.0f} s", flush=True)
 
 
 @contextlib.contextmanager
@@ -216,19 +168,25 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _check_order(job: Job, done: Callable[[str], bool]) -> None:
-    """Finds out whether what each stage works with is there, or made by a stage before it.
+def _check_order(setup: Setup, progress: Progress, stages: Sequence[Stage]) -> None:
+    """Checks that what each stage works with is there, or made by a stage before it.
 
     Raises:
       ConfigError: it is not.
     """
-    names = job.settings.stages.split(",")
-    for place, name in enumerate(names):
-        needed = [] if name == "synthesise" or done(name) else _needed(job, name)
-        missing = [n for n in needed if n not in names[:place] and not done(n)]
+    has_data = setup.settings.data.folder is not None or setup.data.exists()
+    for place, stage in enumerate(stages):
+        if stage.makes_data or progress.done(stage):
+            continue
+        before = [one.name for one in stages[:place]]
+        needed = [] if has_data else [one.name for one in STAGES if one.makes_data]
+        needed += stage.needs(setup.settings)
+        missing = [
+            name for name in needed if name not in before and not progress.done(BY_NAME[name])
+        ]
         if not missing:
             continue
-        ways = f"--config.stages={','.join([*missing, name])} runs them in order"
+        ways = f"--config.stages={','.join([*missing, stage.name])} runs them in order"
         if "synthesise" in missing:
             ways += "; for data of your own, --config.data.folder=…"
         if "sft" in missing:
@@ -237,19 +195,9 @@ def _check_order(job: Job, done: Callable[[str], bool]) -> None:
                 "--config.rate.begin=checkpoint"
             )
         raise ConfigError(
-            f"config.stages: {name} found, which goes on from {' and '.join(missing)}, not done in "
-            f"{job.workdir}; {ways}"
+            f"config.stages: {stage.name} found, which goes on from {' and '.join(missing)}, not "
+            f"done in {setup.workdir}; {ways}"
         )
-
-
-def _needed(job: Job, name: str) -> list[str]:
-    """The stages whose output a stage takes."""
-    config = job.settings
-    data = [] if config.data.folder or job.data.exists() else ["synthesise"]
-    sft = ["sft"] if config.rate.begin == "sft" or name == "control" else []
-    grpo = ["grpo"] if config.control.steps is None else []
-    stages = {"rate": sft, "grpo": [*sft, "rate"], "control": [*sft, "rate", *grpo]}
-    return data + stages.get(name, [])
 
 
 def main(argv: list[str]) -> None:

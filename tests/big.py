@@ -14,10 +14,13 @@ import jax.numpy as jnp
 
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
+from morer1_jax.data.collate import Collator
+from morer1_jax.data.shapes import Shape
 from morer1_jax.learn.sft import make_sft_step
+from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.run.batch_sampler import BatchSampler
-from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import shardings_of
+from morer1_jax.run.setup import open_run, open_setup
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,32 +70,35 @@ def main(model, data, workdir):
     config.data.update(workers=1, worker_kind="thread")
     config.tune.update(vision=0.0, merger=0.0)
     config.tune.lora.rank = 16
-    job = Job(settings(config), workdir)
-    facts = job.facts["train"][:1]
+    run = open_run(open_setup(settings(config), Path(workdir)), reasoning_needed=True)
+    trainee, reader, limits = run.trainee, run.reader, run.reader.limits
+    facts = run.dataset.splits["train"][:1]
     out = {}
 
     with Peak("RssAnon") as loading:
         began = time.perf_counter()
         before = loading.now()
-        frozen, adapters = jax.block_until_ready((job.frozen, job.init_params(0)))
+        frozen, adapters = jax.block_until_ready((trainee.frozen, trainee.init_params(0)))
         out["load_seconds"] = time.perf_counter() - began
     out["parameter_bytes"] = bytes_of(frozen) + bytes_of(adapters)
     out["load_peak_bytes"] = loading.most
     out["before_bytes"] = before
 
-    policy = job.policy
+    policy = trainee.policy
     with Peak("VmRSS") as running:
-        optimizer = job.settings.sft.optimizer.build(1, job.parts)
-        state = job.new_state(adapters, optimizer)
+        optimizer = run.settings.sft.optimizer.build(1, trainee.trainable)
+        state = trainee.new_state(adapters, optimizer)
+        score = ScoreConfig(run.settings.grpo.temperature, run.settings.score.chunk)
         shardings = shardings_of(state)
         step = jax.jit(
-            make_sft_step(policy.model, optimizer, job.score),
+            make_sft_step(policy.model, optimizer, score),
             in_shardings=(shardings, shardings_of(frozen), policy.rows),
             out_shardings=(shardings, policy.replicated),
             donate_argnums=0,
         )
-        sample = job.encoder.sample(facts[0], "<answer>none</answer>")
-        batch = policy.put(job.encoder.sequences([[sample]]))
+        sample = reader.read(facts[0], "<answer>none</answer>")
+        shape = Shape(limits.prompt + limits.completion, limits.slots)
+        batch = policy.put(Collator.of(reader).sequences([[sample]], shape))
         lowered = step.lower(state, frozen, batch)
         # No pass has this name: all passes run, whatever XLA_FLAGS says.
         every_pass = lowered.compile(compiler_options={"xla_disable_hlo_passes": "none"})
@@ -108,9 +114,9 @@ def main(model, data, workdir):
         # Adapters begin with B at 0.
         out["moved"] = float(jnp.abs(state.params["language"]["layers"]["q"]["lora_b"]).max())
 
-        sampler = BatchSampler(policy, job.encoder, batch=1, group=2, temperature=1.0)
+        sampler = BatchSampler(policy, reader, batch=1, group=2, temperature=1.0)
         began = time.perf_counter()
-        ((_, drawn),) = sampler.ask(job.whole(state.params), facts, "sample")
+        ((_, drawn),) = sampler.sample(trainee.whole(state.params), facts, "sample")
         out["rollout_seconds"] = time.perf_counter() - began
         out["rollout_tokens"] = [int(n) for n in drawn.mask.sum(-1)]
     out["peak_bytes"] = running.most

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import transformers
 
-from morer1_jax.data import layout
+from morer1_jax.data.positions import mrope_positions
+from morer1_jax.model import windows as tower
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.vision import VisionInputs
@@ -162,7 +163,7 @@ def lay_out(config, samples, rows, *, extra=3, extra_windows=1):
     }
     packed = [[samples[i] for i in row] for row in rows]
     grids = [[grid for sample in row for grid in sample.grids] for row in packed]
-    windows = max(layout.count_windows(g, **sizes) for g in grids) + extra_windows
+    windows = max(tower.count_windows(g, **sizes) for g in grids) + extra_windows
     length = max(sum(len(sample.tokens) for sample in row) for row in packed) + extra
     out = {field.name: [] for field in dataclasses.fields(Rows)}
     for row, row_grids, numbers in zip(packed, grids, rows, strict=True):
@@ -171,21 +172,21 @@ def lay_out(config, samples, rows, *, extra=3, extra_windows=1):
         tokens = np.concatenate([*(sample.tokens for sample in row), np.full(pad, PAD)])
         counts = [*lengths, pad]
         segments = np.repeat([*range(1, len(row) + 1), 0], counts).astype(np.int32)
-        slots = layout.vision_layout(row_grids, **sizes, pad_to_windows=windows)
+        slots = tower.vision_layout(row_grids, **sizes, pad_to_windows=windows)
         patches = np.concatenate([sample.patches for sample in row])
         out["tokens"].append(tokens.astype(np.int32))
         out["segment_ids"].append(segments)
         out["sample_ids"].append(np.repeat([*numbers, -1], counts))
         out["vision_index"].append(
-            layout.vision_index(tokens, slots, image_token_id=config.image_token_id)
+            tower.vision_index(tokens, slots, image_token_id=config.image_token_id)
         )
         out["positions"].append(
-            layout.mrope_positions(
+            mrope_positions(
                 tokens, row_grids, merge_size=merge, image_token_id=config.image_token_id,
                 video_token_id=config.video_token_id, segment_ids=segments,
             )
         )  # fmt: skip
-        placed = layout.place_patches(slots, patches)
+        placed = tower.place_patches(slots, patches)
         out["images"].append(VisionInputs(placed, slots.positions, slots.image_ids, slots.part_ids))
     images = jax.tree.map(lambda *leaves: np.stack(leaves), *out.pop("images"))
     positions = np.stack(out.pop("positions"), axis=1)

@@ -18,14 +18,14 @@ from morer1_jax.config.settings import settings
 from morer1_jax.data.ratings import Rating, read_ratings
 from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError
 from morer1_jax.model.attention import XLA
-from morer1_jax.run.job import Job
+from morer1_jax.run.setup import open_run, open_setup
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import open_model
 from morer1_jax.serve.predict import predict, read_questions
 from morer1_jax.stages.grpo import run_grpo
 from morer1_jax.task import more
 from morer1_jax.task.answer import Special, read
-from morer1_jax.train import first_params, train
+from morer1_jax.train import train
 from morer1_jax.weights.published import SINGLE
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -181,14 +181,15 @@ def test_a_tensor_that_is_not_finite_is_trained_by_no_stage(spoilt, small_world,
     config.stages, config.data.folder, config.model.path = stage, str(small_world), str(folder)
     config.rate.begin = "checkpoint"
     config.mesh.update(data=1, fsdp=1, tensor=-1)
-    job = Job(settings(config), tmp_path)
-    lines = [Rating(fact.id, 0.0, "hard") for fact in job.facts["train"]]
+    facts = more.read_split(small_world, "train", more.read_ontology(small_world))
+    lines = [Rating(fact.id, 0.0, "hard") for fact in facts]
     (tmp_path / "rate").mkdir()
     (tmp_path / "rate" / "ratings.jsonl").write_text(
         "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
     )
+    run = open_run(open_setup(settings(config), tmp_path), reasoning_needed=False)
     with pytest.raises(WeightsError) as error:
-        run_grpo(job, lambda: first_params(job)) if stage == "grpo" else train(config, tmp_path)
+        run_grpo(run) if stage == "grpo" else train(config, tmp_path)
     assert str(error.value).startswith(message)
     assert not list(tmp_path.glob("*/checkpoints/step_*"))
     assert not list(tmp_path.glob("*/DONE.json"))

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -13,14 +12,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from morer1_jax.config.binding import identity, read_config
+from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
 from morer1_jax.data.ratings import Rating, read_ratings
 from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.job import Job
-from morer1_jax.stages import binding
+from morer1_jax.run.hooks import Validation
+from morer1_jax.run.setup import open_run, open_setup
 from morer1_jax.stages.grpo import _pools, _schedule, run_grpo
+from morer1_jax.stages.table import BY_NAME
 from morer1_jax.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -77,8 +77,17 @@ def check_refused(config, workdir, error, *parts):
     assert not workdir.exists()
 
 
+def opened(config, workdir):
+    return open_run(open_setup(settings(config), workdir), reasoning_needed=True)
+
+
+def replace(monkeypatch, name, run):
+    """Has a stage do something else."""
+    monkeypatch.setitem(BY_NAME, name, dataclasses.replace(BY_NAME[name], run=run))
+
+
 def test_good_data_is_not_refused(config, workdir):
-    Job(settings(config), workdir).check()
+    opened(config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +222,7 @@ def absent_ratings(config, tmp_path):
 def test_a_command_may_be_corrected_after_a_start_that_failed(
     config, workdir, tmp_path, monkeypatch, spoil
 ):
-    monkeypatch.setattr("morer1_jax.train.run_sft", lambda job: None)
+    replace(monkeypatch, "sft", lambda run: None)
     good = config.copy_and_resolve_references()
     workdir.mkdir()
     (workdir / "notes").write_text("mine")
@@ -225,7 +234,7 @@ def test_a_command_may_be_corrected_after_a_start_that_failed(
     assert {"config.json", "data.json", "sft"} <= {path.name for path in kept}
     # Now it is a run's, and what fails takes nothing away.
     good.stages = "sft,rate"
-    monkeypatch.setattr(Job, "check", lambda job: interrupt())
+    monkeypatch.setattr("morer1_jax.train.open_run", lambda *_, **__: interrupt())
     with pytest.raises(KeyboardInterrupt):
         train(good, workdir)
     assert contents(workdir) == kept
@@ -240,35 +249,24 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def old_marker(workdir, name, config):
-    """As earlier versions wrote it: with a digest of the keys."""
-    keys = identity(config, binding.DEPENDS[name], binding._OPERATIONAL_BEFORE)
-    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
-    marker = {"stage": name, "config": digest, "results": {"seconds": 1.0}}
-    (workdir / name / "DONE.json").write_text(json.dumps(marker))
-
-
 @pytest.mark.parametrize("refusal", ["stages", "photo", "disk", "steps"])
 def test_a_refused_command_takes_nothing_from_a_run(data, config, workdir, monkeypatch, refusal):
     """Neither what it is bound to, nor states that a command that goes on takes away."""
 
-    def run_sft(job):
+    def run_sft(run):
         checkpoints = Checkpointer(workdir / "sft" / "checkpoints")
         checkpoints.save(2, {"w": jnp.ones(3)})
         checkpoints.save_best(2, {"w": jnp.ones(3)}, 1.0)
 
-    monkeypatch.setattr("morer1_jax.train.run_sft", run_sft)
-    monkeypatch.setattr("morer1_jax.train.first_params", lambda job: {})
-    monkeypatch.setattr("morer1_jax.train.run_rate", lambda job, params: None)
-    monkeypatch.setattr(Job, "whole", lambda job, params: params)
+    replace(monkeypatch, "sft", run_sft)
+    replace(monkeypatch, "rate", lambda run: None)
     config.sft.optimizer.schedule = "cosine"
     config.stages = "sft"
     train(config, workdir)
     checkpoints = Checkpointer(workdir / "sft" / "checkpoints")
     assert checkpoints.latest() is None
-    # As an earlier version left it, which kept them.
+    # As a killed deletion leaves it.
     checkpoints.save(2, {"w": jnp.ones(3)})
-    old_marker(workdir, "sft", config)
     before = contents(workdir)
     # It goes through keys that bind nothing yet, and is refused after that.
     wrong = config.copy_and_resolve_references()
@@ -277,7 +275,7 @@ def test_a_refused_command_takes_nothing_from_a_run(data, config, workdir, monke
         if refusal == "stages":
             wrong.stages, error = "synthesise,grpo", ConfigError
         elif refusal == "photo":
-            patch.setattr(Job, "_check_digests", lambda *_: interrupt())
+            patch.setattr("morer1_jax.run.setup._bind_data", lambda *_: interrupt())
             error = KeyboardInterrupt
         elif refusal == "disk":
             patch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=0))
@@ -299,10 +297,10 @@ def test_a_refused_command_takes_nothing_from_a_run(data, config, workdir, monke
 
 
 def test_what_differs_is_named_before_steps_that_would_too(config, workdir, monkeypatch):
-    def run_sft(job):
+    def run_sft(run):
         Checkpointer(workdir / "sft" / "checkpoints").save_best(40, {"w": jnp.ones(3)}, 1.0)
 
-    monkeypatch.setattr("morer1_jax.train.run_sft", run_sft)
+    replace(monkeypatch, "sft", run_sft)
     config.stages = "sft"
     config.sft.optimizer.schedule = "constant"
     train(config, workdir)
@@ -318,7 +316,7 @@ def test_a_second_run_is_refused_and_takes_nothing_from_the_first(config, workdi
     bad = config.copy_and_resolve_references()
     bad.data.folder = "none"
 
-    def second(job):
+    def second(run):
         (workdir / "sft").mkdir()
         before = {path for path in workdir.rglob("*") if path.is_file()}
         for other in (config, bad):
@@ -326,7 +324,7 @@ def test_a_second_run_is_refused_and_takes_nothing_from_the_first(config, workdi
                 train(other, workdir)
         assert {path for path in workdir.rglob("*") if path.is_file()} == before
 
-    monkeypatch.setattr("morer1_jax.train.run_sft", second)
+    replace(monkeypatch, "sft", second)
     train(config, workdir)
     assert {"config.json", "data.json", "sft", "synthesise", "tokenizer"} == {
         path.name for path in workdir.iterdir()
@@ -357,14 +355,14 @@ def test_a_start_that_is_ended_takes_what_it_made_and_no_more(config, workdir, m
     config.data.folder = None
     workdir = workdir / "deep"
 
-    def check(job):
+    def check(*_, **__):
         assert (workdir / "config.json").exists()
         assert (workdir / "data" / "rel2id.json").exists()
         (workdir / "out.txt").write_text("of `… | tee`")
         end()
         raise AssertionError("it goes on")
 
-    monkeypatch.setattr(Job, "check", check)
+    monkeypatch.setattr("morer1_jax.train.open_run", check)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
         train(config, workdir)
     if ended.type is SystemExit:
@@ -375,11 +373,11 @@ def test_a_start_that_is_ended_takes_what_it_made_and_no_more(config, workdir, m
 
 @pytest.mark.usefixtures("plain_signals")
 def test_a_start_under_nohup_outlives_its_terminal(config, workdir, monkeypatch):
-    def check(job):
+    def check(*_, **__):
         os.kill(os.getpid(), signal.SIGHUP)
         raise DataError("it goes on")
 
-    monkeypatch.setattr(Job, "check", check)
+    monkeypatch.setattr("morer1_jax.train.open_run", check)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with pytest.raises(DataError, match="it goes on"):
         train(config, workdir)
@@ -397,7 +395,7 @@ def test_a_start_under_nohup_outlives_its_terminal(config, workdir, monkeypatch)
         ("grpo", True, {}, ["grpo found, which goes on from sft and rate,"]),
         ("grpo", True, {"rate.begin": "checkpoint"}, ["which goes on from rate,"]),
         ("sft,rate,control", True, {}, ["control found, which goes on from grpo,"]),
-        ("sft,control", True, {"control.steps": 3}, ["control found, which goes on from rate,"]),
+        ("control", True, {"control.steps": 3}, ["control found, which goes on from sft,"]),
     ],
 )
 def test_a_stage_before_what_it_goes_on_from_is_named(
@@ -447,7 +445,7 @@ def test_a_stage_may_be_run_alone_and_is_not_run_again(config, workdir, capsys):
 
 def test_data_that_changed_since_the_run_began_is_named(data, config, workdir, monkeypatch):
     """Indices of facts are all that a later stage keeps of the data."""
-    monkeypatch.setattr("morer1_jax.train.run_sft", lambda job: None)
+    replace(monkeypatch, "sft", lambda run: None)
     config.stages = "sft"
     train(config, workdir)
     kept = (workdir / "data.json").read_bytes()
@@ -474,7 +472,8 @@ def test_a_run_out_of_memory_goes_on_with_other_parts_and_for_longer(
     config, workdir, tmp_path, monkeypatch
 ):
     """As one that had these parts and steps from the start, within rounding."""
-    scores = {"micro_f1": 0.0}  # What is validated is not in question, and takes long to compile.
+    # What is validated is not in question, and takes long to compile.
+    scores = Validation({"micro_f1": 0.0}, decisive="micro_f1")
     monkeypatch.setattr("morer1_jax.stages.sft.validator", lambda *_: lambda params: scores)
     config.stages = "sft"
     config.sft.optimizer.update(schedule="constant", warmup=0)
@@ -509,25 +508,23 @@ def test_a_run_out_of_memory_goes_on_with_other_parts_and_for_longer(
 
 def test_an_empty_pool_is_corrected_without_rating_again(config, workdir, monkeypatch, capsys):
     """With the keys that the error names; not once GRPO has trained on the pools."""
-    facts = Job(settings(config), workdir).facts["train"]
+    facts = opened(config, workdir).dataset.splits["train"]
     rates = [0.25, 0.25, 0.0] * (len(facts) // 3)
-    monkeypatch.setattr("morer1_jax.train.run_sft", lambda job: None)
-    monkeypatch.setattr("morer1_jax.train.first_params", lambda job: {})
-    monkeypatch.setattr(Job, "whole", lambda job, params: params)
+    replace(monkeypatch, "sft", lambda run: None)
 
-    def run_rate(job, params):
+    def run_rate(run):
         ratings = [Rating(f.id, r, "hard") for f, r in zip(facts, rates, strict=True)]
         rate_as(workdir, *(json.dumps(dataclasses.asdict(rating)) for rating in ratings))
         print("rated")
 
     pools = {}
 
-    def run_grpo(job, params):
-        pools.update(_pools(job))
-        _schedule(job, pools)
+    def run_grpo(run):
+        pools.update(_pools(run))
+        _schedule(run, pools)
 
-    monkeypatch.setattr("morer1_jax.train.run_rate", run_rate)
-    monkeypatch.setattr("morer1_jax.train.run_grpo", run_grpo)
+    replace(monkeypatch, "rate", run_rate)
+    replace(monkeypatch, "grpo", run_grpo)
     config.stages = "sft,rate,grpo"
     config.grpo.mix.update(start=0.5, end=0.1)
     with pytest.raises(DataError, match=r"easy facts is empty.*in this workdir.*rate.easy_from"):
@@ -579,20 +576,20 @@ def test_an_empty_pool_is_named_with_the_ways_out_before_a_rollout(
     config.grpo.mix.update(start=0.5, end=0.0)
     config.grpo.mixing = mixing
     config.rate.never = "drop"
-    job = Job(settings(config), workdir)
-    rate_as(workdir, *(rating(fact.id, there) for fact in job.facts["train"]))
+    run = opened(config, workdir)
+    rate_as(workdir, *(rating(fact.id, there) for fact in run.dataset.splits["train"]))
     with pytest.raises(DataError, match=f"the pool of {empty} facts is empty.*{way}") as error:
-        run_grpo(job, None)
+        run_grpo(run)
     assert f"48 {there}" in str(error.value)
     assert "in this workdir, without rating again: " in str(error.value)
     assert "\n" not in str(error.value)
-    assert [p.name for p in workdir.iterdir()] == ["rate"]
+    assert {p.name for p in workdir.iterdir()} == {"rate", "tokenizer", "data.json"}
 
 
 def test_a_rating_of_no_training_fact_is_named_with_its_line(config, workdir):
     rate_as(workdir, rating("train:1", "hard"), rating("valid:1", "easy"))
-    with pytest.raises(DataError, match=r"ratings\.jsonl:2: fact 'valid:1' found"):
-        run_grpo(Job(settings(config), workdir), None)
+    with pytest.raises(DataError, match=r"ratings\.jsonl:2: .*fact 'valid:1' found"):
+        run_grpo(opened(config, workdir))
 
 
 def test_pass_rates_that_changed_since_grpo_began_are_named(config, workdir, monkeypatch):
@@ -605,15 +602,15 @@ def test_pass_rates_that_changed_since_grpo_began_are_named(config, workdir, mon
         raise Began
 
     monkeypatch.setattr("morer1_jax.stages.grpo.prompt_shapes", begin)
-    job = Job(settings(config), workdir)
-    rate_as(workdir, *(rating(fact.id, "hard") for fact in job.facts["train"]))
+    run = opened(config, workdir)
+    rate_as(workdir, *(rating(fact.id, "hard") for fact in run.dataset.splits["train"]))
     for _ in range(2):
         with pytest.raises(Began):
-            run_grpo(job, None)
+            run_grpo(run)
     path = workdir / "rate" / "ratings.jsonl"
     path.write_text(path.read_text().replace("0.25", "0.5", 1))
     with pytest.raises(DataError, match=rf"^{workdir}: rate/ratings\.jsonl changed since"):
-        run_grpo(job, None)
+        run_grpo(run)
 
 
 @pytest.fixture

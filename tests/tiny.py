@@ -11,18 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from morer1_jax.data.encoder import Encoder, Limits, Sample
+from morer1_jax.data.collate import Collator
 from morer1_jax.data.grammar import build_tables
 from morer1_jax.data.images import Patches
+from morer1_jax.data.sample import Sample
+from morer1_jax.data.shapes import Shape
 from morer1_jax.learn.state import new_state
 from morer1_jax.model.attention import XLA
-from morer1_jax.model.config import ImageConfig, ModelConfig, Runtime, TextConfig, VisionConfig
+from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
+from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL, init_params
 from morer1_jax.rollout.sampler import SampleConfig, allowed_ids, sample, sample_keys
 from morer1_jax.run import mesh as meshes
 from morer1_jax.task.answer import Special
-from morer1_jax.task.ontology import Ontology
 
 # Of programs this small compiling is most of the time: compile fast, run slow.
 jit = functools.partial(
@@ -78,15 +80,6 @@ GRIDS = (
     ((2, 2),),
     ((4, 4), (2, 2), (2, 8)),
 )
-_IMAGES = ImageConfig(
-    min_pixels=16,
-    max_pixels=4096,
-    crop_margin=0.0,
-    crop_least=4,
-    patch_size=2,
-    merge_size=2,
-    temporal_patch_size=2,
-)
 CONFIG = ModelConfig(
     text=TextConfig(
         vocab_size=ROWS,
@@ -115,19 +108,8 @@ CONFIG = ModelConfig(
 )
 
 
-class TinyEncoder(Encoder):
-    """The package's encoder over facts that are their own samples and need no dataset."""
-
-    def __init__(self, prompt=32, completion=LENGTH, windows=5):
-        tokenizer = types.SimpleNamespace(get_vocab=lambda: _NAMES, name_or_path="tiny")
-        limits = Limits(prompt=prompt, completion=completion, windows=windows)
-        super().__init__(".", tokenizer, Ontology(LABELS), _IMAGES, 8, limits)
-
-    def sample(self, fact, target=None):
-        return fact.sample
-
-
-SPECIAL = TinyEncoder().special
+SPECIAL = SpecialIds.of(types.SimpleNamespace(get_vocab=lambda: _NAMES, name_or_path="tiny"))
+COLLATOR = Collator(SPECIAL, CONFIG.vision)
 ALLOWED = allowed_ids(SPECIAL, SIZE, ROWS)
 
 
@@ -147,24 +129,22 @@ def samples():
         grids = tuple((1, *size) for size in sizes)
         count = sum(rows * columns for rows, columns in sizes)
         patches = rng.standard_normal((count, CONFIG.vision.patch_dim)).astype(np.float32)
-        made.append(Sample(f"fact {number}", tokens, target, Patches(patches, grids)))
+        gold = number % len(LABELS)
+        made.append(Sample(f"fact {number}", tokens, target, Patches(patches, grids), gold))
     return made
 
 
 @functools.cache
 def prompts():
     """All prompts, a row each."""
-    facts = [
-        types.SimpleNamespace(sample=made, label=LABELS[number % len(LABELS)])
-        for number, made in enumerate(samples())
-    ]
-    return TinyEncoder().prompts(facts, [100 + number for number in range(len(facts))])
+    return COLLATOR.prompts(samples(), [100 + i for i in range(PROMPTS)], Shape(32, 5))
 
 
-def sequences(rows=None, **limits):
+def sequences(rows=None, prompt=32, completion=LENGTH, windows=5):
     """Samples by number, packed as `rows` says; by default a row each."""
     rows = [[number] for number in range(PROMPTS)] if rows is None else rows
-    return TinyEncoder(**limits).sequences([[samples()[i] for i in row] for row in rows])
+    shape = Shape(prompt + completion, windows)
+    return COLLATOR.sequences([[samples()[i] for i in row] for row in rows], shape)
 
 
 def with_photo(batch, row, seed=5):

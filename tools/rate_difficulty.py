@@ -76,7 +76,7 @@ def _rate(data: epath.Path, out: Path) -> None:
     sizes = {photo: seen.size for photo, seen in photos.items()}
     sampler = BatchSampler(
         loaded.policy,
-        loaded.encoder(data, facts, sizes),
+        loaded.reader(data, facts, sizes),
         batch=config.batch,
         group=config.samples,
         temperature=config.temperature,

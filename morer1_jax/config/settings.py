@@ -25,8 +25,6 @@ from morer1_jax.model.special import SPECIAL_TOKENS
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.world.synthesise import WorldConfig
 
-STAGES = ("synthesise", "sft", "baselines", "rate", "grpo", "control", "evaluate")
-
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
@@ -239,26 +237,35 @@ class ScoreSettings:
     chunk: int
 
 
-@dataclasses.dataclass(frozen=True)
-class SFTSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How long a training is, and how often it does what; all counted in steps.
+
+    Attributes:
+      eval_every: steps between greedy validations; the best checkpoint by micro F1 is kept.
+    """
+
+    steps: int
+    eval_every: int
+    save_every: int
+    log_every: int
+    keep_checkpoints: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTSettings(LoopSettings):
     """Supervised fine-tuning.
 
     Attributes:
       batch: samples a step.
       micro_batches: parts of a batch whose activations exist at once.
-      eval_every: steps between greedy validations; the best checkpoint by micro F1 is kept.
       eval_facts: facts of the validation split that are asked; if it changes midway, the best is
         found among scores on different facts.
     """
 
-    steps: int
     batch: int
     micro_batches: int
-    eval_every: int
     eval_facts: int
-    save_every: int
-    log_every: int
-    keep_checkpoints: int
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
@@ -316,12 +323,11 @@ class RateSettings:
             raise ValueError(f"temperature: {self.temperature} found, a finite number expected")
 
 
-@dataclasses.dataclass(frozen=True)
-class GRPOSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOSettings(LoopSettings):
     """GRPO with Progressive Sample-Mixing.
 
     Attributes:
-      steps: rollouts.
       prompts: facts a rollout.
       group: samples a fact.
       updates: optimizer updates on each rollout.
@@ -332,7 +338,6 @@ class GRPOSettings:
       rollouts_every: steps between records in `rollouts.jsonl`.
     """
 
-    steps: int
     prompts: int
     group: int
     updates: int
@@ -340,12 +345,8 @@ class GRPOSettings:
     temperature: float
     scale_rewards: Literal["group", "batch", "none"]
     mixing: bool
-    eval_every: int
     eval_facts: int
-    save_every: int
-    log_every: int
     rollouts_every: int
-    keep_checkpoints: int
     mix: MixConfig
     reward: RewardConfig
     loss: LossConfig
@@ -396,7 +397,8 @@ class Settings:
 
     Attributes:
       seed: of everything random.
-      stages: comma-separated, of `STAGES`, run in that order; one whose output is whole is passed.
+      stages: comma-separated, run in that order; one whose output is whole is passed. Which there
+        are is said by `stages.table`, which also checks these.
     """
 
     seed: int
@@ -415,14 +417,6 @@ class Settings:
     control: ControlSettings
     evaluate: EvaluateSettings
     profile: ProfileSettings
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.stages.split(",") if name not in STAGES]
-        if unknown:
-            raise ValueError(
-                f"stages: {', '.join(map(repr, unknown))} found, names of {', '.join(STAGES)} "
-                "expected, separated by commas"
-            )
 
 
 def settings(config: ConfigDict | Mapping[str, Any]) -> Settings:

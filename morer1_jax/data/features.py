@@ -17,6 +17,7 @@ import numpy as np
 from morer1_jax.data.images import Patches
 from morer1_jax.errors import DataError
 from morer1_jax.files import read_json, write_json
+from morer1_jax.model.config import VisionConfig
 from morer1_jax.task.fact import Fact
 
 INDEX, FEATURES = "index.json", "features.bin"
@@ -25,7 +26,10 @@ Place = tuple[int, tuple[int, int, int]]
 
 
 class FeatureStore:
-    """Features of the images of facts, read from disk as they are asked for.
+    """Reads features of the images of facts from disk, as they are asked for.
+
+    Args:
+      vision: the tower that made them.
 
     Attributes:
       made_of: digests of the photos and of all else the features depend on, by name; empty if an
@@ -35,10 +39,9 @@ class FeatureStore:
       DataError: the folder is not whole.
     """
 
-    def __init__(self, folder: Path, merge_size: int) -> None:
+    def __init__(self, folder: Path, vision: VisionConfig) -> None:
         self.folder = Path(folder)
-        self._merge_size = merge_size
-        self._merge = merge_size**2
+        self._vision = vision
         try:
             described = read_json(self.folder / INDEX, "delete the folder")
             self._places: dict[str, list[Place]] = described["facts"]
@@ -50,9 +53,9 @@ class FeatureStore:
                 f"{self.folder}: features cannot be read ({error}); delete the folder"
             ) from None
 
-    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, int]]:
+    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, VisionConfig]]:
         # A worker process opens the file itself; the array would be copied to it.
-        return FeatureStore, (self.folder, self._merge_size)
+        return FeatureStore, (self.folder, self._vision)
 
     @property
     def nothing(self) -> np.ndarray:
@@ -60,7 +63,7 @@ class FeatureStore:
         return np.asarray(self._features[:0])
 
     def images(self, fact: Fact) -> Patches:
-        """A fact's photo and crop: features [tokens, d] in place of patches, and their grids.
+        """Reads features [tokens, d] of a fact's photo and crop, and their grids, as if patches.
 
         Raises:
           DataError: the fact is not among those that were encoded.
@@ -68,12 +71,12 @@ class FeatureStore:
         places = self._places.get(fact.id)
         if places is None:
             raise DataError(f"{fact.id}: not among the facts of {self.folder}; delete the folder")
-        parts = [
-            self._features[start : start + int(np.prod(grid)) // self._merge]
+        features = [
+            self._features[start : start + self._vision.image_cost([grid]).tokens]
             for start, grid in places
         ]
         grids = tuple(tuple(grid) for _, grid in places)
-        return Patches(np.concatenate(parts), grids)
+        return Patches(np.concatenate(features), grids)
 
 
 def write_index(

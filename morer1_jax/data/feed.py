@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from morer1_jax.batch import PromptBatch, SequenceBatch
-from morer1_jax.data.encoder import Encoder, Sample
-from morer1_jax.data.shapes import Need, RowPlan, Shape, smallest, widest
+from morer1_jax.data.collate import Collator
+from morer1_jax.data.sample import Sample, SampleReader
+from morer1_jax.data.shapes import RowPlan, SampleSize, Shape, smallest, widest
 from morer1_jax.errors import DataError
 from morer1_jax.task.fact import Fact
 
@@ -43,61 +45,66 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceFeed:
-    """Samples to learn from, packed into rows: `feed(step)`.
+    """Makes a step's batch of samples to learn from, packed into rows: `feed(step)`.
 
     Attributes:
       facts: what `draw` points into.
       targets: what the assistant says, by fact's id.
-      needs: of each fact, by which all hosts pack alike.
+      sizes: of each fact, by which all hosts pack alike.
     """
 
-    encoder: Encoder
+    reader: SampleReader
     facts: Sequence[Fact]
     targets: Mapping[str, str]
     draw: Draw
     host: Host
-    needs: Sequence[Need]
+    sizes: Sequence[SampleSize]
     plan: RowPlan
 
     def __call__(self, step: int) -> SequenceBatch:
         drawn = self.draw(step)
-        rows = self.host.rows(self.plan.rows([self.needs[i] for i in drawn]))
+        rows = self.host.rows(self.plan.rows([self.sizes[i] for i in drawn]))
         samples = [[self._sample(self.facts[drawn[place]]) for place in row] for row in rows]
-        return self.encoder.sequences(samples, self.plan.shape)
+        return Collator.of(self.reader).sequences(samples, self.plan.shape)
 
     def _sample(self, fact: Fact) -> Sample:
-        return self.encoder.sample(fact, self.targets[fact.id])
+        return self.reader.read(fact, self.targets[fact.id])
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptFeed:
-    """Prompts to sample from, a fact each: `feed(step)`.
+    """Makes a step's batch of prompts to sample from, a fact each: `feed(step)`.
 
     Attributes:
       facts: what `draw` points into.
-      needs: of each fact.
+      sizes: of each fact.
       shapes: that a batch may have; it takes the smallest that holds it.
     """
 
-    encoder: Encoder
+    reader: SampleReader
     facts: Sequence[Fact]
     draw: Draw
     host: Host
-    needs: Sequence[Need]
+    sizes: Sequence[SampleSize]
     shapes: Sequence[Shape]
 
     def __call__(self, step: int) -> PromptBatch:
         drawn = self.draw(step)
-        shape = smallest(self.shapes, widest([self.needs[i] for i in drawn]))
-        noise = self.host.rows(noise_ids(drawn, len(self.facts)))
-        return self.encoder.prompts([self.facts[i] for i in self.host.rows(drawn)], noise, shape)
+        shape = smallest(self.shapes, widest([self.sizes[i] for i in drawn]))
+        samples = [self.reader.read(self.facts[i]) for i in self.host.rows(drawn)]
+        ids = self.host.rows(noise_ids(drawn, len(self.facts)))
+        return Collator.of(self.reader).prompts(samples, ids, shape)
 
 
-def noise_ids(drawn: np.ndarray, total: int) -> np.ndarray:
-    """What the noise of each row of a batch is keyed by: its fact, and how often it came before.
+def noise_ids(drawn: Int[np.ndarray, " b"], total: int) -> Int[np.ndarray, " b"]:
+    """Returns what the noise of each row is keyed by: its fact, and how often it came before.
 
     A pool smaller than its share of the batch gives a fact twice, and the same noise would give the
     same completions twice.
+
+    Args:
+      drawn: indices of the rows' facts.
+      total: number of facts that indices may point to.
     """
     before = [np.count_nonzero(drawn[:row] == fact) for row, fact in enumerate(drawn)]
     return drawn + total * np.asarray(before, drawn.dtype)

@@ -15,9 +15,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from morer1_jax.data import layout
 from morer1_jax.errors import DataError, one_line
 from morer1_jax.model.config import ImageConfig
+from morer1_jax.model.windows import Grid
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 
@@ -119,20 +119,20 @@ class ImageReader:
         values = [self._patchify(image, grid) for image, grid in pairs]
         return Patches(np.concatenate(values), tuple(grid for _, grid in pairs))
 
-    def grids(self, fact: Fact, size: tuple[int, int]) -> tuple[layout.Grid, ...]:
+    def grids(self, fact: Fact, size: tuple[int, int]) -> tuple[Grid, ...]:
         """The grids `patches` would give for a photo of (width, height) `size`, without pixels."""
         return self._grids(fact.box, size, self._name(fact))
 
     def _name(self, fact: Fact) -> str:
         return f"{self._photo_path(self.folder, fact)} (fact {fact.id})"
 
-    def _grids(self, box: Box, size: tuple[int, int], name: str) -> tuple[layout.Grid, ...]:
+    def _grids(self, box: Box, size: tuple[int, int], name: str) -> tuple[Grid, ...]:
         left, top, right, bottom = crop_box(box, size, self.config)
         return self._grid("photo", *size, name), self._grid(
             "crop", right - left, bottom - top, name
         )
 
-    def _patchify(self, image: Image.Image, grid: layout.Grid) -> np.ndarray:
+    def _patchify(self, image: Image.Image, grid: Grid) -> np.ndarray:
         """An image's patches: units of merge × merge patches row by row, in each c, t, p, p."""
         config = self.config
         p, m, t = config.patch_size, config.merge_size, config.temporal_patch_size
@@ -145,7 +145,7 @@ class ImageReader:
             values[:, channel] = levels[pixels[:, channel]]  # The same at all t times.
         return values.reshape(rows * columns, -1)
 
-    def _grid(self, what: str, width: int, height: int, name: str) -> layout.Grid:
+    def _grid(self, what: str, width: int, height: int, name: str) -> Grid:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         config = self.config

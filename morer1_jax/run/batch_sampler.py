@@ -1,28 +1,29 @@
-"""Asking the model about facts: greedy predictions with scores, and repeated samples."""
+"""Samples answers to facts, batch by batch: the likeliest one with its score, or several."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from morer1_jax.batch import PromptBatch
-from morer1_jax.data.encoder import Encoder
+from morer1_jax.config.settings import Settings
+from morer1_jax.data.collate import Collator
 from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.data.loader import load_ahead
-from morer1_jax.data.shapes import Shape
+from morer1_jax.data.sample import SampleReader
+from morer1_jax.data.shapes import SampleSize, Shape, widest
 from morer1_jax.errors import ConfigError
+from morer1_jax.model.layers import Params
 from morer1_jax.progress import progress
 from morer1_jax.rollout.sampler import Rollout, SampleConfig, sample, sample_keys
 from morer1_jax.run.finite import check_drawn
-from morer1_jax.run.job import Job
-from morer1_jax.run.mesh import batch_parts, fetch, this_host
+from morer1_jax.run.hooks import Validation
+from morer1_jax.run.mesh import batch_parts, fetch, program, this_host
 from morer1_jax.run.policy import Policy
-from morer1_jax.run.shapes import widest_prompt_shape
+from morer1_jax.run.trainee import Trainee
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
@@ -51,23 +52,26 @@ class Answer:
 
 
 class BatchSampler:
-    """A compiled sampler over batches of facts of any number.
+    """Samples answers to any number of facts, batch by batch, by one compiled program.
 
     Args:
-      encoder: what the model sees; a blind baseline's leaves something out.
+      reader: what the model sees of a fact; a blind baseline's leaves something out.
       batch: facts at once; as many more as the mesh needs to split them evenly.
       group: answers to each.
       temperature: 0 for the likeliest answer.
       guided: whether only tokens that still lead to a readable answer may be drawn.
       seed: of the noise.
       workers: threads that prepare batches.
-      shape: of the prompts; None: as the encoder's limits allow.
+      shape: of the prompts; None: as the reader's limits allow.
+
+    Raises:
+      ConfigError: a guided answer cannot be as short as the reader's limit.
     """
 
     def __init__(
         self,
         policy: Policy,
-        encoder: Encoder,
+        reader: SampleReader,
         *,
         batch: int,
         group: int,
@@ -77,36 +81,33 @@ class BatchSampler:
         workers: int = 1,
         shape: Shape | None = None,
     ) -> None:
-        self._shape = shape
-        self._policy, self._encoder = policy, encoder
+        limits = reader.limits
+        self.shape = Shape(limits.prompt, limits.slots) if shape is None else shape
+        self._policy, self._reader = policy, reader
         parts = batch_parts(policy.mesh)
         self.batch, self._workers = -(-batch // parts) * parts, workers
         config = SampleConfig(
             group=group,
-            length=encoder.limits.completion,
+            length=limits.completion,
             temperature=temperature,
             end_of_turn=policy.special.end_of_turn,
             guided=guided,
         )
-
-        shortest = int(policy.grammar.steps_distance[0])
-        if guided and shortest > config.length:
+        if guided and (shortest := int(policy.grammar.steps_distance[0])) > config.length:
             raise ConfigError(
                 f"--length: {config.length} found, at least {shortest} expected: the tokens of the "
                 "shortest guided answer"
             )
 
         def rollout(
-            params: Any, prompts: PromptBatch, grammar: GrammarTables, allowed: Any
+            params: Params, prompts: PromptBatch, grammar: GrammarTables, allowed: jax.Array
         ) -> Rollout:
             keys = sample_keys(seed, jnp.int32(_NOISE_STEP), prompts.fact, group)
             return sample(policy.model, params, prompts, grammar, allowed, keys, config)
 
         whole = policy.replicated
-        self._rollout = jax.jit(
-            rollout,
-            in_shardings=(policy.param_shardings, policy.rows, whole, whole),
-            out_shardings=policy.rows,
+        self._rollout = program(
+            rollout, takes=(policy.param_shardings, policy.rows, whole, whole), gives=policy.rows
         )
 
     @property
@@ -114,85 +115,91 @@ class BatchSampler:
         """The labels that answers are read as."""
         return self._policy.ontology
 
-    def ask(
-        self, params: Any, facts: Sequence[Fact], desc: str, start: int = 0
+    def sample(
+        self, params: Params, facts: Sequence[Fact], desc: str, start: int = 0
     ) -> Iterator[tuple[Fact, Rollout]]:
-        """Each fact with its completions, as NumPy arrays without the batch axis.
+        """Yields each fact with its completions, as NumPy arrays without the batch axis.
 
         Args:
           params: of the whole model.
+          desc: what the progress bar says.
           start: facts that are passed over, a multiple of the batch.
 
         Raises:
           NotFiniteError: an answer was drawn from what are no probabilities.
         """
-        policy, size = self._policy, self.batch
+        policy, size, collator = self._policy, self.batch, Collator.of(self._reader)
 
         def make(number: int) -> PromptBatch:
             places = list(range(number * size, min((number + 1) * size, len(facts))))
             # The last batch is filled up to the compiled size; the filling is not yielded.
             places += places[-1:] * (size - len(places))
             mine = this_host().rows(places)
-            return self._encoder.prompts([facts[place] for place in mine], mine, self._shape)
+            samples = [self._reader.read(facts[place]) for place in mine]
+            return collator.prompts(samples, mine, self.shape)
 
         count = -(-len(facts) // size)
         with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
             batches = load_ahead(make, start // size, count, workers=self._workers)
             for number, prompts in enumerate(batches, start=start // size):
-                drawn = fetch(
+                rollout = fetch(
                     self._rollout(params, policy.put(prompts), policy.grammar, policy.allowed)
                 )
                 chunk = facts[number * size : (number + 1) * size]
                 for row, fact in enumerate(chunk):
-                    answers = jax.tree.map(lambda x, row=row: x[row], drawn)
-                    check_drawn(fact.id, answers, policy.model.runtime.dtype)
-                    yield fact, answers
+                    completions = jax.tree.map(lambda x, row=row: x[row], rollout)
+                    check_drawn(fact.id, completions, policy.model.runtime.dtype)
+                    yield fact, completions
                 bar.update(len(chunk))
 
-    def answers(self, params: Any, facts: Sequence[Fact], desc: str) -> list[Answer]:
-        """The first answer to each fact."""
+    def answers(self, params: Params, facts: Sequence[Fact], desc: str) -> list[Answer]:
+        """Returns the first answer to each fact; see `sample`."""
         labels, tokenizer = self._policy.ontology.labels, self._policy.tokenizer
-        out = []
-        for fact, drawn in self.ask(params, facts, desc):
-            label = int(drawn.answer[0])
-            out.append(
+        answers = []
+        for fact, completions in self.sample(params, facts, desc):
+            label = int(completions.answer[0])
+            answers.append(
                 Answer(
                     fact=fact.id,
                     label=labels[label] if label >= 0 else None,
-                    text=tokenizer.decode(drawn.tokens[0][drawn.mask[0]]),
-                    format=bool(drawn.format[0]),
-                    effort=int(drawn.effort[0]),
+                    text=tokenizer.decode(completions.tokens[0][completions.mask[0]]),
+                    format=bool(completions.format[0]),
+                    effort=int(completions.effort[0]),
                 )
             )
-        return out
+        return answers
 
 
-@functools.cache
-def greedy_sampler(job: Job, encoder: Encoder) -> BatchSampler:
-    """Asks for the likeliest answer; compiled once for all stages of a job."""
+def greedy_sampler(
+    settings: Settings, policy: Policy, reader: SampleReader, sizes: Sequence[SampleSize]
+) -> BatchSampler:
+    """Returns a sampler of the likeliest answers, as evaluation and validation want it.
+
+    Args:
+      sizes: of all facts that may be asked, each of which its prompts have room for.
+    """
     return BatchSampler(
-        job.policy,
-        encoder,
-        batch=job.settings.evaluate.batch,
+        policy,
+        reader,
+        batch=settings.evaluate.batch,
         group=1,
         temperature=0.0,
-        workers=job.settings.data.workers,
-        shape=widest_prompt_shape(job, encoder),
+        workers=settings.data.workers,
+        shape=widest(sizes).rounded(settings.data.round_to),
     )
 
 
 def validator(
-    sampler: BatchSampler, job: Job, facts: Sequence[Fact]
-) -> Callable[[Any], dict[str, float]]:
-    """`params -> scores` on some facts: accuracy, micro and macro F1, unreadable, in percent.
+    sampler: BatchSampler, trainee: Trainee, facts: Sequence[Fact]
+) -> Callable[[Params], Validation]:
+    """Returns a function from parameters that train to their scores on the facts, in percent:
+    accuracy, micro and macro F1, unreadable answers."""
 
-    Its `params` are those that train.
-    """
-
-    def validate(params: Any) -> dict[str, float]:
-        answers = sampler.answers(job.whole(params), facts, "validate")
+    def validate(params: Params) -> Validation:
+        answers = sampler.answers(trainee.whole(params), facts, "validate")
         labels = [answer.label for answer in answers]
-        scores = metrics.score(facts, labels, job.ontology)
-        return {k: scores[k] for k in ("accuracy", "micro_f1", "macro_f1", "unreadable")}
+        scores = metrics.score(facts, labels, sampler.ontology)
+        names = ("accuracy", "micro_f1", "macro_f1", "unreadable")
+        return Validation({name: scores[name] for name in names}, decisive="micro_f1")
 
     return validate

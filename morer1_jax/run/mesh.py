@@ -6,7 +6,7 @@ that the same rule serves one layer and layers stacked along leading axes by `nn
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -198,9 +198,38 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(put, batch)
 
 
+def like(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns shapes, dtypes and shardings of a tree's arrays, such as a checkpoint is restored
+    into."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
 def shardings_of(tree: PyTree) -> PyTree:
     """The sharding of every array of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def program(
+    function: Callable[..., PyTree], takes: Sequence[PyTree], gives: PyTree, *, donate: Any = ()
+) -> Callable[..., PyTree]:
+    """Compiles a function for the mesh, for each shape it is called with.
+
+    Args:
+      takes: of each argument the sharding, or a tree of them, or of arrays (or of shapes) that lie
+        as the argument will.
+      gives: the same of what the function returns.
+      donate: numbers of the arguments whose memory the results may take.
+    """
+
+    def shardings(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, jax.sharding.Sharding) else leaf.sharding
+
+    takes, gives = jax.tree.map(shardings, (tuple(takes), gives))
+    return jax.jit(function, in_shardings=takes, out_shardings=gives, donate_argnums=donate)
 
 
 def this_host() -> Host:

@@ -1,4 +1,4 @@
-"""How long each part of a step takes on the device, without making the host wait for it."""
+"""Times each program of a step on the device, without making the host wait for it."""
 
 from __future__ import annotations
 

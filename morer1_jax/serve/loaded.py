@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from morer1_jax.config.binding import FILE as RUN_CONFIG
 from morer1_jax.config.settings import settings
 from morer1_jax.data.digests import of_lines, of_tokenizer
-from morer1_jax.data.encoder import Encoder, Limits
+from morer1_jax.data.images import ImageReader
+from morer1_jax.data.sample import Limits, SampleReader
 from morer1_jax.data.shapes import widest
 from morer1_jax.data.tokenizer import load_tokenizer
 from morer1_jax.errors import ConfigError, WeightsError
@@ -27,10 +28,12 @@ from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.job import Job, like
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.manifest import MANIFEST
 from morer1_jax.run.policy import Policy
+from morer1_jax.run.setup import image_config, open_setup
+from morer1_jax.run.trainee import open_trainee
+from morer1_jax.stages.table import STAGES
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.more import PhotoPath
@@ -42,8 +45,8 @@ from morer1_jax.weights.processor import read_images
 # Ours, beside a published folder's own files: what the model was trained with and they do not say.
 TASK = "more_r1.json"
 LABELS = "rel2id.json"
-# Which stage of a workdir is meant if none is named.
-_NEWEST_FIRST = ("grpo", "control", "sft")
+# Stages whose models may be opened, the one that is meant if none is named first.
+_BY_RANK = [s.name for s in sorted(STAGES, key=lambda stage: -stage.rank) if s.rank]
 # Parameters are split, so that a model that was trained fits where it is asked.
 _MESH = {"data": 1, "fsdp": -1, "tensor": 1}
 # A prompt of photo, crop and question has some hundred tokens; buckets are rounded up to this.
@@ -102,28 +105,31 @@ class LoadedModel:
             )
         return Policy(self.model, self.tokenizer, self.ontology, self.mesh)
 
-    def encoder(
+    def reader(
         self,
         data: Path,
         facts: Sequence[Fact],
-        sizes: dict[str, tuple[int, int]],
+        photo_sizes: Mapping[str, tuple[int, int]],
         photo_path: PhotoPath = more.photo_path,
-    ) -> Encoder:
-        """An encoder whose limits are those of these facts.
+    ) -> SampleReader:
+        """Returns a reader whose limits are those of these facts.
 
         Args:
           data: the dataset's folder.
-          sizes: (width, height) of the photos.
+          photo_sizes: (width, height) of the photos, by `Fact.photo`.
           photo_path: where in the folder a fact's photo is.
         """
-        window = self.model.config.vision.window_size
-        args = (data, self.policy.tokenizer, self.policy.ontology, self.images, window)
-        nothing = Limits(prompt=0, completion=self.completion, windows=0)
-        measuring = Encoder(*args, nothing, photo_path=photo_path)
-        needed = widest([measuring.need(fact, sizes[fact.photo]) for fact in facts])
-        prompt = -(-needed.length // _ROUND) * _ROUND
-        limits = Limits(prompt, self.completion, needed.windows)
-        return Encoder(*args, limits, photo_path=photo_path)
+        reader = SampleReader(
+            self.policy.tokenizer,
+            self.policy.ontology,
+            ImageReader(data, self.images, photo_path),
+            self.model.config.vision,
+            Limits(prompt=0, completion=self.completion, slots=0),
+        )
+        needed = widest([reader.size(fact, photo_sizes[fact.photo]) for fact in facts])
+        needed = needed.rounded(_ROUND)
+        limits = Limits(needed.length, self.completion, needed.slots)
+        return dataclasses.replace(reader, limits=limits)
 
 
 def open_model(
@@ -152,7 +158,7 @@ def open_model(
         found = "no checkpoint" if folder.is_dir() else f"no such folder{did_you_mean(path)}"
         raise WeightsError(
             f"{path}: {found}; expected a run's "
-            f"workdir, one of its stages {', '.join(_NEWEST_FIRST)}, a published folder (with a "
+            f"workdir, one of its stages {', '.join(_BY_RANK)}, a published folder (with a "
             f"{weights.CONFIG}), or a name on the hub{'' if folder.is_dir() else hub_hint(path)}"
         )
     return _published(path, ontology, completion)
@@ -168,13 +174,14 @@ def _stage(path: Path) -> Path | None:
         return None
     if "model_type" in described or "stages" not in described:
         return None
-    for name in _NEWEST_FIRST:
+    for name in _BY_RANK:
         if Checkpointer(path / name / "checkpoints").best() is not None:
             return path / name
     raise ConfigError(f"{path}: a run that has trained nothing yet; expected one with a stage sft")
 
 
 def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> LoadedModel:
+    """Opens what a stage of a run trained."""
     workdir = stage.parent
     config = read_json(workdir / RUN_CONFIG, needed=False)
     # It was trained on devices that need not be here.
@@ -182,24 +189,28 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     if isinstance(runtime := config.get("runtime"), dict):
         runtime["attention"] = "auto"
     try:
-        job = Job(settings(config), workdir, ontology)
+        setup = open_setup(settings(config), workdir)
     except ConfigError as error:
         raise ConfigError(f"{workdir / RUN_CONFIG}: {error}") from None
-    if not (workdir / "tokenizer").is_dir():  # A run would make another one.
-        raise WeightsError(f"{workdir / 'tokenizer'}: no such folder; copy the run's workdir anew")
-    checkpoints = Checkpointer(stage / "checkpoints")
+    folder, data, checkpoint = setup.tokenizer, setup.settings.data, setup.checkpoint
+    if not folder.is_dir():  # A run would make another one.
+        raise WeightsError(f"{folder}: no such folder; copy the run's workdir anew")
+    tokenizer = load_tokenizer(folder)
+    ontology = ontology or more.read_ontology(setup.data)
+    trainee = open_trainee(setup.settings, tokenizer, ontology, checkpoint)
+    model = trainee.policy.model
     return LoadedModel(
-        model=job.policy.model,
-        load=lambda: job.whole(checkpoints.restore_best(job.like[0])[0]),
-        mesh=job.policy.mesh,
-        images=job.images,
-        completion=completion or job.settings.data.completion_length,
-        source=workdir / "tokenizer",
-        tokenizer=job.tokenizer,
-        dtypes="float32" if job.checkpoint is None else job.checkpoint.dtypes,
-        ontology=job.ontology,
+        model=model,
+        load=lambda: trainee.whole(trainee.best_params(stage)),
+        mesh=trainee.policy.mesh,
+        images=image_config(data, model.config.vision, checkpoint),
+        completion=completion or data.completion_length,
+        source=folder,
+        tokenizer=tokenizer,
+        dtypes="float32" if checkpoint is None else checkpoint.dtypes,
+        ontology=ontology,
         digest=_digest(stage),
-        checkpoint=job.checkpoint,
+        checkpoint=checkpoint,
     )
 
 
@@ -239,7 +250,7 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     tokenizer = load_tokenizer(folder)
     model = Qwen25VL(checkpoint.config_with(tokenizer), runtime)
     abstract = abstract_params(model)
-    wanted = like(abstract, meshes.param_shardings(mesh, abstract))
+    wanted = meshes.like(abstract, meshes.param_shardings(mesh, abstract))
     task = _task(folder / TASK)
     return LoadedModel(
         model=model,

@@ -124,9 +124,9 @@ def predict(
       guided: whether only tokens that lead to a readable answer may be chosen.
     """
     sizes = more.photo_sizes(facts, Path(), photo_path=photo_path)
-    encoder = loaded.encoder(Path(), facts, sizes, photo_path=photo_path)
+    reader = loaded.reader(Path(), facts, sizes, photo_path=photo_path)
     sampler = BatchSampler(
-        loaded.policy, encoder, batch=batch, group=1, temperature=0.0, guided=guided
+        loaded.policy, reader, batch=batch, group=1, temperature=0.0, guided=guided
     )
     yield from sampler.answers(loaded.params, facts, "predict")
 

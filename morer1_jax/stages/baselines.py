@@ -8,47 +8,51 @@ from __future__ import annotations
 
 import functools
 
+from morer1_jax.config.settings import SFTSettings
+from morer1_jax.data.sample import View
 from morer1_jax.run.batch_sampler import greedy_sampler
-from morer1_jax.run.job import Job
-from morer1_jax.run.loop import LoopConfig
+from morer1_jax.run.setup import Run
 from morer1_jax.stages.evaluate import evaluate, evaluate_majority
 from morer1_jax.stages.sft import train_sft
 from morer1_jax.task.prompt import direct_answer
 
-BLIND = {"photo_hidden": {"show_photo": False}, "title_hidden": {"show_title": False}}
+BLIND = {"photo_hidden": View(photo=False), "title_hidden": View(title=False)}
 
 
-def run_baselines(job: Job) -> None:
+def run_baselines(run: Run) -> None:
     """Trains and scores the blind models, and scores the majority label."""
-    config = job.settings.baselines
+    config, dataset, trainee = run.settings.baselines, run.dataset, run.trainee
     targets = {
         fact.id: direct_answer(fact.label)
-        for fact in job.facts["train"]
-        if config.facts == "all" or fact.id in job.reasoning
+        for fact in dataset.splits["train"]
+        if config.facts == "all" or fact.id in dataset.reasoning
     }
-    longest = max(len(job.encoder.target_tokens(text)) for text in set(targets.values()))
-    for stream, (name, blind) in enumerate(BLIND.items(), start=1):
-        encoder = job.new_encoder(completion=longest, **blind)
+    longest = max(len(run.reader.target_ids(text)) for text in set(targets.values()))
+    settings = SFTSettings(
+        steps=config.steps,
+        batch=config.batch,
+        micro_batches=1,
+        eval_every=config.eval_every,
+        eval_facts=config.eval_facts,
+        save_every=config.eval_every,
+        log_every=1,
+        keep_checkpoints=1,
+        optimizer=config.optimizer,
+    )
+    for stream, (name, view) in enumerate(BLIND.items(), start=1):
+        reader = run.reader.showing(view, longest)
+        sizes = reader.sizes(dataset.facts, dataset.photo_sizes, {})
+        sampler = greedy_sampler(run.settings, trainee.policy, reader, sizes)
         checkpoints = train_sft(
-            job,
+            run,
             f"baselines/{name}",
-            encoder=encoder,
+            settings,
             targets=targets,
-            params=functools.partial(job.init_params, stream),
-            optimizer=config.optimizer,
-            loop=LoopConfig(
-                steps=config.steps,
-                eval_every=config.eval_every,
-                save_every=config.eval_every,
-                log_every=1,
-                keep_checkpoints=1,
-            ),
-            batch=config.batch,
-            micro_batches=1,
-            eval_facts=config.eval_facts,
+            params=functools.partial(trainee.init_params, stream),
             stream=stream,
+            reader=reader,
+            sampler=sampler,
         )
-        params, _ = checkpoints.restore_best(job.like[0])
-        sampler = greedy_sampler(job, encoder)
-        evaluate(job, name, job.whole(params), sampler)
-    evaluate_majority(job)
+        params, _ = checkpoints.restore_best(trainee.like)
+        evaluate(run, name, trainee.whole(params), sampler)
+    evaluate_majority(run)

@@ -9,53 +9,45 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import read_jsonl
-from morer1_jax.model.layers import Params
-from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.job import Job
-from morer1_jax.stages.sft import loop_config, train_sft
+from morer1_jax.run.setup import Run
+from morer1_jax.stages.marker import read_results
+from morer1_jax.stages.sft import train_sft
 
 
-def run_control(job: Job, params: Callable[[], Params], rating_seconds: float) -> Checkpointer:
-    """Goes on with SFT at its last learning rate, constant; validated and kept like SFT.
-
-    Args:
-      params: makes those that SFT ended with.
-      rating_seconds: how long rating the training facts took.
-    """
-    sft = job.settings.sft
-    steps = job.settings.control.steps or _affordable_steps(job, rating_seconds)
+def run_control(run: Run) -> None:
+    """Goes on with SFT at its last learning rate, constant; validated and kept like SFT."""
+    sft = run.settings.sft
     rate = float(sft.optimizer.learning_rate(sft.steps)(sft.steps))
-    return train_sft(
-        job,
+    optimizer = dataclasses.replace(sft.optimizer, lr=rate, schedule="constant", warmup=0)
+    steps = run.settings.control.steps or _affordable_steps(run)
+    train_sft(
+        run,
         "control",
-        encoder=job.encoder,
-        targets=job.reasoning,
-        params=params,
-        optimizer=dataclasses.replace(sft.optimizer, lr=rate, schedule="constant", warmup=0),
-        loop=loop_config(sft, steps),
-        batch=sft.batch,
-        micro_batches=sft.micro_batches,
-        eval_facts=sft.eval_facts,
+        dataclasses.replace(sft, steps=steps, optimizer=optimizer),
+        targets=run.dataset.reasoning,
+        params=lambda: run.trainee.best_params(run.workdir / "sft"),
         stream=9,
     )
 
 
-def _affordable_steps(job: Job, rating_seconds: float) -> int:
-    """Steps of SFT in the time that rating and GRPO took."""
+def _affordable_steps(run: Run) -> int:
+    """Returns the steps of SFT that fit the time that rating and GRPO took."""
+    rating_seconds = read_results(run.workdir / "rate")["seconds"]
     # Medians leave out the steps that compiled, of which a resumed run has several.
-    grpo_seconds = job.settings.grpo.steps * statistics.median(_step_times(job.workdir, "grpo"))
-    sft_step_seconds = statistics.median(_step_times(job.workdir, "sft"))
-    return max(round((rating_seconds + grpo_seconds) / sft_step_seconds), 1)
+    grpo_step_seconds = statistics.median(_step_seconds(run.workdir, "grpo"))
+    sft_step_seconds = statistics.median(_step_seconds(run.workdir, "sft"))
+    seconds = rating_seconds + run.settings.grpo.steps * grpo_step_seconds
+    return max(round(seconds / sft_step_seconds), 1)
 
 
-def _step_times(workdir: Path, stage: str) -> list[float]:
-    """Seconds of the stage's logged steps."""
+def _step_seconds(workdir: Path, stage: str) -> list[float]:
+    """Returns the seconds of each of the stage's logged steps."""
     path = workdir / "metrics.jsonl"
 
     def parse(_: int, record: Mapping[str, Any]) -> float | None:
@@ -66,4 +58,4 @@ def _step_times(workdir: Path, stage: str) -> list[float]:
     times = read_jsonl(path, parse, "a step's metrics", remedy) if path.exists() else []
     if not any(times):
         raise ConfigError(f"{path}: no step times of stage {stage}; run it before the control")
-    return [time for time in times if time is not None]
+    return [seconds for seconds in times if seconds is not None]

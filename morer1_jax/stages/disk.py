@@ -16,16 +16,17 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.files import temporary_path
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.features import features_shape
-from morer1_jax.run.job import Job
-from morer1_jax.stages import binding
-from morer1_jax.stages.baselines import BLIND
+from morer1_jax.run.setup import Run
+from morer1_jax.run.trainee import Trainee
+from morer1_jax.stages.progress import Progress, trainings
+from morer1_jax.stages.table import Stage, Training
 
 # Bytes of all that is not counted one by one: logs, scores, the page.
 _OTHERS = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class _Space:
     """What one training keeps, in bytes.
 
     Attributes:
@@ -47,35 +48,38 @@ class Training:
     saves: int
 
     @property
-    def most(self) -> int:
-        """While it trains: what is new is whole before what is old is deleted."""
+    def peak(self) -> int:
+        """Bytes while it trains: what is new is whole before what is old is deleted."""
         if not self.saves:
             return self.there
-        made = self.states + self.saves
-        keep, more = min(self.keep, made), min(self.keep + 1, made)
+        total = self.states + self.saves
+        kept, with_new = min(self.keep, total), min(self.keep + 1, total)
         beside = self.there + self.state + (0 if self.best_there else self.best)
-        return max(keep * self.state + 2 * self.best, more * self.state + self.best, beside)
+        return max(kept * self.state + 2 * self.best, with_new * self.state + self.best, beside)
 
     @property
     def left(self) -> int:
-        """When it has ended, as long as its stage has not."""
+        """Bytes when it has ended, as long as its stage has not."""
         return min(self.keep, self.states + self.saves) * self.state + self.best
 
 
-def check_room(job: Job, config: Any, names: Sequence[str]) -> None:
-    """Finds out whether what the stages will write fits the disk.
+def check_room(run: Run, progress: Progress, stages: Sequence[Stage]) -> None:
+    """Checks that what the stages will write fits the disk.
 
     Args:
-      config: the job's.
-      names: the stages that will run, in order.
+      stages: those that will run, in order.
 
     Raises:
       ConfigError: it does not.
     """
-    keys = [f"{name}.keep_checkpoints" for name in names if name in ("sft", "grpo")]
+    keys = [
+        f"{stage.name}.keep_checkpoints"
+        for stage in stages
+        if hasattr(getattr(run.settings, stage.name, None), "keep_checkpoints")
+    ]
     lower = f"lower {' or '.join(keys)}, " if keys else ""
-    needed = needed_bytes(job, config, names)
-    check_free(job.workdir, needed, f"{lower}make room, or name another --workdir")
+    needed = needed_bytes(run.trainee, progress, stages) + _features_bytes(run) + _OTHERS
+    check_free(run.workdir, needed, f"{lower}make room, or name another --workdir")
 
 
 def check_free(path: Path, needed: int, ways: str) -> None:
@@ -85,8 +89,8 @@ def check_free(path: Path, needed: int, ways: str) -> None:
       ConfigError: they are too few; it ends in `ways`.
     """
     path = Path(path).absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
             f"{path}: {_shown(needed)} more will be written at most, {_shown(free)} are free; "
@@ -94,55 +98,63 @@ def check_free(path: Path, needed: int, ways: str) -> None:
         )
 
 
-def needed_bytes(job: Job, config: Any, names: Sequence[str]) -> int:
-    """What the stages need at most at any time, beyond what they have written already.
+def needed_bytes(trainee: Trainee, progress: Progress, stages: Sequence[Stage]) -> int:
+    """Returns what checkpoints need at most at any time, beyond what is written already.
 
-    What `binding.drop_states` deletes goes before anything is written, and after each stage.
+    What `Progress.drop_states` deletes goes before anything is written, and after each stage.
     """
-    workdir = job.workdir
-    gone = binding.surplus(config, workdir, names)
-    there = {folder: bytes_in(folder) for name in binding.TRAINED for folder in _folders(job, name)}
-    held = dict(there)
-    for folder in held:
-        held[folder] -= sum(bytes_in(path) for path in gone if path.is_relative_to(folder))
-    ended = [name for name in binding.TRAINED if binding.is_done(config, workdir, name)]
-    most = 0
-    for place, name in enumerate(names):
-        if name in binding.TRAINED:
-            for folder in _folders(job, name):
-                training = _training(job, config, name, folder, held[folder], gone)
-                most = max(most, sum(held.values()) - held[folder] + training.most)
-                held[folder] = training.left
-            ended.append(name)
+    every = {stage.name: training for stage, training in trainings(progress.settings)}
+    folders = {name: _folders(progress, name, training) for name, training in every.items()}
+    gone = progress.surplus([stage.name for stage in stages])
+    there = {folder: bytes_in(folder) for name in every for folder in folders[name]}
+    held = {
+        folder: count - sum(bytes_in(path) for path in gone if path.is_relative_to(folder))
+        for folder, count in there.items()
+    }
+    ended = [stage for stage, _ in trainings(progress.settings) if progress.is_done(stage)]
+    peak = 0
+    for place, stage in enumerate(stages):
+        if stage.name in every:
+            for folder in folders[stage.name]:
+                space = _space(trainee, every[stage.name], folder, held[folder], gone)
+                peak = max(peak, sum(held.values()) - held[folder] + space.peak)
+                held[folder] = space.left
+            ended.append(stage)
+        later = [one.name for one in stages[: place + 1]]
         for one in ended:
-            state, best = _sizes(job, one)
-            after = best + state * binding.kept_when_done(config, workdir, one, names[: place + 1])
-            held |= {folder: min(held[folder], after) for folder in _folders(job, one)}
-    new = max(0, most - sum(there.values()))
-    if job.settings.data.keep_features and not (workdir / "features").exists():
-        shape, dtype = features_shape(job)
-        new += math.prod(shape) * np.dtype(dtype).itemsize
-        # What a killed encoding has left goes first.
-        new -= bytes_in(temporary_path(workdir / "features"))
-    return new + _OTHERS
+            state, best = _sizes(trainee, every[one.name])
+            after = best + state * progress.kept_when_done(one, later)
+            held |= {folder: min(held[folder], after) for folder in folders[one.name]}
+    return max(0, peak - sum(there.values()))
 
 
-def _folders(job: Job, name: str) -> list[Path]:
-    """Of what a stage trains, one after another."""
-    folder = (job.workdir / name).absolute()  # As checkpoints name theirs.
-    return [folder / one for one in BLIND] if name == "baselines" else [folder]
+def _features_bytes(run: Run) -> int:
+    """Returns what kept features will take, if they are still to be encoded."""
+    folder = run.workdir / "features"
+    if not run.settings.data.keep_features or folder.exists():
+        return 0
+    shape, dtype = features_shape(run.dataset, run.trainee, run.reader)
+    # What a killed encoding has left goes first.
+    return math.prod(shape) * np.dtype(dtype).itemsize - bytes_in(temporary_path(folder))
 
 
-def _training(
-    job: Job, config: Any, name: str, folder: Path, there: int, gone: Sequence[Path]
-) -> Training:
-    """What a stage trains into one folder, which will hold `there` bytes when `gone` is."""
-    keep, steps = binding.kept_while_training(config, name), getattr(job.settings, name).steps
-    like = job.settings.sft if name == "control" else getattr(job.settings, name)
-    every = like.eval_every if name == "baselines" else like.save_every
-    checkpoints = Checkpointer(folder / "checkpoints")
-    state, best = _sizes(job, name)
-    return Training(
+def _folders(progress: Progress, name: str, training: Training) -> list[Path]:
+    """Returns the folders of a stage's trainings, as checkpoints name theirs."""
+    return [(progress.workdir / name / folder).absolute() for folder in training.folders]
+
+
+def _space(
+    trainee: Trainee, training: Training, folder: Path, there: int, gone: Sequence[Path]
+) -> _Space:
+    """Returns what a training keeps in its folder, which will hold `there` bytes without `gone`."""
+    checkpoints, keep, steps = (
+        Checkpointer(folder / "checkpoints"),
+        training.keep_checkpoints,
+        training.steps,
+    )
+    state, best = _sizes(trainee, training)
+    every = training.save_every
+    return _Space(
         state=state,
         best=best,
         keep=keep,
@@ -156,20 +168,19 @@ def _training(
     )
 
 
-def _sizes(job: Job, name: str) -> tuple[int, int]:
-    """Bytes of a state and of the best parameters of what a stage trains."""
-    like = job.settings.sft if name == "control" else getattr(job.settings, name)
-    state = tree_bytes(job.like_state(like.optimizer.build(1, job.parts)))
-    return state, tree_bytes(job.like[0])
+def _sizes(trainee: Trainee, training: Training) -> tuple[int, int]:
+    """Returns bytes of a state and of the best parameters."""
+    state = trainee.like_state(training.optimizer.build(1, trainee.trainable))
+    return tree_bytes(state), tree_bytes(trainee.like)
 
 
 def tree_bytes(tree: Any) -> int:
-    """Of all arrays of a tree, or of what stands for them."""
+    """Returns the bytes of all arrays of a tree, or of what stands for them."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files below a folder; 0 if there is none."""
+    """Returns the bytes of all files below a folder; 0 if there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

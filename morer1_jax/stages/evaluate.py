@@ -9,32 +9,50 @@ from pathlib import Path
 from typing import Any
 
 from morer1_jax.files import read_json, write_json, write_jsonl
+from morer1_jax.model.layers import Params
+from morer1_jax.report.report import write_report
 from morer1_jax.run.batch_sampler import Answer, BatchSampler
-from morer1_jax.run.job import Job
+from morer1_jax.run.setup import Run
+from morer1_jax.stages.marker import MARKER
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 
 
-def evaluate(job: Job, name: str, params: Any, sampler: BatchSampler) -> dict[str, Any]:
+def run_evaluate(run: Run, models: Sequence[str]) -> None:
+    """Scores whatever models the workdir has, prints the table, writes the report page.
+
+    Args:
+      models: the stages that train them.
+    """
+    for name in models:
+        folder = run.workdir / name
+        if (folder / MARKER).exists():
+            params = run.trainee.whole(run.trainee.best_params(folder))
+            evaluate(run, name, params, run.greedy)
+    print(metrics.format_table(read_scores(run.workdir)))
+    print(f"report: {write_report(run.workdir, run.dataset.folder)}")
+
+
+def evaluate(run: Run, name: str, params: Params, sampler: BatchSampler) -> dict[str, Any]:
     """Scores a whole model's parameters on the test split, into the workdir; see `write_scores`."""
-    facts = job.facts["test"]
+    facts = run.dataset.splits["test"]
     answers = sampler.answers(params, facts, f"evaluate {name}")
-    return write_scores(job.workdir, name, facts, answers, job.ontology)
+    return write_scores(run.workdir, name, facts, answers, run.dataset.ontology)
 
 
-def evaluate_majority(job: Job) -> dict[str, Any]:
+def evaluate_majority(run: Run) -> dict[str, Any]:
     """Scores the most common training label other than `none`: the majority that has an F1.
 
     Predicting `none` throughout gives the better accuracy and no F1 at all; its accuracy is the
     share of `none`, which the table shows in its own right.
     """
-    counts = Counter(fact.label for fact in job.facts["train"])
+    counts = Counter(fact.label for fact in run.dataset.splits["train"])
     del counts["none"]
     label = max(counts, key=counts.__getitem__, default="none")
-    facts = job.facts["test"]
+    facts = run.dataset.splits["test"]
     answers = [Answer(fact.id, label, "", False, 0) for fact in facts]
-    return write_scores(job.workdir, "majority", facts, answers, job.ontology)
+    return write_scores(run.workdir, "majority", facts, answers, run.dataset.ontology)
 
 
 def write_scores(
@@ -52,6 +70,6 @@ def write_scores(
 
 
 def read_scores(workdir: Path) -> dict[str, dict[str, Any]]:
-    """All score files of a workdir by name."""
+    """Reads all score files of a workdir, by name."""
     paths = sorted((workdir / "eval").glob("*.json"))
     return {path.stem: read_json(path, "evaluate again") for path in paths}

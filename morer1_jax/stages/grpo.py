@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from morer1_jax.batch import PromptBatch
+from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.curriculum import EmptyPoolError, Mixer, Pool
 from morer1_jax.data.digests import bind, of_lines
 from morer1_jax.data.feed import Draw, PromptFeed
 from morer1_jax.data.ratings import FILE, POOLS, read_ratings
 from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.learn.state import TrainState
-from morer1_jax.model.layers import Params
+from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.rollout.program import Scored
-from morer1_jax.run.batch_sampler import greedy_sampler, validator
-from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.batch_sampler import validator
 from morer1_jax.run.finite import ways
-from morer1_jax.run.job import Job
+from morer1_jax.run.hooks import Hooks, Metrics
 from morer1_jax.run.log import RecordLog
-from morer1_jax.run.loop import Hooks, Metrics, train
+from morer1_jax.run.loop import train
 from morer1_jax.run.mesh import fetch, this_host
 from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import prompt_shapes
-from morer1_jax.run.throughput import Passes, Work, group_work
-from morer1_jax.stages.grpo_step import GRPOStep
-from morer1_jax.stages.rate import pool_again
-from morer1_jax.stages.sft import loop_config
+from morer1_jax.run.work import Passes, Work, group_work
+from morer1_jax.stages.grpo_step import make_grpo_step
+from morer1_jax.stages.rate import pool_again, starting_params
+from morer1_jax.task.fact import Fact
 
 # What to change where no fact was rated so: pools follow from the pass rates that are there.
 _WAYS = {
@@ -42,129 +43,129 @@ _WAYS = {
 }
 
 
-def run_grpo(job: Job, params: Callable[[], Params]) -> Checkpointer:
-    """Trains on the pools of the stage `rate`.
+def run_grpo(run: Run) -> None:
+    """Trains on the pools of the stage `rate`, starting from the parameters that were rated.
 
     Metrics are those of `rollout_metrics` and `grpo_gradients`, with `curriculum/easy_share` and
     `curriculum/hard_share`; every `rollouts_every` steps `rollouts.jsonl` gets the completions.
-
-    Args:
-      params: makes those that train as they are at the start, which are also the reference.
     """
-    grpo = job.settings.grpo
-    facts = job.facts["train"]
-    pools = _pools(job)
-    draw = _schedule(job, pools)
-    _bind_ratings(job)
-    easy = set(pools["easy"])
-    needs = [job.needs[fact.id] for fact in facts]
-    shapes = prompt_shapes(job, needs, draw, grpo.steps)
-    transform = grpo.optimizer.build(grpo.steps * grpo.updates, job.parts)
-    like = job.like_state(transform)
-    reference, timer = params() if grpo.loss.beta else None, PhaseTimer()
-    step = GRPOStep(
-        job.policy,
+    grpo, trainee, policy = run.settings.grpo, run.trainee, run.trainee.policy
+    facts = run.dataset.splits["train"]
+    # The facts of each step, from pools that must not change once training has begun.
+    pools = _pools(run)
+    draw = _schedule(run, pools)
+    _bind_ratings(run)
+    sizes = [run.sizes[fact.id] for fact in facts]
+    shapes = prompt_shapes(run, sizes, draw, grpo.steps)
+    # The step's programs.
+    transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.trainable)
+    like, timer = trainee.like_state(transform), PhaseTimer()
+    reference = starting_params(run) if grpo.loss.beta else None
+    grpo_step = make_grpo_step(
+        policy,
         grpo,
         like,
         transform,
-        job.frozen,
+        trainee.frozen,
         reference,
-        score=job.score,
-        length=job.encoder.limits.completion,
-        seed=job.settings.seed,
+        score_config=ScoreConfig(grpo.temperature, run.settings.score.chunk),
+        length=run.reader.limits.completion,
+        seed=run.settings.seed,
         timer=timer,
     )
-    records = RecordLog(job.workdir / "rollouts.jsonl", "grpo")
+    records, easy = RecordLog(run.workdir / "rollouts.jsonl", "grpo"), set(pools["easy"])
 
-    def train_step(state: TrainState, prompts: PromptBatch, number: int):
-        state, metrics, scored = step(state, prompts, number)
+    def train_step(
+        state: TrainState, prompts: PromptBatch, number: int
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics, scored = grpo_step(state, prompts, number)
         share = float(np.mean([i in easy for i in draw(number)]))
         metrics |= {"curriculum/easy_share": share, "curriculum/hard_share": 1.0 - share}
         if (number + 1) % grpo.rollouts_every == 0:
-            records.write(number + 1, list(_records(job, draw(number), fetch(scored))))
+            facts_of_step = [facts[i] for i in draw(number)]
+            records.write(number + 1, list(_records(run, facts_of_step, fetch(scored))))
             records.sync()
         return state, metrics
 
-    config, passes = job.policy.model.config, Passes.of(job.parts)
-    scored = (grpo.loss.beta > 0) + (grpo.updates > 1)
+    passes = Passes.of(trainee.trainable)
+    scored_passes = (grpo.loss.beta > 0) + (grpo.updates > 1)
 
     def work(prompts: PromptBatch, metrics: Metrics) -> Work:
-        lengths, bad = fetch((metrics["completions/lengths"], metrics["not_finite"]))
-        _check_finite(job, bad)
-        return group_work(config, passes, prompts, lengths, scored=scored, updates=grpo.updates)
+        lengths, not_finite = fetch((metrics["completions/lengths"], metrics["not_finite"]))
+        _check_finite(facts, not_finite, policy.model.runtime.dtype)
+        return group_work(
+            policy.model.config,
+            passes,
+            prompts,
+            lengths,
+            scored=scored_passes,
+            updates=grpo.updates,
+        )
 
-    sampler = greedy_sampler(job, job.encoder)
     hooks = Hooks(
-        batch=PromptFeed(job.encoder, facts, draw, this_host(), needs, shapes),
+        batch=PromptFeed(run.reader, facts, draw, this_host(), sizes, shapes),
+        # The update gives its state away, and the reference must outlive it: `new_state` copies.
+        begin=lambda: trainee.new_state(
+            starting_params(run) if reference is None else reference, transform
+        ),
+        like=like,
         step=train_step,
-        validate=validator(sampler, job, job.facts["valid"][: grpo.eval_facts]),
+        validate=validator(run.greedy, trainee, run.dataset.splits["valid"][: grpo.eval_facts]),
         work=work,
         timer=timer,
         resume=records.resume_at,
         shown=("reward", "rewards/accuracy/mean"),
         updates=grpo.updates,
-        dtype=job.policy.model.runtime.dtype,
+        dtype=policy.model.runtime.dtype,
     )
-    return train(
-        "grpo",
-        job.workdir,
-        # The update gives its state away, and the reference must outlive it: `new_state` copies.
-        lambda: job.new_state(params() if reference is None else reference, transform),
-        like,
-        hooks,
-        loop_config(grpo),
-        **job.loading,
-        profile=job.settings.profile.steps,
-    )
+    train("grpo", run.workdir, hooks, grpo, **run.loop_options)
 
 
-def _check_finite(job: Job, bad: np.ndarray) -> None:
-    """Sees to it that a rollout is of finite numbers; one that is not was not trained on.
+def _check_finite(facts: Sequence[Fact], not_finite: np.ndarray, dtype: str) -> None:
+    """Checks that a rollout is of finite numbers; one that is not was not trained on.
 
     Args:
-      bad: `not_finite` of `make_grpo_update`.
+      not_finite: as `make_grpo_update` gives it.
 
     Raises:
       NotFiniteError: naming the first fact of a group that is not.
     """
-    bad = bad[bad >= 0]
+    bad = not_finite[not_finite >= 0]
     if bad.size:
-        facts = job.facts["train"]
         # A fact that a batch has twice has other noise, and so another number, the second time.
         raise NotFiniteError(
             f"fact {facts[bad[0] % len(facts)].id}: an advantage, or the "
             "log-probability of a token that was drawn (by the sampler, the old parameters or the "
             "reference), is no finite number; its rollout is not trained on; "
-            + ways(job.policy.model.runtime.dtype, "with a new --workdir, lower grpo.optimizer.lr")
+            + ways(dtype, "with a new --workdir, lower grpo.optimizer.lr")
         )
 
 
-def _pools(job: Job) -> dict[str, list[int]]:
-    """Indices of the training facts of each pool."""
+def _pools(run: Run) -> dict[str, list[int]]:
+    """Returns indices of the training facts of each pool."""
     pools: dict[str, list[int]] = {name: [] for name in POOLS}
-    path = job.workdir / "rate" / FILE
-    known = {fact.id for fact in job.facts["train"]}
-    for number, rating in enumerate(pool_again(path, job.settings.rate), start=1):
-        if rating.fact not in known:
+    path = run.workdir / "rate" / FILE
+    index = {fact.id: i for i, fact in enumerate(run.dataset.splits["train"])}
+    for number, rating in enumerate(pool_again(path, run.settings.rate), start=1):
+        if rating.fact not in index:
             raise DataError(
-                f"{path}:{number}: fact {rating.fact!r} found, a fact of the training split "
-                "expected; run the stage `rate` again"
+                f"{path}:{number}: a fact of the training split expected, fact {rating.fact!r} "
+                "found; run the stage `rate` again"
             )
-        pools[rating.pool].append(job.index[rating.fact])
+        pools[rating.pool].append(index[rating.fact])
     return pools
 
 
-def _bind_ratings(job: Job) -> None:
+def _bind_ratings(run: Run) -> None:
     """Keeps a digest of the pass rates, so that training goes on with the same pools only."""
-    path = job.workdir / "rate" / FILE
+    path = run.workdir / "rate" / FILE
     rates = (f"{rating.fact} {rating.pass_rate}" for rating in read_ratings(path))
-    found = {f"rate/{FILE}": of_lines(rates)}
-    bind(job.workdir / "grpo" / "data.json", found, job.workdir)
+    bind(run.workdir / "grpo" / "data.json", {f"rate/{FILE}": of_lines(rates)}, run.workdir)
 
 
-def _schedule(job: Job, pools: dict[str, list[int]]) -> Draw:
-    """The facts of each step."""
-    grpo, seed = job.settings.grpo, job.settings.seed
+def _schedule(run: Run, pools: dict[str, list[int]]) -> Draw:
+    """Returns which facts each step draws."""
+    grpo, seed = run.settings.grpo, run.settings.seed
     easy, hard = pools["easy"], pools["hard"]
     try:
         if grpo.mixing:
@@ -173,28 +174,30 @@ def _schedule(job: Job, pools: dict[str, list[int]]) -> Draw:
             Pool("training", sorted(easy + hard), (seed, 2)).batch, size=grpo.prompts
         )
     except EmptyPoolError as error:
-        ways = _WAYS[error.pool].format(easy_from=job.settings.rate.easy_from)
+        counts = f"{len(easy)} easy, {len(hard)} hard, {len(pools['dropped'])} dropped"
         raise DataError(
-            f"{error} (rated {len(easy)} easy, {len(hard)} hard, {len(pools['dropped'])} dropped); "
-            f"in this workdir, without rating again: {ways}"
+            f"{error} (rated {counts}); in this workdir, without rating again: "
+            f"{_what_to_change(error.pool, run.settings.rate)}"
         ) from None
 
 
-def _records(job: Job, indices: np.ndarray, scored: Scored) -> Iterator[dict[str, Any]]:
-    """What `rollouts.jsonl` keeps of a rollout: every completion with what it earned."""
-    labels, drawn = job.ontology.labels, scored.rollout
-    for row, index in enumerate(indices):
-        fact = job.facts["train"][index]
-        for sample in range(drawn.tokens.shape[1]):
-            answer = int(drawn.answer[row, sample])
+def _what_to_change(pool: str, rate: RateSettings) -> str:
+    return _WAYS[pool].format(easy_from=rate.easy_from)
+
+
+def _records(run: Run, facts: Sequence[Fact], scored: Scored) -> Iterator[dict[str, Any]]:
+    """Yields what `rollouts.jsonl` keeps of a rollout: each completion with what it earned."""
+    labels, rollout = run.dataset.ontology.labels, scored.rollout
+    decode = run.trainee.policy.tokenizer.decode
+    for row, fact in enumerate(facts):
+        for sample in range(rollout.tokens.shape[1]):
+            answer = int(rollout.answer[row, sample])
             yield {
                 "fact": fact.id,
                 "sample": sample,
                 "gold": fact.label,
                 "answer": labels[answer] if answer >= 0 else None,
-                "completion": job.tokenizer.decode(
-                    drawn.tokens[row, sample][drawn.mask[row, sample]]
-                ),
+                "completion": decode(rollout.tokens[row, sample][rollout.mask[row, sample]]),
                 "reward": float(scored.reward[row, sample]),
                 "advantage": float(scored.advantages[row, sample]),
                 **{

@@ -1,4 +1,4 @@
-"""The stage `rate`: how often the SFT model solves each training fact, and which are easy or hard.
+"""The stage `rate`: how often the starting model solves each training fact, easy or hard.
 
 Writes `rate/ratings.jsonl`, a line a fact: its id, its pass rate, and its pool, `easy`, `hard`
 or `dropped`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,108 +18,164 @@ import numpy as np
 from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.ratings import EXPECTED, FILE, Rating, histogram, read_ratings, write_ratings
 from morer1_jax.errors import ConfigError, DataError
-from morer1_jax.files import named, read_jsonl, read_text, write_jsonl
+from morer1_jax.files import named, read_jsonl, write_jsonl
+from morer1_jax.model.layers import Params
 from morer1_jax.paths import local_path
 from morer1_jax.run.batch_sampler import BatchSampler
-from morer1_jax.run.job import Job
-from morer1_jax.run.shapes import widest_prompt_shape
+from morer1_jax.run.setup import Run
 from morer1_jax.task.fact import Fact
+
+# Of what an unfinished rating was begun with, that which may differ when it goes on.
+_FREE = ("batch", "out", "easy_from", "never")
+
+
+def run_rate(run: Run) -> None:
+    """Rates every training fact with the starting model, or takes the ratings that are there."""
+    config, out, facts = run.settings.rate, run.workdir / "rate" / FILE, run.dataset.splits["train"]
+    if config.file is not None:
+        _write(out, _ratings_of(_file(config), facts, config))
+    elif (whole := _whole(out, facts, config)) is not None:
+        _write(out, whole)
+    else:
+        sampler = BatchSampler(
+            run.trainee.policy,
+            run.reader,
+            batch=config.batch,
+            group=config.samples,
+            temperature=config.temperature,
+            seed=run.settings.seed,
+            workers=run.settings.data.workers,
+            shape=run.greedy.shape,
+        )
+        rate(sampler, run.trainee.whole(starting_params(run)), facts, config, out)
+
+
+def starting_params(run: Run) -> Params:
+    """Makes the trainable parameters that are rated and that GRPO starts from.
+
+    Raises:
+      ConfigError: the config names a checkpoint that it does not have.
+    """
+    if run.settings.rate.begin == "sft":
+        return run.trainee.best_params(run.workdir / "sft")
+    if run.trainee.checkpoint is None:
+        raise ConfigError("config.rate.begin: 'checkpoint' found, but config.model.path names none")
+    return run.trainee.init_params(0)
 
 
 def classify(pass_rate: float, config: RateSettings) -> str:
-    """`easy` from `easy_from` on, else `hard`; `dropped` if never solved and so configured."""
+    """Returns `easy` from `easy_from` on, else `hard`; `dropped` if never solved and so set."""
     if pass_rate >= config.easy_from:
         return "easy"
     return "dropped" if pass_rate == 0 and config.never == "drop" else "hard"
 
 
-def run_rate(job: Job, params: Any) -> dict[str, int]:
-    """The stage: rates every training fact with a whole model's `params`, or takes a given file.
-
-    Returns:
-      The pools' sizes.
-    """
-    config, out = job.settings.rate, job.workdir / "rate" / FILE
-    if config.file is not None:
-        given = _given(_file(config), job.facts["train"], config)
-        write_ratings(out, given)
-        print(histogram(given))
-        return dict(Counter(rating.pool for rating in given))
-    if (whole := _whole(out, job.facts["train"], config)) is not None:
-        write_ratings(out, whole)
-        print(histogram(whole))
-        return dict(Counter(rating.pool for rating in whole))
-    sampler = BatchSampler(
-        job.policy,
-        job.encoder,
-        batch=config.batch,
-        group=config.samples,
-        temperature=config.temperature,
-        seed=job.settings.seed,
-        workers=job.settings.data.workers,
-        shape=widest_prompt_shape(job, job.encoder),
-    )
-    return rate(sampler, params, job.facts["train"], config, out)
-
-
-def check_given(job: Job) -> None:
-    """Finds out whether the ratings that the config names, if any, are those of its facts.
+def check_ratings_file(run: Run) -> None:
+    """Checks that the ratings that the config names, if any, are those of its facts.
 
     Raises:
       DataError: they are not.
     """
-    config = job.settings.rate
+    config = run.settings.rate
     if config.file is not None:
-        _given(_file(config), job.facts["train"], config)
+        _ratings_of(_file(config), run.dataset.splits["train"], config)
 
 
 def rate(
     sampler: BatchSampler,
-    params: Any,
+    params: Params,
     facts: Sequence[Fact],
     config: RateSettings,
     out: Path,
     identity: Mapping[str, Any] | None = None,
-) -> dict[str, int]:
+) -> None:
     """Rates facts, writes `out` and prints a histogram; if it was killed it goes on where it was.
 
     Args:
       sampler: draws `config.samples` answers to a fact.
+      params: of the whole model.
       identity: what the pass rates depend on.
 
-    Returns:
-      The pools' sizes.
-
     Raises:
-      ConfigError: what was begun depends on something else; it stays as it is.
+      ConfigError: an unfinished rating depends on something else; it stays as it is.
     """
-    unfinished, before = unfinished_paths(out)
+    unfinished = unfinished_path(out)
     head = json.loads(json.dumps({"batch": sampler.batch, "out": out.name, **(identity or {})}))
-    taken = before.exists() and _is_of_before(before, head)
-    begun = unfinished if unfinished.exists() or not taken else before
-    done = _pooled(_begun(begun, head), config)
+    ratings = _pooled(_read_unfinished(unfinished, head), config)
     # Whole batches, so that each fact is asked in the company it would have had. Under another
     # batch those rated so far stay: noise is a fact's own, company changes rounding alone.
-    done = done[: len(done) // sampler.batch * sampler.batch]
-    write_jsonl(unfinished, [head, *map(dataclasses.asdict, done)])
-    if taken:
-        before.unlink()
+    ratings = ratings[: len(ratings) // sampler.batch * sampler.batch]
+    write_jsonl(unfinished, [head, *map(dataclasses.asdict, ratings)])
     with named(unfinished), open(unfinished, "a", buffering=1, encoding="utf-8") as file:
-        for fact, drawn in sampler.ask(params, facts, "rate", start=len(done)):
-            passed = float(np.mean(drawn.answer == sampler.ontology.ids[fact.label]))
-            done.append(Rating(fact.id, passed, classify(passed, config)))
-            file.write(json.dumps(dataclasses.asdict(done[-1])) + "\n")
-    write_ratings(out, done)
+        for fact, completions in sampler.sample(params, facts, "rate", start=len(ratings)):
+            is_right = completions.answer == sampler.ontology.ids[fact.label]
+            pass_rate = float(np.mean(is_right))
+            ratings.append(Rating(fact.id, pass_rate, classify(pass_rate, config)))
+            file.write(json.dumps(dataclasses.asdict(ratings[-1])) + "\n")
+    write_ratings(out, ratings)
     unfinished.unlink()
-    print(histogram(done))
-    return dict(Counter(rating.pool for rating in done))
+    print(histogram(ratings))
 
 
-def _begun(path: Path, head: Mapping[str, Any]) -> list[Rating]:
-    """The ratings of a run that was killed, which began with the same head but for the batch.
+def pool_again(path: Path, config: RateSettings) -> list[Rating]:
+    """Puts rated facts into the config's pools; writes and prints them if they were in others."""
+    before = read_ratings(path)
+    ratings = _pooled(before, config)
+    if ratings != before:
+        _write(path, ratings)
+    return ratings
+
+
+def unfinished_path(out: Path) -> Path:
+    """Returns where a rating is kept until it is whole: of the output, and of no other file."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def _write(out: Path, ratings: Sequence[Rating]) -> None:
+    write_ratings(out, ratings)
+    print(histogram(ratings))
+
+
+def _pooled(ratings: Sequence[Rating], config: RateSettings) -> list[Rating]:
+    return [
+        dataclasses.replace(rating, pool=classify(rating.pass_rate, config)) for rating in ratings
+    ]
+
+
+def _file(config: RateSettings) -> Path:
+    return local_path(config.file, "config.rate.file")
+
+
+def _whole(out: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating] | None:
+    """Reads the ratings of a stage that was killed after its last fact, before it was marked."""
+    if not out.exists() or unfinished_path(out).exists():
+        return None
+    try:
+        return _ratings_of(out, facts, config)
+    except DataError as error:
+        print(f"{error}; all are rated anew", file=sys.stderr)
+        return None
+
+
+def _ratings_of(path: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating]:
+    """Reads ratings of exactly these facts, in their order; the pools are the config's."""
+    ratings = {rating.fact: rating for rating in read_ratings(path)}
+    ids = {fact.id for fact in facts}
+    if ratings.keys() != ids:
+        missing, foreign = sorted(ids - ratings.keys()), sorted(ratings.keys() - ids)
+        raise DataError(
+            f"{path}: ratings of the {len(ids)} training facts expected, of {len(ratings)} facts "
+            f"found; {len(missing)} missing, such as {missing[:1]}, {len(foreign)} of no such "
+            f"fact, such as {foreign[:1]}; rate the training split again"
+        )
+    return _pooled([ratings[fact.id] for fact in facts], config)
+
+
+def _read_unfinished(path: Path, head: Mapping[str, Any]) -> list[Rating]:
+    """Reads the ratings of a run that was killed, and that had the same head but for the batch.
 
     Raises:
-      ConfigError: it began with another.
+      ConfigError: it had another.
     """
 
     def parse(number: int, value: Any) -> Rating | None:
@@ -137,87 +192,14 @@ def _begun(path: Path, head: Mapping[str, Any]) -> list[Rating]:
     return read_jsonl(path, parse, EXPECTED, remedy, partial=True)[1:] if path.exists() else []
 
 
-def _file(config: RateSettings) -> Path:
-    return local_path(config.file, "config.rate.file")
-
-
-def unfinished_paths(out: Path) -> tuple[Path, Path]:
-    """Where what is begun of `out` lies until it is whole, and where earlier versions had it.
-
-    They left out the suffix, so that theirs may be of another file.
-    """
-    return out.with_name(f"{out.name}.unfinished"), out.with_suffix(".unfinished")
-
-
-def _is_of_before(path: Path, head: Mapping[str, Any]) -> bool:
-    """Whether a file is what an earlier version began of these ratings; if of others, says so."""
-    try:
-        found = json.loads(read_text(path).partition("\n")[0])
-    except ValueError:
-        return False
-    if not isinstance(found, dict) or "batch" not in found or "out" in found:
-        return False
-    if changed := _changed(found, head):
-        print(
-            f"{path}: left as it is, ratings that an earlier version began with another "
-            f"{', '.join(changed)}",
-            file=sys.stderr,
-        )
-    return not changed
-
-
-def _changed(found: Any, wanted: Mapping[str, Any]) -> list[str]:
-    """What two heads differ in, of what pass rates depend on; numbers and names with both."""
-    if not isinstance(found, dict):
+def _changed(there: Any, here: Mapping[str, Any]) -> list[str]:
+    """Returns in what pass rates depend on two heads differ; numbers and names with both values."""
+    if not isinstance(there, dict):
         return ["first line"]
-    # Those of earlier versions have the pools' keys too, and say nothing of photos.
-    free = {"batch", "out", "easy_from", "never", *({"photos"} - found.keys())}
     changed = []
-    for name in sorted((found.keys() | wanted.keys()) - free):
-        values = [found.get(name), wanted.get(name)]
+    for name in sorted((there.keys() | here.keys()) - {*_FREE}):
+        values = [there.get(name), here.get(name)]
         if values[0] != values[1]:
             short = all(value is None or isinstance(value, int | float) for value in values)
             changed.append(f"{name} ({values[0]} there, {values[1]} here)" if short else name)
     return changed
-
-
-def _whole(out: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating] | None:
-    """The ratings of a stage that was killed after its last fact and before it was marked."""
-    if not out.exists() or any(path.exists() for path in unfinished_paths(out)):
-        return None
-    try:
-        return _given(out, facts, config)
-    except DataError as error:
-        print(f"{error}; all are rated anew", file=sys.stderr)
-        return None
-
-
-def _pooled(ratings: Sequence[Rating], config: RateSettings) -> list[Rating]:
-    """The ratings in the config's pools."""
-    return [
-        dataclasses.replace(rating, pool=classify(rating.pass_rate, config)) for rating in ratings
-    ]
-
-
-def pool_again(path: Path, config: RateSettings) -> list[Rating]:
-    """Puts facts rated before into the config's pools, and writes that down where it is news."""
-    before = read_ratings(path)
-    ratings = _pooled(before, config)
-    if ratings != before:
-        write_ratings(path, ratings)
-        print(histogram(ratings))
-    return ratings
-
-
-def _given(path: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating]:
-    """Ratings made before, of exactly these facts; the pools are the config's."""
-    given = {rating.fact: rating for rating in read_ratings(path)}
-    wanted = {fact.id for fact in facts}
-    if given.keys() != wanted:
-        lacking, foreign = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
-        raise DataError(
-            f"{path}: ratings of {len(given)} facts found, of the {len(wanted)} training facts "
-            f"expected; {len(lacking)} missing, such as {lacking[:1]}, {len(foreign)} of no such "
-            f"fact, such as {foreign[:1]}; rate the training split again"
-        )
-    return _pooled([given[fact.id] for fact in facts], config)

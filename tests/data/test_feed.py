@@ -9,15 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morer1_jax.data.curriculum import MixConfig, Mixer, Pool
-from morer1_jax.data.encoder import Encoder, Limits
 from morer1_jax.data.feed import Host, PromptFeed, SequenceFeed, noise_ids
+from morer1_jax.data.images import ImageReader
 from morer1_jax.data.loader import load_ahead
+from morer1_jax.data.sample import Limits, SampleReader
 from morer1_jax.data.shapes import plan_prompts, plan_rows, widest
 from morer1_jax.errors import DataError
-from morer1_jax.model.config import ImageConfig
+from morer1_jax.model.config import ImageConfig, VisionConfig
 from morer1_jax.task import more
 
 ROWS, SAMPLES, STEPS = 8, 20, 3
+TOWER = VisionConfig(
+    depth=1,
+    hidden_size=16,
+    intermediate_size=16,
+    num_heads=2,
+    out_hidden_size=16,
+    fullatt_block_indexes=(0,),
+)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30))
@@ -41,20 +50,20 @@ def feeds(small_world, small_tokenizer):
     facts = more.read_split(small_world, "train", ontology)
     texts = more.read_reasoning(small_world / "reasoning.jsonl", facts, ontology)
     written = [fact for fact in facts if fact.id in texts]
-    images, buckets = ImageConfig(max_pixels=84 * 84), Limits(512, 512, 12)
-    encoder = Encoder(small_world, small_tokenizer, ontology, images, 112, buckets)
+    photos = ImageReader(small_world, ImageConfig(max_pixels=84 * 84))
+    reader = SampleReader(small_tokenizer, ontology, photos, TOWER, Limits(512, 512, 12))
     # Fewer facts than rows, so that batches cross epochs and repeat facts.
     pool = Pool("training", np.arange(6), (1,))
     mixer = Mixer(range(5), range(5, 12), MixConfig(until=2), ROWS, STEPS, seed=1)
     sizes = more.photo_sizes(facts, small_world)
-    needs = encoder.needs(written, sizes, texts)
+    written_sizes = reader.sizes(written, sizes, texts)
     draw = functools.partial(pool.batch, size=SAMPLES)
     plan = plan_rows(
-        [[needs[i] for i in draw(step)] for step in range(STEPS)],
+        [[written_sizes[i] for i in draw(step)] for step in range(STEPS)],
         lambda shape: shape.length,
         multiple=4,
     )
-    asked = encoder.needs(facts, sizes, {})
+    asked = reader.sizes(facts, sizes, {})
     shapes = plan_prompts(
         [[asked[i] for i in mixer.batch(step)] for step in range(STEPS)],
         widest(asked),
@@ -63,10 +72,10 @@ def feeds(small_world, small_tokenizer):
     )
 
     def sequences(host):
-        return SequenceFeed(encoder, written, texts, draw, host, needs, plan)
+        return SequenceFeed(reader, written, texts, draw, host, written_sizes, plan)
 
     def prompts(host):
-        return PromptFeed(encoder, facts, mixer.batch, host, asked, shapes)
+        return PromptFeed(reader, facts, mixer.batch, host, asked, shapes)
 
     return {"sequences": sequences, "prompts": prompts}
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from morer1_jax.data.encoder import Sample
+from morer1_jax.data.sample import Sample
+from morer1_jax.data.shapes import Shape
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.cudnn import CuDNN
 from morer1_jax.model.scorer import ScoreConfig, last_valid, sequence_logprobs
@@ -43,12 +44,12 @@ def alone(tiny, of_rows):
     mask = mask.copy()
     mask[2, 1] = mask[5, 0] = False
     rows = [
-        Sample("", made.prompt, tokens[b, g][mask[b, g]], made.images)
+        Sample("", made.prompt, tokens[b, g][mask[b, g]], made.images, 0)
         for b, made in enumerate(tiny.samples())
         for g in range(tiny.GROUP)
         if mask[b, g].any()
     ]
-    batch = tiny.TinyEncoder().sequences([[row] for row in rows])
+    batch = tiny.COLLATOR.sequences([[row] for row in rows], Shape(32 + tiny.LENGTH, 5))
     # Rows in order, and in a row the completion's tokens in order.
     counted = batch.weights > 0
     cotangent = np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32) * mask

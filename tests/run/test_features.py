@@ -1,5 +1,6 @@
 """Kept features: the same numbers as pixels give, where they may be kept at all."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,12 @@ from PIL import Image, ImageOps
 
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
+from morer1_jax.data.collate import Collator
+from morer1_jax.data.shapes import Shape
 from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.model.scorer import ScoreConfig, sequence_logprobs
 from morer1_jax.run import features
-from morer1_jax.run.job import Job
+from morer1_jax.run.setup import open_run, open_setup, with_features
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -30,25 +33,37 @@ def config(small_world):
     return config
 
 
+def opened(config, workdir):
+    return open_run(open_setup(settings(config), workdir), reasoning_needed=True)
+
+
 @pytest.fixture(scope="module")
-def job(config, tmp_path_factory):
-    return Job(settings(config), tmp_path_factory.mktemp("features"))
+def run(config, tmp_path_factory):
+    return with_features(opened(config, tmp_path_factory.mktemp("features")))
 
 
-def test_log_probabilities_are_those_of_the_pixels(tiny, job):
-    facts = [fact for fact in job.facts["train"] if fact.id in job.reasoning][:6]
-    params = job.whole(job.init_params(0))
-    run = tiny.jit(
-        lambda params, batch: sequence_logprobs(job.policy.model, params, batch, ScoreConfig())[0]
+def encode(run, workdir):
+    """Kept features of a run's images, in another workdir."""
+    return with_features(dataclasses.replace(run, workdir=workdir)).reader.features
+
+
+def test_log_probabilities_are_those_of_the_pixels(tiny, run):
+    reasoning, trainee = run.dataset.reasoning, run.trainee
+    facts = [fact for fact in run.dataset.splits["train"] if fact.id in reasoning][:6]
+    params = trainee.whole(trainee.init_params(0))
+    model, limits = trainee.policy.model, run.reader.limits
+    shape = Shape(limits.prompt + limits.completion, limits.slots)
+    logprobs = tiny.jit(
+        lambda params, batch: sequence_logprobs(model, params, batch, ScoreConfig())[0]
     )
 
-    def scored(encoder):
-        samples = [encoder.sample(fact, job.reasoning[fact.id]) for fact in facts]
-        batch = encoder.sequences([[sample] for sample in samples])
-        return np.asarray(run(params, batch))[batch.weights > 0], batch
+    def scored(reader):
+        samples = [reader.read(fact, reasoning[fact.id]) for fact in facts]
+        batch = Collator.of(reader).sequences([[sample] for sample in samples], shape)
+        return np.asarray(logprobs(params, batch))[batch.weights > 0], batch
 
-    ours, kept = scored(job.encoder)
-    theirs, seen = scored(job.new_encoder(pixels=True))
+    ours, kept = scored(run.reader)
+    theirs, seen = scored(dataclasses.replace(run.reader, features=None))
     assert kept.vision._fields == ("features",)
     assert seen.vision._fields == ("patches", "positions", "image_ids", "part_ids")
     np.testing.assert_array_equal(kept.tokens, seen.tokens)
@@ -57,22 +72,22 @@ def test_log_probabilities_are_those_of_the_pixels(tiny, job):
     swapped = kept._replace(
         vision=kept.vision._replace(features=np.roll(kept.vision.features, 1, axis=0))
     )
-    assert np.abs(np.asarray(run(params, swapped))[kept.weights > 0] - theirs).max() > 1e-3
+    assert np.abs(np.asarray(logprobs(params, swapped))[kept.weights > 0] - theirs).max() > 1e-3
 
 
-def test_each_image_is_encoded_once(job):
-    index = json.loads((job.workdir / "features" / "index.json").read_text())
-    facts = [fact for split in job.facts.values() for fact in split]
+def test_each_image_is_encoded_once(run):
+    index = json.loads((run.workdir / "features" / "index.json").read_text())
+    facts = run.dataset.facts
     assert index["facts"].keys() == {fact.id for fact in facts}
     photos = {index["facts"][fact.id][0][0] for fact in facts}
     assert len(photos) == len({fact.photo for fact in facts}) < len(facts)
 
 
-def test_a_fact_without_features_is_named(job):
-    fact = job.facts["test"][0]
+def test_a_fact_without_features_is_named(run):
+    fact = run.dataset.splits["test"][0]
     other = type(fact)(**{**vars(fact), "id": "test:999"})
     with pytest.raises(DataError, match=r"test:999: not among the facts of .*features"):
-        job.encoder.sample(other)
+        run.reader.read(other)
 
 
 @pytest.mark.parametrize("part", ["vision", "merger"])
@@ -80,74 +95,73 @@ def test_features_of_what_trains_are_refused_before_any_work(config, tmp_path, p
     changed = config.copy_and_resolve_references()
     changed.tune[part] = 0.5
     with pytest.raises(ConfigError, match=rf"config\.data\.keep_features: .* tune\.{part} is 0\.5"):
-        Job(settings(changed), tmp_path).check()
+        opened(changed, tmp_path)
     assert not (tmp_path / "features").exists()
 
 
-def test_a_full_disk_is_found_before_an_image_is_encoded(job, tmp_path, file_limit, monkeypatch):
+def test_a_full_disk_is_found_before_an_image_is_encoded(run, tmp_path, file_limit, monkeypatch):
     """Later it would end the process without a word: features are written to mapped memory."""
-    monkeypatch.setattr(job, "workdir", tmp_path)
     monkeypatch.setattr(features, "load_ahead", None)
     with file_limit(5000), pytest.raises(OSError, match="File too large") as error:
-        features.feature_store(job)
+        encode(run, tmp_path)
     assert error.value.filename.endswith("features.bin")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_crash_leaves_is_not_taken_for_features(job, tmp_path, monkeypatch):
+def test_what_a_crash_leaves_is_not_taken_for_features(run, tmp_path, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "workdir", tmp_path)
     monkeypatch.setattr(features, "write_index", crash)
     with pytest.raises(KeyboardInterrupt):
-        features.feature_store(job)
+        encode(run, tmp_path)
     assert not (tmp_path / "features").exists()
 
 
-def test_features_that_are_not_finite_are_not_kept(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "workdir", tmp_path)
-    patches = job.frozen["vision"]["patch_embed"]
+def test_features_that_are_not_finite_are_not_kept(run, tmp_path, monkeypatch):
+    patches = run.trainee.frozen["vision"]["patch_embed"]
     monkeypatch.setitem(patches, "kernel", patches["kernel"] * 1e38)
     with pytest.raises(DataError, match=r"^fact train:1: the features of its photo are not fin"):
-        features.feature_store(job)
+        encode(run, tmp_path)
     assert not (tmp_path / "features").exists()
 
 
 def test_a_damaged_index_is_named(config, tmp_path):
-    again = Job(settings(config), tmp_path)
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "index.json").write_text('{"facts": {')
     with pytest.raises(DataError, match=r"features: features cannot be read .* delete the folder"):
-        again.encoder.sample(again.facts["train"][0])
+        opened(config, tmp_path)
 
 
-def test_features_of_other_photos_or_pixel_limits_are_named(job, config, tmp_path, small_world):
+def test_features_of_other_photos_or_pixel_limits_are_named(run, config, tmp_path, small_world):
     """A run keeps them beside its digests; a folder copied from another run has none of those."""
     folder = tmp_path / "data"
     shutil.copytree(small_world, folder)
-    shutil.copytree(job.features.folder, tmp_path / "features")
+    shutil.copytree(run.reader.features.folder, tmp_path / "features")
     changed = config.copy_and_resolve_references()
     changed.data.folder = str(folder)
-    features.feature_store(Job(settings(changed), tmp_path))  # The same photos in another place.
-    photo = job.facts["valid"][0].photo
+    opened(changed, tmp_path)  # The same photos in another place.
+    # Digests of the run itself would name them first.
+    (tmp_path / "data.json").unlink()
+    photo = run.dataset.splits["valid"][0].photo
     with Image.open(folder / "img_org" / photo) as before:
         ImageOps.invert(before).save(folder / "img_org" / photo)
-    stale = rf"^{tmp_path}/features: the features are of others: img_org/{photo} changed; .*delete"
+    stale = rf"^{tmp_path}/features: .* these are of others: img_org/{photo} changed; delete"
     with pytest.raises(DataError, match=stale):
-        features.feature_store(Job(settings(changed), tmp_path))
+        opened(changed, tmp_path)
+    (tmp_path / "data.json").unlink()
     changed.data.update(folder=str(small_world), crop_margin=0.3)
     with pytest.raises(DataError, match="are of others: pixel limits or crop changed; "):
-        features.feature_store(Job(settings(changed), tmp_path))
+        opened(changed, tmp_path)
 
 
 def test_features_that_do_not_say_what_they_were_made_of_are_refused_at_the_start(
-    job, config, tmp_path
+    run, config, tmp_path
 ):
-    shutil.copytree(job.features.folder, tmp_path / "features")
+    shutil.copytree(run.reader.features.folder, tmp_path / "features")
     path = tmp_path / "features" / "index.json"
     described = json.loads(path.read_text())
     del described["made_of"]
     path.write_text(json.dumps(described))
-    with pytest.raises(DataError, match=r"features do not say what they are of; .*delete"):
-        Job(settings(config), tmp_path).check()
+    with pytest.raises(DataError, match=r"features: .* these do not say what they are of; delete"):
+        opened(config, tmp_path)

@@ -24,9 +24,8 @@ from morer1_jax.run.finite import (
     check_scores,
     first_not_finite,
 )
-from morer1_jax.run.job import Job
-from morer1_jax.stages.grpo import run_grpo
-from morer1_jax.stages.grpo_step import GRPOStep
+from morer1_jax.run.setup import open_run, open_setup
+from morer1_jax.stages import grpo, grpo_step
 from morer1_jax.train import train
 from morer1_jax.weights.finite import count_not_finite
 
@@ -230,33 +229,31 @@ def test_a_rollout_that_is_not_finite_ends_the_run_by_its_facts_name(
     config.grpo.loss.beta = 0.0  # Compiles no reference.
     config.model.vision.update(depth=1, fullatt_block_indexes=(0,))
     config.grpo.update(steps=8, prompts=6, mixing=False, save_every=1, log_every=2)
-    job = Job(settings(config), tmp_path)
-    lines = [Rating(fact.id, 0.5, "hard") for fact in job.facts["train"][:4]]
+    run = open_run(open_setup(settings(config), tmp_path), reasoning_needed=True)
+    monkeypatch.setattr(grpo, "starting_params", lambda run: run.trainee.init_params(0))
+    lines = [Rating(fact.id, 0.5, "hard") for fact in run.dataset.splits["train"][:4]]
     (tmp_path / "rate").mkdir()
     (tmp_path / "rate" / "ratings.jsonl").write_text(
         "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
     )
+    make_rollout = grpo_step.make_rollout
 
-    class Spoilt(GRPOStep):
-        """As the stage has it, but for a NaN that its sampler gives."""
+    def make_spoilt_rollout(*args):
+        """As the stage has it, but for a NaN that the sampler gives in the third step."""
+        rollout = make_rollout(*args)
 
-        def __call__(self, state, prompts, number):
-            if number == 2:
-                self.rollout = spoil(self.rollout)
-            return super().__call__(state, prompts, number)
-
-    def spoil(program):
-        def run(*args):
-            scored, metrics = program(*args)
+        def spoilt(params, prompts, grammar, allowed, step):
+            scored, metrics = rollout(params, prompts, grammar, allowed, step)
             drawn = scored.rollout
-            bad = drawn.replace(logprobs=drawn.logprobs.at[5, 0, 0].set(jnp.nan))
+            nan = jnp.where(step == 2, jnp.nan, drawn.logprobs[5, 0, 0])
+            bad = drawn.replace(logprobs=drawn.logprobs.at[5, 0, 0].set(nan))
             return scored.replace(rollout=bad), metrics
 
-        return run
+        return spoilt
 
-    monkeypatch.setattr("morer1_jax.stages.grpo.GRPOStep", Spoilt)
+    monkeypatch.setattr(grpo_step, "make_rollout", make_spoilt_rollout)
     with pytest.raises(NotFiniteError) as error:
-        run_grpo(job, lambda: job.init_params(0))
+        grpo.run_grpo(run)
     drawn = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").open()]
     facts = [r["fact"] for r in drawn if r["step"] == 3 and r["sample"] == 0]
     assert facts[5] in facts[:5]

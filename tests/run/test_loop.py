@@ -11,14 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from morer1_jax.config.settings import LoopSettings
 from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.learn.state import OptimizerConfig, TrainState, apply_gradients, new_state
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.loop import Hooks, LoopConfig, train
+from morer1_jax.run.hooks import Hooks, Validation
+from morer1_jax.run.loop import train
 from morer1_jax.run.phases import PhaseTimer
-from morer1_jax.run.throughput import Work
+from morer1_jax.run.work import Work
 
-CONFIG = LoopConfig(steps=11, eval_every=4, save_every=3, log_every=1, keep_checkpoints=2)
+CONFIG = LoopSettings(steps=11, eval_every=4, save_every=3, log_every=1, keep_checkpoints=2)
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -48,14 +50,12 @@ class Toy:
         return Work(tokens=10.0, flops=float(batch))
 
     def validate(self, params):
-        return {"micro_f1": self.f1(int(params["w"])), "accuracy": 1.0}
+        scores = {"micro_f1": self.f1(int(params["w"])), "accuracy": 1.0}
+        return Validation(scores, decisive="micro_f1")
 
     def run(self, workdir, config=CONFIG, **options):
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, {"w": zero}, ())
-        hooks = Hooks(
-            self.batch, self.step, self.validate, self.work, PhaseTimer(), self.resumed.append
-        )
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SHARDING), state
         )
@@ -64,7 +64,17 @@ class Toy:
             assert Checkpointer(workdir / "toy" / "checkpoints").latest() is None
             return state
 
-        return train("toy", workdir, begin, like, hooks, config, **options)
+        hooks = Hooks(
+            batch=self.batch,
+            begin=begin,
+            like=like,
+            step=self.step,
+            validate=self.validate,
+            work=self.work,
+            timer=PhaseTimer(),
+            resume=self.resumed.append,
+        )
+        return train("toy", workdir, hooks, config, **options)
 
 
 def values(steps):
@@ -136,7 +146,9 @@ def test_a_run_that_dies_and_is_started_again_is_the_run_that_never_did(
     tmp_path_factory, deaths, save, log
 ):
     workdir = tmp_path_factory.mktemp("toy")
-    config = LoopConfig(steps=11, eval_every=4, save_every=save, log_every=log, keep_checkpoints=1)
+    config = LoopSettings(
+        steps=11, eval_every=4, save_every=save, log_every=log, keep_checkpoints=1
+    )
     for death in deaths:
         toy = Toy(die_at=death)
         try:
@@ -223,7 +235,7 @@ class Slow(Toy):
 
 @pytest.mark.parametrize(("log", "evaluate"), [(1, 100), (1, 1), (1, 3), (5, 4), (100, 2)])
 def test_step_time_is_what_the_steps_took(tmp_path, log, evaluate):
-    config = LoopConfig(
+    config = LoopSettings(
         steps=9, eval_every=evaluate, save_every=4, log_every=log, keep_checkpoints=1
     )
     start = time.perf_counter()
@@ -289,23 +301,24 @@ class Descent:
         return self.program(state, batch)
 
     def run(self, workdir, config=CONFIG):
-        hooks = Hooks(
-            batch=lambda step: np.float32(np.nan if step + 1 in self.bad else 1.0),
-            step=self.step,
-            validate=lambda params: {"micro_f1": float(params["w"][0])},
-            work=self.work,
-            timer=PhaseTimer(),
-            updates=self.updates,
-            dtype="bfloat16",
-        )
-
         def begin():
             return jax.tree.map(jnp.array, self.start)
 
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SHARDING), self.start
         )
-        return train("toy", workdir, begin, like, hooks, config)
+        hooks = Hooks(
+            batch=lambda step: np.float32(np.nan if step + 1 in self.bad else 1.0),
+            begin=begin,
+            like=like,
+            step=self.step,
+            validate=lambda params: Validation({"micro_f1": float(params["w"][0])}, "micro_f1"),
+            work=self.work,
+            timer=PhaseTimer(),
+            updates=self.updates,
+            dtype="bfloat16",
+        )
+        return train("toy", workdir, hooks, config)
 
 
 def saved(workdir):
@@ -323,7 +336,7 @@ def params_of(workdir):
 
 @pytest.mark.parametrize("log", [1, 4])
 def test_an_update_that_is_skipped_is_logged_and_the_rest_is_trained(tmp_path, log, capsys):
-    config = LoopConfig(steps=11, eval_every=4, save_every=3, log_every=log, keep_checkpoints=9)
+    config = LoopSettings(steps=11, eval_every=4, save_every=3, log_every=log, keep_checkpoints=9)
     Descent(bad=[2, 3, 7]).run(tmp_path, config)
     expected = {1: 0, 2: 1, 3: 1, 4: 0, 5: 0, 6: 0, 7: 1, 8: 0, 9: 0, 10: 0, 11: 0}
     if log == 4:
@@ -336,7 +349,7 @@ def test_an_update_that_is_skipped_is_logged_and_the_rest_is_trained(tmp_path, l
     assert saved(tmp_path) == [4, 6, 9, 11]
     # Eight updates, whatever was between them.
     (tmp_path / "other").mkdir()
-    short = LoopConfig(steps=8, eval_every=8, save_every=8, log_every=1, keep_checkpoints=1)
+    short = LoopSettings(steps=8, eval_every=8, save_every=8, log_every=1, keep_checkpoints=1)
     Descent().run(tmp_path / "other", short)
     assert params_of(tmp_path)[0]["w"].tolist() == params_of(tmp_path / "other")[0]["w"].tolist()
 
@@ -344,7 +357,9 @@ def test_an_update_that_is_skipped_is_logged_and_the_rest_is_trained(tmp_path, l
 @pytest.mark.parametrize("log", [1, 4, 100])
 @pytest.mark.parametrize("save", [1, 3])
 def test_too_many_skipped_in_a_row_end_the_run_and_keep_what_is_good(tmp_path, log, save):
-    config = LoopConfig(steps=40, eval_every=4, save_every=save, log_every=log, keep_checkpoints=1)
+    config = LoopSettings(
+        steps=40, eval_every=4, save_every=save, log_every=log, keep_checkpoints=1
+    )
     with pytest.raises(NotFiniteError) as error:
         Descent(bad=range(5, 40)).run(tmp_path, config)
     good = 4 if save == 1 else 3
@@ -365,7 +380,7 @@ def test_too_many_skipped_in_a_row_end_the_run_and_keep_what_is_good(tmp_path, l
 
 @pytest.mark.parametrize("die", range(2, 12))
 def test_a_killed_run_counts_what_it_skipped_as_one_that_was_not(tmp_path, die):
-    config = LoopConfig(steps=11, eval_every=4, save_every=3, log_every=4, keep_checkpoints=2)
+    config = LoopSettings(steps=11, eval_every=4, save_every=3, log_every=4, keep_checkpoints=2)
     bad = [2, 5, 6, 10]
     with pytest.raises(KilledError):
         Descent(bad, die_at=die).run(tmp_path, config)
@@ -375,17 +390,17 @@ def test_a_killed_run_counts_what_it_skipped_as_one_that_was_not(tmp_path, die):
 
 
 def test_a_last_step_that_is_skipped_is_remembered_by_its_checkpoint(tmp_path):
-    config = LoopConfig(steps=6, eval_every=6, save_every=6, log_every=6, keep_checkpoints=1)
+    config = LoopSettings(steps=6, eval_every=6, save_every=6, log_every=6, keep_checkpoints=1)
     Descent(bad=range(3, 99)).run(tmp_path, config)
     assert saved(tmp_path) == [6]
-    longer = LoopConfig(steps=40, eval_every=40, save_every=40, log_every=40, keep_checkpoints=1)
+    longer = LoopSettings(steps=40, eval_every=40, save_every=40, log_every=40, keep_checkpoints=1)
     with pytest.raises(NotFiniteError, match=r"^toy step 7: .* each of 5 steps in a row"):
         Descent(bad=range(3, 99)).run(tmp_path, longer)
 
 
 @pytest.mark.parametrize("save", [1, 100])
 def test_a_huge_learning_rate_ends_in_one_line(tmp_path, save):
-    config = LoopConfig(
+    config = LoopSettings(
         steps=40, eval_every=100, save_every=save, log_every=100, keep_checkpoints=1
     )
     with pytest.raises(NotFiniteError) as error:
@@ -407,7 +422,7 @@ def test_lost_parameters_are_told_before_what_the_next_step_makes_of_them(tmp_pa
         return Work(1.0, 1.0)
 
     descent.work = work
-    config = LoopConfig(steps=9, eval_every=9, save_every=9, log_every=log, keep_checkpoints=1)
+    config = LoopSettings(steps=9, eval_every=9, save_every=9, log_every=log, keep_checkpoints=1)
     with pytest.raises(NotFiniteError, match=r"^toy step 1: param_norm is inf; "):
         descent.run(tmp_path, config)
     # Where no step before is at fault the fact is named.

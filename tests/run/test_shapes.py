@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from morer1_jax.data.curriculum import Pool
-from morer1_jax.data.shapes import Need, Shape, smallest, widest
+from morer1_jax.data.shapes import SampleSize, Shape, smallest, widest
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.shapes import prompt_shapes, sequence_plan
 
@@ -21,16 +21,17 @@ def make_needs(facts, seed, outliers=0):
     windows = (2 * 8 ** noise.random(facts)).astype(int)
     few = noise.choice(facts, outliers, replace=False)
     target[few], windows[few] = 900, 60
-    return [Need(*map(int, need)) for need in zip(prompt, target, windows, strict=True)]
+    return [SampleSize(*map(int, need)) for need in zip(prompt, target, windows, strict=True)]
 
 
 @pytest.fixture(scope="module")
-def job(tiny):
-    """What of a job the shapes are chosen by."""
+def run(tiny):
+    """What of a run the shapes are chosen by."""
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 1, "tensor": 1}, jax.devices()[:2])
+    policy = types.SimpleNamespace(model=tiny.model(), mesh=mesh)
     return types.SimpleNamespace(
         settings=types.SimpleNamespace(data=types.SimpleNamespace(round_to=16, shapes=2)),
-        policy=types.SimpleNamespace(model=tiny.model()),
-        mesh=meshes.make_mesh({"data": 2, "fsdp": 1, "tensor": 1}, jax.devices()[:2]),
+        trainee=types.SimpleNamespace(policy=policy),
     )
 
 
@@ -45,46 +46,46 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("facts", "batch", "outliers", "seed"), SETTINGS)
 def test_no_step_of_a_run_has_a_sample_or_more_rows_than_there_is_room_for(
-    job, facts, batch, outliers, seed
+    run, facts, batch, outliers, seed
 ):
     steps, needs = 600, make_needs(facts, seed, outliers)
     draw = functools.partial(Pool("training", np.arange(facts), (seed, 10)).batch, size=batch)
-    plan = sequence_plan(job, needs, draw, steps, 1)
+    plan = sequence_plan(run, needs, draw, steps, 1)
     assert len(plan.counts) <= 2
     for step in range(steps):
         drawn = [needs[i] for i in draw(step)]
         rows = plan.rows(drawn)
         for row in rows:
-            filled = Shape(sum(drawn[i].tokens for i in row), sum(drawn[i].windows for i in row))
+            filled = Shape(sum(drawn[i].tokens for i in row), sum(drawn[i].slots for i in row))
             assert plan.shape.holds(filled), f"step {step}: {filled} in a row of {plan.shape}"
         # Another count would be compiled in the middle of the run.
         assert len(rows) in plan.counts, f"step {step}: {len(rows)} rows, {plan.counts} planned"
 
 
-def test_rows_are_planned_for_batches_that_come_late(job):
+def test_rows_are_planned_for_batches_that_come_late(run):
     # Small samples for 300 steps, then large ones: as a draw that grows harder.
-    needs = [Need(30, 20, 2)] * 8 + [Need(200, 100, 6)] * 8
-    plan = sequence_plan(job, needs, lambda step: np.arange(8) + 8 * (step >= 300), 400, 1)
+    needs = [SampleSize(30, 20, 2)] * 8 + [SampleSize(200, 100, 6)] * 8
+    plan = sequence_plan(run, needs, lambda step: np.arange(8) + 8 * (step >= 300), 400, 1)
     assert len(plan.rows(needs[8:])) in plan.counts
     assert len(plan.rows(needs[:8])) < len(plan.rows(needs[8:]))
 
 
-def test_a_sample_that_no_step_draws_takes_no_room(job):
-    needs = [Need(60, 40, 2)] * 12 + [Need(60, 900, 60)]
+def test_a_sample_that_no_step_draws_takes_no_room(run):
+    needs = [SampleSize(60, 40, 2)] * 12 + [SampleSize(60, 900, 60)]
 
     def draw(step):
         return np.arange(4) + step
 
-    plan = sequence_plan(job, needs, draw, 9, 1)
+    plan = sequence_plan(run, needs, draw, 9, 1)
     assert plan.shape.length <= 4 * 112
-    assert plan.shape.windows <= 8
+    assert plan.shape.slots <= 8
     # A run of one step more does draw it.
-    assert sequence_plan(job, needs, draw, 10, 1).shape.holds(Shape(960, 60))
+    assert sequence_plan(run, needs, draw, 10, 1).shape.holds(Shape(960, 60))
 
 
-def test_shapes_of_prompts_are_those_of_the_whole_run(job):
+def test_shapes_of_prompts_are_those_of_the_whole_run(run):
     # 200 of 500 steps ask longer prompts.
-    needs = [Need(60, 0, 2)] * 4 + [Need(300, 0, 8)] * 4
-    shapes = prompt_shapes(job, needs, lambda step: np.arange(4) + 4 * (step >= 300), 500)
+    needs = [SampleSize(60, 0, 2)] * 4 + [SampleSize(300, 0, 8)] * 4
+    shapes = prompt_shapes(run, needs, lambda step: np.arange(4) + 4 * (step >= 300), 500)
     assert smallest(shapes, widest(needs[:4])) == Shape(64, 2)
     assert smallest(shapes, widest(needs[4:])) == Shape(304, 8)

@@ -15,13 +15,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
+from morer1_jax.data.collate import Collator
 from morer1_jax.data.images import ImageReader
+from morer1_jax.data.shapes import Shape
 from morer1_jax.errors import ConfigError, DataError, WeightsError
 from morer1_jax.learn.trainable import ADAPTER
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.scorer import embed_prompts
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.job import Job
+from morer1_jax.run.setup import open_run, open_setup
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import LABELS, TASK, open_model
 from morer1_jax.task import more
@@ -78,8 +80,9 @@ def test_logits_of_the_export_are_our_own(request, small_world, kind):
     loaded = open_model(str(workdir))
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "test", ontology)[:3]
-    encoder = loaded.encoder(small_world, facts, more.photo_sizes(facts, small_world))
-    batch = encoder.prompts(facts, range(3))
+    reader = loaded.reader(small_world, facts, more.photo_sizes(facts, small_world))
+    shape = Shape(reader.limits.prompt, reader.limits.slots)
+    batch = Collator.of(reader).prompts([reader.read(fact) for fact in facts], range(3), shape)
     model = loaded.model
 
     def logits(params, batch):
@@ -97,14 +100,14 @@ def test_logits_of_the_export_are_our_own(request, small_world, kind):
     ).eval()
     assert theirs.dtype == torch.float32
     for row, fact in enumerate(facts):
-        sample = encoder.sample(fact)
+        sample = reader.read(fact)
         theirs.model.rope_deltas = None
         with torch.no_grad():
             expected = theirs(
                 input_ids=torch.as_tensor(sample.prompt[None].astype(np.int64)),
                 attention_mask=torch.ones(1, len(sample.prompt), dtype=torch.long),
                 mm_token_type_ids=torch.as_tensor(
-                    (sample.prompt == encoder.special.image)[None].astype(np.int32)
+                    (sample.prompt == reader.special.image)[None].astype(np.int32)
                 ),
                 pixel_values=torch.as_tensor(sample.images.values),
                 image_grid_thw=torch.as_tensor(sample.images.grids),
@@ -219,21 +222,25 @@ def test_an_export_never_overwrites(whole):
         export(open_model(str(whole[1])), whole[1])
 
 
+def opened(config, folder):
+    return open_run(open_setup(settings(config), folder / "run"), reasoning_needed=True)
+
+
 def test_the_sizes_are_the_checkpoints(config, whole, tmp_path):
     changed = config.copy_and_resolve_references()
     changed.model.path = str(whole[1])
     changed.model.text.update(intermediate_size=49, tie_word_embeddings=False)
     changed.model.vision.update(depth=4, patch_size=2)
-    job = Job(settings(changed), tmp_path)
-    assert job.policy.model.config == open_model(str(whole[1])).model.config
-    assert job.images.patch_size == config.model.vision.patch_size
+    run = opened(changed, tmp_path)
+    assert run.trainee.policy.model.config == open_model(str(whole[1])).model.config
+    assert run.images.patch_size == config.model.vision.patch_size
 
 
 def test_a_base_is_not_rounded_by_the_way(config, whole, tmp_path):
     changed = config.copy_and_resolve_references()
     changed.model.path = str(whole[1])
     changed.tune.frozen_dtype = "bfloat16"
-    with pytest.raises(ConfigError, match=r"tune\.frozen_dtype: 'bfloat16' would round .*float32"):
+    with pytest.raises(ConfigError, match=r"tune\.frozen_dtype: 'float32' expected, found"):
         train(changed, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -243,14 +250,14 @@ def test_another_model_at_the_same_place_is_refused(config, whole, tmp_path):
     export(open_model(str(whole[1])), folder)
     changed = config.copy_and_resolve_references()
     changed.model.path = str(folder)
-    Job(settings(changed), tmp_path / "run").check()
+    opened(changed, tmp_path)
     moved = folder.rename(tmp_path / "moved")
     changed.model.path = str(moved)
-    Job(settings(changed), tmp_path / "run").check()
+    opened(changed, tmp_path)
     tensors = load_file(moved / "model.safetensors")
     save_file({name: 1.5 * value for name, value in tensors.items()}, moved / "model.safetensors")
     with pytest.raises(DataError, match=r"model\.path changed since the run began"):
-        Job(settings(changed), tmp_path / "run").check()
+        opened(changed, tmp_path)
 
 
 def test_a_small_change_of_a_rounded_base_is_in_a_float32_export(adapted, tmp_path):

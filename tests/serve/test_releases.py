@@ -138,10 +138,10 @@ def make_exported(makers, reference, small_world, base):
         if not asks:
             continue
         loaded = open_model(str(source))
-        encoder = loaded.encoder(small_world, facts, sizes)
-        sampler = BatchSampler(loaded.policy, encoder, batch=2, group=1, temperature=0.0)
-        drawn = [rollout for _, rollout in sampler.ask(loaded.params, facts, "ask")]
-        samples = [encoder.sample(fact) for fact in facts]
+        reader = loaded.reader(small_world, facts, sizes)
+        sampler = BatchSampler(loaded.policy, reader, batch=2, group=1, temperature=0.0)
+        drawn = [rollout for _, rollout in sampler.sample(loaded.params, facts, "ask")]
+        samples = [reader.read(fact) for fact in facts]
         ours[str(out)] = [
             {
                 "ids": sample.prompt,

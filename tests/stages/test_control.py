@@ -5,9 +5,11 @@ import types
 
 import pytest
 
+from morer1_jax.config.settings import SFTSettings
 from morer1_jax.errors import ConfigError
 from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.stages import control
+from morer1_jax.stages.marker import write_marker
 
 
 def write(workdir, **times):
@@ -26,15 +28,15 @@ def steps(monkeypatch, tmp_path):
     """Steps that the control would train for, given the log."""
     loops = []
 
-    def train(*_, loop, optimizer, **given):
+    def train(run, name, settings, *, targets, **_):
         # SFT's last rate, all the way.
-        rate = optimizer.learning_rate(loop.steps)
-        assert [rate(0), rate(loop.steps)] == pytest.approx([1e-4, 1e-4])
-        assert given["targets"] == {"train:1": "…"}
-        loops.append(loop.steps)
+        rate = settings.optimizer.learning_rate(settings.steps)
+        assert [rate(0), rate(settings.steps)] == pytest.approx([1e-4, 1e-4])
+        assert targets == {"train:1": "…"}
+        loops.append(settings.steps)
 
     monkeypatch.setattr(control, "train_sft", train)
-    sft = types.SimpleNamespace(
+    sft = SFTSettings(
         steps=4,
         batch=4,
         micro_batches=1,
@@ -45,16 +47,17 @@ def steps(monkeypatch, tmp_path):
         keep_checkpoints=1,
         optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup=2, final=0.1),
     )
-    job = types.SimpleNamespace(
+    run = types.SimpleNamespace(
         workdir=tmp_path,
-        encoder=None,
-        reasoning={"train:1": "…"},
+        dataset=types.SimpleNamespace(reasoning={"train:1": "…"}),
         settings=types.SimpleNamespace(sft=sft, grpo=types.SimpleNamespace(steps=100)),
     )
 
-    def steps(rating_seconds=0.0, configured=None):
-        job.settings.control = types.SimpleNamespace(steps=configured)
-        control.run_control(job, None, rating_seconds)
+    def steps(rating_seconds=0.0, configured=None, rated=True):
+        run.settings.control = types.SimpleNamespace(steps=configured)
+        if rated:
+            write_marker(tmp_path / "rate", {}, {"seconds": rating_seconds})
+        control.run_control(run)
         return loops.pop()
 
     return steps
@@ -88,5 +91,5 @@ def test_without_a_log_of_grpo_it_says_what_to_run(steps, tmp_path):
         steps()
 
 
-def test_the_config_may_say_how_long(steps):
-    assert steps(configured=7) == 7
+def test_the_config_may_say_how_long_without_ratings_or_a_log(steps):
+    assert steps(rated=False, configured=7) == 7

@@ -12,11 +12,16 @@ import pytest
 
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
+from morer1_jax.data.tokenizer import load_tokenizer
 from morer1_jax.errors import ConfigError
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.features import features_shape
-from morer1_jax.run.job import Job
-from morer1_jax.stages import binding, disk
+from morer1_jax.run.setup import open_run, open_setup
+from morer1_jax.run.trainee import open_trainee
+from morer1_jax.stages import disk
+from morer1_jax.stages.progress import Progress
+from morer1_jax.stages.table import BY_NAME
+from morer1_jax.task import more
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,22 +34,44 @@ def config(small_world):
     return config
 
 
-def sizes(job):
+class Case:
+    """A run's model and its progress under a config."""
+
+    def __init__(self, config, workdir):
+        self.settings = settings(config)
+        data, tokenizer = Path(config.data.folder), load_tokenizer(TOKENIZER[0])
+        self.trainee = open_trainee(self.settings, tokenizer, more.read_ontology(data), None)
+        self.progress = Progress.of(config, self.settings, workdir)
+
+
+TOKENIZER = []
+
+
+@pytest.fixture(autouse=True)
+def _tokenizer(small_tokenizer):
+    TOKENIZER[:] = [small_tokenizer.name_or_path]
+
+
+def opened(config, workdir):
+    return open_run(open_setup(settings(config), workdir), reasoning_needed=False)
+
+
+def sizes(case):
     """Bytes of a state and of the best parameters, counted by hand: of float32, all that trains.
 
     A state has parameters, AdamW's two moments, and three counters.
     """
-    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.like[0]))
+    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(case.trainee.like))
     return 3 * 4 * numbers + 3 * 4, 4 * numbers
 
 
-def needed(job, config, *names):
-    return disk.needed_bytes(job, config, names) - disk._OTHERS
+def needed(case, *names):
+    return disk.needed_bytes(case.trainee, case.progress, [BY_NAME[name] for name in names])
 
 
-def put(workdir, name, steps, job=None, best=True):
-    """Checkpoints as a training leaves them; with a job, as large as its own."""
-    state, params = sizes(job) if job else (0, 0)
+def put(workdir, name, steps, case=None, best=True):
+    """Checkpoints as a training leaves them; with a case, as large as its own."""
+    state, params = sizes(case) if case else (0, 0)
     checkpoints = Checkpointer(workdir / name / "checkpoints", keep=len(steps))
     for step in steps:
         checkpoints.save(step, {"w": jnp.ones(1)})
@@ -57,115 +84,117 @@ def put(workdir, name, steps, job=None, best=True):
 
 def test_what_is_new_is_whole_before_what_is_old_goes(config, tmp_path):
     config.grpo.optimizer.schedule = config.sft.optimizer.schedule = "constant"
-    job = Job(settings(config), tmp_path)
-    state, best = sizes(job)
-    assert needed(job, config, "sft") == 3 * state + best
+    case = Case(config, tmp_path)
+    state, best = sizes(case)
+    assert needed(case, "sft") == 3 * state + best
     # SFT's states go once rating has begun, its best stays.
-    assert needed(job, config, "sft", "rate", "grpo", "evaluate") == best + 3 * state + best
+    assert needed(case, "sft", "rate", "grpo", "evaluate") == best + 3 * state + best
     # Its newest state stays until a stage that uses it is done: more steps might be asked for.
-    assert needed(job, config, "sft", "baselines") == (best + state) + (best + state) + (
-        state + 2 * best
-    )
+    assert needed(case, "sft", "baselines") == (best + state) + (best + state) + (state + 2 * best)
     # One after the other, of a save each: the second beside all of the first.
-    assert needed(job, config, "baselines") == (best + state) + (state + 2 * best)
-    assert needed(job, config, "evaluate") == 0
+    assert needed(case, "baselines") == (best + state) + (state + 2 * best)
+    assert needed(case, "evaluate") == 0
 
 
 def test_fewer_checkpoints_take_less(config, tmp_path):
     config.sft.keep_checkpoints = 1
-    state, best = sizes(job := Job(settings(config), tmp_path))
-    assert needed(job, config, "sft") == 2 * state + best
+    state, best = sizes(case := Case(config, tmp_path))
+    assert needed(case, "sft") == 2 * state + best
     config.sft.update(steps=40, save_every=100)
-    job = Job(settings(config), tmp_path)
-    assert needed(job, config, "sft") == state + 2 * best
+    case = Case(config, tmp_path)
+    assert needed(case, "sft") == state + 2 * best
 
 
 def test_what_is_there_already_and_will_be_replaced_counts(config, tmp_path):
-    job = Job(settings(config), tmp_path)
-    alone = needed(job, config, "grpo")
+    case = Case(config, tmp_path)
+    alone = needed(case, "grpo")
     (folder := tmp_path / "grpo" / "checkpoints" / "step_00000002").mkdir(parents=True)
     (folder / "x").write_bytes(bytes(1000))
-    assert needed(job, config, "grpo") == alone - 1000
+    assert needed(case, "grpo") == alone - 1000
 
 
 def test_a_finished_stages_states_are_room(config, tmp_path, monkeypatch):
     """They go before anything is written, wherever the workdir is seen from."""
     config.sft.optimizer.schedule = "cosine"
     monkeypatch.chdir(tmp_path)
-    job = Job(settings(config), "run")
-    state, best = sizes(job)
-    put(Path("run"), "sft", [1, 2, 3, 4, 5], job)
-    binding.stage_of(config, Path("run"), "sft").finish()
+    case = Case(config, Path("run"))
+    state, best = sizes(case)
+    put(Path("run"), "sft", [1, 2, 3, 4, 5], case)
+    case.progress.finish(BY_NAME["sft"], {})
     there = disk.bytes_in(Path("run/sft"))
     assert there == pytest.approx(5 * state + best, rel=0.05)
-    assert needed(job, config, "rate", "grpo") == 0
+    assert needed(case, "rate", "grpo") == 0
     config.grpo.keep_checkpoints = 7
     config.grpo.steps = 100
-    job = Job(settings(config), "run")
+    case = Case(config, Path("run"))
     kept = disk.bytes_in(Path("run/sft/checkpoints/best"))
     expected = kept + 8 * state + best - there
-    assert needed(job, config, "rate", "grpo") == pytest.approx(expected, abs=5000)  # The marker.
-    assert binding.surplus(config, Path("run"))
-    binding.drop_states(config, Path("run"))
+    assert needed(case, "rate", "grpo") == pytest.approx(expected, abs=5000)  # The marker.
+    assert case.progress.surplus()
+    case.progress.drop_states()
     assert disk.bytes_in(Path("run/sft/checkpoints")) == kept
 
 
 def test_fewer_checkpoints_than_are_there_make_room(config, tmp_path):
     """Those beyond go before the next is written, so that lowering their number is a way out."""
     config.sft.update(keep_checkpoints=5, steps=100, save_every=6)
-    state, best = sizes(job := Job(settings(config), tmp_path))
-    checkpoints = put(tmp_path, "sft", [6, 12, 18, 24, 30], job)
-    assert needed(job, config, "sft") == pytest.approx(state, rel=0.05)
+    state, best = sizes(case := Case(config, tmp_path))
+    checkpoints = put(tmp_path, "sft", [6, 12, 18, 24, 30], case)
+    assert needed(case, "sft") == pytest.approx(state, rel=0.05)
     config.sft.keep_checkpoints = 2
-    job = Job(settings(config), tmp_path)
+    case = Case(config, tmp_path)
     # Three states go, and one is new.
-    assert needed(job, config, "sft") == 0
-    binding.drop_states(config, tmp_path, goes_on=["sft"])
+    assert needed(case, "sft") == 0
+    case.progress.drop_states(goes_on=["sft"])
     assert checkpoints.latest() == 30
     assert disk.bytes_in(tmp_path / "sft") == pytest.approx(2 * state + best, rel=0.05)
-    assert needed(job, config, "sft") == pytest.approx(state, rel=0.05)
+    assert needed(case, "sft") == pytest.approx(state, rel=0.05)
 
 
 def test_what_a_kill_left_beyond_what_is_kept_goes_first(config, tmp_path):
     """Between a save and what goes for it, or amid a save."""
-    state, _ = sizes(job := Job(settings(config), tmp_path))
-    put(tmp_path, "sft", [6, 12, 18], job)
+    state, _ = sizes(case := Case(config, tmp_path))
+    put(tmp_path, "sft", [6, 12, 18], case)
     (half := tmp_path / "sft" / "checkpoints" / ".step_00000024.tmp").mkdir()
     (half / "x").write_bytes(bytes(state // 2))
-    assert needed(job, config, "sft") == 0
-    binding.drop_states(config, tmp_path, goes_on=["sft"])
+    assert needed(case, "sft") == 0
+    case.progress.drop_states(goes_on=["sft"])
     names = {path.name for path in half.parent.iterdir()}
     assert names == {"step_00000012", "step_00000018", "best"}
-    assert needed(job, config, "sft") == pytest.approx(state, rel=0.05)
+    assert needed(case, "sft") == pytest.approx(state, rel=0.05)
     # With rarer saves there still is one more, the last.
     config.sft.save_every = 1000
-    job = Job(settings(config), tmp_path)
-    assert needed(job, config, "sft") == pytest.approx(state, rel=0.05)
+    case = Case(config, tmp_path)
+    assert needed(case, "sft") == pytest.approx(state, rel=0.05)
 
 
 def test_grpos_state_is_there_while_its_control_trains(config, tmp_path):
     """More steps of GRPO may be asked for until the control has trained."""
     config.grpo.optimizer.schedule = "constant"
-    job = Job(settings(config), tmp_path)
-    state, best = sizes(job)
-    assert needed(job, config, "grpo", "control") == (best + state) + 3 * state + best
+    config.control.steps = None
+    case = Case(config, tmp_path)
+    state, best = sizes(case)
+    assert needed(case, "grpo", "control") == (best + state) + 3 * state + best
     config.grpo.optimizer.schedule = "cosine"
-    job = Job(settings(config), tmp_path)
-    assert needed(job, config, "grpo", "control") == best + 3 * state + best
+    case = Case(config, tmp_path)
+    assert needed(case, "grpo", "control") == best + 3 * state + best
 
 
 def test_kept_features_are_counted(config, tmp_path):
     config.tune.update(vision=0.0, merger=0.0)
-    plain = needed(Job(settings(config), tmp_path), config, "sft")
+    assert disk._features_bytes(opened(config, tmp_path)) == 0
     config.data.keep_features = True
-    job = Job(settings(config), tmp_path)
-    shape, dtype = features_shape(job)
-    assert shape[1] == config.model.text.hidden_size
-    assert (
-        needed(job, config, "sft") - plain
-        == shape[0] * shape[1] * np.dtype(dtype).itemsize
-        > 10_000
-    )
+    run = opened(config, tmp_path)
+    (tokens, width), dtype = features_shape(run.dataset, run.trainee, run.reader)
+    assert width == config.model.text.hidden_size
+    size = tokens * width * np.dtype(dtype).itemsize
+    assert disk._features_bytes(run) == size > 10_000
+    # What a killed encoding left goes before.
+    (tmp_path / ".features.tmp").mkdir()
+    (tmp_path / ".features.tmp" / "x").write_bytes(bytes(1000))
+    assert disk._features_bytes(run) == size - 1000
+    (tmp_path / "features").mkdir()
+    assert disk._features_bytes(run) == 0
 
 
 def test_7b_grpo_is_counted_as_large_as_it_is(tmp_path, small_world):
@@ -173,24 +202,25 @@ def test_7b_grpo_is_counted_as_large_as_it_is(tmp_path, small_world):
     config = read_config(ROOT / "configs" / "qwen2_5_vl_7b_grpo.py")
     config.model.path = None
     config.data.update(folder=str(small_world), vocabulary=1024)
-    job = Job(settings(config), tmp_path)
-    trained = disk.tree_bytes(job.like[0])
+    case = Case(config, tmp_path)
+    trained = disk.tree_bytes(case.trainee.like)
     assert 30.0e9 < trained < 31.5e9
-    assert needed(job, config, "grpo") == pytest.approx(10 * trained, rel=1e-6)
+    assert needed(case, "grpo") == pytest.approx(10 * trained, rel=1e-6)
 
 
 def test_too_little_room_is_named_before_the_first_step(config, tmp_path, monkeypatch):
-    job = Job(settings(config), tmp_path / "run")
-    most = disk.needed_bytes(job, config, ["sft"])
+    run = opened(config, tmp_path / "run")
+    progress = Progress.of(config, run.settings, run.workdir)
+    most = disk.needed_bytes(run.trainee, progress, [BY_NAME["sft"]]) + disk._OTHERS
 
     def free(count):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=count))
 
     free(most)
-    disk.check_room(job, config, ["sft"])
+    disk.check_room(run, progress, [BY_NAME["sft"]])
     free(most - 1)
     with pytest.raises(ConfigError) as error:
-        disk.check_room(job, config, ["sft"])
+        disk.check_room(run, progress, [BY_NAME["sft"]])
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'run'}: {most / 1e6:,.1f} MB more will be written at ")
     assert message.endswith("; lower sft.keep_checkpoints, make room, or name another --workdir")
@@ -204,8 +234,9 @@ def test_what_is_written_is_what_was_counted(config, tmp_path):
     and nothing beside a real one.
     """
     config.model.text.intermediate_size = 2048
-    job = Job(settings(config), tmp_path)
-    state = job.like_state(job.settings.sft.optimizer.build(1, job.parts))
+    case = Case(config, tmp_path)
+    trainee = case.trainee
+    state = trainee.like_state(case.settings.sft.optimizer.build(1, trainee.trainable))
     random = np.random.default_rng(0)
 
     def filled(leaf):
@@ -218,19 +249,10 @@ def test_what_is_written_is_what_was_counted(config, tmp_path):
 
     checkpoints = Checkpointer(tmp_path / "sft" / "checkpoints")
     checkpoints.save(1, jax.tree.map(filled, state))
-    counted, _ = sizes(job)
+    counted, _ = sizes(case)
     arrays = checkpoints.folder / "step_00000001" / "arrays"
     written = sum(disk.bytes_in(folder) for folder in arrays.rglob("d"))
     assert written == pytest.approx(counted, rel=0.02)
-    training = disk._training(job, config, "sft", tmp_path / "none", 0, [])
-    assert (training.state, training.best) == sizes(job)
-
-
-def test_what_a_killed_encoding_left_is_room(config, tmp_path):
-    config.tune.update(vision=0.0, merger=0.0)
-    config.data.keep_features = True
-    job = Job(settings(config), tmp_path)
-    before = needed(job, config, "evaluate")
-    (tmp_path / ".features.tmp").mkdir()
-    (tmp_path / ".features.tmp" / "x").write_bytes(bytes(1000))
-    assert needed(job, config, "evaluate") == before - 1000
+    training = BY_NAME["sft"].training(case.settings)
+    space = disk._space(trainee, training, tmp_path / "none", 0, [])
+    assert (space.state, space.best) == sizes(case)

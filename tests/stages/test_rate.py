@@ -5,7 +5,6 @@ import json
 import os
 import re
 import types
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -116,13 +115,13 @@ def given(tmp_path, ratings, **changes):
     lines = [json.dumps(dataclasses.asdict(rating)) for rating in ratings]
     path = write(tmp_path / "given.jsonl", *lines)
     config = dataclasses.replace(RATE, file=str(path), **changes)
-    job = types.SimpleNamespace(
+    run = types.SimpleNamespace(
         workdir=tmp_path,
-        facts={"train": FACTS},
+        dataset=types.SimpleNamespace(splits={"train": FACTS}),
         settings=types.SimpleNamespace(rate=config),
     )
     (tmp_path / "rate").mkdir(exist_ok=True)
-    run_rate(job, None)
+    run_rate(run)
     return read_ratings(tmp_path / "rate" / FILE)
 
 
@@ -138,7 +137,7 @@ def test_ratings_made_before_get_the_configs_pools_and_the_facts_order(tmp_path)
 @pytest.mark.parametrize(
     ("ratings", "message"),
     [
-        (RATINGS[1:], r"of 3 facts found, of the 4 .* 1 missing, such as \['train:1'\]"),
+        (RATINGS[1:], r"of the 4 .* of 3 facts found; 1 missing, such as \['train:1'\]"),
         ([*RATINGS, Rating("train:9", 1.0, "easy")], r"1 of no such fact, such as \['train:9'\]"),
         ([*RATINGS, RATINGS[1]], r"given\.jsonl:5: expected a rating a fact, found train:2 twice"),
         ([], r"given\.jsonl: expected a rating a line, found none"),
@@ -158,7 +157,7 @@ class Asked:
     def __init__(self, die_at=None):
         self.die_at, self.seen = die_at, []
 
-    def ask(self, params, facts, desc, start=0):
+    def sample(self, params, facts, desc, start=0):
         for number, fact in enumerate(facts[start:], start=start):
             if number == self.die_at:
                 raise KeyboardInterrupt
@@ -232,36 +231,6 @@ def test_each_file_has_its_own_beginning(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["ratings", "ratings.3b", "ratings.7b", "whole"]
 
 
-@pytest.mark.parametrize("identity", [None, {"checkpoint": "a", "seed": 0, "photos": "p"}])
-def test_what_an_earlier_version_began_is_gone_on_with(tmp_path, capsys, identity):
-    """It knew nothing of photos, and kept it under a name that may be another file's, too."""
-    out, before = tmp_path / "ratings.3b", tmp_path / "ratings.unfinished"
-    kill(out, identity)
-    _, *lines = (tmp_path / "ratings.3b.unfinished").read_text().splitlines(keepends=True)
-    (tmp_path / "ratings.3b.unfinished").unlink()
-    head = {"batch": 2, "easy_from": 0.5, "never": "hard", **(identity or {})}
-    head.pop("photos", None)
-    before.write_text(json.dumps(head) + "\n" + "".join(lines))
-    if identity:
-        assert rated(tmp_path / "ratings.7b", identity | {"checkpoint": "b"}) == ALL
-        assert capsys.readouterr().err == (
-            f"{before}: left as it is, ratings that an earlier version began with another "
-            "checkpoint\n"
-        )
-    assert rated(out, identity) == REST
-    assert not before.exists()
-    assert not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", [b"", b'{"batch": 2', b"\xff\xfe", b"3\n", b"notes\n"])
-def test_what_is_no_rating_under_the_earlier_name_is_left(tmp_path, capsys, content):
-    before = tmp_path / "ratings.unfinished"
-    before.write_bytes(content)
-    assert rated(tmp_path / "ratings.jsonl", None) == ALL
-    assert before.read_bytes() == content
-    assert not capsys.readouterr().err
-
-
 def test_what_is_no_beginning_is_refused_and_a_torn_one_is_none(tmp_path):
     out, unfinished = tmp_path / "ratings.jsonl", tmp_path / "ratings.jsonl.unfinished"
     unfinished.write_text("notes\n")
@@ -275,20 +244,20 @@ def staged(tmp_path, monkeypatch, **changes):
     """The stage; gives the facts that it asks."""
     asked = Asked()
     monkeypatch.setattr("morer1_jax.stages.rate.BatchSampler", lambda *_, **__: asked)
-    monkeypatch.setattr("morer1_jax.stages.rate.widest_prompt_shape", lambda *_: None)
-    job = types.SimpleNamespace(
+    monkeypatch.setattr("morer1_jax.stages.rate.starting_params", lambda run: None)
+    run = types.SimpleNamespace(
         workdir=tmp_path,
-        facts={"train": FACTS},
-        policy=None,
-        encoder=None,
+        dataset=types.SimpleNamespace(splits={"train": FACTS}),
+        trainee=types.SimpleNamespace(policy=None, whole=lambda params: params),
+        reader=None,
+        greedy=types.SimpleNamespace(shape=None),
         settings=types.SimpleNamespace(
             rate=dataclasses.replace(RATE, **changes),
             seed=0,
             data=types.SimpleNamespace(workers=0),
         ),
     )
-    pools = run_rate(job, None)
-    assert pools == Counter(rating.pool for rating in read_ratings(tmp_path / "rate" / FILE))
+    run_rate(run)
     return asked.seen
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError, WeightsError
-from morer1_jax.run.job import Job
+from morer1_jax.run.setup import image_config, open_run, open_setup
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import TASK, open_model
 from morer1_jax.weights import folder as weights
@@ -152,18 +152,19 @@ def test_training_has_the_folder_s_mean_and_says_where_limits_differ(
     config = read_config(request.config.rootpath / "tests" / "configs" / "tiny.py")
     config.model.path = str(copy)
     config.data.update(min_pixels=3136, max_pixels=6400)
-    job = Job(settings(config), tmp_path / "run")
-    assert job.images.image_std == (0.2, 0.3, 0.4)
-    assert (job.images.min_pixels, job.images.max_pixels) == (3136, 6400)
-    assert job.images.crop_margin == config.data.crop_margin
+    setup = open_setup(settings(config), tmp_path / "run")
+    vision = setup.checkpoint.config.vision
+    images = image_config(setup.settings.data, vision, setup.checkpoint)
+    assert images.image_std == (0.2, 0.3, 0.4)
+    assert (images.min_pixels, images.max_pixels) == (3136, 6400)
+    assert images.crop_margin == config.data.crop_margin
     # Who only asks the model, as `predict --json` does, is told nothing of it.
     assert capsys.readouterr().out == ""
     config.data.update(
         folder=str(small_world), windows=400, prompt_length=900, completion_length=300
     )
     config.mesh.update(data=1, fsdp=1, tensor=-1)
-    job = Job(settings(config), tmp_path / "run")
-    job.check()
+    open_run(open_setup(settings(config), tmp_path / "run"), reasoning_needed=True)
     said = "data.max_pixels: 6400, though the processor of model.path has 7000"
     assert [line for line in capsys.readouterr().out.splitlines() if "pixels" in line] == [said]
 
@@ -255,10 +256,10 @@ def test_a_config_that_leaves_the_ids_out_has_the_defaults(copy):
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def job_of(folder, workdir, request, small_world):
+def run_of(folder, workdir, request, small_world):
     config = read_config(request.config.rootpath / "tests" / "configs" / "tiny.py")
     config.model.path, config.data.folder = str(folder), str(small_world)
-    return Job(settings(config), workdir)
+    return open_run(open_setup(settings(config), workdir), reasoning_needed=True)
 
 
 @pytest.mark.parametrize("key", IDS)
@@ -271,7 +272,7 @@ def test_ids_that_are_not_the_tokenizer_s_are_refused_wherever_the_folder_is_use
     problem = f"{copy / CONFIG}: {key}: expected the tokenizer's {expected}, found 7; take"
     for use in (
         lambda: open_model(str(copy)),
-        lambda: job_of(copy, tmp_path / "run", request, small_world).policy,
+        lambda: run_of(copy, tmp_path / "run", request, small_world),
     ):
         with pytest.raises(WeightsError) as error:
             use()
@@ -283,10 +284,10 @@ def test_ids_that_are_left_out_are_the_tokenizer_s(copy, tmp_path, request, smal
     expected = {key: described.pop(key) for key in IDS}
     (copy / CONFIG).write_text(json.dumps(described))
     loaded = open_model(str(copy))
-    job = job_of(copy, tmp_path / "run", request, small_world)
+    run = run_of(copy, tmp_path / "run", request, small_world)
     export(loaded, tmp_path / "out")
     written = json.loads((tmp_path / "out" / CONFIG).read_text())
     for key, value in expected.items():
         assert getattr(loaded.model.config, key) == value
-        assert getattr(job.policy.model.config, key) == value
+        assert getattr(run.trainee.policy.model.config, key) == value
         assert written[key] == value

@@ -22,7 +22,7 @@ from morer1_jax.model.config import Runtime
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
-from morer1_jax.run.job import like
+from morer1_jax.run.mesh import like
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import open_model
 from morer1_jax.weights import published as weights

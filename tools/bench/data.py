@@ -26,8 +26,8 @@ from morer1_jax.data.curriculum import Pool
 from morer1_jax.data.feed import SequenceFeed
 from morer1_jax.data.loader import load_ahead
 from morer1_jax.files import atomic_write
-from morer1_jax.run.job import Job
 from morer1_jax.run.mesh import this_host
+from morer1_jax.run.setup import Run, open_run, open_setup, with_features
 from morer1_jax.run.shapes import sequence_plan
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
@@ -132,7 +132,7 @@ def time_tfds(folder: Path, data_dir: Path) -> dict[str, Any]:
     return found | {"equal": built == direct}
 
 
-def time_loading(job: Job, epochs: int = 3) -> dict[str, Any]:
+def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
     """Feeds SFT's batches to nobody, as fast as the config's workers make them.
 
     Returns:
@@ -140,16 +140,18 @@ def time_loading(job: Job, epochs: int = 3) -> dict[str, Any]:
       milliseconds a sample; and the resident memory in MB of this process and its workers after
       each epoch.
     """
-    facts = [fact for fact in job.facts["train"] if fact.id in job.reasoning]
-    batch = job.settings.sft.batch
-    pool = Pool("training", np.arange(len(facts)), (job.settings.seed,))
+    dataset, data, reasoning = run.dataset, run.settings.data, run.dataset.reasoning
+    facts = [fact for fact in dataset.splits["train"] if fact.id in reasoning]
+    batch = run.settings.sft.batch
+    pool = Pool("training", np.arange(len(facts)), (run.settings.seed,))
     draw = functools.partial(pool.batch, size=batch)
     epoch = -(-len(facts) // batch)
-    needs = [job.needs[fact.id] for fact in facts]
-    plan = sequence_plan(job, needs, draw, epochs * epoch, 1)
-    feed = SequenceFeed(job.encoder, facts, job.reasoning, draw, this_host(), needs, plan)
+    sizes = [run.sizes[fact.id] for fact in facts]
+    plan = sequence_plan(run, sizes, draw, epochs * epoch, 1)
+    feed = SequenceFeed(run.reader, facts, reasoning, draw, this_host(), sizes, plan)
+    loading = {"workers": data.workers, "kind": data.worker_kind}
     began = time.perf_counter()
-    batches = load_ahead(feed, 0, epochs * epoch + 1, **job.loading)
+    batches = load_ahead(feed, 0, epochs * epoch + 1, **loading)
     next(batches)
     first, cpu = time.perf_counter(), _cpu_seconds()
     memory = []
@@ -161,7 +163,7 @@ def time_loading(job: Job, epochs: int = 3) -> dict[str, Any]:
     batches.close()
     samples = epochs * epoch * batch
     return {
-        **job.loading,
+        **loading,
         "samples_an_epoch": epoch * batch,
         "seconds_to_first": round(first - began, 2),
         "samples_per_second": round(samples / seconds, 1),
@@ -201,10 +203,10 @@ def run_bench(
     Raises:
       ConfigError, DataError: the config's own data is wrong; found before anything is measured.
     """
-    job = Job(config, workdir)
+    setup = open_setup(config, workdir)
     if config.data.folder is None:
-        synthesise(job.data, config.world, config.seed)
-    job.needs  # noqa: B018  (what is wrong with the data is found now)
+        synthesise(setup.data, config.world, config.seed)
+    run = with_features(open_run(setup, reasoning_needed=True))
 
     @functools.cache
     def folder() -> Path:
@@ -214,7 +216,7 @@ def run_bench(
     parts = {
         "reading": lambda: time_reading(folder()),
         "tfds": lambda: time_tfds(folder(), workdir / "tfds"),
-        "loading": lambda: time_loading(job),
+        "loading": lambda: time_loading(run),
     }
     identity = json.loads(json.dumps([dataclasses.asdict(config), dict(facts), dict(photos)]))
     results, unfinished = {}, None

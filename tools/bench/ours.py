@@ -20,6 +20,7 @@ from bench.ours_model import Ours
 from bench.task import Numbers, Task, arguments, process_peak, serve
 from morer1_jax.batch import PromptBatch, SequenceBatch
 from morer1_jax.config.settings import GRPOSettings
+from morer1_jax.data.collate import Collator
 from morer1_jax.data.curriculum import MixConfig
 from morer1_jax.data.shapes import plan_rows
 from morer1_jax.learn.grpo import (
@@ -37,7 +38,7 @@ from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, samp
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.shapes import row_cost
-from morer1_jax.stages.grpo_step import GRPOStep
+from morer1_jax.stages.grpo_step import GRPOStep, make_grpo_step
 
 _SCORE = ScoreConfig(chunk=64)
 # No token has it, so that no completion ends before its last place.
@@ -49,15 +50,14 @@ class SFTTask:
 
     def __init__(self, side: Ours, examples: list[Example], micro_batches: int = 1) -> None:
         self._side = side
-        prompts = [example.prompt for example in examples]
-        encoder = side.encoder(side.preset.prompt, side.preset.target, side.windows(prompts))
-        samples = [encoder.sample(example.prompt, example.target) for example in examples]
-        needs = [encoder.need_of(sample) for sample in samples]
+        samples = [side.reader.read(example.prompt, example.target) for example in examples]
+        sizes = [side.reader.size_of(sample) for sample in samples]
         # As a run that draws such samples packs them.
         cost = row_cost(side.model.config)
-        plan = plan_rows([needs], cost, multiple=micro_batches)
-        rows = [[samples[i] for i in row] for row in plan.rows(needs)]
-        self.batch: SequenceBatch = jax.device_put(encoder.sequences(rows, plan.shape))
+        plan = plan_rows([sizes], cost, multiple=micro_batches)
+        rows = [[samples[i] for i in row] for row in plan.rows(sizes)]
+        batch = Collator.of(side.reader).sequences(rows, plan.shape)
+        self.batch: SequenceBatch = jax.device_put(batch)
         step = make_sft_step(side.model, side.optimizer, _SCORE, micro_batches)
         self._step = jax.jit(step, donate_argnums=0)
 
@@ -186,14 +186,14 @@ class GRPOTask:
 
     def _new_step(self, like: TrainState) -> GRPOStep:
         side = self._side
-        return GRPOStep(
+        return make_grpo_step(
             side.policy,
             self.settings,
             like,
             side.optimizer,
             {},
             side.loaded.params,
-            score=_group_score(side.preset),
+            score_config=_group_score(side.preset),
             length=side.preset.completion,
             seed=0,
             # Entered, as a run has it; its thread ends with the process.

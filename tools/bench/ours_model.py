@@ -14,8 +14,10 @@ import numpy as np
 from bench.cases import Inputs, Preset, Prompt
 from bench.flops import call_flops
 from morer1_jax.batch import PromptBatch
-from morer1_jax.data.encoder import Encoder, Limits, Sample
+from morer1_jax.data.collate import Collator
 from morer1_jax.data.images import ImageReader, Patches
+from morer1_jax.data.sample import Limits, Sample, SampleReader
+from morer1_jax.data.shapes import Shape
 from morer1_jax.learn.state import OptimizerConfig, TrainState, new_state
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import Runtime
@@ -27,23 +29,29 @@ from morer1_jax.serve.loaded import LoadedModel, open_model
 _WHOLE = (0.5, 0.5, 1.0, 1.0)
 
 
-class BenchEncoder(Encoder):
-    """The package's encoder over prompts that need no dataset."""
+class PromptReader(SampleReader):
+    """Reads prompts that need no dataset."""
 
-    def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
-        policy = loaded.policy
-        window = loaded.model.config.vision.window_size
-        super().__init__(".", policy.tokenizer, policy.ontology, loaded.images, window, limits)
-        self._pictures = ImageReader(".", loaded.images)
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(
+            loaded.policy.tokenizer,
+            loaded.policy.ontology,
+            ImageReader(".", loaded.images),
+            loaded.model.config.vision,
+            Limits(0, 0, 0),
+        )
 
-    def sample(self, fact: Prompt, target: str | None = None) -> Sample:
-        """A prompt, and what is answered, in place of a fact and its reasoning."""
-        made = [self._pictures.encode(p, _WHOLE, fact.id, which=0) for p in fact.pictures()]
-        grids = tuple(grid for picture in made for grid in picture.grids)
-        images = Patches(np.concatenate([picture.values for picture in made]), grids)
-        tokens = np.zeros(0, np.int32) if target is None else self.target_tokens(target)
-        text = fact.text(self.tokenizer)
-        return Sample(fact.id, self.expand(text, grids), tokens, images)
+    def read(self, fact: Prompt, target: str | None = None) -> Sample:
+        """Reads a prompt, and what is answered, in place of a fact and its reasoning."""
+        pictures = [self.photos.encode(p, _WHOLE, fact.id, which=0) for p in fact.pictures()]
+        grids = tuple(grid for picture in pictures for grid in picture.grids)
+        return Sample(
+            name=fact.id,
+            prompt=self.expand(fact.text(self.tokenizer), grids),
+            target=np.zeros(0, np.int32) if target is None else self.target_ids(target),
+            images=Patches(np.concatenate([picture.values for picture in pictures]), grids),
+            gold=self.ontology.ids[fact.label],
+        )
 
 
 class Ours:
@@ -88,13 +96,16 @@ class Ours:
     def _new_state(self) -> Callable[[Any], TrainState]:
         return jax.jit(lambda p: new_state(jax.tree.map(jnp.copy, p), self.optimizer))
 
-    def encoder(self, prompt: int, completion: int, windows: int) -> BenchEncoder:
-        return BenchEncoder(self.loaded, Limits(prompt, completion, windows))
+    @functools.cached_property
+    def reader(self) -> PromptReader:
+        return PromptReader(self.loaded)
 
     def prompts(self, length: int) -> PromptBatch:
         prompts = self.inputs.prompts(length, self.preset.batch)
-        encoder = self.encoder(length, self.preset.completion, self.windows(prompts))
-        return jax.device_put(encoder.prompts(prompts, range(len(prompts))))
+        samples = [self.reader.read(prompt) for prompt in prompts]
+        shape = Shape(length, self.windows(prompts))
+        batch = Collator.of(self.reader).prompts(samples, range(len(prompts)), shape)
+        return jax.device_put(batch)
 
     def windows(self, prompts: list[Prompt]) -> int:
         """Attention windows that the images of any of the prompts fill."""

@@ -1,6 +1,5 @@
 """What binds a workdir to its config: each key on purpose, and from when on."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,10 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from morer1_jax.config.binding import OPERATIONAL, flatten, identity, matches, read_config
+from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.stages import binding
-from morer1_jax.stages.marker import Stage
+from morer1_jax.stages.marker import write_marker
+from morer1_jax.stages.progress import Progress
+from morer1_jax.stages.table import BY_NAME, STAGES
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
@@ -65,14 +66,18 @@ def config():
     return read_config(TINY)
 
 
-def test_each_key_binds_or_is_free_on_purpose(config):
+def progress(config, workdir):
+    return Progress.of(config, settings(config), workdir)
+
+
+def test_each_key_binds_or_is_free_on_purpose(config, tmp_path):
     there = set(flatten(config))
     assert set(FREE).isdisjoint(BINDING)
     assert there == {*FREE, *BINDING}
     assert {key for key in there if matches(key, OPERATIONAL)} == set(FREE)
     # What binds binds some stage: else a change of it would go unnoticed.
-    flat = flatten(config)
-    assert set(BINDING) == {key for name in binding.DEPENDS for key in binding.depends(flat, name)}
+    under = progress(config, tmp_path)
+    assert set(BINDING) == {key for stage in STAGES for key in under.depends(stage)}
 
 
 def save(workdir, name, step=4, best=True):
@@ -87,18 +92,18 @@ def save(workdir, name, step=4, best=True):
 
 def finish(config, workdir, name):
     save(workdir, name, config[name].steps)
-    binding.stage_of(config, workdir, name).finish({"seconds": 1.0})
+    progress(config, workdir).finish(BY_NAME[name], {"seconds": 1.0})
 
 
 def rated(config, workdir):
     (workdir / "rate").mkdir()
     (workdir / "rate" / "ratings.jsonl").write_text("")
-    binding.stage_of(config, workdir, "rate").finish({"seconds": 1.0})
+    progress(config, workdir).finish(BY_NAME["rate"], {"seconds": 1.0})
 
 
 def test_a_key_binds_from_when_a_stage_that_depends_on_it_has_begun(config, tmp_path):
     def why(key):
-        return binding.why_bound(config, tmp_path, key)
+        return progress(config, tmp_path).why_bound(key)
 
     assert why("seed") is why("sft.batch") is None
     (tmp_path / "data.json").write_text("{}")
@@ -120,13 +125,12 @@ def test_a_key_binds_from_when_a_stage_that_depends_on_it_has_begun(config, tmp_
     assert why("grpo.micro_batches") is None
 
 
-@pytest.mark.parametrize("name", ["ratings.jsonl.unfinished", "ratings.unfinished"])
-def test_a_rating_that_was_begun_binds_what_it_depends_on(config, tmp_path, name):
+def test_a_rating_that_was_begun_binds_what_it_depends_on(config, tmp_path):
     (tmp_path / "rate").mkdir()
-    (tmp_path / "rate" / name).write_text('{"batch": 8}\n')
-    assert binding.why_bound(config, tmp_path, "rate.temperature") == "rate depends on it"
-    assert binding.why_bound(config, tmp_path, "rate.batch") is None
-    assert binding.why_bound(config, tmp_path, "rate.easy_from") is None
+    (tmp_path / "rate" / "ratings.jsonl.unfinished").write_text('{"batch": 8}\n')
+    assert progress(config, tmp_path).why_bound("rate.temperature") == "rate depends on it"
+    assert progress(config, tmp_path).why_bound("rate.batch") is None
+    assert progress(config, tmp_path).why_bound("rate.easy_from") is None
 
 
 @pytest.mark.parametrize("name", ["sft", "grpo", "baselines"])
@@ -134,32 +138,32 @@ def test_steps_may_change_where_the_learning_rate_is_constant(config, tmp_path, 
     key = f"{name}.steps"
     save(tmp_path, f"{name}/photo_hidden" if name == "baselines" else name)
     config[name].optimizer.schedule = "cosine"
-    assert binding.why_bound(config, tmp_path, key) == (
+    assert progress(config, tmp_path).why_bound(key) == (
         f"{name} depends on it: the learning rate's cosine ends with the last step"
     )
     config[name].optimizer.schedule = "constant"
-    assert binding.why_bound(config, tmp_path, key) is None
-    assert binding.why_bound(config, tmp_path, f"{name}.optimizer.schedule")
+    assert progress(config, tmp_path).why_bound(key) is None
+    assert progress(config, tmp_path).why_bound(f"{name}.optimizer.schedule")
 
 
 def test_steps_that_a_later_stage_has_used_stay(config, tmp_path):
     config.sft.optimizer.schedule = "constant"
     save(tmp_path, "sft")
     rated(config, tmp_path)
-    assert binding.why_bound(config, tmp_path, "sft.steps") == "rate depends on it"
+    assert progress(config, tmp_path).why_bound("sft.steps") == "rate depends on it"
 
 
 def test_a_stage_that_is_done_goes_on_when_its_steps_are_raised(config, tmp_path):
     config.grpo.optimizer.schedule = "constant"
     finish(config, tmp_path, "grpo")
-    assert binding.stage_of(config, tmp_path, "grpo").done()
-    binding.check_steps(config, tmp_path)
+    assert progress(config, tmp_path).done(BY_NAME["grpo"])
+    progress(config, tmp_path).check_steps()
     config.grpo.steps += 2
-    assert not binding.stage_of(config, tmp_path, "grpo").done()
-    binding.check_steps(config, tmp_path)
+    assert not progress(config, tmp_path).done(BY_NAME["grpo"])
+    progress(config, tmp_path).check_steps()
     config.grpo.steps -= 3
     with pytest.raises(ConfigError, match=r"config\.grpo\.steps: 7 found, but .* is at step 8; at"):
-        binding.check_steps(config, tmp_path)
+        progress(config, tmp_path).check_steps()
 
 
 def test_steps_are_not_lowered_below_the_best(config, tmp_path):
@@ -174,10 +178,10 @@ def test_steps_are_not_lowered_below_the_best(config, tmp_path):
         with pytest.raises(
             ConfigError, match=rf"steps: {steps} found, but .* is at step 30; at le"
         ):
-            binding.check_steps(config, tmp_path)
+            progress(config, tmp_path).check_steps()
     config.sft.steps = 30
-    binding.check_steps(config, tmp_path)
-    assert not binding.stage_of(config, tmp_path, "sft").done()
+    progress(config, tmp_path).check_steps()
+    assert not progress(config, tmp_path).done(BY_NAME["sft"])
 
 
 def test_steps_of_a_stage_that_was_killed_are_not_lowered_below_its_best(config, tmp_path):
@@ -187,19 +191,19 @@ def test_steps_of_a_stage_that_was_killed_are_not_lowered_below_its_best(config,
     checkpoints.save_best(30, {"w": jnp.ones(3)}, 2.0)
     config.baselines.steps = 26
     with pytest.raises(ConfigError, match=r"baselines\.steps: 26 found, but .* is at step 30; at"):
-        binding.check_steps(config, tmp_path)
+        progress(config, tmp_path).check_steps()
     config.baselines.steps = 31
-    binding.check_steps(config, tmp_path)
+    progress(config, tmp_path).check_steps()
 
 
 def test_steps_are_not_raised_from_a_state_that_is_gone(config, tmp_path):
     config.grpo.optimizer.schedule = "constant"
     finish(config, tmp_path, "grpo")
     Checkpointer(tmp_path / "grpo" / "checkpoints").drop(keep=0)
-    binding.check_steps(config, tmp_path)
+    progress(config, tmp_path).check_steps()
     config.grpo.steps += 2
     with pytest.raises(ConfigError, match=r"10 found, but .* ended at step 8 and its optimizer's"):
-        binding.check_steps(config, tmp_path)
+        progress(config, tmp_path).check_steps()
 
 
 def test_steps_are_not_lowered_to_one_that_was_not_validated(config, tmp_path):
@@ -207,9 +211,9 @@ def test_steps_are_not_lowered_to_one_that_was_not_validated(config, tmp_path):
     save(tmp_path, "sft", step=6, best=False)
     config.sft.steps = 6
     with pytest.raises(ConfigError, match=r"sft\.steps: 6 found, .* without a validation; at leas"):
-        binding.check_steps(config, tmp_path)
+        progress(config, tmp_path).check_steps()
     config.sft.steps = 7
-    binding.check_steps(config, tmp_path)
+    progress(config, tmp_path).check_steps()
 
 
 def states(workdir, name):
@@ -220,61 +224,69 @@ def test_states_go_when_nothing_can_go_on_from_them(config, tmp_path):
     config.sft.optimizer.schedule = "cosine"
     config.baselines.optimizer.schedule = config.grpo.optimizer.schedule = "constant"
     save(tmp_path, "sft", 36)
-    binding.drop_states(config, tmp_path)  # Not done yet.
+    progress(config, tmp_path).drop_states()  # Not done yet.
     assert states(tmp_path, "sft") == ["step_00000036"]
     finish(config, tmp_path, "sft")
     # What a killed deletion leaves.
     (tmp_path / "sft/checkpoints/.step_00000030.tmp/arrays").mkdir(parents=True)
-    binding.drop_states(config, tmp_path)
+    progress(config, tmp_path).drop_states()
     assert [path.name for path in (tmp_path / "sft/checkpoints").iterdir()] == ["best"]
     checkpoints = Checkpointer(tmp_path / "sft" / "checkpoints")
     like = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
     assert checkpoints.restore_best(like)[0]["w"].tolist() == [1, 1, 1]
     save(tmp_path, "grpo", 6)
     finish(config, tmp_path, "grpo")
-    binding.drop_states(config, tmp_path)
+    progress(config, tmp_path).drop_states()
     # More steps may be asked for.
     assert states(tmp_path, "grpo") == ["step_00000008"]
     save(tmp_path, "control", 3)
-    binding.drop_states(config, tmp_path)
+    progress(config, tmp_path).drop_states()
     assert states(tmp_path, "grpo") == []
     assert states(tmp_path, "control") == ["step_00000003"]
 
 
-def old_marker(workdir, name, config, results=None):
-    """As earlier versions wrote it."""
-    there = identity(config, binding.DEPENDS[name], binding._OPERATIONAL_BEFORE)
-    digest = hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest()
-    marker = {"stage": name, "config": digest, "results": results or {"seconds": 2.0}}
-    (workdir / name).mkdir(exist_ok=True)
-    (workdir / name / "DONE.json").write_text(json.dumps(marker))
+def test_a_marker_of_an_earlier_version_is_refused_in_one_line(config, tmp_path):
+    """It held a digest of the keys in their place."""
+    marker = {"stage": "sft", "config": "0" * 64, "results": {"seconds": 2.0}}
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "DONE.json").write_text(json.dumps(marker))
+    with pytest.raises(
+        ConfigError, match=r"DONE\.json: .*earlier version.* new --workdir"
+    ) as error:
+        progress(config, tmp_path).done(BY_NAME["sft"])
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["with_config", "copied_without_config"])
-def test_markers_of_earlier_versions_stay_good(config, tmp_path, kept):
-    for name in ("synthesise", "sft", "rate"):
-        old_marker(tmp_path, name, config)
-    if kept:
-        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-        # Free now, and bound then.
-        config.sft.micro_batches, config.rate.batch, config.rate.easy_from = 2, 4, 0.25
-    binding.upgrade_markers(config, tmp_path)
-    for name in ("synthesise", "sft", "rate"):
-        assert binding.stage_of(config, tmp_path, name).done()
-    assert binding.stage_of(config, tmp_path, "rate").results() == {"seconds": 2.0}
+def test_a_marker_passes_over_keys_that_bind_no_more(config, tmp_path):
+    """Keys that have become free, and keys that the stage depended on before."""
+    there = progress(config, tmp_path).depends(BY_NAME["sft"])
+    write_marker(tmp_path / "sft", there | {"sft.micro_batches": 3, "grpo.steps": 1}, {})
+    assert progress(config, tmp_path).done(BY_NAME["sft"])
+
+
+def test_a_stage_made_under_another_config_is_an_error(config, tmp_path):
+    finish(config, tmp_path, "sft")
     config.sft.optimizer.lr = 0.5
     with pytest.raises(ConfigError, match=r"under another config \(sft\.optimizer\.lr: 0\.01 ther"):
-        binding.stage_of(config, tmp_path, "sft").done()
+        progress(config, tmp_path).done(BY_NAME["sft"])
+    assert not progress(config, tmp_path).is_done(BY_NAME["sft"])
 
 
-def test_a_marker_of_an_earlier_version_and_another_config_is_refused(config, tmp_path):
-    old_marker(tmp_path, "sft", config)
-    config.sft.optimizer.lr = 0.5
-    binding.upgrade_markers(config, tmp_path)
-    with pytest.raises(ConfigError, match="sft was made under another config"):
-        binding.stage_of(config, tmp_path, "sft").done()
+def test_a_control_of_its_own_length_depends_on_nothing_of_grpo(config, tmp_path):
+    config.control.steps = None
+    save(tmp_path, "control")
+    assert progress(config, tmp_path).why_bound("grpo.group") == "control depends on it"
+    config.control.steps = 8
+    assert progress(config, tmp_path).why_bound("grpo.group") is None
+    assert progress(config, tmp_path).why_bound("sft.batch") == "control depends on it"
 
 
-def test_a_marker_passes_over_keys_that_have_become_free(tmp_path):
-    Stage(tmp_path, "sft", {"sft.lr": 1.0, "sft.micro_batches": 1}).finish()
-    assert Stage(tmp_path, "sft", {"sft.lr": 1.0}).done()
+def test_a_control_done_before_that_was_so_is_still_done(config, tmp_path):
+    """Its marker has keys of rating and GRPO, too."""
+    config.control.steps = 8
+    keys = identity(progress(config, tmp_path).config, ("seed", "world", "data", "model", "tune"))
+    keys |= identity(progress(config, tmp_path).config, ("runtime", "score", "sft", "control"))
+    keys |= identity(progress(config, tmp_path).config, ("rate", "grpo"))
+    write_marker(tmp_path / "control", keys, {"seconds": 1.0})
+    config.grpo.group = 4
+    assert progress(config, tmp_path).done(BY_NAME["control"])

@@ -5,11 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morer1_jax.data.layout import (
-    LayoutError,
-    count_image_tokens,
-    mrope_positions,
-)
+from morer1_jax.data.positions import mrope_positions
+from morer1_jax.model.windows import LayoutError, count_image_tokens
 
 IMAGE, VIDEO = 7, 8
 SIZES = {"patch_size": 4, "merge_size": 2, "window_size": 16}

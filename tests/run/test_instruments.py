@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from morer1_jax.run.compiles import CompileWatch
+from morer1_jax.run.instruments import CompileWatch
 
 
 def test_once_a_shape_and_no_more():

@@ -1,4 +1,4 @@
-"""Positions of a row's tokens, text and images; the images' own layout is `model.windows`'s."""
+"""Computes the rotary positions of a row's tokens, text and images."""
 
 from __future__ import annotations
 
@@ -8,16 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-# Where callers look for them until they ask `VisionConfig`.
-from morer1_jax.model.windows import Grid as Grid
-from morer1_jax.model.windows import LayoutError as LayoutError
-from morer1_jax.model.windows import VisionLayout as VisionLayout
-from morer1_jax.model.windows import count_image_tokens as count_image_tokens
-from morer1_jax.model.windows import count_windows as count_windows
-from morer1_jax.model.windows import merged_grid
-from morer1_jax.model.windows import place_patches as place_patches
-from morer1_jax.model.windows import vision_index as vision_index
-from morer1_jax.model.windows import vision_layout as vision_layout
+from morer1_jax.model.windows import Grid, LayoutError, merged_grid
 
 
 def mrope_positions(
@@ -29,7 +20,7 @@ def mrope_positions(
     video_token_id: int,
     segment_ids: Int[np.ndarray, " s"] | None = None,
 ) -> Int[np.ndarray, "3 s"]:
-    """Time, height and width positions of every token (M-RoPE of Qwen2-VL, arXiv 2409.12191, 2.1).
+    """Computes time, height and width positions of every token (M-RoPE, arXiv 2409.12191, 2.1).
 
     Text advances all three by one a token.  An image's tokens share one time; their height and
     width count its merged rows and columns from there; the text after it goes on from the

@@ -7,7 +7,7 @@ from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import LoRA
 from morer1_jax.model.flops import text_flops
 from morer1_jax.run import throughput
-from morer1_jax.run.throughput import Passes, Work, group_work, sequence_work, vision_work
+from morer1_jax.run.work import Passes, Work, group_work, sequence_work, vision_work
 
 
 def test_padding_and_packing_change_nothing(tiny):

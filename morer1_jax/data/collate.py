@@ -1,0 +1,175 @@
+"""From samples to the arrays of a batch, rows of one fixed shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch, pad, stack
+from morer1_jax.data.features import FeatureStore
+from morer1_jax.data.images import Patches
+from morer1_jax.data.positions import mrope_positions
+from morer1_jax.data.sample import Sample, SampleReader
+from morer1_jax.data.shapes import Shape
+from morer1_jax.errors import DataError
+from morer1_jax.model.config import VisionConfig
+from morer1_jax.model.special import SpecialIds
+from morer1_jax.model.windows import Grid, VisionLayout, place_patches, vision_index
+
+
+class Collator:
+    """Lays samples out in rows.
+
+    Args:
+      special: ids that padding and images have in the text.
+      vision: the tower that the images are for.
+      features: the store that samples' images are read from; None: they are patches.
+    """
+
+    def __init__(
+        self, special: SpecialIds, vision: VisionConfig, features: FeatureStore | None = None
+    ) -> None:
+        self._special = special
+        self._vision_config = vision
+        self._features = features
+
+    @classmethod
+    def of(cls, reader: SampleReader) -> Collator:
+        """Returns the collator of a reader's samples."""
+        return cls(reader.special, reader.vision, reader.features)
+
+    def prompts(
+        self, samples: Sequence[Sample], noise_ids: Sequence[int], shape: Shape
+    ) -> PromptBatch:
+        """Lays prompts out, one to a row; targets are left out.
+
+        Args:
+          noise_ids: the key of each row's sampling noise.
+
+        Raises:
+          DataError: a sample exceeds the shape; the message names it and the config's keys.
+        """
+        rows = []
+        for sample, noise_id in zip(samples, noise_ids, strict=True):
+            length = len(sample.prompt)
+            self._check_room([sample], length, shape)
+            positions = self._positions(sample.prompt, sample.images.grids)
+            placed = self._layout([sample.images], shape.slots)
+            rows.append(
+                PromptBatch(
+                    tokens=pad(sample.prompt, shape.length, self._special.pad),
+                    mask=np.arange(shape.length) < length,
+                    positions=pad(positions, shape.length, 0),
+                    vision_index=self._vision_index(placed, sample.prompt, shape.length),
+                    next_position=np.int32(positions.max() + 1),
+                    fact=np.int32(noise_id),
+                    gold=np.int32(sample.gold),
+                    vision=self._vision(placed, [sample.images]),
+                )
+            )
+        return stack(rows)
+
+    def sequences(self, rows: Sequence[Sequence[Sample]], shape: Shape) -> SequenceBatch:
+        """Lays prompts and targets out, the samples of a row one after another; a row may be empty.
+
+        Raises:
+          DataError: a row exceeds the shape; the message names its facts and the config's keys.
+        """
+        return stack([self._sequence(samples, shape) for samples in rows])
+
+    def image(self, image: Patches, slots: int) -> tuple[VisionBatch, Int[np.ndarray, " m"]]:
+        """Lays one image out alone, in a row without its axis.
+
+        Returns:
+          The patches, and the merged slots of the image's tokens in their order.
+        """
+        placed = self._layout([image], slots)
+        return self._vision(placed, [image]), placed.token_slots
+
+    def _sequence(self, samples: Sequence[Sample], shape: Shape) -> SequenceBatch:
+        # Each column begins with nothing, so that a row without samples has a type.
+        tokens, targets, segments = ([np.zeros(0, np.int32)] for _ in range(3))
+        weights, positions = [np.zeros(0, np.float32)], [np.zeros((3, 0), np.int32)]
+        for number, sample in enumerate(samples, start=1):
+            ids = np.r_[sample.prompt, sample.target]
+            tokens.append(ids)
+            targets.append(np.r_[ids[1:], np.int32(self._special.pad)])
+            weights.append(_target_weights(len(sample.prompt), len(sample.target)))
+            segments.append(np.full(len(ids), number, np.int32))
+            positions.append(self._positions(ids, sample.images.grids))
+        row, length = np.concatenate(tokens), shape.length
+        self._check_room(samples, len(row), shape)
+        images = [sample.images for sample in samples]
+        placed = self._layout(images, shape.slots)
+        return SequenceBatch(
+            tokens=pad(row, length, self._special.pad),
+            targets=pad(np.concatenate(targets), length, self._special.pad),
+            weights=pad(np.concatenate(weights), length, 0.0),
+            segment_ids=pad(np.concatenate(segments), length, 0),
+            positions=pad(np.concatenate(positions, axis=1), length, 0),
+            vision_index=self._vision_index(placed, row, length),
+            vision=self._vision(placed, images),
+        )
+
+    def _check_room(self, samples: Sequence[Sample], tokens: int, shape: Shape) -> None:
+        slots = sum(self._vision_config.image_cost(sample.images.grids).slots for sample in samples)
+        if tokens > shape.length or slots > shape.slots:
+            names = ", ".join(sample.name for sample in samples)
+            raise DataError(
+                f"{names}: a row with room for {tokens} tokens and {slots} attention windows "
+                f"expected, {shape.length} and {shape.slots} found; raise data.prompt_length, "
+                "data.completion_length or data.windows, or pack fewer"
+            )
+
+    def _positions(
+        self, tokens: Int[np.ndarray, " s"], grids: Sequence[Grid]
+    ) -> Int[np.ndarray, "3 s"]:
+        return mrope_positions(
+            tokens,
+            grids,
+            merge_size=self._vision_config.spatial_merge_size,
+            image_token_id=self._special.image,
+            video_token_id=self._special.video,
+        )
+
+    def _layout(self, images: Sequence[Patches], slots: int) -> VisionLayout:
+        """Returns where the patches of a row's samples stand."""
+        grids = [grid for of_sample in images for grid in of_sample.grids]
+        counts = [len(of_sample.grids) for of_sample in images]
+        return self._vision_config.layout(grids, samples=counts, slots=slots)
+
+    def _vision_index(
+        self, placed: VisionLayout, tokens: Int[np.ndarray, " s"], length: int
+    ) -> Int[np.ndarray, " s"]:
+        if self._features is not None:
+            # Kept features stand in the order of the text's image tokens.
+            is_image = tokens == self._special.image
+            index = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
+        else:
+            index = vision_index(tokens, placed, image_token_id=self._special.image)
+        return pad(index, length, -1)
+
+    def _vision(
+        self, placed: VisionLayout, images: Sequence[Patches]
+    ) -> VisionBatch | FeatureBatch:
+        if self._features is not None:
+            features = _values(self._features.nothing, images)
+            slots = placed.image_ids.size // self._vision_config.spatial_merge_size**2
+            return FeatureBatch(np.pad(features, ((0, slots - len(features)), (0, 0))))
+        nothing = np.zeros((0, self._vision_config.patch_dim), np.float32)
+        patches = place_patches(placed, _values(nothing, images))
+        return VisionBatch(patches, placed.positions, placed.image_ids, placed.part_ids)
+
+
+def _values(nothing: Float[np.ndarray, "0 c"], images: Sequence[Patches]) -> np.ndarray:
+    """Returns the values of a row's images, one after another; of a row without any, `nothing`."""
+    return np.concatenate([nothing, *(of_sample.values for of_sample in images)])
+
+
+def _target_weights(prompt: int, target: int) -> np.ndarray:
+    """Returns 1 where the next token is the target's (from the prompt's last place on), else 0."""
+    weights = np.zeros(prompt + target, np.float32)
+    weights[prompt - 1 : prompt + target - 1] = 1.0
+    return weights

@@ -1,0 +1,247 @@
+"""Opens and checks what the stages of a run share, in reading order, before a step is spent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from morer1_jax.config.settings import DataSettings, Settings
+from morer1_jax.data import digests
+from morer1_jax.data.dataset import Dataset, open_dataset
+from morer1_jax.data.images import ImageReader
+from morer1_jax.data.sample import Limits, SampleReader, View
+from morer1_jax.data.shapes import SampleSize
+from morer1_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from morer1_jax.errors import ConfigError
+from morer1_jax.files import atomic_dir
+from morer1_jax.model.config import ImageConfig, VisionConfig
+from morer1_jax.paths import any_path
+from morer1_jax.run import mesh as meshes
+from morer1_jax.run.batch_sampler import BatchSampler, greedy_sampler
+from morer1_jax.run.features import (
+    check_features,
+    check_frozen,
+    features_origin,
+    open_features,
+)
+from morer1_jax.run.trainee import Trainee, open_trainee
+from morer1_jax.weights import published
+from morer1_jax.weights.processor import read_images
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a command line names, before any of the dataset is read.
+
+    Attributes:
+      data: the dataset's folder, local or in a bucket (`gs://…`).
+      checkpoint: the published checkpoint that the run starts from; None: from scratch.
+    """
+
+    settings: Settings
+    workdir: Path
+    data: Path
+    checkpoint: published.Checkpoint | None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the run's tokenizer, and of whatever a checkpoint has beside tensors."""
+        return self.workdir / "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the stages share.
+
+    Attributes:
+      dataset: facts, labels, reasoning and photos.
+      trainee: the model, what of it trains and what is frozen.
+      images: how photos and crops become patches, everywhere in the run.
+      reader: facts as the model proper sees them; with kept features, once these are encoded.
+      sizes: what each fact takes of a row, by its id; with its written reasoning, if it has any.
+      greedy: asks for the likeliest answer; compiled once for all stages.
+    """
+
+    settings: Settings
+    workdir: Path
+    dataset: Dataset
+    trainee: Trainee
+    images: ImageConfig
+    reader: SampleReader
+    sizes: Mapping[str, SampleSize]
+    greedy: BatchSampler
+
+    @property
+    def loop_options(self) -> dict[str, Any]:
+        """What every training's loop is told beside its own settings; see `loop.train`."""
+        data = self.settings.data
+        return {
+            "workers": data.workers,
+            "kind": data.worker_kind,
+            "profile": self.settings.profile.steps,
+        }
+
+
+def open_setup(settings: Settings, workdir: Path) -> Setup:
+    """Finds the dataset's folder and looks at the checkpoint; writes nothing.
+
+    Raises:
+      ConfigError, WeightsError: the checkpoint is missing, damaged, or would be rounded.
+    """
+    folder, path = settings.data.folder, settings.model.path
+    data = workdir / "data" if folder is None else any_path(folder, "config.data.folder")
+    checkpoint = None if path is None else published.Checkpoint(path)
+    held = settings.tune.frozen_dtype
+    others = set() if checkpoint is None else {*checkpoint.dtypes.values()} - {held}
+    if held != "float32" and others:
+        raise ConfigError(
+            f"config.tune.frozen_dtype: 'float32' expected, found {held!r}, which would round what "
+            f"{checkpoint.folder} has in {', '.join(sorted(others))}"
+        )
+    return Setup(settings, workdir, data, checkpoint)
+
+
+def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View] = ()) -> Run:
+    """Opens and checks all that the stages of a run share; makes and reads no parameters.
+
+    Writes the run's tokenizer and the digests of its data into the workdir, where they are missing.
+
+    Args:
+      reasoning_needed: whether a stage learns from written reasoning.
+      blind_views: of the baselines that will be trained.
+
+    Raises:
+      ConfigError: a batch whose rows do not divide over the mesh, or sizes that do not fit.
+      DataError: a photo that cannot be read, a fact that does not fit its bucket, or data that is
+        not what the run began with.
+    """
+    settings, checkpoint = setup.settings, setup.checkpoint
+    _check_batches(settings)
+    if settings.data.keep_features:
+        check_frozen(settings.tune.parts())
+    dataset = open_dataset(
+        setup.data,
+        reasoning=settings.data.reasoning,
+        reasoning_needed=reasoning_needed or (checkpoint is None and not setup.tokenizer.exists()),
+    )
+    tokenizer = open_tokenizer(setup, dataset)
+    trainee = open_trainee(settings, tokenizer, dataset.ontology, checkpoint)
+    vision = trainee.policy.model.config.vision
+    images = image_config(settings.data, vision, checkpoint)
+    limits = Limits(
+        prompt=settings.data.prompt_length,
+        completion=settings.data.completion_length,
+        slots=settings.data.windows,
+    )
+    reader = SampleReader(
+        tokenizer, dataset.ontology, ImageReader(setup.data, images), vision, limits
+    )
+    # Every fact is measured, so that one that does not fit is found before a step is spent.
+    sizes = reader.sizes(dataset.facts, dataset.photo_sizes, dataset.reasoning)
+    for view in blind_views:
+        # What stands for a hidden title may be longer than a short one.
+        if view.photo:
+            blind = reader.showing(view, limits.completion)
+            blind.sizes(dataset.facts, dataset.photo_sizes, {})
+    _bind_data(setup, dataset)
+    if settings.data.keep_features:
+        origin = features_origin(settings, dataset, images, checkpoint)
+        check_features(setup.workdir, vision, origin)
+    if checkpoint is not None:
+        _say_other_limits(images, vision, checkpoint)
+    return Run(
+        settings=settings,
+        workdir=setup.workdir,
+        dataset=dataset,
+        trainee=trainee,
+        images=images,
+        reader=reader,
+        sizes={fact.id: size for fact, size in zip(dataset.facts, sizes, strict=True)},
+        greedy=greedy_sampler(settings, trainee.policy, reader, sizes),
+    )
+
+
+def with_features(run: Run) -> Run:
+    """Returns the run with kept features of all images, if its config wants them.
+
+    They are encoded now if they are not there yet.
+    """
+    settings = run.settings
+    if not settings.data.keep_features:
+        return run
+    origin = features_origin(settings, run.dataset, run.images, run.trainee.checkpoint)
+    features = open_features(
+        run.workdir, origin, run.dataset, run.trainee, run.reader, settings.data.workers
+    )
+    reader = dataclasses.replace(run.reader, features=features)
+    greedy = greedy_sampler(settings, run.trainee.policy, reader, list(run.sizes.values()))
+    return dataclasses.replace(run, reader=reader, greedy=greedy)
+
+
+def open_tokenizer(setup: Setup, dataset: Dataset) -> PreTrainedTokenizerFast:
+    """Loads the run's tokenizer: the checkpoint's, or one trained on the training facts' texts.
+
+    It is kept in the workdir, with whatever else the checkpoint has beside its tensors.
+    """
+    folder = setup.tokenizer
+    if not folder.exists():
+        if setup.checkpoint is not None:
+            with atomic_dir(folder) as partial:
+                published.copy_others(setup.checkpoint.folder, partial)
+        else:
+            train_tokenizer(dataset.texts(), setup.settings.data.vocabulary, folder)
+    return load_tokenizer(folder)
+
+
+def image_config(
+    data: DataSettings, vision: VisionConfig, checkpoint: published.Checkpoint | None
+) -> ImageConfig:
+    """Returns how photos and crops become patches: pixel limits and crop as the config says, the
+    rest as the checkpoint's processor does."""
+    keys = ("min_pixels", "max_pixels", "crop_margin", "crop_least")
+    chosen = {key: getattr(data, key) for key in keys}
+    if checkpoint is None:
+        return ImageConfig(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            **chosen,
+        )
+    return dataclasses.replace(read_images(checkpoint.local_files, vision), **chosen)
+
+
+def _say_other_limits(
+    images: ImageConfig, vision: VisionConfig, checkpoint: published.Checkpoint
+) -> None:
+    """Prints pixel limits in which the config differs from the checkpoint's processor."""
+    processor = read_images(checkpoint.local_files, vision)
+    for key in ("min_pixels", "max_pixels"):
+        if (chosen := getattr(images, key)) != (own := getattr(processor, key)):
+            print(f"data.{key}: {chosen}, though the processor of model.path has {own}")
+
+
+def _check_batches(settings: Settings) -> None:
+    """Checks that the mesh can split the rows of every batch."""
+    parts = meshes.batch_parts(meshes.make_mesh(dataclasses.asdict(settings.mesh)))
+    for key, rows in (
+        ("rate.batch", settings.rate.batch),
+        ("grpo.prompts", settings.grpo.prompts),
+        ("evaluate.batch", settings.evaluate.batch),
+    ):
+        if rows % parts:
+            raise ConfigError(
+                f"config.{key}: a multiple of mesh.data × mesh.fsdp = {parts} expected, {rows} "
+                "found"
+            )
+
+
+def _bind_data(setup: Setup, dataset: Dataset) -> None:
+    """Keeps digests of the data, so that a run goes on with the same data only."""
+    found = {**dataset.digests, **digests.of_tokenizer(setup.tokenizer)}
+    if setup.checkpoint is not None:
+        found["model.path"] = setup.checkpoint.digest
+    digests.bind(setup.workdir / "data.json", found, setup.data)

@@ -1,0 +1,168 @@
+"""The model that a run trains: on its mesh, with what of it trains and what is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from transformers import PreTrainedTokenizerFast
+
+from morer1_jax.config.settings import ModelSettings, Settings
+from morer1_jax.errors import ConfigError
+from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
+from morer1_jax.learn.trainable import ADAPTER, TrainableParts, join, select, split
+from morer1_jax.model.config import ModelConfig
+from morer1_jax.model.layers import Params
+from morer1_jax.model.special import SpecialIds
+from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.run import mesh as meshes
+from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.kernels import choose
+from morer1_jax.run.policy import Policy
+from morer1_jax.task.ontology import Ontology
+from morer1_jax.weights.published import Checkpoint
+
+# A new model's embedding has a multiple of this many rows, so that a mesh can split them.
+_ROWS = 64
+
+
+class Trainee:
+    """A model whose parameters are split into those that train and those that are frozen.
+
+    Attributes:
+      policy: the model with its tokenizer and labels, on the mesh.
+      trainable: which parts train.
+      checkpoint: the published checkpoint that training starts from; None: from scratch.
+      like: shapes, dtypes and shardings of the parameters that train.
+      like_frozen: those of the parameters that do not.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        trainable: TrainableParts,
+        *,
+        frozen_dtype: str,
+        checkpoint: Checkpoint | None,
+        seed: int,
+    ) -> None:
+        self.policy = policy
+        self.trainable = trainable
+        self.checkpoint = checkpoint
+        self._seed = seed
+        whole = meshes.like(abstract_params(policy.model), policy.param_shardings)
+        self.like, frozen = split(whole, trainable)
+        dtype = jnp.dtype(frozen_dtype)
+        self.like_frozen = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), frozen)
+
+    @functools.cached_property
+    def frozen(self) -> Params:
+        """The frozen parameters, on the mesh.
+
+        Made when first used, since that takes minutes of a large model: whatever else is wrong with
+        a run is found before. They are held once, for all stages.
+        """
+        return self._starting_params(self.like_frozen, stream=0)
+
+    def init_params(self, stream: int) -> Params:
+        """Makes the parameters that train, as training starts.
+
+        Args:
+          stream: tells the random numbers of one model of the run from another's.
+        """
+        return self._starting_params(self.like, stream)
+
+    def _starting_params(self, like: Params, stream: int) -> Params:
+        """Makes parameters: from the checkpoint what it has, the rest at random."""
+        random, loaded = like, {}
+        if self.checkpoint is not None:
+            random = select(like, lambda path: path[-1] in ADAPTER)
+            loaded = select(like, lambda path: path[-1] not in ADAPTER)
+        key = jax.random.fold_in(jax.random.key(self._seed), stream)
+        params = init_sharded(self.policy.model, key, random) if random else {}
+        return join(params, self.checkpoint.load(loaded)) if loaded else params
+
+    def best_params(self, folder: Path) -> Params:
+        """Reads the best parameters that a stage trained, by validation: those that train.
+
+        Args:
+          folder: the stage's, in a workdir.
+        """
+        return Checkpointer(folder / "checkpoints").restore_best(self.like)[0]
+
+    def whole(self, params: Params) -> Params:
+        """Joins parameters that train with the frozen ones; copies nothing."""
+        return join(params, self.frozen)
+
+    def like_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+        """Returns shapes, dtypes and shardings of a train state."""
+        abstract = jax.eval_shape(lambda p: new_state(p, optimizer), self.like)
+        mesh = self.policy.mesh
+        return meshes.like(abstract, meshes.state_shardings(mesh, abstract, abstract.params))
+
+    def new_state(self, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """Makes a state at step 0 around a copy of `params`, on the mesh.
+
+        A copy, because a train step gives its state's buffers away and `params` may be needed on.
+        """
+        make = jax.jit(
+            lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer),
+            out_shardings=meshes.shardings_of(self.like_state(optimizer)),
+        )
+        return make(params)
+
+
+def open_trainee(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    ontology: Ontology,
+    checkpoint: Checkpoint | None,
+) -> Trainee:
+    """Builds a run's model on its mesh; makes and reads no parameters.
+
+    Raises:
+      ConfigError: sizes, devices, kernels or tokenizer do not fit each other.
+      DataError: a label that the tokenizer cannot write.
+    """
+    mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
+    config = _model_config(settings.model, tokenizer, checkpoint)
+    runtime, trainable = settings.runtime, settings.tune.parts()
+    kernels = choose(runtime.attention, runtime.dtype, config.head_sizes, mesh)
+    model = Qwen25VL(config, runtime.runtime(kernels), trainable.lora)
+    return Trainee(
+        Policy(model, tokenizer, ontology, mesh),
+        trainable,
+        frozen_dtype=settings.tune.frozen_dtype,
+        checkpoint=checkpoint,
+        seed=settings.seed,
+    )
+
+
+def _model_config(
+    sizes: ModelSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Checkpoint | None
+) -> ModelConfig:
+    """Returns the checkpoint's sizes, or the config's of a model from scratch."""
+    if checkpoint is not None:
+        config = checkpoint.config_with(tokenizer)
+    else:
+        special = SpecialIds.of(tokenizer)
+        rows = -(-len(tokenizer) // _ROWS) * _ROWS
+        config = ModelConfig(
+            text=sizes.text.config(sizes.text.vocab_size or rows),
+            vision=sizes.vision.config(sizes.text.hidden_size),
+            image_token_id=special.image,
+            video_token_id=special.video,
+            vision_start_token_id=special.vision_start,
+            vision_end_token_id=special.vision_end,
+            tie_word_embeddings=sizes.text.tie_word_embeddings,
+        )
+    if (rows := config.text.vocab_size) < len(tokenizer):
+        raise ConfigError(
+            f"config.model.text.vocab_size: {rows} found, at least the tokenizer's "
+            f"{len(tokenizer)} expected"
+        )
+    return config

@@ -1,0 +1,216 @@
+"""The table of stages: all that is said of a stage by its name is said here, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from morer1_jax.config.settings import Settings
+from morer1_jax.data.sample import View
+from morer1_jax.errors import ConfigError
+from morer1_jax.learn.state import OptimizerConfig
+from morer1_jax.run.setup import Run
+from morer1_jax.stages.baselines import BLIND, run_baselines
+from morer1_jax.stages.control import run_control
+from morer1_jax.stages.evaluate import run_evaluate
+from morer1_jax.stages.grpo import run_grpo
+from morer1_jax.stages.marker import MARKER
+from morer1_jax.stages.rate import check_ratings_file, run_rate
+from morer1_jax.stages.sft import run_sft
+from morer1_jax.stages.synthesise import run_synthesise
+
+_DATA = ("seed", "world", "data")
+_MODEL = (*_DATA, "model", "tune", "runtime", "score")
+_SFT = (*_MODEL, "sft")
+_GRPO = (*_SFT, "rate", "grpo")
+# Pools follow from the pass rates that are kept, so that rating does not depend on them.
+_POOLS = ("rate.easy_from", "rate.never")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a stage trains, as far as checkpoints and the disk are concerned.
+
+    Attributes:
+      steps: of each training; None: as many as time allows.
+      schedule: of its learning rate; where it is constant, more steps go on from where it ended.
+      save_every: steps between checkpoints.
+      keep_checkpoints: that stay while it trains.
+      optimizer: whose state is in a checkpoint.
+      folders: of its trainings, one after another, in the stage's folder.
+    """
+
+    steps: int | None
+    schedule: str
+    save_every: int
+    keep_checkpoints: int
+    optimizer: OptimizerConfig
+    folders: tuple[str, ...] = ("",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a workdir keeps and goes on with.
+
+    Attributes:
+      name: of its folder in the workdir.
+      depends: prefixes of the config's keys that it depends on; with these equal it may serve
+        another run.
+      free: prefixes of keys below these that it does not depend on.
+      signs: files that are there as soon as some of it is; what a stage trains has checkpoints.
+    """
+
+    name: str
+    depends: Callable[[Settings], tuple[str, ...]]
+    free: tuple[str, ...] = ()
+    signs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage(Output):
+    """One row of the table; `name` is also that in `config.stages` and of the stage's metrics.
+
+    Attributes:
+      run: does the stage's work in a `Run`; the stage that makes the data is given the `Setup`.
+      needs: stages whose output it takes.
+      training: what it trains; None: nothing.
+      reads_reasoning: whether it learns from written reasoning.
+      blind_views: views of the facts that its models are shown beside the whole one.
+      check: looks at what it will read, before any stage is run.
+      scores: what it has scored on the test split, with titles for tables.
+      rank: of the models of a workdir, the highest is meant if none is named; 0: there is none.
+      makes_data: whether it makes what a `Run` is opened from.
+      repeats: whether it is run each time, on whatever is there.
+    """
+
+    run: Callable[[Any], None]
+    needs: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
+    training: Callable[[Settings], Training | None] = lambda settings: None
+    reads_reasoning: Callable[[Settings], bool] = lambda settings: False
+    blind_views: tuple[View, ...] = ()
+    check: Callable[[Run], None] = lambda run: None
+    scores: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rank: int = 0
+    makes_data: bool = False
+    repeats: bool = False
+
+
+def _starting_model(settings: Settings) -> tuple[str, ...]:
+    """The stage that trains what is rated and what GRPO starts from."""
+    return ("sft",) if settings.rate.begin == "sft" else ()
+
+
+def _sft_training(settings: Settings) -> Training:
+    sft = settings.sft
+    return Training(
+        sft.steps, sft.optimizer.schedule, sft.save_every, sft.keep_checkpoints, sft.optimizer
+    )
+
+
+def _baselines_training(settings: Settings) -> Training:
+    own = settings.baselines
+    schedule = own.optimizer.schedule
+    return Training(own.steps, schedule, own.eval_every, 1, own.optimizer, tuple(BLIND))
+
+
+def _grpo_training(settings: Settings) -> Training:
+    grpo = settings.grpo
+    return Training(
+        grpo.steps, grpo.optimizer.schedule, grpo.save_every, grpo.keep_checkpoints, grpo.optimizer
+    )
+
+
+def _control_training(settings: Settings) -> Training:
+    sft = dataclasses.replace(_sft_training(settings), schedule="constant")
+    return dataclasses.replace(sft, steps=settings.control.steps)
+
+
+_BEFORE_EVALUATION = (
+    Stage(
+        name="synthesise",
+        run=run_synthesise,
+        depends=lambda settings: _DATA,
+        signs=("synthesise", "data", "tokenizer", "data.json"),
+        makes_data=True,
+    ),
+    Stage(
+        name="sft",
+        run=run_sft,
+        depends=lambda settings: _SFT,
+        training=_sft_training,
+        reads_reasoning=lambda settings: True,
+        scores={"sft": "SFT"},
+        rank=1,
+    ),
+    Stage(
+        name="baselines",
+        run=run_baselines,
+        depends=lambda settings: (*_MODEL, "baselines"),
+        training=_baselines_training,
+        reads_reasoning=lambda settings: settings.baselines.facts == "written",
+        blind_views=tuple(BLIND.values()),
+        scores={
+            "majority": "Majority label",
+            "title_hidden": "Title hidden",
+            "photo_hidden": "Photo hidden",
+        },
+    ),
+    Stage(
+        name="rate",
+        run=run_rate,
+        depends=lambda settings: (*_SFT, "rate"),
+        free=_POOLS,
+        needs=_starting_model,
+        check=check_ratings_file,
+        signs=(f"rate/{MARKER}", "rate/ratings.jsonl", "rate/ratings.jsonl.unfinished"),
+    ),
+    Stage(
+        name="grpo",
+        run=run_grpo,
+        depends=lambda settings: _GRPO,
+        needs=lambda settings: (*_starting_model(settings), "rate"),
+        training=_grpo_training,
+        scores={"grpo": "GRPO"},
+        rank=3,
+    ),
+    Stage(
+        name="control",
+        run=run_control,
+        # With its own number of steps it takes nothing from GRPO.
+        depends=lambda settings: (*(_SFT if settings.control.steps else _GRPO), "control"),
+        needs=lambda settings: ("sft",) if settings.control.steps else ("sft", "rate", "grpo"),
+        training=_control_training,
+        reads_reasoning=lambda settings: True,
+        scores={"control": "SFT for longer"},
+        rank=2,
+    ),
+)
+STAGES = (
+    *_BEFORE_EVALUATION,
+    Stage(
+        name="evaluate",
+        run=functools.partial(run_evaluate, models=[s.name for s in _BEFORE_EVALUATION if s.rank]),
+        depends=lambda settings: (),
+        repeats=True,
+    ),
+)
+# No stage: whichever comes first encodes the images.
+KEPT_FEATURES = Output(name="features", depends=lambda settings: _MODEL, signs=("features",))
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def stages_to_run(settings: Settings) -> list[Stage]:
+    """Returns the rows that the config names, in its order.
+
+    Raises:
+      ConfigError: it names others.
+    """
+    names = settings.stages.split(",")
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise ConfigError(
+            f"config.stages: names of {', '.join(BY_NAME)} expected, separated by commas, "
+            f"{', '.join(map(repr, unknown))} found"
+        )
+    return [BY_NAME[name] for name in names]

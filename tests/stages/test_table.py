@@ -1,0 +1,59 @@
+"""The table of stages: every name is in it, and each stage says what it takes."""
+
+from pathlib import Path
+
+import pytest
+
+from morer1_jax.config.binding import read_config
+from morer1_jax.config.settings import settings
+from morer1_jax.errors import ConfigError
+from morer1_jax.stages.table import BY_NAME, STAGES, stages_to_run
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+
+
+@pytest.fixture
+def config():
+    return read_config(TINY)
+
+
+def test_the_configs_stages_are_rows_in_its_order(config):
+    config.stages = "sft,evaluate,rate"
+    assert [stage.name for stage in stages_to_run(settings(config))] == ["sft", "evaluate", "rate"]
+
+
+def test_an_unknown_stage_is_named_with_those_there_are(config):
+    config.stages = "sft,gpro"
+    names = "synthesise, sft, baselines, rate, grpo, control, evaluate"
+    with pytest.raises(ConfigError) as error:
+        stages_to_run(settings(config))
+    assert str(error.value) == (
+        f"config.stages: names of {names} expected, separated by commas, 'gpro' found"
+    )
+
+
+def test_what_a_stage_needs_comes_before_it(config):
+    for begin in ("sft", "checkpoint"):
+        for steps in (None, 3):
+            config.rate.begin, config.control.steps = begin, steps
+            before = set()
+            for stage in STAGES:
+                assert before.issuperset(stage.needs(settings(config)))
+                before.add(stage.name)
+
+
+def test_a_control_of_a_fixed_length_needs_no_ratings(config):
+    config.control.steps = None
+    assert BY_NAME["control"].needs(settings(config)) == ("sft", "rate", "grpo")
+    config.control.steps = 3
+    assert BY_NAME["control"].needs(settings(config)) == ("sft",)
+
+
+def test_models_have_different_ranks(config):
+    ranks = [stage.rank for stage in STAGES if stage.rank]
+    assert len(set(ranks)) == len(ranks) == 3
+    # A model has been trained and is scored.
+    for stage in STAGES:
+        if stage.rank:
+            assert stage.training(settings(config))
+            assert stage.name in stage.scores
