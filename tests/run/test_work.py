@@ -6,7 +6,7 @@ import pytest
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import LoRA
 from morer1_jax.model.flops import text_flops
-from morer1_jax.run import throughput
+from morer1_jax.run import work as throughput
 from morer1_jax.run.work import Passes, Work, group_work, sequence_work, vision_work
 
 

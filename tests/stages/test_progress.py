@@ -251,7 +251,7 @@ def test_a_marker_of_an_earlier_version_is_refused_in_one_line(config, tmp_path)
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "DONE.json").write_text(json.dumps(marker))
     with pytest.raises(
-        ConfigError, match=r"DONE\.json: .*earlier version.* new --workdir"
+        ConfigError, match=r"DONE\.json: .*another version.* new --workdir"
     ) as error:
         progress(config, tmp_path).done(BY_NAME["sft"])
     assert "\n" not in str(error.value)
