@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from morer1_jax.config.binding import flatten, read_config
-from morer1_jax.config.settings import STAGES, Settings, settings
+from morer1_jax.config.settings import Settings, settings
 from morer1_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -99,8 +99,6 @@ def test_each_value_of_another_type_is_named(config, wrong):
 
 RANGES = [
     ("seed", -1),
-    ("stages", "synthesise,train"),
-    ("stages", ""),
     ("world.cast", 1),
     ("world.cast", 9),
     ("world.train", 0),
@@ -152,9 +150,3 @@ def test_a_value_out_of_range_is_named(config, key, value):
     with pytest.raises(ConfigError, match=rf"^config(\.|: ){key}: ") as error:
         settings(config)
     assert "\n" not in str(error.value)
-
-
-def test_stages_may_be_any_of_those_known(config):
-    for stage in STAGES:
-        put(config, "stages", stage)
-        assert settings(config).stages == stage

@@ -22,13 +22,14 @@ def test_the_configs_stages_are_rows_in_its_order(config):
     assert [stage.name for stage in stages_to_run(settings(config))] == ["sft", "evaluate", "rate"]
 
 
-def test_an_unknown_stage_is_named_with_those_there_are(config):
-    config.stages = "sft,gpro"
+@pytest.mark.parametrize(("stages", "found"), [("sft,gpro", "'gpro'"), ("", "''")])
+def test_an_unknown_stage_is_named_with_those_there_are(config, stages, found):
+    config.stages = stages
     names = "synthesise, sft, baselines, rate, grpo, control, evaluate"
     with pytest.raises(ConfigError) as error:
         stages_to_run(settings(config))
     assert str(error.value) == (
-        f"config.stages: names of {names} expected, separated by commas, 'gpro' found"
+        f"config.stages: names of {names} expected, separated by commas, {found} found"
     )
 
 
