@@ -7,6 +7,7 @@ no waiting mends, such as an account without credit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -246,14 +247,12 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     `Retry-After` is a number or a date (RFC 9110, 10.2.3); `retry-after-ms` is OpenAI's own.
     """
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
+        with contextlib.suppress(KeyError, ValueError):
             seconds = unit * float(headers[name])
-        except (KeyError, ValueError):
-            continue
-        if not math.isnan(seconds):
-            return max(seconds, 0.0)
-    try:
+            if not math.isnan(seconds):
+                return max(seconds, 0.0)
+    # Absent, not a date, or a date without a time zone.
+    with contextlib.suppress(KeyError, ValueError, TypeError):
         date = parsedate_to_datetime(headers["retry-after"])
         return max((date - datetime.now(UTC)).total_seconds(), 0.0)
-    except (KeyError, ValueError, TypeError):  # Absent, not a date, or without a time zone.
-        return None
+    return None
