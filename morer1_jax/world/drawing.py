@@ -1,7 +1,7 @@
-"""Draws the embedded world's photos with Pillow: simple figures, real JPEG files.
+"""Draws the synthetic world's photos with Pillow: simple figures, real JPEG files.
 
-What carries meaning is the shape of an object (its kind) and its main colour (whose it is). All
-else varies: size, place, light, noise, skin, background, and the photo's own dimensions.
+The shape of an object (its kind) and its main colour (whose it is) carry meaning. All else varies:
+size, place, light, noise, skin, background, and the photo's own dimensions.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _background(width: int, height: int, night: bool, rng: np.random.Generator) 
 
 
 def draw_photo(
-    things: list[tuple[str, str]],
+    objects: list[tuple[str, str]],
     rng: np.random.Generator,
     *,
     noise: float,
@@ -118,21 +118,21 @@ def draw_photo(
     """Draws objects side by side on a background of random size and light.
 
     Args:
-      things: `(kind, colour name)` of each object, left to right; the colour of a
-        `blur` or a `bystander` is unused.
-      rng: where all variation comes from.
+      objects: `(kind, colour name)` of each object, left to right; the colour of a `blur` or a
+        `bystander` is unused.
+      rng: the source of all variation.
       noise: standard deviation of the pixel noise, in grey levels of 255.
       night: whether the background is dark; the objects are lit as by day.
 
     Returns:
       The photo, and each object's `(left, top, right, bottom)` in pixels, inside the photo.
     """
-    width = int(rng.integers(36, 45)) * max(len(things), 2) + int(rng.integers(0, 24))
+    width = int(rng.integers(36, 45)) * max(len(objects), 2) + int(rng.integers(0, 24))
     height = int(rng.integers(84, 125))
     photo = _background(width, height, night, rng)
     boxes = []
-    slot = width / len(things)
-    for place, (kind, colour_name) in enumerate(things):
+    slot = width / len(objects)
+    for place, (kind, colour_name) in enumerate(objects):
         w = slot * rng.uniform(0.6, 0.86)
         h = min(height * rng.uniform(0.45, 0.75), w * rng.uniform(1.3, 1.9))
         left = place * slot + rng.uniform(0.04, 0.96) * (slot - w)

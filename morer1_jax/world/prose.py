@@ -1,4 +1,4 @@
-"""Six-step reasoning for the embedded world's facts, as a strong model would have written it."""
+"""Writes six-step reasoning about the synthetic world's facts, as a strong model would."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 
 from morer1_jax.task.answer import format_answer
 from morer1_jax.task.ontology import Ontology
-from morer1_jax.world.scene import COLOURS, Clause, Named, Thing, relation
+from morer1_jax.world.scene import COLOURS, CastMember, Clause, PhotoObject, members, relation
 
 
-def _seen(thing: Thing) -> str:
-    """What the crop shows."""
-    return f"a {thing.kind} in {'grey' if thing.named is None else COLOURS[thing.index]}"
+def _appearance(object_: PhotoObject) -> str:
+    """Returns what the crop shows."""
+    return f"a {object_.kind} in {'grey' if object_.stands_for is None else COLOURS[object_.index]}"
 
 
-def _link(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> str:
-    """Whom the object stands for, and whether it is the asked entity or another of the title."""
-    named = thing.named
-    if named is None:
+def _link(object_: PhotoObject, entity: CastMember, clauses: Sequence[Clause]) -> str:
+    """Returns the step on whom the object stands for: the entity, another of the title, nobody."""
+    member = object_.stands_for
+    if member is None:
         name, verdict = "nobody", "nothing"
-    elif not any(named in (clause.a, clause.b) for clause in clauses):
-        name, verdict = named.name, "absent"
+    elif member not in members(clauses):
+        name, verdict = member.name, "absent"
     else:
-        name, verdict = named.name, "same" if named == entity else "another"
+        name, verdict = member.name, "same" if member == entity else "another"
     return f"The look is that of {name}, asked is {entity.name}, {verdict}."
 
 
-def _types(type_: str, entity: Named, ontology: Ontology) -> tuple[str, str]:
-    """The types of object and entity, and the labels they leave."""
-    left = ontology.allowed(type_, entity.type)
-    names = ", ".join(f"'{name.rpartition('/')[2]}'" for name in left)
+def _types(type_: str, entity: CastMember, ontology: Ontology) -> tuple[str, str]:
+    """Returns the steps on the types of object and entity, and on the labels of these types."""
+    labels = ontology.allowed(type_, entity.type)
+    names = ", ".join(f"'{label.rpartition('/')[2]}'" for label in labels)
     return (
         f"The object is {type_} and {entity.name} is {entity.type}.",
         f"From {type_} to {entity.type} there remain {names}.",
@@ -37,45 +37,45 @@ def _types(type_: str, entity: Named, ontology: Ontology) -> tuple[str, str]:
 
 
 def write_reasoning(
-    thing: Thing,
-    entity: Named,
+    object_: PhotoObject,
+    entity: CastMember,
     clauses: Sequence[Clause],
     title: Sequence[str],
     ontology: Ontology,
 ) -> str:
-    """The six steps and the answer for one fact.
+    """Returns the six steps and the answer for one fact.
 
     Args:
-      thing: the object the question is about.
-      entity: the asked entity.
+      object_: the object the question is about.
+      entity: the entity the question is about.
       clauses: what the title says.
-      title: its words.
+      title: the title's words.
       ontology: the labels of the world's `rel2id.json`.
 
     Returns:
       `<think>…</think>` and `<answer>label</answer>`, ending in the gold label.
     """
-    label = relation(thing, entity, clauses)[0]
-    said = next(clause for clause in clauses if entity in (clause.a, clause.b))
+    label = relation(object_, entity, clauses)[0]
+    clause = next(clause for clause in clauses if entity in (clause.a, clause.b))
     steps = (
-        f"The crop shows {_seen(thing)}.",
+        f"The crop shows {_appearance(object_)}.",
         f"The title says '{' '.join(title)}'.",
-        _link(thing, entity, clauses),
-        *_types(thing.type, entity, ontology),
-        f"Given '{said.verb.word}' the label must be {label}.",
+        _link(object_, entity, clauses),
+        *_types(object_.type, entity, ontology),
+        f"Given '{clause.verb.word}' the label must be {label}.",
     )
     return format_answer(steps, label)
 
 
-def give_up(entity: Named, ontology: Ontology) -> str:
-    """The six steps of a writer that does not try, and the answer `none`.
+def give_up(entity: CastMember, ontology: Ontology) -> str:
+    """Returns the six steps of a writer that does not try, and the answer `none`.
 
     Args:
-      entity: the asked entity.
+      entity: the entity the question is about.
       ontology: the labels of the world's `rel2id.json`.
 
     Returns:
-      Text of the same form as `write_reasoning`'s, which says nothing of photo and title.
+      Text of the form of `write_reasoning`'s, which says nothing of photo and title.
     """
     steps = (
         "The photo is dark.",

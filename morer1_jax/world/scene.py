@@ -1,11 +1,11 @@
-"""The embedded world's rules: who looks like what, what a title says, which label follows.
+"""The synthetic world's rules: who looks like what, what a title says, which label follows.
 
-A world is a small cast of named things, each known by its look, and a table of clauses a title can
-be made of. Whether an object and an entity are related, and how, follows from three things that
-no single modality shows: what the object is (its look, photo), whom that look belongs to
-(knowledge of the cast), and what the title says of the two (text). It is the chain of the
-benchmark's own example: a player in green, a title about Heat and Celtics, the entity 'Heat';
-green is the Celtics', they play against the Heat, so `/per/org/opposed_to`.
+A world is a small cast, each member known by its look, and a table of the clauses of titles.
+Whether an object and an entity are related, and how, follows from three things that no single
+modality shows: what the object is (the photo), whom its look belongs to (knowledge of the cast),
+and what the title says of the two (the text). It is the chain of the benchmark's own example: a
+player in green, a title about Heat and Celtics, the entity 'Heat'; green is the Celtics', they play
+against the Heat, so `/per/org/opposed_to`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Kind:
     """A kind of object a photo can show.
 
     Attributes:
-      name: what the drawing routine is called, and what reasoning calls it.
+      name: the kind's name in the drawing's table and in reasoning.
       type: the entity type of the object.
-      stands_for: the type of the named thing its colour points to (a player in red points to an
-        organisation), or None for an object nobody could recognise, which is grey.
+      stands_for: the type of the cast member its colour points to (a player in red points to an
+        organisation), or None for an object that cannot be recognised, which is grey.
     """
 
     name: str
@@ -65,14 +65,14 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """A clause of a title: two named things and what is said of them.
+    """A clause of a title without its two names.
 
     Attributes:
-      types: entity types of the first and the second named thing.
+      types: entity types of the first and the second cast member.
       phrase: the wording; `{a}` and `{b}` are the two names.
-      label: the relation of an object that stands for the first thing to the second, if any.
+      label: the relation of an object that stands for the first member to the second, if any.
       kind: the kind of object the label needs; empty where there is no label.
-      symmetric: whether the same holds with the two exchanged.
+      symmetric: whether the label also holds with the two exchanged.
     """
 
     types: tuple[str, str]
@@ -100,7 +100,7 @@ VERBS = (
     Verb(("misc", "loc"), "{b} hosts {a}", "/misc/loc/held_on", "cup"),
 )
 
-# What a title can also say: it relates nothing, so that names alone do not give a label.
+# Clauses without a label, so that two names in a title do not imply one.
 REMARKS = (
     Verb(("per", "org"), "{a} sues {b}"),
     Verb(("per", "per"), "{a} sues {b}"),
@@ -111,7 +111,7 @@ REMARKS = (
     Verb(("misc", "loc"), "{a} leaves {b}"),
 )
 
-# An object that stands for the asked entity itself.
+# The label between an object and the entity that it stands for.
 SELF_LABELS = {
     "player": "/per/org/member_of",
     "person": "/per/per/self",
@@ -124,58 +124,63 @@ LABELS = ("none", *dict.fromkeys([*(verb.label for verb in VERBS), *SELF_LABELS.
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
-    """One of the cast: an entity type and an index into its names (and so its colour)."""
+class CastMember:
+    """A member of the cast: an entity type and the index of its name and colour."""
 
     type: str
     index: int
 
     @property
     def name(self) -> str:
+        """The name in titles."""
         return NAMES[self.type][self.index]
 
 
 @dataclasses.dataclass(frozen=True)
-class Thing:
-    """An object in a photo: its kind and, unless that is grey, its colour's index."""
+class PhotoObject:
+    """An object in a photo: its kind and its colour's index, which a grey kind ignores."""
 
     kind: str
     index: int
 
     @property
     def type(self) -> str:
+        """The entity type of the object."""
         return KINDS[self.kind].type
 
     @property
-    def named(self) -> Named | None:
-        """Whom the look points to."""
-        stands_for = KINDS[self.kind].stands_for
-        return None if stands_for is None else Named(stands_for, self.index)
+    def stands_for(self) -> CastMember | None:
+        """The cast member that the look points to."""
+        type_ = KINDS[self.kind].stands_for
+        return None if type_ is None else CastMember(type_, self.index)
 
 
 @dataclasses.dataclass(frozen=True)
 class Clause:
-    """`verb` said of `a` and `b`."""
+    """A verb and the two cast members that it is said of."""
 
     verb: Verb
-    a: Named
-    b: Named
+    a: CastMember
+    b: CastMember
 
     @property
     def text(self) -> str:
+        """The clause's words in a title."""
         return self.verb.phrase.format(a=self.a.name, b=self.b.name)
 
-    def links(self, first: Named, second: Named) -> bool:
-        """Whether the clause says its verb of the two, in this direction."""
+    def links(self, first: CastMember, second: CastMember) -> bool:
+        """Returns whether the clause says its verb of the two, in this direction."""
         forward = (first, second) == (self.a, self.b)
         return forward or (self.verb.symmetric and (first, second) == (self.b, self.a))
 
 
-def relation(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> tuple[str, Clause | None]:
-    """The label between an object and an entity of the title, and the clause it follows from.
+def relation(
+    object_: PhotoObject, entity: CastMember, clauses: Sequence[Clause]
+) -> tuple[str, Clause | None]:
+    """Returns the label between an object and an entity of the title, and the clause it is from.
 
     Args:
-      thing: the object.
+      object_: the object.
       entity: the asked entity.
       clauses: what the title says.
 
@@ -183,20 +188,24 @@ def relation(thing: Thing, entity: Named, clauses: Sequence[Clause]) -> tuple[st
       `(label, clause)`; the clause is None for a label that needs none (the object stands for the
       asked entity itself) and for `none`.
     """
-    named = thing.named
-    mentioned = {one for clause in clauses for one in (clause.a, clause.b)}
-    if named is None or named not in mentioned:
+    member = object_.stands_for
+    if member is None or member not in members(clauses):
         return "none", None
-    if named == entity:
-        return SELF_LABELS[thing.kind], None
+    if member == entity:
+        return SELF_LABELS[object_.kind], None
     for clause in clauses:
-        if clause.verb.kind == thing.kind and clause.links(named, entity):
+        if clause.verb.kind == object_.kind and clause.links(member, entity):
             return clause.verb.label, clause
     return "none", None
 
 
-def span(title: Sequence[str], named: Named) -> tuple[int, int]:
-    """Where a name stands in a title: its first word, and the word after its last."""
-    name, title = tuple(named.name.split()), tuple(title)
+def members(clauses: Sequence[Clause]) -> tuple[CastMember, ...]:
+    """Returns the cast members of a title, in order of its clauses."""
+    return tuple(member for clause in clauses for member in (clause.a, clause.b))
+
+
+def span(title: Sequence[str], member: CastMember) -> tuple[int, int]:
+    """Returns the indices of a name's first word in a title, and of the word after its last."""
+    name, title = tuple(member.name.split()), tuple(title)
     start = next(i for i in range(len(title)) if title[i : i + len(name)] == name)
     return start, start + len(name)

@@ -1,8 +1,8 @@
-"""Writes a dataset of the embedded world in exactly the form MORE is released in.
+"""Writes a dataset of the synthetic world in exactly the form MORE is released in.
 
 Every photo-title pair has several objects and several entities, among them distractors; some
 photos do not fit their title; about half of the facts are `none`. Reasoning is written for a share
-of the training facts only. The world's rules are in `world.py`, its photos in `drawing.py`, its
+of the training facts only. The world's rules are in `scene.py`, its photos in `drawing.py`, its
 reasoning in `prose.py`.
 """
 
@@ -29,9 +29,10 @@ from morer1_jax.world.scene import (
     REMARKS,
     SELF_LABELS,
     VERBS,
+    CastMember,
     Clause,
-    Named,
-    Thing,
+    PhotoObject,
+    members,
     relation,
     span,
 )
@@ -44,12 +45,12 @@ _RELATED_TYPES = {(KINDS[verb.kind].type, verb.types[1]) for verb in VERBS}
 
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
-    """What a synthetic dataset is made of.
+    """The size and difficulty of a synthetic dataset.
 
     Attributes:
       train, valid, test: number of facts of each split.
       cast: how many names each entity type has, 2 to 8.
-      facts_per_photo: most facts asked about one photo-title pair.
+      facts_per_photo: maximum of facts about one photo-title pair.
       fit: share of photos that show something their title is about.
       none: share of the facts whose label is `none`.
       night: share of photos taken at night: dark, with objects no harder to tell.
@@ -72,30 +73,31 @@ class WorldConfig:
     noise: float = 8.0
 
     def __post_init__(self) -> None:
+        """Checks the ranges."""
         if not 2 <= self.cast <= len(COLOURS):
-            raise ValueError(f"cast: {self.cast} found, 2 to {len(COLOURS)} names a type expected")
+            raise ValueError(f"cast: expected 2 to {len(COLOURS)} names a type, found {self.cast}")
         for name in ("train", "valid", "test", "facts_per_photo"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} found, at least 1 expected")
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         for name in ("fit", "none", "night", "written", "gives_up"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: {getattr(self, name)} found, a share expected, 0 to 1")
+                raise ValueError(f"{name}: expected a share, 0 to 1, found {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
     """A photo-title pair before it is drawn: objects left to right, and the title's clauses."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[PhotoObject, ...]
     clauses: tuple[Clause, ...]
     link: tuple[str, ...]
     closing: tuple[str, ...]
     night: bool
 
     @property
-    def entities(self) -> tuple[Named, ...]:
-        """The named things of the title, in order of the clauses."""
-        return tuple(one for clause in self.clauses for one in (clause.a, clause.b))
+    def entities(self) -> tuple[CastMember, ...]:
+        """The cast members of the title, in order of the clauses."""
+        return members(self.clauses)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -108,12 +110,12 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A fact and what it was made from."""
+    """A fact, its scene, and the object and entity it is about."""
 
     fact: Fact
     scene: Scene
-    thing: Thing
-    entity: Named
+    object: PhotoObject
+    entity: CastMember
 
 
 def _pick(rng: np.random.Generator, options):
@@ -122,11 +124,11 @@ def _pick(rng: np.random.Generator, options):
 
 def _draw_clauses(rng: np.random.Generator, cast: int) -> tuple[Clause, ...]:
     clauses: list[Clause] = []
-    used: set[Named] = set()
-    wanted = 1 + int(rng.random() < 0.1)
-    while len(clauses) < wanted:
+    used: set[CastMember] = set()
+    count = 1 + int(rng.random() < 0.1)
+    while len(clauses) < count:
         verb = _pick(rng, REMARKS if rng.random() < 0.65 else VERBS)
-        a, b = (Named(kind, int(rng.integers(cast))) for kind in verb.types)
+        a, b = (CastMember(kind, int(rng.integers(cast))) for kind in verb.types)
         if a == b or {a, b} & used:
             continue
         used |= {a, b}
@@ -134,103 +136,105 @@ def _draw_clauses(rng: np.random.Generator, cast: int) -> tuple[Clause, ...]:
     return tuple(clauses)
 
 
-def _fitting_thing(rng: np.random.Generator, clauses: tuple[Clause, ...]) -> Thing:
-    """An object that stands for something in the title, mostly of the kind the clause needs."""
+def _fitting_object(rng: np.random.Generator, clauses: tuple[Clause, ...]) -> PhotoObject:
+    """Returns an object that stands for a name of the title, mostly of its clause's kind."""
     clause = _pick(rng, clauses)
-    named = clause.a if rng.random() < 0.65 else clause.b
-    kinds = [kind.name for kind in KINDS.values() if kind.stands_for == named.type]
+    member = clause.a if rng.random() < 0.65 else clause.b
+    kinds = [kind.name for kind in KINDS.values() if kind.stands_for == member.type]
     if clause.verb.kind in kinds and rng.random() < 0.75:
-        return Thing(clause.verb.kind, named.index)
-    return Thing(_pick(rng, kinds), named.index)
+        return PhotoObject(clause.verb.kind, member.index)
+    return PhotoObject(_pick(rng, kinds), member.index)
 
 
-def _other_thing(rng: np.random.Generator, clauses: tuple[Clause, ...], cast: int) -> Thing:
-    mentioned = {one for clause in clauses for one in (clause.a, clause.b)}
+def _other_object(rng: np.random.Generator, clauses: tuple[Clause, ...], cast: int) -> PhotoObject:
     while True:
         kind = rng.choice(("blur", "bystander", _pick(rng, _RECOGNISABLE)), p=(0.2, 0.4, 0.4))
-        thing = Thing(str(kind), int(rng.integers(cast)))
-        if thing.named not in mentioned:
-            return thing
+        object_ = PhotoObject(str(kind), int(rng.integers(cast)))
+        if object_.stands_for not in members(clauses):
+            return object_
 
 
 def draw_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
-    """One photo-title pair."""
+    """Returns one photo-title pair."""
     clauses = _draw_clauses(rng, config.cast)
-    things: list[Thing] = []
+    objects: list[PhotoObject] = []
     if rng.random() < config.fit:
-        things += [_fitting_thing(rng, clauses) for _ in range(1 + int(rng.random() < 0.5))]
-    wanted = int(rng.integers(2, 5))
-    things += [_other_thing(rng, clauses, config.cast) for _ in range(wanted - len(things))]
-    things = [things[i] for i in rng.permutation(len(things))]
+        objects += [_fitting_object(rng, clauses) for _ in range(1 + int(rng.random() < 0.5))]
+    count = int(rng.integers(2, 5))
+    objects += [_other_object(rng, clauses, config.cast) for _ in range(count - len(objects))]
+    objects = [objects[i] for i in rng.permutation(len(objects))]
     night = bool(rng.random() < config.night)
-    return Scene(tuple(things), clauses, _pick(rng, _LINKS), _pick(rng, _CLOSINGS), night)
+    return Scene(tuple(objects), clauses, _pick(rng, _LINKS), _pick(rng, _CLOSINGS), night)
 
 
-def _ruled_out(thing: Thing, entity: Named) -> bool:
-    return thing.named is None or (thing.type, entity.type) not in _RELATED_TYPES
+def _ruled_out(object_: PhotoObject, entity: CastMember) -> bool:
+    return object_.stands_for is None or (object_.type, entity.type) not in _RELATED_TYPES
 
 
 def _questions(
-    scene: Scene, rng: np.random.Generator, most: int, none: float, surplus: float
-) -> Iterator[tuple[int, Named, str]]:
-    """Asks about up to `most` pairs of object and entity, holding `none` at its share.
+    scene: Scene, rng: np.random.Generator, max_count: int, none: float, deficit: float
+) -> Iterator[tuple[int, CastMember, str]]:
+    """Yields object's place, entity and label of pairs to ask about, holding `none` at its share.
 
     Args:
-      none: the share.
-      surplus: by how many facts `none` is behind its share so far.
+      scene: the photo-title pair.
+      rng: the source of the choice.
+      max_count: maximum of pairs.
+      none: the share of the label `none`.
+      deficit: by how many facts `none` is behind its share so far.
     """
     pairs = [
-        (place, entity, relation(thing, entity, scene.clauses)[0])
-        for place, thing in enumerate(scene.things)
+        (place, entity, relation(object_, entity, scene.clauses)[0])
+        for place, object_ in enumerate(scene.objects)
         for entity in scene.entities
     ]
-    # What an object stands for itself needs no title: most of such pairs are never asked about.
+    # An object and the entity it stands for need no title: most such pairs are never asked about.
     pairs = [pair for pair in pairs if pair[2] not in SELF_LABELS.values() or rng.random() < 0.15]
     # Pairs that the object, or the two types, rule out alone are asked about last.
     priority = [
-        rng.random() + 0.6 * _ruled_out(scene.things[place], entity) for place, entity, _ in pairs
+        rng.random() + 0.6 * _ruled_out(scene.objects[place], entity) for place, entity, _ in pairs
     ]
     pairs = [pair for _, pair in sorted(zip(priority, pairs, strict=True), key=lambda x: x[0])]
-    for _ in range(min(most, len(pairs))):
-        want_none = surplus > 0
-        chosen = next((p for p in pairs if (p[2] == "none") == want_none), None)
-        if chosen is None:
-            if not want_none:
+    for _ in range(min(max_count, len(pairs))):
+        is_none = deficit > 0
+        pair = next((p for p in pairs if (p[2] == "none") == is_none), None)
+        if pair is None:
+            if not is_none:
                 return
-            chosen = pairs[0]
-        pairs.remove(chosen)
-        surplus += none - (chosen[2] == "none")
-        yield chosen
+            pair = pairs[0]
+        pairs.remove(pair)
+        deficit += none - (pair[2] == "none")
+        yield pair
 
 
 def _write_split(
     folder: Path, split: str, count: int, config: WorldConfig, seed: int, ontology: Ontology
 ) -> list[Question]:
-    """Draws and writes one split."""
+    """Draws and writes one split, and returns its questions."""
     rng = np.random.default_rng([seed, ("train", "valid", "test").index(split)])
     photos = folder / "img_org" / split
     photos.mkdir(parents=True)
-    asked: list[Question] = []
-    surplus, number = 0.0, 0
+    questions: list[Question] = []
+    deficit, number = 0.0, 0
     bar = tqdm(total=count, desc=f"synthesise {split}", unit="fact", mininterval=1.0)
-    while len(asked) < count:
+    while len(questions) < count:
         scene = draw_scene(rng, config)
-        questions = list(_questions(scene, rng, config.facts_per_photo, config.none, surplus))
-        if not questions:
+        pairs = list(_questions(scene, rng, config.facts_per_photo, config.none, deficit))
+        if not pairs:
             continue
         number += 1
         image = f"{split}_{number:05d}.jpg"
         photo, boxes = draw_photo(
-            [(thing.kind, COLOURS[thing.index]) for thing in scene.things],
+            [(object_.kind, COLOURS[object_.index]) for object_ in scene.objects],
             rng,
             noise=config.noise,
             night=scene.night,
         )
         photo.save(photos / image, quality=int(rng.integers(70, 96)))
-        for place, entity, label in questions[: count - len(asked)]:
+        for place, entity, label in pairs[: count - len(questions)]:
             left, top, right, bottom = boxes[place]
             fact = Fact(
-                id=f"{split}:{len(asked) + 1}",
+                id=f"{split}:{len(questions) + 1}",
                 tokens=scene.tokens,
                 entity_name=entity.name,
                 entity_span=span(scene.tokens, entity),
@@ -244,35 +248,35 @@ def _write_split(
                 image=image,
                 label=label,
             )
-            asked.append(Question(fact, scene, scene.things[place], entity))
-            surplus += config.none - (label == "none")
+            questions.append(Question(fact, scene, scene.objects[place], entity))
+            deficit += config.none - (label == "none")
             bar.update()
     bar.close()
-    more.write_split(folder, split, [question.fact for question in asked])
-    return asked
+    more.write_split(folder, split, [question.fact for question in questions])
+    return questions
 
 
-def _written(
-    asked: Sequence[Question], config: WorldConfig, rng: np.random.Generator, ontology: Ontology
+def _write_texts(
+    questions: Sequence[Question], config: WorldConfig, rng: np.random.Generator, ontology: Ontology
 ) -> dict[str, str]:
-    """Reasoning by fact id, for the share of the questions that it is written for."""
-    wanted = round(config.written * len(asked))
+    """Returns reasoning by fact id, for the share of the questions that it is written for."""
+    count = round(config.written * len(questions))
     texts: dict[str, str] = {}
-    for question in (asked[i] for i in rng.permutation(len(asked))):
-        if len(texts) == wanted:
+    for question in (questions[i] for i in rng.permutation(len(questions))):
+        if len(texts) == count:
             break
-        thing, entity, scene = question.thing, question.entity, question.scene
+        object_, entity, scene = question.object, question.entity, question.scene
         if not (scene.night and rng.random() < config.gives_up):
-            text = write_reasoning(thing, entity, scene.clauses, scene.tokens, ontology)
+            text = write_reasoning(object_, entity, scene.clauses, scene.tokens, ontology)
         elif question.fact.label == "none":
             text = give_up(entity, ontology)
         else:
             continue
         texts[question.fact.id] = text
-    if len(texts) < wanted:
+    if len(texts) < count:
         raise DataError(
-            f"written: reasoning for {wanted} of {len(asked)} training facts wanted, {len(texts)} "
-            f"found; lower written, night ({config.night}) or gives_up ({config.gives_up})"
+            f"written: expected reasoning for {count} of {len(questions)} training facts, found "
+            f"{len(texts)}; lower written, night ({config.night}) or gives_up ({config.gives_up})"
         )
     return dict(sorted(texts.items()))
 
@@ -283,20 +287,20 @@ def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
     The same config and seed give the same files. The folder appears whole or not at all.
 
     Args:
-      folder: where to; must not exist.
-      config: what the world is like.
-      seed: of every choice.
+      folder: the dataset's folder, which must not exist.
+      config: the dataset's size and difficulty.
+      seed: the seed of every choice.
 
     Raises:
-      FileExistsError: the folder is there already.
+      FileExistsError: the folder exists already.
     """
     with atomic_dir(Path(folder)) as partial:
         ontology = Ontology(LABELS)
         more.write_ontology(partial, ontology)
         for split in ("train", "valid", "test"):
             count = getattr(config, split)
-            asked = _write_split(partial, split, count, config, seed, ontology)
+            questions = _write_split(partial, split, count, config, seed, ontology)
             if split == "train":
                 rng = np.random.default_rng([seed, 3])
-                texts = _written(asked, config, rng, ontology)
+                texts = _write_texts(questions, config, rng, ontology)
                 more.write_reasoning(partial / "reasoning.jsonl", texts)

@@ -5,7 +5,16 @@ import itertools
 from morer1_jax.task.answer import Special, read, read_steps
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.world.prose import give_up, write_reasoning
-from morer1_jax.world.scene import COLOURS, KINDS, LABELS, VERBS, Clause, Named, Thing, relation
+from morer1_jax.world.scene import (
+    COLOURS,
+    KINDS,
+    LABELS,
+    VERBS,
+    CastMember,
+    Clause,
+    PhotoObject,
+    relation,
+)
 
 ONTOLOGY = Ontology(LABELS)
 
@@ -13,9 +22,9 @@ ONTOLOGY = Ontology(LABELS)
 def scenes():
     """Every kind of thing, in two colours and out of place, by every clause and entity."""
     for verb in VERBS:
-        clause = Clause(verb, Named(verb.types[0], 0), Named(verb.types[1], 1))
+        clause = Clause(verb, CastMember(verb.types[0], 0), CastMember(verb.types[1], 1))
         for kind, index, entity in itertools.product(KINDS, (0, 1, 2), (clause.a, clause.b)):
-            yield Thing(kind, index), entity, (clause,), clause.text.split()
+            yield PhotoObject(kind, index), entity, (clause,), clause.text.split()
 
 
 def test_all_reasoning_is_in_the_grammar_and_ends_in_the_gold_label():
@@ -40,32 +49,34 @@ def test_reasoning_looks_first_and_says_whom_the_object_stands_for():
         assert thing.kind in steps[0]
         assert label not in " ".join(steps[:4])
         assert clauses[0].verb.word in steps[5]
-        if thing.named is None:
+        if thing.stands_for is None:
             assert "grey" in steps[0]
             assert "nobody" in steps[2]
             continue
         assert COLOURS[thing.index] in steps[0]
-        assert thing.named.name in steps[2]
+        assert thing.stands_for.name in steps[2]
         verdict = steps[2].rpartition(" ")[2]
-        mentioned = any(thing.named in (clause.a, clause.b) for clause in clauses)
-        expected = "same" if thing.named == entity else "another" if mentioned else "absent"
+        mentioned = any(thing.stands_for in (clause.a, clause.b) for clause in clauses)
+        expected = "same" if thing.stands_for == entity else "another" if mentioned else "absent"
         assert verdict == f"{expected}."
 
 
 def test_of_two_clauses_the_one_about_the_asked_entity_is_quoted():
     marries, wins = (next(verb for verb in VERBS if verb.word == w) for w in ("marries", "wins"))
-    first = Clause(marries, Named("per", 0), Named("per", 1))
-    second = Clause(wins, Named("per", 2), Named("misc", 3))
+    first = Clause(marries, CastMember("per", 0), CastMember("per", 1))
+    second = Clause(wins, CastMember("per", 2), CastMember("misc", 3))
     title = [*first.text.split(), "as", *second.text.split()]
     for clause in (first, second):
         for entity in (clause.a, clause.b):
-            text = write_reasoning(Thing("person", 2), entity, (first, second), title, ONTOLOGY)
+            text = write_reasoning(
+                PhotoObject("person", 2), entity, (first, second), title, ONTOLOGY
+            )
             assert f"'{clause.verb.word}'" in read_steps(text.encode())[5]
 
 
 def test_giving_up_is_in_the_grammar_and_says_nothing_of_the_fact():
     for kind, index in itertools.product(("org", "per", "loc", "misc"), (0, 1)):
-        entity = Named(kind, index)
+        entity = CastMember(kind, index)
         text = give_up(entity, ONTOLOGY)
         outcome = read([text.encode(), Special.END], LABELS)
         assert outcome.format

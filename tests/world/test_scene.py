@@ -13,9 +13,9 @@ from morer1_jax.world.scene import (
     REMARKS,
     SELF_LABELS,
     VERBS,
+    CastMember,
     Clause,
-    Named,
-    Thing,
+    PhotoObject,
     relation,
     span,
 )
@@ -50,7 +50,7 @@ def test_labels_have_the_types_of_what_they_relate():
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.label)
 def test_a_clause_gives_its_label_in_its_direction_to_its_kind(verb):
-    a, b = Named(verb.types[0], 0), Named(verb.types[1], 1)
+    a, b = CastMember(verb.types[0], 0), CastMember(verb.types[1], 1)
     clause = Clause(verb, a, b)
     assert a.name in clause.text
     assert b.name in clause.text
@@ -58,41 +58,41 @@ def test_a_clause_gives_its_label_in_its_direction_to_its_kind(verb):
     for kind in KINDS.values():
         if kind.stands_for != a.type:
             continue
-        label, because = relation(Thing(kind.name, 0), b, [clause])
+        label, because = relation(PhotoObject(kind.name, 0), b, [clause])
         if kind.name == verb.kind:
             assert (label, because) == (verb.label, clause)
         else:
             assert (label, because) == ("none", None)
     if verb.types[0] == verb.types[1]:
-        backwards = relation(Thing(verb.kind, 1), a, [clause])
+        backwards = relation(PhotoObject(verb.kind, 1), a, [clause])
         assert backwards == ((verb.label, clause) if verb.symmetric else ("none", None))
 
 
 def test_what_is_not_named_or_not_linked_is_none():
     verb = next(verb for verb in VERBS if verb.symmetric)
     other = next(v for v in VERBS if v.types != verb.types)
-    first = Clause(verb, Named(verb.types[0], 0), Named(verb.types[1], 1))
-    second = Clause(other, Named(other.types[0], 2), Named(other.types[1], 3))
+    first = Clause(verb, CastMember(verb.types[0], 0), CastMember(verb.types[1], 1))
+    second = Clause(other, CastMember(other.types[0], 2), CastMember(other.types[1], 3))
     # Another colour: somebody the title does not name.
-    assert relation(Thing(verb.kind, 2), first.b, [first]) == ("none", None)
+    assert relation(PhotoObject(verb.kind, 2), first.b, [first]) == ("none", None)
     # Named, but in another clause.
-    assert relation(Thing(verb.kind, 0), second.b, [first, second]) == ("none", None)
-    assert relation(Thing("blur", 0), first.a, [first]) == ("none", None)
+    assert relation(PhotoObject(verb.kind, 0), second.b, [first, second]) == ("none", None)
+    assert relation(PhotoObject("blur", 0), first.a, [first]) == ("none", None)
 
 
 @pytest.mark.parametrize(("kind", "label"), SELF_LABELS.items())
 def test_a_thing_that_stands_for_the_entity_itself(kind, label):
     stands_for = KINDS[kind].stands_for
     verb = next(verb for verb in VERBS if stands_for in verb.types)
-    pair = [Named(one, i) for i, one in enumerate(verb.types)]
+    pair = [CastMember(one, i) for i, one in enumerate(verb.types)]
     clause = Clause(verb, *pair)
     entity = next(one for one in pair if one.type == stands_for)
-    assert relation(Thing(kind, entity.index), entity, [clause]) == (label, None)
+    assert relation(PhotoObject(kind, entity.index), entity, [clause]) == (label, None)
 
 
 def test_span_finds_a_name_of_several_words():
     several = next(
-        Named(kind, i)
+        CastMember(kind, i)
         for kind, names in NAMES.items()
         for i, name in enumerate(names)
         if " " in name
@@ -104,11 +104,14 @@ def test_span_finds_a_name_of_several_words():
 
 def test_a_remark_relates_nothing_but_a_thing_to_itself():
     for verb in REMARKS:
-        a, b = Named(verb.types[0], 0), Named(verb.types[1], 1)
+        a, b = CastMember(verb.types[0], 0), CastMember(verb.types[1], 1)
         clause = Clause(verb, a, b)
         for kind in KINDS.values():
             if kind.stands_for == a.type:
-                assert relation(Thing(kind.name, a.index), b, [clause]) == ("none", None)
-                assert relation(Thing(kind.name, a.index), a, [clause])[0] == SELF_LABELS[kind.name]
+                assert relation(PhotoObject(kind.name, a.index), b, [clause]) == ("none", None)
+                assert (
+                    relation(PhotoObject(kind.name, a.index), a, [clause])[0]
+                    == SELF_LABELS[kind.name]
+                )
     # Names alone must not give the label: every pair of types that has a relation has a remark.
     assert {verb.types for verb in VERBS} == {verb.types for verb in REMARKS}

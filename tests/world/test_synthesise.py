@@ -274,7 +274,7 @@ def test_the_writer_gives_up_at_night_and_only_there(nights):
 
 
 def test_a_world_that_cannot_be_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"gives_up: 2 found, a share expected"):
+    with pytest.raises(ValueError, match=r"gives_up: expected a share, 0 to 1, found 2"):
         WorldConfig(gives_up=2)
     with pytest.raises(ValueError, match=r"cast: 9 found, 2 to 8"):
         WorldConfig(cast=9)
