@@ -276,13 +276,13 @@ def test_the_writer_gives_up_at_night_and_only_there(nights):
 def test_a_world_that_cannot_be_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"gives_up: expected a share, 0 to 1, found 2"):
         WorldConfig(gives_up=2)
-    with pytest.raises(ValueError, match=r"cast: 9 found, 2 to 8"):
+    with pytest.raises(ValueError, match=r"cast: expected 2 to 8 names a type, found 9"):
         WorldConfig(cast=9)
-    with pytest.raises(ValueError, match=r"valid: 0 found, at least 1"):
+    with pytest.raises(ValueError, match=r"valid: expected at least 1, found 0"):
         WorldConfig(valid=0)
     monkeypatch.setattr(synthetic, "draw_photo", plain_photo)
     config = WorldConfig(train=40, valid=2, test=2, night=1.0, written=0.9, gives_up=1.0)
-    with pytest.raises(ValueError, match=r"written: .* 36 of 40 .* wanted, (19|20) found; lower"):
+    with pytest.raises(ValueError, match=r"written: .* 36 of 40 .* facts, found (19|20); lower"):
         synthesise(tmp_path / "data", config, 0)
     assert list(tmp_path.iterdir()) == []
 
