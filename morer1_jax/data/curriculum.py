@@ -1,8 +1,8 @@
-"""Which facts a step sees: shuffled pools, and the easy/hard mix that moves as training goes on.
+"""Chooses the facts of each step: shuffled pools, and a mix of easy and hard that shifts in time.
 
-All of it is a pure function of (seed, step) and the pools, so a run can be taken up at any step, on
-any number of hosts. Progressive Sample-Mixing is MORE-R1's (arXiv 2603.09478): early batches are
-half easy, half hard; later ones swap easy for hard. The schedule's end and shape are not public:
+All of it is a pure function of (seed, step) and the pools, so a run resumes at any step, on any
+number of hosts. Progressive Sample-Mixing is MORE-R1's (arXiv 2603.09478): early batches are
+half easy, half hard; later ones swap easy for hard. The schedule's end and shape are not published;
 those here are ours.
 """
 
@@ -16,36 +16,40 @@ import numpy as np
 
 from morer1_jax.errors import DataError
 
-# Sets the shuffles' random streams apart from whatever else is drawn from a run's seed.
+# Keeps the shuffles' random streams apart from all others of a run's seed.
 _STREAM = 0x504F4F4C
 
 
 class EmptyPoolError(DataError):
-    """A pool that facts are drawn from has none.
+    """A pool without facts.
 
     Attributes:
-      pool: its name.
+      pool: the pool's name.
     """
 
     def __init__(self, pool: str) -> None:
+        """Names the pool."""
         super().__init__(f"the pool of {pool} facts is empty; expected at least one")
         self.pool = pool
 
 
 class Pool:
-    """An endless sequence over some facts: epoch after epoch, each in a new order.
+    """An endless sequence of facts: epoch after epoch, each in a new order.
 
     No fact comes again before all others of the pool have come.
-
-    Args:
-      items: what is drawn; order matters.
-      seed: numbers that name this pool's shuffles.
-
-    Raises:
-      EmptyPoolError: there are no items.
     """
 
     def __init__(self, name: str, items: Sequence[int], seed: Sequence[int]) -> None:
+        """Makes a pool.
+
+        Args:
+          name: the pool's name, for errors.
+          items: indices of facts; their order matters.
+          seed: numbers that identify this pool's shuffles.
+
+        Raises:
+          EmptyPoolError: there are no items.
+        """
         if not len(items):
             raise EmptyPoolError(name)
         self.name = name
@@ -53,7 +57,7 @@ class Pool:
         self._seed = (_STREAM, *seed)
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Items `start` to `start + count` of the sequence."""
+        """Returns items `start` to `start + count` of the sequence."""
         size = len(self.items)
         places = np.arange(start, start + count)
         out = np.empty(count, self.items.dtype)
@@ -64,7 +68,7 @@ class Pool:
         return out
 
     def batch(self, step: int, size: int) -> np.ndarray:
-        """The items of a step, where every step takes `size`."""
+        """Returns the items of a step, where every step takes `size`."""
         return self.take(step * size, size)
 
 
@@ -75,7 +79,7 @@ class MixConfig:
     Attributes:
       start, end: share of easy facts in the first batch and from `until` on.
       until: the step from which the share is `end`.
-      shape: how it goes between: "linear", "cosine" (slow at both ends) or "step" (halfway).
+      shape: the way between: "linear", "cosine" (slow at both ends) or "step" (halfway).
     """
 
     start: float = 0.5
@@ -84,18 +88,19 @@ class MixConfig:
     shape: Literal["linear", "cosine", "step"] = "linear"
 
     def __post_init__(self) -> None:
+        """Checks the ranges."""
         for name in ("start", "end"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"mix.{name}: {getattr(self, name)} found, a share expected")
+                raise ValueError(f"mix.{name}: expected a share, found {getattr(self, name)}")
         if self.until < 1:
-            raise ValueError(f"mix.until: {self.until} found, at least 1 expected")
+            raise ValueError(f"mix.until: expected at least 1, found {self.until}")
         if self.shape not in ("linear", "cosine", "step"):
             raise ValueError(
-                f"mix.shape: {self.shape!r} found, 'linear', 'cosine' or 'step' expected"
+                f"mix.shape: expected 'linear', 'cosine' or 'step', found {self.shape!r}"
             )
 
     def easy_share(self, step: int) -> float:
-        """The scheduled share of easy facts at a step."""
+        """Returns the scheduled share of easy facts at a step."""
         progress = min(step / self.until, 1.0)
         if self.shape == "cosine":
             progress = 0.5 - 0.5 * float(np.cos(np.pi * progress))
@@ -104,20 +109,12 @@ class MixConfig:
         return self.start + (self.end - self.start) * progress
 
     def easy_count(self, step: int, batch: int) -> int:
-        """The number of easy facts in a batch, the share rounded half up."""
+        """Returns the number of easy facts in a batch, the share rounded half up."""
         return int(np.floor(batch * self.easy_share(step) + 0.5))
 
 
 class Mixer:
-    """Batches of easy and hard facts by a schedule.
-
-    Args:
-      easy, hard: indices of facts.
-      batch: facts a batch.
-
-    Raises:
-      EmptyPoolError: a pool the schedule draws from within `steps` is empty.
-    """
+    """Batches of easy and hard facts by a schedule."""
 
     def __init__(
         self,
@@ -128,20 +125,33 @@ class Mixer:
         steps: int,
         seed: int,
     ) -> None:
+        """Makes the batches of a run.
+
+        Args:
+          easy: indices of the easy facts.
+          hard: indices of the hard facts.
+          config: the schedule.
+          batch: facts a batch.
+          steps: steps of the run.
+          seed: the seed of the shuffles.
+
+        Raises:
+          EmptyPoolError: a pool that the schedule draws from is empty.
+        """
         counts = np.asarray([config.easy_count(step, batch) for step in range(steps)])
         self._batch = batch
         self._counts = counts
-        # Facts each pool has given before a step.
+        # Easy facts in the batches before a step.
         self._easy_before = np.concatenate([[0], np.cumsum(counts)])
         self._easy = Pool("easy", easy, (seed, 0)) if counts.any() else None
         self._hard = Pool("hard", hard, (seed, 1)) if (counts < batch).any() else None
 
     def easy_count(self, step: int) -> int:
-        """Easy facts in the batch of a step."""
+        """Returns the number of easy facts in the batch of a step."""
         return int(self._counts[step])
 
     def batch(self, step: int) -> np.ndarray:
-        """The facts of a step, easy ones first."""
+        """Returns the facts of a step, easy ones first."""
         easy_count, easy_before = self.easy_count(step), int(self._easy_before[step])
         parts = []
         if easy_count:

@@ -1,6 +1,6 @@
-"""The answer's automata lifted from bytes to the tokens of a vocabulary, as NumPy tables.
+"""The answer's automata over the tokens of a vocabulary instead of bytes, as NumPy tables.
 
-A token moves each state somewhere and adds some effort; tokens that do the same in every state are
+A token moves each state to a next one and adds effort; tokens that do the same in every state form
 one class.  A compiled decode loop follows a completion with three look-ups a token:
 
     c = token_class[token]
@@ -58,7 +58,7 @@ class GrammarTables(NamedTuple):
 def token_bytes(
     tokenizer: "PreTrainedTokenizerFast", rows: int, end_of_turn: str = "<|im_end|>"
 ) -> list[Piece]:
-    """What each row of an embedding stands for.
+    """Returns the bytes or the special token of each row of an embedding.
 
     Args:
         tokenizer: a byte-level BPE tokenizer.  Its added tokens are special if it says so, and the
@@ -67,39 +67,42 @@ def token_bytes(
         end_of_turn: the token that ends an answer.
 
     Raises:
-        ValueError: the tokenizer is not byte-level, has no such token or more tokens than rows.
+        ValueError: the tokenizer is not byte-level, lacks `end_of_turn` or has more tokens than
+            rows.
     """
     byte_of = _bytes_of_characters()
     pieces: list[Piece] = [Special.OTHER] * rows
     added = tokenizer.added_tokens_decoder
     vocabulary = tokenizer.get_vocab()
     if vocabulary.get(end_of_turn) not in added:
-        raise ValueError(f"tokenizer: no added token {end_of_turn!r}, expected one to end a turn")
+        raise ValueError(f"tokenizer: expected an added token {end_of_turn!r}, found none")
     for text, i in vocabulary.items():
         if i >= rows:
-            raise ValueError(f"token {i}: beyond the embedding's {rows} rows, expected more rows")
+            raise ValueError(f"token {i}: expected more rows in the embedding, found {rows}")
         if text == end_of_turn:
             pieces[i] = Special.END
         elif i in added:
             pieces[i] = Special.OTHER if added[i].special else text.encode()
         elif not text or not set(text) <= byte_of.keys():
-            raise ValueError(f"token {i}: {text!r} is not byte-level, expected a byte-level BPE")
+            raise ValueError(f"token {i}: expected a token of a byte-level BPE, found {text!r}")
         else:
             pieces[i] = bytes(byte_of[c] for c in text)
     return pieces
 
 
 def build_tables(pieces: Sequence[Piece], labels: Sequence[str]) -> GrammarTables:
-    """Lifts the automata for `labels`, in id order, over a vocabulary.
+    """Returns the tables of a vocabulary.
 
     Args:
-        pieces: what each row of the embedding stands for; at least one is `Special.END`.
+        pieces: the bytes or special token of each row of the embedding; at least one is
+            `Special.END`.
+        labels: the labels in id order.
 
     Raises:
         ValueError: no token ends a turn, or there are more classes than int16 counts.
     """
     if Special.END not in pieces:
-        raise ValueError("vocabulary: no end-of-turn token, expected at least one")
+        raise ValueError("vocabulary: expected at least one end-of-turn token, found none")
     steps, answer = step_automaton(), answer_automaton(labels)
     steps_class, steps_next, effort_added = _lift(pieces, steps.next_state, steps.effort)
     answer_class, answer_next, _ = _lift(pieces, answer.next_state, answer.effort)
@@ -107,7 +110,7 @@ def build_tables(pieces: Sequence[Piece], labels: Sequence[str]) -> GrammarTable
         np.stack([steps_class, answer_class]), axis=1, return_inverse=True
     )
     if both.shape[1] > np.iinfo(np.int16).max:
-        raise ValueError(f"vocabulary: {both.shape[1]} token classes, expected fewer than 32768")
+        raise ValueError(f"vocabulary: expected under 32768 token classes, found {both.shape[1]}")
     steps_next, effort_added = steps_next[both[0]], effort_added[both[0]]
     answer_next = answer_next[both[1]]
     accept = steps.outcome >= 0
@@ -127,7 +130,7 @@ def build_tables(pieces: Sequence[Piece], labels: Sequence[str]) -> GrammarTable
 
 
 def run(tables: GrammarTables, tokens: Iterable[int]) -> Outcome:
-    """Follows one completion, token by token: the reference for compiled loops."""
+    """Returns the outcome of a completion, token by token: the reference for compiled loops."""
     steps = answer = effort = 0
     for token in tokens:
         c = tables.token_class[token]
@@ -142,7 +145,7 @@ def run(tables: GrammarTables, tokens: Iterable[int]) -> Outcome:
 def _lift(
     pieces: Sequence[Piece], next_state: np.ndarray, effort: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The class of each token, and each class's next states and efforts by state.
+    """Returns the class of each token, and each class's next states and efforts by state.
 
     All tokens advance together, a byte at a time.  Only distinct pairs of (class of the bytes so
     far, next byte) are computed, a few thousand for a real vocabulary.
@@ -153,7 +156,7 @@ def _lift(
     begins = np.cumsum(lengths) - lengths
     moves = [np.arange(next_state.shape[1], dtype=np.int16)]
     added = [np.zeros(next_state.shape[1], np.int16)]
-    seen = {moves[0].tobytes() + added[0].tobytes(): 0}
+    class_of = {moves[0].tobytes() + added[0].tobytes(): 0}
     token_class = np.zeros(len(pieces), np.int64)
     for position in range(lengths.max()):
         active = np.flatnonzero(lengths > position)
@@ -163,7 +166,7 @@ def _lift(
         for n, (prefix, symbol) in enumerate(zip(*divmod(distinct, SYMBOLS), strict=True)):
             row = next_state[symbol, moves[prefix]].astype(np.int16)
             weight = (added[prefix] + effort[symbol, moves[prefix]]).astype(np.int16)
-            classes[n] = seen.setdefault(row.tobytes() + weight.tobytes(), len(moves))
+            classes[n] = class_of.setdefault(row.tobytes() + weight.tobytes(), len(moves))
             if classes[n] == len(moves):
                 moves.append(row)
                 added.append(weight)
@@ -185,13 +188,14 @@ def _distances(
     answer_accept: np.ndarray,
     in_answer: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Least tokens to a completion with *format*, over the pairs of states that can occur.
+    """Returns the least numbers of tokens to a completion with *format*, by state.
 
-    Before the answer the pair's distance is a property of the step state (the answer automaton is
-    where the steps put it), in the answer of the answer state.
+    Before the answer the distance is a property of the step state, which the answer automaton's
+    follows from; in the answer it is one of the answer state.
     """
+    # The pairs of states that can occur, as one number each, and their next pairs.
     width = answer_next.shape[1]
-    pairs = np.array([0])  # Both at their start.
+    pairs = np.array([0])
     while True:
         steps, answer = np.divmod(pairs, width)
         after = steps_next[:, steps].astype(np.int64) * width + answer_next[:, answer]
@@ -199,6 +203,7 @@ def _distances(
         if len(wider) == len(pairs):
             break
         pairs = wider
+    # Shortest ways to an accepting pair.
     target = np.searchsorted(pairs, after)
     distance = np.where(steps_accept[steps] & answer_accept[answer], 0, UNREACHABLE)
     while True:
@@ -206,6 +211,7 @@ def _distances(
         if (shorter == distance).all():
             break
         distance = shorter
+    # The least over the pairs of each state.
     steps_distance = np.full(len(steps_accept), UNREACHABLE)
     answer_distance = np.full(len(answer_accept), UNREACHABLE)
     inside = in_answer[steps]
@@ -216,10 +222,10 @@ def _distances(
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte behind each character of a byte-level BPE token, GPT-2's table.
+    """Returns the byte of each character of a byte-level BPE token, by GPT-2's table.
 
     Bytes that print in Latin-1 stand for themselves; the others, in order, for U+0100 and on.
     """
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
+    hidden = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}

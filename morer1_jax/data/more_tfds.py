@@ -10,7 +10,7 @@
 An example of `more/facts` is one fact with every field of `task.fact.Fact`, in the order of its
 split's file; `photo` is the place of its photo in the same split of `more/photos`. There each photo
 is once, its file's bytes untouched: with a photo in every fact the dataset would be 5.7 times as
-large, and who reads only titles and boxes would load all of it. TFDS's own decoding of photos knows
+large, and reading titles and boxes alone would load all of it. TFDS's own decoding of photos knows
 no EXIF, so leave it to `open_photo`, which is what training sees.
 """
 
@@ -55,7 +55,7 @@ class MORE(tfds.core.GeneratorBasedBuilder):
                 "entity_name": tfds.features.Text(),
                 "entity_span": tfds.features.Tensor(shape=(2,), dtype=np.int64),
                 "object_name": tfds.features.Text(),
-                # As bytes, because examples hold no numbers of 64 bits and a fraction.
+                # As bytes, because examples hold no float64.
                 "box": tfds.features.Tensor(
                     shape=(4,), dtype=np.float64, encoding=tfds.features.Encoding.BYTES
                 ),
@@ -105,17 +105,17 @@ class MORE(tfds.core.GeneratorBasedBuilder):
 def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
     """Checks a folder in MORE's released form, its photos too, and builds the dataset from it.
 
-    Of one that was cut off, whose facts are there and photos are not, it makes the photos.
+    A build that was cut off after its facts is completed with its photos.
 
     Args:
-      folder: local or in a bucket.
-      data_dir: where `more/facts` and `more/photos` are written.
+      folder: the folder, local or in a bucket.
+      data_dir: the folder of `more/facts` and `more/photos`.
 
     Returns:
       The folders of the two, as `tfds.builder_from_directory` takes them.
 
     Raises:
-      DataError: anything is wrong with the folder, or a dataset is there already.
+      DataError: the folder has a fault, or the dataset exists already.
       OSError: nothing can be written to `data_dir`.
     """
     if "://" not in os.fspath(data_dir):
@@ -145,7 +145,7 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
 
 
 def read_facts(data_dir: epath.PathLike, split: str) -> list[Fact]:
-    """The facts of a split, as `more.read_split` gives them.
+    """Returns the facts of a split, equal to those of `more.read_split`.
 
     Raises:
       DataError: there is no such dataset or split.

@@ -1,4 +1,4 @@
-"""How often a model solves each training fact, and the pool that this puts the fact into."""
+"""Reads and writes ratings: how often a model solves each training fact, and the fact's pool."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Rating:
 
 
 def read_ratings(path: Path) -> list[Rating]:
-    """Reads what `run_rate` wrote.
+    """Reads a file of ratings.
 
     Raises:
-      DataError: the file is missing or empty, a line is not a rating, or a fact is there twice.
+      DataError: the file is missing or empty, a line is not a rating, or a fact occurs twice.
     """
     seen: set[str] = set()
 
@@ -55,11 +55,11 @@ def write_ratings(path: Path, ratings: Sequence[Rating]) -> None:
 
 
 def histogram(ratings: Sequence[Rating], width: int = 40) -> str:
-    """The pass rates as a table of bars."""
+    """Returns a text with the pass rates as a table of bars of at most `width` characters."""
     counts = Counter(rating.pass_rate for rating in ratings)
-    most = max(counts.values())
+    max_count = max(counts.values())
     rows = [
-        f"  {rate:5.2f} {'#' * round(width * counts[rate] / most):{width}} {counts[rate]}"
+        f"  {rate:5.2f} {'#' * round(width * counts[rate] / max_count):{width}} {counts[rate]}"
         for rate in sorted(counts)
     ]
     pools = Counter(rating.pool for rating in ratings)

@@ -1,4 +1,4 @@
-"""Written reasoning through the `datasets` library: JSONL, Parquet, or a name on the hub."""
+"""Reads written reasoning with the `datasets` library: JSONL, Parquet, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def read_reasoning_dataset(
     """Reads rows of `fact` (an id, `train:12`) and `text`.
 
     Args:
-      source: a JSONL or Parquet file, local or in a bucket; or what `datasets.load_dataset` takes,
-        a folder or the name of a dataset on the hub (`owner/name`); where there is none of that
-        name, a glob.
-      split: of the dataset; a file has `train` alone.
+      source: a JSONL or Parquet file, local or in a bucket; or a dataset as
+        `datasets.load_dataset` takes it, a folder or a name on the hub (`owner/name`); or a glob.
+      facts: all facts that reasoning may be about.
+      ontology: the labels.
+      split: the dataset's split; a file has `train` alone.
 
     Returns:
       Fact id to text, in the rows' order.
 
     Raises:
       DataError: there is no such file, the `datasets` library is not installed, the source cannot
-        be loaded or is empty, or, naming the row counted from 0, see `check_reasoning`.
+        be loaded or is empty, or a row is malformed (counted from 0; see `check_reasoning`).
     """
     local = "://" not in source
     if local:
@@ -55,15 +56,17 @@ def read_reasoning_dataset(
         import datasets  # noqa: F401
     except ImportError:
         raise DataError(
-            f"{source}: to read it takes the datasets library; pip install 'morer1-jax[datasets]'"
+            f"{source}: reading it takes the datasets library; pip install 'morer1-jax[datasets]'"
         ) from None
     if not there:
         return _check(source, _rows(source, source, builder, split), split, facts, ontology)
     whole = Path(source).absolute()
     with plain_path(whole) as at:
-        # What the library keeps of a file is kept under its path, which may be gone soon.
+        # The library caches a file under its path, which lasts for this block only.
         cache = None if at == whole else at.parent
-        if cache is not None and whole.is_dir():  # Of a link it would take the folder's own name.
+        if (
+            cache is not None and whole.is_dir()
+        ):  # The library would resolve a link to the folder's own name.
             at = cache / "files"
             shutil.copytree(whole, at, copy_function=os.symlink)
         rows = _rows(source, os.fspath(at), builder, split, cache_dir=cache)
@@ -71,16 +74,16 @@ def read_reasoning_dataset(
 
 
 def _rows(source: str, at: str, builder: str | None, split: str, **options: Any) -> Any:
-    """What `datasets` reads at a place; errors call it `source`."""
+    """Returns the rows that `datasets` reads at a path; errors call it `source`."""
     import datasets
 
     if builder is not None:
         options["data_files"] = at
     try:
         return datasets.load_dataset(builder or at, split=split, **options)
-    except StopIteration:  # An empty file's.
+    except StopIteration:  # An empty file raises it.
         return ()
-    except Exception as error:  # Of many libraries: the hub's, Arrow's, a file system's.
+    except Exception as error:  # The hub, Arrow and file systems have classes of their own.
         raise DataError(
             f"{source}: split {split!r} cannot be loaded: {one_line(error.__cause__ or error)}; "
             "expected rows of fact and text in JSONL or Parquet"

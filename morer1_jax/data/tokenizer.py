@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers of the Qwen family: training a small one, and loading any.
+"""Trains small byte-level BPE tokenizers of the Qwen family, and loads any of them.
 
 A tokenizer is a folder as `transformers` saves it; a trained one differs from a published one in
 its merges alone.
@@ -18,8 +18,8 @@ from morer1_jax.errors import DataError, one_line
 from morer1_jax.files import atomic_dir
 from morer1_jax.model.special import END_OF_TURN, PAD, SPECIAL_TOKENS
 
-# How Qwen's tokenizers cut text before merging: contractions, words with the mark or space before
-# them, single digits, runs of punctuation, line ends, spaces.
+# The pieces that Qwen's tokenizers split text into before merging: contractions, words with the
+# mark or space before them, single digits, runs of punctuation, line ends, spaces.
 _CUTS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,10 +30,10 @@ _FILES = ("tokenizer.json", "vocab.json")
 
 
 def check_labels(tokenizer: PreTrainedTokenizerFast, labels: Iterable[str]) -> None:
-    """Finds labels that the tokenizer changes: no answer could ever be read as one.
+    """Checks that the tokenizer writes every label as it is, or no answer could be read as it.
 
     Raises:
-      DataError: naming the first of them.
+      DataError: naming the first label that it changes.
     """
     for label in labels:
         ids = tokenizer(label, add_special_tokens=False)["input_ids"]
@@ -48,12 +48,12 @@ def check_labels(tokenizer: PreTrainedTokenizerFast, labels: Iterable[str]) -> N
 def train_tokenizer(
     texts: Iterable[str], vocabulary: int, folder: str | Path
 ) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE with Qwen's special tokens and saves it whole.
+    """Trains a byte-level BPE tokenizer with Qwen's special tokens, and saves it.
 
     Args:
-      texts: what to learn merges from; special tokens in them are cut out.
-      vocabulary: number of tokens, the 256 bytes and the special ones among them.
-      folder: where to save it; must not exist.
+      texts: the text to learn merges from; special tokens in it are cut out.
+      vocabulary: number of tokens, the 256 bytes and the special ones included.
+      folder: the tokenizer's folder, which must not exist.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -88,13 +88,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Loads a tokenizer folder.
 
     Raises:
-      DataError: it is not there, or cannot be read.
+      DataError: the folder has no tokenizer, or it cannot be read.
     """
-    if not any((Path(path) / name).exists() for name in _FILES):  # transformers makes one up.
+    if not any((Path(path) / name).exists() for name in _FILES):  # transformers would make one up.
         raise DataError(f"{path}: no tokenizer: none of {', '.join(_FILES)} found; copy it anew")
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # tokenizers has none of its own for a file of another release.
+    except Exception as error:  # tokenizers has no class of its own for a file of another release.
         versions = f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}"
         raise DataError(
             f"{path}: no tokenizer could be loaded: {one_line(error)}; expected files that "

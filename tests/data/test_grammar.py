@@ -283,7 +283,7 @@ def test_annotated_shapes_and_types_hold():
 
 
 def test_refuses_a_vocabulary_without_end_of_turn():
-    with pytest.raises(ValueError, match="no end-of-turn"):
+    with pytest.raises(ValueError, match="expected at least one end-of-turn token"):
         build_tables([b"a", Special.OTHER], LABELS)
 
 
@@ -375,13 +375,13 @@ def test_token_bytes_of_a_tokenizer(tokenizer):
 
 
 def test_token_bytes_refuses(tokenizer):
-    with pytest.raises(ValueError, match="beyond the embedding's 100 rows"):
+    with pytest.raises(ValueError, match="expected more rows in the embedding, found 100"):
         token_bytes(tokenizer, 100)
-    with pytest.raises(ValueError, match="no added token '</s>'"):
+    with pytest.raises(ValueError, match="expected an added token '</s>'"):
         token_bytes(tokenizer, 500, end_of_turn="</s>")
     with pytest.raises(ValueError, match="no added token 'play'"):
         token_bytes(tokenizer, 500, end_of_turn="play")
     inner = Tokenizer(models.BPE(vocab={"▁a": 0}, merges=[]))
     inner.add_special_tokens(["<|im_end|>"])
-    with pytest.raises(ValueError, match="token 0: '▁a' is not byte-level"):
+    with pytest.raises(ValueError, match="token 0: '▁a' a token of a byte-level BPE"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=inner), 10)

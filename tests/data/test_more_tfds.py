@@ -125,7 +125,7 @@ def cut_line(folder):
     ("spoil", "named"),
     [
         (cut_photo, r"img_org/valid/1\.jpg \(fact valid:1\): "),
-        (cut_line, r"txt/test\.txt:5: malformed"),
+        (cut_line, r"txt/test\.txt:5: expected one Python dict"),
         (lambda folder: (folder / "rel2id.json").unlink(), r"rel2id\.json: .*No such file"),
     ],
 )
@@ -151,4 +151,6 @@ def test_the_command_builds_or_says_why_not_in_one_line(command, folder, tmp_pat
     tool = Path(__file__).parents[2] / "tools" / "build_tfds.py"
     cut_line(folder)
     _, error = command(str(tool), f"--folder={folder}", f"--data_dir={tmp_path / 'tfds'}", code=2)
-    assert error.splitlines()[-1].startswith(f"error: {folder}/txt/test.txt:5: malformed")
+    assert error.splitlines()[-1].startswith(
+        f"error: {folder}/txt/test.txt:5: expected one Python dict"
+    )
