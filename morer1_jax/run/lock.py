@@ -1,7 +1,7 @@
-"""One process at a time writes into a folder, or a file.
+"""Locks a folder or a file for one writing process at a time.
 
-The lock is the system's, on an open file, so that it ends with its process however that dies; what
-a killed one leaves of the file itself blocks nobody. Who reads asks for no lock.
+The lock is the system's, on an open file, so it ends with its process however that dies; the file
+that a killed process leaves blocks nobody. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pathlib import Path
 from morer1_jax.errors import ConfigError
 
 LOCK = ".lock"
-# Of file systems that know no locks.
+# Errors of file systems without locks.
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_COMMAND = 200  # characters of it that are shown
-# Flags that are shown: where it reads and writes. The values of others may be secret, or long.
+_COMMAND = 200  # characters of the holder's command that are shown
+# Flags that are shown: the paths that a command reads and writes. Others may be secret, or long.
 _SHOWN = re.compile(r"--?(workdir|out|config|checkpoint|data|data_dir|folder|json|jsonl|reasoning)")
 _held: set[int] = set()
 
 
 def _forget() -> None:
-    """A forked child holds no lock: else it would hold its parent's, after that one's death too."""
+    """Closes the locks in a forked child, which would hold its parent's even after its death."""
     for file in _held:
         os.close(file)
     _held.clear()
@@ -42,23 +42,24 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextlib.contextmanager
 def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None]:
-    """Keeps others, on this host and those that share its locks, from writing to `path` meanwhile.
+    """Keeps other processes that share the file system's locks from writing to `path` in the block.
 
-    Where the file system knows no locks, that is said on stderr, and nobody is kept away.
+    On a file system without locks a warning is printed, and nobody is kept away.
 
     Args:
-      folder: whether it is a folder, which is made if it is missing, and goes again if it is empty
-        at the end; else a file, or a folder that others are to find whole or not at all.
+      path: the file or folder to write.
+      folder: whether it is a folder that the lock file may be put into; the folder is made if it is
+        missing, and removed if it is empty at the end. Else the lock file is put beside `path`.
 
     Raises:
-      ConfigError: another process holds it, says who; or `path` is no file's.
+      ConfigError: another process, which the message names, holds the lock; or `path` is the root.
       OSError: nothing can be written there.
     """
     path = Path(path).resolve()
     if not folder and not path.name:
-        raise ConfigError(f"{path}: the root of all folders found, a path below it expected")
+        raise ConfigError(f"{path}: expected a path below the root, found the root")
     lock = path / LOCK if folder else path.with_name(f".{path.name}{LOCK}")
-    made = [parent for parent in lock.parents if not parent.exists()]
+    new_folders = [parent for parent in lock.parents if not parent.exists()]
     file = _take(lock, path)
     _held.add(file)
     try:
@@ -71,17 +72,17 @@ def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None
                 lock.unlink()
             os.close(file)
             with contextlib.suppress(OSError):  # Not empty.
-                for parent in made:
+                for parent in new_folders:
                     parent.rmdir()
 
 
 def _take(lock: Path, path: Path) -> int:
-    """A descriptor of the lock's file, which is this process's until it is closed."""
+    """Returns the descriptor of the lock's file, locked until it is closed."""
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # Another, who had made the folder, took it away.
+        except FileNotFoundError:  # Another process removed the folder that it had made.
             continue
         try:
             try:
@@ -105,64 +106,65 @@ def _take(lock: Path, path: Path) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # Of a file that its holder has removed since it was opened here.
+        os.close(file)  # Its holder has removed the file since it was opened here.
 
 
 def _sign(file: int, path: Path) -> None:
-    """Writes down who holds the lock.
+    """Writes this process into the lock's file.
 
-    One who did not end in order on another host may go on: some file systems lock a host at a time.
+    Warns of a holder on another host that did not end in order: some file systems lock each host by
+    itself, so it may still run.
     """
-    before = _read(file)
-    if before and before["host"] != socket.gethostname():
-        print(f"{path}: {_who(before)} did not end in order; is it over?", file=sys.stderr)
-    now = {
+    previous = _read(file)
+    if previous and previous["host"] != socket.gethostname():
+        print(f"{path}: {_describe(previous)} did not end in order; is it over?", file=sys.stderr)
+    holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
         "command": _command(),
     }
-    with contextlib.suppress(OSError):  # On a full disk the lock is one all the same.
+    with contextlib.suppress(OSError):  # On a full disk the lock holds all the same.
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(now).encode(), 0)
+        os.pwrite(file, json.dumps(holder).encode(), 0)
 
 
 def _command() -> str:
-    """This process's program, and where it reads and writes."""
+    """Returns this process's program and the flags that say what it reads and writes."""
     program, *arguments = sys.argv or [""]
     shown = [sys.executable, program]
-    wanted = False  # The value of the flag before.
+    value_follows = False
     for argument in arguments:
         flag, equals, _ = argument.partition("=")
-        known = _SHOWN.fullmatch(flag) is not None
-        if known or (wanted and not flag.startswith("-")):
+        is_shown = _SHOWN.fullmatch(flag) is not None
+        if is_shown or (value_follows and not flag.startswith("-")):
             shown.append(argument)
-        wanted = known and not equals
+        value_follows = is_shown and not equals
     return _public(shlex.join(shown))
 
 
 def _public(command: str) -> str:
-    """Without the passwords and keys that URLs may have: before an `@`, and from `?` or `#` on."""
+    """Removes passwords and keys from a command's URLs: before an `@`, and from `?` or `#` on."""
     command = re.sub(r"//[^\s'\"]*@", "//…@", command)
     return re.sub(r"(://[^\s'\"?#]*[?#])[^\s'\"]*", r"\1…", command)
 
 
 def _holder(file: int) -> str:
-    found = _read(file)
-    return _who(found) if found else "another process"
+    holder = _read(file)
+    return _describe(holder) if holder else "another process"
 
 
 def _read(file: int) -> dict[str, object] | None:
-    """What `_sign` wrote; None if nothing, or it is being written."""
+    """Returns what `_sign` wrote; None if nothing, or it is being written."""
     try:
-        found = json.loads(os.pread(file, os.fstat(file).st_size, 0))
-        return {name: found[name] for name in ("host", "pid", "since", "command")}
+        holder = json.loads(os.pread(file, os.fstat(file).st_size, 0))
+        return {name: holder[name] for name in ("host", "pid", "since", "command")}
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _who(found: dict[str, object]) -> str:
-    command = _public(" ".join(str(found["command"]).split()))
+def _describe(holder: dict[str, object]) -> str:
+    command = _public(" ".join(str(holder["command"]).split()))
     if len(command) > _COMMAND:
         command = command[: _COMMAND - 1] + "…"
-    return f"process {found['pid']} on {found['host']} since {found['since']} ({command})"
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({command})"

@@ -1,8 +1,8 @@
-"""What a run writes down as it goes: JSON lines, TensorBoard events, progress bars.
+"""A run's logs: JSON lines and TensorBoard events.
 
-A resumed run computes again the steps since its last checkpoint.  `resume_at` takes back what was
-written about them, so that every (stage, step, kind) is in a file exactly once, also after a crash.
-For that a step's lines must be written before the checkpoint of that step is saved.
+A resumed run computes again the steps since its last checkpoint.  `resume_at` drops the records of
+these steps, so that every (stage, step, kind) is in a file exactly once, also after a crash.  For
+that a step's records must be written before the checkpoint of that step is saved.
 """
 
 import json
@@ -17,7 +17,7 @@ import jax
 
 from morer1_jax.files import atomic_write, named, read_jsonl, sync_path
 
-# Seconds for which TensorBoard may be behind.
+# Seconds between two flushes of TensorBoard's events.
 _FLUSH_INTERVAL = 10.0
 
 
@@ -28,13 +28,15 @@ class RecordLog:
     """
 
     def __init__(self, path: str | os.PathLike[str], stage: str, writer: bool | None = None):
-        """Opens the file, if it is there, and drops a torn last line.
+        """Opens the file, if it exists, and drops a last line that was cut off.
 
         Args:
+          path: the file.
+          stage: the stage whose records are written.
           writer: whether this process writes; by default, whether it is the first.
 
         Raises:
-          DataError: a line of the file before the last that is not such a record.
+          DataError: a line of the file is not such a record.
         """
         self.path = Path(path)
         self.stage = stage
@@ -47,7 +49,7 @@ class RecordLog:
         """Drops this stage's records of steps after `step`; all of them if None.
 
         Args:
-          step: the step of the checkpoint that the run goes on from.
+          step: the step of the checkpoint that the run resumes from.
         """
         if self.writer:
             self._keep_until(-math.inf if step is None else step)
@@ -59,7 +61,9 @@ class RecordLog:
         `not_finite`.
 
         Args:
-          kind: what kind of records; steps increase within each kind.
+          step: the step, which increases within each kind.
+          records: JSON values by name, a record a line.
+          kind: the kind of the records, such as `train`.
 
         Raises:
           ValueError: the step was written already.
@@ -78,14 +82,14 @@ class RecordLog:
         self._last[kind] = step
 
     def sync(self) -> None:
-        """Flushes to the disk what was written: call it before a checkpoint is saved."""
+        """Flushes the records to the disk; call it before a checkpoint is saved."""
         if self.writer and self.path.exists():
             sync_path(self.path)
 
     def _line(self, step: int, kind: str, record: Mapping[str, Any]) -> str:
         head = {"stage": self.stage, "step": step, "kind": kind}
-        if taken := record.keys() & {*head, "not_finite"}:
-            raise ValueError(f"{self.path}: a record may not have its own {', '.join(taken)}")
+        if reserved := record.keys() & {*head, "not_finite"}:
+            raise ValueError(f"{self.path}: a record may not have its own {', '.join(reserved)}")
         bad: list[str] = []
         body = _finite(record, "", bad)
         return json.dumps(
@@ -93,7 +97,7 @@ class RecordLog:
         )
 
     def _keep_until(self, step: float) -> None:
-        """Drops records of this stage after `step` and a torn last line; notes the last steps."""
+        """Drops this stage's records after `step` and a partial last line; notes the last steps."""
         self._last = {}
         if not self.path.exists():
             return
@@ -123,16 +127,17 @@ class MetricLog:
     def __init__(
         self, workdir: str | os.PathLike[str], stage: str, writer: bool | None = None
     ) -> None:
+        """Opens the workdir's `metrics.jsonl`; arguments and errors are those of `RecordLog`."""
         self._log = RecordLog(Path(workdir) / "metrics.jsonl", stage, writer)
         self._folder = Path(workdir) / "tensorboard" / stage
         self._events: _Events | None = None
         self._purge_step: int | None = None
 
     def resume_at(self, step: int | None) -> None:
-        """Takes back this stage's metrics of steps after `step`; all of them if None."""
+        """Drops this stage's metrics of steps after `step`; all of them if None."""
         self._log.resume_at(step)
         self.close()
-        # Readers of event files ignore what earlier files say from this step on.
+        # Readers of event files ignore earlier files from this step on.
         self._purge_step = 0 if step is None else step + 1
 
     def write(self, step: int, metrics: Mapping[str, Any], kind: str = "train") -> None:
@@ -156,13 +161,13 @@ class MetricLog:
         )
 
     def sync(self) -> None:
-        """Flushes to the disk what was written: call it before a checkpoint is saved."""
+        """Flushes the metrics to the disk; call it before a checkpoint is saved."""
         self._log.sync()
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
-        """Ends the file of events; a later `write` begins another."""
+        """Closes the file of events; a later `write` begins another."""
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -171,19 +176,19 @@ class MetricLog:
 class _Events:
     """A file of TensorBoard events, written by the calling thread.
 
-    tensorboardX's own `SummaryWriter` hands events to a thread, whose queue its `flush` does not
-    empty: a crash would lose steps that a checkpoint has passed.
+    tensorboardX's own `SummaryWriter` passes events to a thread, whose queue its `flush` does not
+    empty: a crash would lose the events of steps before a checkpoint.
     """
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
-        # Imported here: it takes seconds, and most of what imports this module writes none.
+        # Imported here: it takes seconds, and most importers of this module write no events.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        # Of its own accord it names files by the second, and overwrites within the same one.
+        # By default it names files by the second, and overwrites one of the same second.
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed = time.monotonic()
         if purge_step is not None:
@@ -211,7 +216,7 @@ class _Events:
 
 
 def _finite(value: Any, key: str, bad: list[str]) -> Any:
-    """`value` with None for what JSON cannot hold, whose dotted keys are added to `bad`."""
+    """Returns `value` with None for NaN and infinity, whose dotted keys are added to `bad`."""
     if isinstance(value, Mapping):
         return {
             name: _finite(v, f"{key}.{name}" if key else name, bad) for name, v in value.items()

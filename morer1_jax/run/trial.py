@@ -1,4 +1,4 @@
-"""Finds out before the work whether checkpoints can be saved where they are to be."""
+"""Checks before the work that checkpoints can be saved in a workdir."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from morer1_jax.run.manifest import CheckpointError
 def check_saves(workdir: Path) -> None:
     """Saves a small checkpoint, reads it back and deletes it.
 
-    So a path or a disk with which that fails is found before the work that is to be saved.
+    A path or a disk that cannot hold checkpoints is found before the work is done.
 
     Raises:
-      CheckpointError: it fails.
+      CheckpointError: the small checkpoint could not be saved or read back.
     """
-    trial = workdir / ".checkpoint-to-try-it-out"  # A path as long as any stage's.
+    trial = workdir / ".checkpoint-to-try-it-out"  # As long as any stage's path.
     state = {"a": jnp.arange(3.0), "b": {"c": jnp.ones((2, 2), jnp.bfloat16)}}
-    shutil.rmtree(trial, ignore_errors=True)  # Of a run that was killed meanwhile.
+    shutil.rmtree(trial, ignore_errors=True)  # A killed run may have left it.
     try:
         checkpoints = Checkpointer(trial / "best")
         checkpoints.save(1, state)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        found, _ = checkpoints.restore(1, like)
+        restored, _ = checkpoints.restore(1, like)
         same = jax.tree.map(
-            lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), state, found
+            lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), state, restored
         )
         if not all(jax.tree.leaves(same)):
             raise CheckpointError("other numbers were read than were saved")
-    except Exception as error:  # Of orbax, tensorstore and the file system.
-        why = getattr(error, "strerror", None) or one_line(error)
+    except Exception as error:  # Orbax, tensorstore and file systems have classes of their own.
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise CheckpointError(
-            f"{workdir}: no checkpoint can be saved there and read back: {why}; use another "
+            f"{workdir}: no checkpoint can be saved there and read back: {reason}; use another "
             "--workdir"
         ) from error
     finally:

@@ -130,7 +130,7 @@ def test_what_an_earlier_version_wrote_of_a_command_is_shown_without_secrets(tmp
 
 def test_the_root_of_all_folders_is_no_file(tmp_path):
     for root in ("/", "//", f"{tmp_path}/" + "../" * len(tmp_path.parts)):
-        assert refusal(root) == "/: the root of all folders found, a path below it expected"
+        assert refusal(root) == "/: expected a path below the root, found the root"
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
