@@ -29,7 +29,8 @@ from morer1_jax.batch import PromptBatch
 from morer1_jax.learn.accumulate import accumulate, add
 from morer1_jax.learn.state import TrainState, apply_gradients
 from morer1_jax.learn.trainable import join
-from morer1_jax.model.scorer import Params, ScoreConfig, group_logprobs
+from morer1_jax.model.layers import Params
+from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.model.vlm import Qwen25VL
 
 Metrics = dict[str, Array]
@@ -144,13 +145,16 @@ def token_losses(
       Losses, and by name whether the ratio was clipped (`clip_low`, `clip_high`) and, with a
       reference, `kl`.
     """
+    # The clipped objective.
     advantage = advantages[..., None]
     ratio = jnp.exp(new - old)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     losses = -jnp.minimum(ratio * advantage, clipped * advantage)
+    # w_t: truncated importance sampling.
     if config.importance_cap is not None:
         losses = losses * jnp.minimum(jnp.exp(old - sampler), config.importance_cap)
     diagnostics = {
+        # Only where the clip takes the gradient away, as in TRL.
         "clip_low": (ratio < 1.0 - config.clip_low) & (advantage < 0),
         "clip_high": (ratio > 1.0 + config.clip_high) & (advantage > 0),
     }
@@ -253,6 +257,7 @@ def combined_metrics(updates: Sequence[Metrics]) -> Metrics:
 
 
 def _means(sums: Metrics) -> Metrics:
+    """Divides sums over tokens by their number, under TRL's names."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
     low, high = sums["clip_low"] / tokens, sums["clip_high"] / tokens
     return {

@@ -17,7 +17,8 @@ from morer1_jax.batch import SequenceBatch
 from morer1_jax.learn.accumulate import accumulate
 from morer1_jax.learn.state import TrainState, apply_gradients
 from morer1_jax.learn.trainable import join
-from morer1_jax.model.scorer import Params, ScoreConfig, sequence_logprobs
+from morer1_jax.model.layers import Params
+from morer1_jax.model.scorer import ScoreConfig, sequence_logprobs
 from morer1_jax.model.vlm import Qwen25VL
 
 Metrics = dict[str, Array]
@@ -56,6 +57,7 @@ def sft_gradients(
     Returns:
       Gradients, and the metrics `loss`, `entropy` and `target_tokens`.
     """
+    # Over the whole batch beforehand, so that a micro-batch's loss is a plain sum.
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def micro_gradients(part: SequenceBatch) -> tuple[Params, dict[str, Array]]:
@@ -87,6 +89,7 @@ def make_sft_step(
 
     def step(state: TrainState, frozen: Params, batch: SequenceBatch) -> tuple[TrainState, Metrics]:
         grads, metrics = sft_gradients(model, state.params, batch, config, micro_batches, frozen)
+        # `apply_gradients` checks the gradients themselves.
         sound = jnp.isfinite(metrics["loss"])
         params, opt_state, norms = apply_gradients(state, grads, optimizer, sound)
         return TrainState(state.step + 1, params, opt_state), metrics | norms

@@ -16,10 +16,9 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from morer1_jax.learn.trainable import ALL, TrainableParts, factors
+from morer1_jax.learn.trainable import ALL, TrainableParts, shares
+from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL, init_params
-
-Params = dict[str, Any]
 
 
 @struct.dataclass
@@ -79,6 +78,7 @@ class OptimizerConfig:
         else:
             length = max(updates - 1 - self.warmup, 1)
             rest = optax.cosine_decay_schedule(self.lr, length, alpha=self.final)
+        # From lr / (warmup + 1) on: at a rate of 0 the first update would change nothing.
         ramp = optax.linear_schedule(self.lr / (self.warmup + 1), self.lr, max(self.warmup, 1))
         return optax.join_schedules([ramp, rest], [self.warmup])
 
@@ -94,8 +94,9 @@ class OptimizerConfig:
                 weight_decay=self.weight_decay,
                 mask=_decayed,
             ),
+            # After AdamW, whose step does not depend on the gradients' scale.
             optax.stateless(
-                lambda changes, _: jax.tree.map(jnp.multiply, changes, factors(changes, parts))
+                lambda changes, _: jax.tree.map(jnp.multiply, changes, shares(changes, parts))
             ),
         )
 

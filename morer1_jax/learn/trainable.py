@@ -52,8 +52,9 @@ class TrainableParts:
                 "that nothing trains; give one a share of the learning rate"
             )
 
-    def factor(self, path: tuple[str, ...]) -> float:
+    def share(self, path: tuple[str, ...]) -> float:
         """Returns the share of the learning rate at which the leaf at `path` trains."""
+        # The merger's parameters lie in the tower's branch.
         if path[0] == "vision":
             return self.merger if path[1].startswith("merger") else self.vision
         if self.lora is not None and path[-1] not in ADAPTER:
@@ -67,8 +68,8 @@ ALL = TrainableParts()
 def split(params: Params, parts: TrainableParts) -> tuple[Params, Params]:
     """Splits parameters into (trained, frozen), without copying."""
     return (
-        select(params, lambda path: parts.factor(path) > 0),
-        select(params, lambda path: parts.factor(path) == 0),
+        select(params, lambda path: parts.share(path) > 0),
+        select(params, lambda path: parts.share(path) == 0),
     )
 
 
@@ -102,8 +103,8 @@ def join(trained: Params, frozen: Params) -> Params:
     }
 
 
-def factors(trained: Params, parts: TrainableParts) -> Any:
+def shares(trained: Params, parts: TrainableParts) -> Any:
     """Returns a tree of every trained leaf's share of the learning rate."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: parts.factor(tuple(entry.key for entry in path)), trained
+        lambda path, _: parts.share(tuple(entry.key for entry in path)), trained
     )

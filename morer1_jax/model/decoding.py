@@ -86,6 +86,7 @@ class KVCache:
     def grown(self, length: int) -> KVCache:
         """Returns a copy with room for completions of `length` tokens."""
 
+        # Keys have their tokens last, values next to last.
         def pad(layer: LayerKV) -> LayerKV:
             added = length - layer.k.shape[-1]
             keys = [(0, 0)] * (layer.k.ndim - 1) + [(0, added)]
@@ -154,6 +155,7 @@ class Cached:
         """
         b, g, _, e = q.shape
         kv_heads = k.shape[-2]
+        # Written first, so that the token sees itself.
         cache = cache.written(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), self.index)
         prompt_k, prompt_v, own_k, own_v = cache.current(q.dtype)
         queries = jnp.moveaxis(q.reshape(b, g, kv_heads, -1, e), 2, 1)

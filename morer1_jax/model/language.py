@@ -46,6 +46,7 @@ class DecoderLayer(nn.Module):
         cfg, run, std = self.config, self.runtime, self.config.initializer_range
         x, cache = carry
         y = rms_norm(cfg.rms_norm_eps, run, name="input_norm")(x)
+        # Keys are rotated before they are cached, since their positions never change.
         q_heads = (cfg.num_attention_heads, cfg.head_dim)
         kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
         linear = functools.partial(dense, runtime=run, std=std, lora=self.lora)
@@ -93,6 +94,7 @@ class Decoder(nn.Module):
         cfg, run = self.config, self.runtime
         rotary = multimodal_rotary(positions, cfg)
         norm = rms_norm(cfg.rms_norm_eps, run, name="norm")
+        # One-token decoding with layers apart (`Runtime.decode_unroll`).
         if isinstance(cache, tuple):
             layer_caches = []
             for i, layer_cache in enumerate(cache):
@@ -119,6 +121,7 @@ def multimodal_rotary(positions: Int[Array, "3 b s"], config: TextConfig) -> Rot
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     frequencies = 1 / config.rope_theta**exponents
+    # Which of the three positions each frequency follows.
     axis = np.repeat(np.arange(3), config.mrope_section)
     angles = jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32) * frequencies
     return cos_sin(angles)

@@ -86,6 +86,7 @@ class AdaptedDense(nn.Module):
         axes = base.axis if isinstance(base.axis, tuple) else (base.axis,)
         features = base.features if isinstance(base.features, tuple) else (base.features,)
         inputs = tuple(x.shape[axis] for axis in axes)
+        # B = 0 leaves the model as it is at first; A keeps the scale of its input.
         std = math.prod(inputs) ** -0.5
         down = self.param(
             "lora_a", nn.initializers.normal(std), (*inputs, self.lora.rank), base.param_dtype
@@ -94,6 +95,7 @@ class AdaptedDense(nn.Module):
             "lora_b", nn.initializers.zeros, (self.lora.rank, *features), base.param_dtype
         )
         x, down, up = (value.astype(out.dtype) for value in (x, down, up))
+        # (x A) B, since A B would be as large as the kernel.
         axes = tuple(axis % x.ndim for axis in axes)
         narrow = dot_general(x, down, ((axes, tuple(range(len(axes)))), ((), ())))
         wide = dot_general(narrow, up, (((narrow.ndim - 1,), (0,)), ((), ())))

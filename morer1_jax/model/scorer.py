@@ -8,17 +8,15 @@ completion, d model, v vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
+from morer1_jax.model.layers import Params
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
-
-Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +54,7 @@ def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float
 
     Images are encoded here, unless the batch has their features.
     """
+    # The features of a frozen tower, computed before training.
     if isinstance(batch.vision, FeatureBatch):
         return module.embed(batch.tokens, batch.vision.features, batch.vision_index)
     images = vision_inputs(batch.vision)

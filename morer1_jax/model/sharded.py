@@ -58,10 +58,12 @@ class ShardedKernels:
         self, run: Callable[..., Queries], q: Queries, k: Keys, v: Keys, *masks: Array
     ) -> Queries:
         """Runs a kernel under `shard_map`; masks are split by rows alone."""
+        # Rows over all of their axes, or not at all.
         sizes = self.mesh.shape
         rows = None
         if q.shape[0] % math.prod(sizes[axis] for axis in self.rows) == 0:
             rows = self.rows
+        # Heads, with as few copies of key-value heads as make the axis divide them.
         heads, devices = None, sizes.get(self.heads, 1)
         copies = devices // math.gcd(devices, k.shape[2])
         if devices > 1 and q.shape[2] % (copies * k.shape[2]) == 0:

@@ -161,6 +161,7 @@ class _SharedPrefixMask(splash.Mask):
         return place | number << _PLACE_BITS
 
     def mask_function(self, query: Array, key: Array) -> Array:
+        # Causal in the row; of the completions, the query's own alone.
         place = query & ((1 << _PLACE_BITS) - 1)
         own = self.prompt + (query >> _PLACE_BITS) * self.completion
         return (key <= place) & ((key < self.prompt) | (key >= own))

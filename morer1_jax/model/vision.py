@@ -145,8 +145,10 @@ class VisionTower(nn.Module):
         """Returns image tokens in slot order, m = w·p / merge²; those of padding are finite."""
         cfg, run = self.config, self.runtime
         std = cfg.initializer_range
+        # The reference's convolution has a stride as large as its kernel, so is linear in patches.
         x = dense(cfg.hidden_size, run, std, name="patch_embed")(inputs.patches)
         slots = axial_rotary(inputs.positions, cfg), inputs.image_ids, inputs.part_ids
+        # A scan over groups compiles one group; an irregular tower is unrolled.
         if cfg.period:
             groups = scanned(VisionGroup, cfg.depth // cfg.period, inputs=3)
             x, _ = groups(cfg, run, name="groups")(x, *slots)
@@ -165,6 +167,7 @@ class VisionTower(nn.Module):
 
 def axial_rotary(positions: Int[Array, "b w p 2"], config: VisionConfig) -> Rotary:
     """Returns cosines and sines of angles whose halves follow the patch's row and its column."""
+    # Rows and columns share the frequencies, half of a head's pairs each.
     half = config.head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / half
     frequencies = 1 / config.rope_theta**exponents

@@ -74,6 +74,7 @@ class Qwen25VL(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.runtime.dtype)
         if vision_tokens is None:
             return x
+        # Where there is no image token, any is gathered and then left out.
         place = jnp.maximum(vision_index, 0)[..., None]
         vision = jnp.take_along_axis(vision_tokens, place, axis=1).astype(x.dtype)
         return jnp.where(vision_index[..., None] >= 0, vision, x)
@@ -105,6 +106,7 @@ class Qwen25VL(nn.Module):
         attend = Cached(cache.prompt_mask, cache.index)
         axes = jnp.broadcast_to(positions, (3, *positions.shape))
         hidden, layers, _ = self.language(x, axes, attend, cache=cache.layers)
+        # The scan has counted the stack's layer up; the next token begins at the first one.
         if isinstance(layers, LayerKV):
             layers = layers.replace(layer=jnp.zeros((), jnp.int32))
         return hidden, cache.replace(layers=layers, index=cache.index + 1)

@@ -51,6 +51,7 @@ def draw_token(
       int32 ids and their float32 log-probabilities in nats; of an id that is not allowed, drawn for
       want of a finite logit, -inf.
     """
+    # A softmax in parts: its weights serve the draw and the log-probability alike.
     scaled = logits / temperature if temperature else logits
     logits = jnp.where(allowed, scaled, DISALLOWED)
     largest = jnp.max(logits, axis=-1, keepdims=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.data.grammar import GrammarTables
-from morer1_jax.model.scorer import Params
+from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.reward import (
     PARTS,

@@ -22,7 +22,8 @@ from morer1_jax.batch import PromptBatch
 from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import KVCache, init_cache, separate_layers
-from morer1_jax.model.scorer import Params, embed_prompts, last_valid
+from morer1_jax.model.layers import Params
+from morer1_jax.model.scorer import embed_prompts, last_valid
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.draw import draw_token, leads_to_end
@@ -139,6 +140,7 @@ def sample_keys(
       fact: each prompt's fact, as in `PromptBatch`.
       group: samples of each prompt.
     """
+    # Folded one number at a time, so that a key depends on nothing else of the batch.
     base = jax.random.fold_in(jax.random.key(seed), step)
 
     def one(fact: Array, sample: Array) -> Array:
@@ -267,6 +269,7 @@ def decode_last_token(
     token = jax.lax.dynamic_index_in_dim(state.tokens, last, axis=-1, keepdims=False)
 
     def run(module: Qwen25VL) -> tuple[Array, KVCache]:
+        # Completions are text: one position for all three axes, going on from the prompt's.
         x = module.embed(token)
         positions = jnp.broadcast_to((first_position + last)[:, None], token.shape)
         return module.decode(x, positions, state.cache)
@@ -287,6 +290,7 @@ def append_token(
 
     A sample that has ended gets id 0, which counts for nothing.
     """
+    # The token.
     permitted = allowed
     if config.guided:
         tokens_left = config.length - state.index - 1
@@ -297,7 +301,7 @@ def append_token(
     token = jnp.where(state.ended, 0, token)
     alive = ~state.ended
 
-    # The automata look a token up by its class and their state; see `data.grammar`.
+    # What the automata read: by the token's class and their state (see `data.grammar`).
     token_class = grammar.token_class[token]
     effort = grammar.effort_added[token_class, state.steps_state].astype(jnp.int32)
     steps_state = grammar.steps_next[token_class, state.steps_state]

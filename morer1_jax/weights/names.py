@@ -18,8 +18,8 @@ import numpy as np
 
 from morer1_jax.errors import WeightsError
 from morer1_jax.model.config import ModelConfig
+from morer1_jax.model.layers import Params
 
-Params = dict[str, Any]
 _FORMS = (
     ("model.language_model.", "model."),
     ("model.visual.", "visual."),

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError, one_line
 from morer1_jax.model.config import DEFAULT_IDS, LoRA, ModelConfig
-from morer1_jax.model.layers import merged_kernel
+from morer1_jax.model.layers import Params, merged_kernel
 from morer1_jax.progress import progress
 from morer1_jax.weights.finite import count_not_finite
 from morer1_jax.weights.folder import (
@@ -49,7 +49,6 @@ from morer1_jax.weights.folder import (
 )
 from morer1_jax.weights.names import (
     LeafSlice,
-    Params,
     canonical_names,
     check_tensors,
     leaf_slices,
@@ -94,6 +93,7 @@ class Checkpoint:
                 f"{self.folder / CONFIG}: {one_line(e)}; expected Qwen2.5-VL's, copy it anew"
             ) from e
         self._ids = {key: described.get(key) for key in DEFAULT_IDS}
+        # What every file holds, by its header: no tensor is read yet.
         self.slices = leaf_slices(self.config)
         shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -170,6 +170,7 @@ class Checkpoint:
             tuple(key.key for key in path): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(like)
         }
+        # Both ends of a tied head, which must hold the same.
         digests: dict[str, bytes] = {}
         total = sum(len(names) for names in self._files.values())
         with progress(desc=f"load {self.folder.name}", total=total, unit="tensor") as bar:

@@ -10,7 +10,7 @@ import pytest
 
 from morer1_jax.learn.sft import make_sft_step, sft_gradients
 from morer1_jax.learn.state import OptimizerConfig, new_state
-from morer1_jax.learn.trainable import ADAPTER, TrainableParts, factors, join, select, split
+from morer1_jax.learn.trainable import ADAPTER, TrainableParts, join, select, shares, split
 from morer1_jax.model.config import LORA_TARGETS, LoRA, Runtime
 from morer1_jax.model.layers import merged_kernel
 from morer1_jax.model.scorer import ScoreConfig, sequence_logprobs
@@ -175,9 +175,9 @@ def test_each_part_moves_at_its_share_of_the_rate_and_frozen_ones_not_at_all(tin
 def test_shares_of_every_leaf(adapted):
     _, params = adapted
     parts = TrainableParts(vision=0.5, merger=2.0, language=3.0, lora=ADAPTERS)
-    shares = factors(split(params, parts)[0], parts)
-    for path in paths(shares):
-        value = functools.reduce(lambda tree, key: tree[key], path, shares)
+    tree = shares(split(params, parts)[0], parts)
+    for path in paths(tree):
+        value = functools.reduce(lambda branch, key: branch[key], path, tree)
         expected = 3.0 if path[-1] in ADAPTER else 2.0 if "merger" in path[1] else 0.5
         assert value == expected, path
 
