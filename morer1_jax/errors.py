@@ -19,7 +19,7 @@ class NotFiniteError(DataError):
     """A number that is not finite; the message is one line."""
 
 
-class Faults:
+class ErrorList:
     """The errors of one pass over the data, raised together so that a user sees all at once."""
 
     def __init__(self, max_errors: int = 20) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from morer1_jax.data.features import FeatureStore
 from morer1_jax.data.images import ImageReader, Patches
 from morer1_jax.data.shapes import SampleSize
-from morer1_jax.errors import DataError, Faults
+from morer1_jax.errors import DataError, ErrorList
 from morer1_jax.model.config import VisionConfig
 from morer1_jax.model.special import IMAGE_PAD, SpecialIds
 from morer1_jax.model.windows import Grid
@@ -163,7 +163,7 @@ class SampleReader:
           DataError: up to 20 photos of a shape that the processor refuses, each with the first fact
             that shows it; or the first fact whose prompt, target or images exceed the limits.
         """
-        sizes, faults, refused_photos = [], Faults(), set()
+        sizes, faults, refused_photos = [], ErrorList(), set()
         for fact in facts:
             try:
                 grids = self.grids(fact, photo_sizes[fact.photo])

@@ -34,6 +34,7 @@ def score(facts: Sequence[Fact], predictions: Sequence[str | None], ontology: On
         facts: all facts of the split: pairs of title and photo are counted from them, as the facts
             that share a photo.
         predictions: a label for each fact, or None where the answer could not be read.
+        ontology: the labels.
 
     Returns:
         In percent but for counts:
@@ -49,7 +50,8 @@ def score(facts: Sequence[Fact], predictions: Sequence[str | None], ontology: On
         Macro scores are means over the labels other than `none` that have support.
 
     Raises:
-        ValueError: no facts, not one prediction a fact, or a label that is not the ontology's.
+        ValueError: there are no facts, the predictions are not one a fact, or a label is not the
+            ontology's.
     """
     if not facts or len(facts) != len(predictions):
         raise ValueError(

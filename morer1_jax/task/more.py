@@ -23,7 +23,7 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from morer1_jax.errors import DataError, Faults, one_line
+from morer1_jax.errors import DataError, ErrorList, one_line
 from morer1_jax.files import atomic_write, read_jsonl, read_lines, write_jsonl
 from morer1_jax.task.answer import Special, read
 from morer1_jax.task.fact import Fact, composed
@@ -84,15 +84,15 @@ def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[F
             photos.setdefault(composed(photo.name), []).append(photo.name)
     except OSError as e:
         raise DataError(f"{path}: expected the folder of its photos, found {one_line(e)}") from e
-    facts, faults = [], Faults()
+    facts, errors = [], ErrorList()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A title may hold '\d', which is no escape.
         for number, line in enumerate(lines, start=1):
             try:
                 facts.append(_parse_fact(f"{split}:{number}", line, ontology, photos))
             except DataError as e:
-                faults.add(DataError(f"{path}:{number}: {e}"))
-    faults.check()
+                errors.add(DataError(f"{path}:{number}: {e}"))
+    errors.check()
     return facts
 
 
@@ -205,14 +205,14 @@ def check_photos(
     with ThreadPoolExecutor(_READERS) as pool:
         outcomes = tqdm(pool.map(check, first.values()), "photos", len(first), unit="photo")
         photos: dict[str, PhotoInfo] = {}
-        faults = Faults()
+        errors = ErrorList()
         try:
             for photo, outcome in zip(first, outcomes, strict=True):
                 if isinstance(outcome, DataError):
-                    faults.add(outcome)
+                    errors.add(outcome)
                 else:
                     photos[photo] = outcome
-            faults.check()
+            errors.check()
             return photos
         except BaseException:  # Whoever interrupts does not wait for the other photos.
             pool.shutdown(cancel_futures=True)
