@@ -20,6 +20,10 @@ pass where parameters train, once where only the gradient passes through.
 
 from __future__ import annotations
 
+import numpy as np
+from jaxtyping import Int
+
+from morer1_jax.batch import FeatureBatch, VisionBatch
 from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
 
 # Dense bfloat16 FLOP/s of one device (a TPU chip or core as JAX counts them), of its data sheet.
@@ -96,6 +100,30 @@ def vision_flops(
     merged = unit * vision.hidden_size
     merger = 2 * merged * (merged + vision.out_hidden_size) / unit
     return patches * (patch_flops(vision) + merger) + 4 * vision.hidden_size * pairs
+
+
+def batch_vision_flops(vision: VisionConfig, images: VisionBatch | FeatureBatch) -> float:
+    """Returns the FLOPs of encoding a batch's images once, padding left out.
+
+    Args:
+      vision: the tower's sizes.
+      images: of the batch; features, which no tower encodes, cost nothing.
+    """
+    if isinstance(images, FeatureBatch):
+        return 0.0
+    image_sizes, window_sizes = (_count_slots(ids) for ids in (images.image_ids, images.part_ids))
+    return vision_flops(
+        vision,
+        patches=image_sizes.sum(),
+        window_pairs=(window_sizes**2).sum(),
+        image_pairs=(image_sizes**2).sum(),
+    )
+
+
+def _count_slots(ids: Int[np.ndarray, "b w p"]) -> Int[np.ndarray, " ids"]:
+    """Returns the number of slots of each id of each row; -1 is padding."""
+    rows = np.asarray(ids).reshape(len(ids), -1)
+    return np.concatenate([np.bincount(row[row >= 0]) for row in rows]).astype(np.int64)
 
 
 def row_flops(config: ModelConfig, length: int, slots: int) -> float:

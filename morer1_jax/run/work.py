@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
+from morer1_jax.batch import PromptBatch, SequenceBatch
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import ModelConfig
-from morer1_jax.model.flops import peak_flops, text_flops, vision_flops
+from morer1_jax.model.flops import batch_vision_flops, peak_flops, text_flops
 
 
 class Work(NamedTuple):
@@ -47,25 +47,6 @@ class Passes(NamedTuple):
         return cls(text=2 + whole, vision=1 + through + (parts.vision > 0))
 
 
-def vision_work(config: ModelConfig, vision: VisionBatch | FeatureBatch) -> float:
-    """FLOPs of encoding a batch's images once."""
-    if isinstance(vision, FeatureBatch):
-        return 0.0
-    in_image, in_part = (_sizes(ids) for ids in (vision.image_ids, vision.part_ids))
-    return vision_flops(
-        config.vision,
-        patches=in_image.sum(),
-        window_pairs=(in_part**2).sum(),
-        image_pairs=(in_image**2).sum(),
-    )
-
-
-def _sizes(ids: np.ndarray) -> np.ndarray:
-    """How many slots each id of a row has, of all rows."""
-    rows = np.asarray(ids).reshape(len(ids), -1)
-    return np.concatenate([np.bincount(row[row >= 0]) for row in rows]).astype(np.int64)
-
-
 def sequence_work(config: ModelConfig, passes: Passes, batch: SequenceBatch) -> Work:
     """Of a step of SFT."""
     lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment_ids]).astype(np.int64)
@@ -75,7 +56,7 @@ def sequence_work(config: ModelConfig, passes: Passes, batch: SequenceBatch) -> 
         pairs=(lengths * (lengths + 1) // 2).sum(),
         logits=np.count_nonzero(batch.weights),
     )
-    vision = vision_work(config, batch.vision)
+    vision = batch_vision_flops(config.vision, batch.vision)
     flops = passes.text * text + passes.vision * vision
     return Work(float(lengths.sum()), float(flops))
 
@@ -103,7 +84,7 @@ def group_work(
     tokens = prompt.sum() + lengths.sum()
     # The rollout's is the same work as one forward pass: each token passes once.
     text = text_flops(config.text, tokens, pairs, lengths.sum())
-    vision = vision_work(config, prompts.vision)
+    vision = batch_vision_flops(config.vision, prompts.vision)
     flops = (1 + scored + updates * passes.text) * text
     flops += (1 + scored + updates * passes.vision) * vision
     return Work(float(tokens), float(flops))

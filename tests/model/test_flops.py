@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from morer1_jax.batch import FeatureBatch, VisionBatch
 from morer1_jax.model import flops
 from morer1_jax.model.attention import masked_attention
 from morer1_jax.model.vision import VisionInputs
@@ -66,6 +67,18 @@ def test_vision(case):
         vision, patches=2 * p, window_pairs=2 * p**2, image_pairs=(2 * p) ** 2
     )
     assert expected == counted
+
+
+def test_a_batch_counts_its_images_and_no_padding(case):
+    """Two rows: an image of 5 and 2 slots in its windows beside one of 3 slots; and no image."""
+    vision = case.config.vision
+    image_ids = np.array([[[0, 0, 0, 0, 0, -1], [0, 0, 1, 1, 1, -1]], np.full((2, 6), -1)])
+    part_ids = np.array([[[0, 0, 0, 0, 0, -1], [1, 1, 2, 2, 2, -1]], np.full((2, 6), -1)])
+    patches = np.zeros((2, 2, 6, vision.patch_dim), np.float32)
+    images = VisionBatch(patches, np.zeros((2, 2, 6, 2), np.int32), image_ids, part_ids)
+    expected = flops.vision_flops(vision, patches=10, window_pairs=25 + 4 + 9, image_pairs=49 + 9)
+    assert flops.batch_vision_flops(vision, images) == expected
+    assert flops.batch_vision_flops(vision, FeatureBatch(np.zeros((2, 3, 4)))) == 0
 
 
 def test_a_row_counts_its_padding(case):

@@ -5,9 +5,9 @@ import pytest
 
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import LoRA
-from morer1_jax.model.flops import text_flops
+from morer1_jax.model.flops import batch_vision_flops, text_flops
 from morer1_jax.run import work as throughput
-from morer1_jax.run.work import Passes, Work, group_work, sequence_work, vision_work
+from morer1_jax.run.work import Passes, Work, group_work, sequence_work
 
 
 def test_padding_and_packing_change_nothing(tiny):
@@ -32,7 +32,7 @@ def test_a_step_of_sft(tiny):
     with_images = tiny.sequences([[2]])
     text = sequence_work(tiny.CONFIG, Passes(1, 0), with_images).flops
     whole = sequence_work(tiny.CONFIG, Passes(1, 2), with_images).flops
-    assert whole - text == 2 * vision_work(tiny.CONFIG, with_images.vision) > 0
+    assert whole - text == 2 * batch_vision_flops(tiny.CONFIG.vision, with_images.vision) > 0
 
 
 def test_a_step_of_grpo(tiny):
@@ -45,7 +45,7 @@ def test_a_step_of_grpo(tiny):
         s = len(sample.prompt)
         pairs = s * (s + 1) // 2 + sum(t * s + t * (t + 1) // 2 for t in answers)
         expected += text_flops(tiny.CONFIG.text, s + answers.sum(), pairs, answers.sum())
-    expected += vision_work(tiny.CONFIG, prompts.vision)
+    expected += batch_vision_flops(tiny.CONFIG.vision, prompts.vision)
     assert work.flops == pytest.approx((1 + 1 + 3) * expected, rel=1e-12)
     assert work.tokens == lengths.sum() + sum(len(s.prompt) for s in tiny.samples())
 
