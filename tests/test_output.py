@@ -20,14 +20,14 @@ from pathlib import Path
 from morer1_jax.cli import run_main
 from morer1_jax.config.binding import load
 from morer1_jax.progress import progress
-from morer1_jax.stages.marker import Stage
+from morer1_jax.stages.marker import read_results, write_marker
 
 def main(argv):
     workdir, lines = Path("run"), int(os.environ["LINES"])
     for _ in range(2):  # The second time it is read.
         load({"data": {"folder": "Fußball/日本"}}, workdir)
-        Stage(workdir, "rate").finish({"best": "é"})
-        assert Stage(workdir, "rate").results() == {"best": "é"}
+        write_marker(workdir / "rate", {}, {"best": "é"})
+        assert read_results(workdir / "rate") == {"best": "é"}
     for _ in progress(range(3), desc="größer"):
         with contextlib.suppress(BrokenPipeError):  # `head` may have ended by now.
             os.write(2, b"of a library\\n")
