@@ -144,8 +144,8 @@ def hub_hint(path: str, kind: str = "") -> str:
     if not _HUB_NAME.fullmatch(path) or path.startswith(".") or _FILE_NAME.search(path):
         return ""
     parent = Path(path).parent
-    here = parent if parent.exists() else _similar_path(path)
+    nearest = parent if parent.exists() else _similar_path(path)
     return (
-        f" (not looked for there, as {here} is on this machine; if it is meant, hf download "
+        f" (not looked for there, as {nearest} is on this machine; if it is meant, hf download "
         f"{kind}{path}, and name the folder that it prints)"
     )

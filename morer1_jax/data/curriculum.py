@@ -63,8 +63,8 @@ class Pool:
         out = np.empty(count, self.items.dtype)
         for epoch in np.unique(places // size):
             order = np.random.default_rng((*self._seed, int(epoch))).permutation(size)
-            here = places // size == epoch
-            out[here] = self.items[order[places[here] % size]]
+            in_epoch = places // size == epoch
+            out[in_epoch] = self.items[order[places[in_epoch] % size]]
         return out
 
     def batch(self, step: int, size: int) -> np.ndarray:

@@ -39,20 +39,20 @@ def bind(path: Path, digests: Mapping[str, str], source: object) -> None:
     Raises:
       DataError: a digest differs, is missing or is new; the message names it and what to do.
     """
-    kept = read_json(path, "use a new --workdir") if path.exists() else {}
-    kinds = {_kind(name) for name in kept}
+    before = read_json(path, "use a new --workdir") if path.exists() else {}
+    kinds = {_kind(name) for name in before}
     new = {
         name: digest
         for name, digest in digests.items()
-        if not kept or (_kind(name) in _ADDED and _kind(name) not in kinds)
+        if not before or (_kind(name) in _ADDED and _kind(name) not in kinds)
     }
-    if changed := differences({**kept, **new}, digests):
+    if changed := differences({**before, **new}, digests):
         raise DataError(
             f"{source}: {changed} since the run began ({path}); put what was there back, or use a "
             "new --workdir"
         )
     if new:
-        write_json(path, kept | new)
+        write_json(path, before | new)
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:

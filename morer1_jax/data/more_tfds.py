@@ -123,23 +123,23 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
     builders = [
         MORE(data_dir=data_dir, config=name, file_format="array_record") for name in (FACTS, PHOTOS)
     ]
-    there = [builder for builder in builders if builder.data_path.exists()]
-    if there and there != builders[:1]:
+    existing = [builder for builder in builders if builder.data_path.exists()]
+    if existing and existing != builders[:1]:
         raise DataError(
-            f"{there[0].data_path}: there is a dataset already; delete it, or use another folder"
+            f"{existing[0].data_path}: there is a dataset already; delete it, or use another folder"
         )
     ontology = more.read_ontology(folder)
     facts = {split: more.read_split(folder, split, ontology) for split in more.SPLITS}
-    if there and any(read_facts(data_dir, split) != facts[split] for split in facts):
+    if existing and any(read_facts(data_dir, split) != facts[split] for split in facts):
         raise DataError(
-            f"{there[0].data_path}: there is a dataset of other facts already; delete it, or use "
-            "another folder"
+            f"{existing[0].data_path}: there is a dataset of other facts already; delete it, or "
+            "use another folder"
         )
     more.photo_sizes([fact for split in facts.values() for fact in split], folder)
     options = tfds.download.DownloadConfig(manual_dir=folder)
     # TFDS says at length that it downloads, which it does not.
     with contextlib.redirect_stdout(io.StringIO()):
-        for builder in builders[len(there) :]:
+        for builder in builders[len(existing) :]:
             builder.download_and_prepare(download_config=options)
     return [os.fspath(builder.data_path) for builder in builders]
 

@@ -32,15 +32,15 @@ def read_ratings(path: Path) -> list[Rating]:
     Raises:
       DataError: the file is missing or empty, a line is not a rating, or a fact occurs twice.
     """
-    seen: set[str] = set()
+    rated: set[str] = set()
 
     def parse(_: int, value: dict[str, Any]) -> Rating:
         rating = Rating(**value)
         if rating.pool not in POOLS or not 0.0 <= rating.pass_rate <= 1.0:
             raise ValueError
-        if rating.fact in seen:
+        if rating.fact in rated:
             raise DataError(f"expected a rating a fact, found {rating.fact} twice; {_REMEDY}")
-        seen.add(rating.fact)
+        rated.add(rating.fact)
         return rating
 
     ratings = read_jsonl(path, parse, EXPECTED, _REMEDY)

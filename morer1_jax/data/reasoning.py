@@ -43,8 +43,8 @@ def read_reasoning_dataset(
     if local:
         source = expand_home(source, "data.reasoning")
     builder = next((name for suffix, name in _BUILDERS if re.search(suffix, source)), None)
-    there = local and os.path.exists(source)
-    if local and not (there or glob.glob(source)) and (builder or not is_hub_name(source)):
+    exists = local and os.path.exists(source)
+    if local and not (exists or glob.glob(source)) and (builder or not is_hub_name(source)):
         raise DataError(
             f"{source}: no such file{did_you_mean(source)}; expected rows of fact and text in "
             "JSONL or Parquet, or a dataset on the hub, owner/name"
@@ -58,7 +58,7 @@ def read_reasoning_dataset(
         raise DataError(
             f"{source}: reading it takes the datasets library; pip install 'morer1-jax[datasets]'"
         ) from None
-    if not there:
+    if not exists:
         return _check(source, _rows(source, source, builder, split), split, facts, ontology)
     whole = Path(source).absolute()
     with plain_path(whole) as at:

@@ -37,11 +37,11 @@ def check_labels(tokenizer: PreTrainedTokenizerFast, labels: Iterable[str]) -> N
     """
     for label in labels:
         ids = tokenizer(label, add_special_tokens=False)["input_ids"]
-        written = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if written != label:
+        decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if decoded != label:
             raise DataError(
                 f"label {label!r}: the tokenizer {tokenizer.name_or_path!r} writes it as "
-                f"{written!a}, expected {label!a}; rename it in rel2id.json and in the data"
+                f"{decoded!a}, expected {label!a}; rename it in rel2id.json and in the data"
             )
 
 

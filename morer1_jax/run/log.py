@@ -113,10 +113,10 @@ class RecordLog:
 
         expected = "a JSON object with stage, step and kind"
         remedy = "delete the line or use a new --workdir"
-        kept = set(read_jsonl(self.path, keep, expected, remedy, partial=True))
+        numbers = set(read_jsonl(self.path, keep, expected, remedy, partial=True))
         before = self.path.read_bytes()
         lines = enumerate(before.split(b"\n"), start=1)
-        after = b"".join(line + b"\n" for number, line in lines if number in kept)
+        after = b"".join(line + b"\n" for number, line in lines if number in numbers)
         if after != before:
             atomic_write(self.path, after)
 

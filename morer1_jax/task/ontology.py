@@ -84,15 +84,14 @@ def read_ontology_file(path: Path) -> Ontology:
     """
     pairs = read_json(path, "copy it anew", expected="a JSON object, label to id", kind=_Pairs)
     owner: dict[int, str] = {}
-    seen: dict[str, str] = {}
-    for written, i in pairs:
-        label = composed(written)
-        if label in seen:
-            found = "it twice"
-            if seen[label] != written:
-                found = f"{seen[label]!a} and {written!a}"
+    spellings: dict[str, str] = {}
+    for spelling, i in pairs:
+        label = composed(spelling)
+        if label in spellings:
+            double = spellings[label] == spelling
+            found = "it twice" if double else f"{spellings[label]!a} and {spelling!a}"
             raise DataError(f"{path}: key {label!r}: expected each label once, found {found}")
-        seen[label] = written
+        spellings[label] = spelling
         if problem := _label_problem(label):
             raise DataError(f"{path}: key {label!r}: {problem}")
         if type(i) is not int:
