@@ -75,14 +75,14 @@ def _linear_backward(
     del precision, preferred
     x, kernel = saved
     ((contracted, along), _) = dims
-    kept = tuple(axis for axis in range(x.ndim) if axis not in contracted)
+    free = tuple(axis for axis in range(x.ndim) if axis not in contracted)
     features = tuple(axis for axis in range(kernel.ndim) if axis not in along)
-    outer = tuple(range(len(kept)))
-    inner = tuple(range(len(kept), cotangent.ndim))
+    outer = tuple(range(len(free)))
+    inner = tuple(range(len(free), cotangent.ndim))
     x_gradient = dot_general(cotangent, kernel, ((inner, features), ((), ())))
-    # Axes come out as (kept, contracted), each in its old order.
-    x_gradient = jnp.moveaxis(x_gradient, range(x.ndim), (*kept, *contracted))
-    kernel_gradient = dot_general(x, cotangent, ((kept, outer), ((), ())))
+    # Axes come out as (free, contracted), each in its old order.
+    x_gradient = jnp.moveaxis(x_gradient, range(x.ndim), (*free, *contracted))
+    kernel_gradient = dot_general(x, cotangent, ((free, outer), ((), ())))
     kernel_gradient = jnp.moveaxis(kernel_gradient, range(kernel.ndim), (*along, *features))
     return x_gradient.astype(x.dtype), kernel_gradient.astype(kernel.dtype)
 
