@@ -61,7 +61,6 @@ def read_ontology(folder: epath.PathLike) -> Ontology:
 
 def write_ontology(folder: Path, ontology: Ontology) -> None:
     """Writes `rel2id.json`."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     write_ontology_file(Path(folder) / "rel2id.json", ontology.labels)
 
 

@@ -50,11 +50,6 @@ class Ontology:
         """The id of each label."""
         return {label: i for i, label in enumerate(self.labels)}
 
-    @property
-    def none_id(self) -> int:
-        """The id of `none`."""
-        return self.ids[NONE]
-
     @cached_property
     def types(self) -> tuple[str, ...]:
         """`per`, `org`, `loc`, `misc`, then any further type in order of its first label."""

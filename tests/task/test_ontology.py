@@ -22,7 +22,7 @@ def test_reads_labels_in_id_order_whatever_the_order_of_the_file(tmp_path):
     ontology = read_ontology_file(path)
     assert ontology.labels == LABELS
     assert ontology.ids == ids
-    assert ontology.none_id == 1
+    assert ontology.ids["none"] == 1
 
 
 def test_writes_what_it_reads(tmp_path):
