@@ -13,7 +13,7 @@ from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.reward import (
-    PARTS,
+    REWARD_PARTS,
     RewardConfig,
     advantages,
     deviation,
@@ -26,25 +26,25 @@ Metrics = dict[str, Array]
 
 
 @struct.dataclass
-class Scored:
+class ScoredRollout:
     """A rollout with its rewards.
 
     Attributes:
       rollout: of the sampler.
-      parts: the reward's parts before weighting, float32, by name.
+      reward_parts: the reward's parts before weighting, float32, by name.
       reward: float32, their weighted sum.
       advantages: float32, each reward relative to its group.
     """
 
     rollout: Rollout
-    parts: dict[str, Float[Array, "b g"]]
+    reward_parts: dict[str, Float[Array, "b g"]]
     reward: Float[Array, "b g"]
     advantages: Float[Array, "b g"]
 
 
 def make_rollout(
     model: Qwen25VL, config: SampleConfig, reward: RewardConfig, scale_rewards: str, seed: int
-) -> Callable[..., tuple[Scored, Metrics]]:
+) -> Callable[..., tuple[ScoredRollout, Metrics]]:
     """Returns `rollout(params, prompts, grammar, allowed, step) -> (scored, metrics)`, to jit.
 
     The metrics carry TRL's names: `reward`, `reward_std`, `frac_reward_zero_std`,
@@ -64,19 +64,19 @@ def make_rollout(
         grammar: GrammarTables,
         allowed: Bool[Array, " v"],
         step: Int[Array, ""],
-    ) -> tuple[Scored, Metrics]:
+    ) -> tuple[ScoredRollout, Metrics]:
         keys = sample_keys(seed, step, prompts.fact, config.group)
         samples = sample(model, params, prompts, grammar, allowed, keys, config)
         parts = reward_parts(samples, prompts.gold, reward)
         total = total_reward(parts, reward)
         advantage, all_equal = advantages(total, scale_rewards)
-        scored = Scored(rollout=samples, parts=parts, reward=total, advantages=advantage)
+        scored = ScoredRollout(samples, parts, total, advantage)
         return scored, rollout_metrics(scored, all_equal)
 
     return rollout
 
 
-def rollout_metrics(scored: Scored, all_equal: Bool[Array, " b"]) -> Metrics:
+def rollout_metrics(scored: ScoredRollout, all_equal: Bool[Array, " b"]) -> Metrics:
     """Returns means over the batch; `reward_std` is the mean of the groups' standard deviations.
 
     All are numbers but `completions/lengths`, [b, g].
@@ -97,7 +97,7 @@ def rollout_metrics(scored: Scored, all_equal: Bool[Array, " b"]) -> Metrics:
         "completions/clipped_ratio": jnp.mean((~scored.rollout.ended).astype(jnp.float32)),
         "completions/unreadable_ratio": jnp.mean((scored.rollout.answer < 0).astype(jnp.float32)),
     }
-    for name in PARTS:
-        metrics[f"rewards/{name}/mean"] = jnp.mean(scored.parts[name])
-        metrics[f"rewards/{name}/std"] = deviation(scored.parts[name])
+    for name in REWARD_PARTS:
+        metrics[f"rewards/{name}/mean"] = jnp.mean(scored.reward_parts[name])
+        metrics[f"rewards/{name}/std"] = deviation(scored.reward_parts[name])
     return metrics

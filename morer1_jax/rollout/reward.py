@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.rollout.sampler import Rollout
 
-PARTS = ("format", "effort", "accuracy")
+REWARD_PARTS = ("format", "effort", "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RewardConfig:
 def reward_parts(
     rollout: Rollout, gold: Int[Array, " b"], config: RewardConfig
 ) -> dict[str, Float[Array, "b g"]]:
-    """Returns the parts before weighting, float32 from 0 to 1, by their names in `PARTS`.
+    """Returns the parts before weighting, float32 from 0 to 1, by their names in `REWARD_PARTS`.
 
     Args:
       rollout: of the sampler.
@@ -70,7 +70,7 @@ def total_reward(
     parts: dict[str, Float[Array, "b g"]], config: RewardConfig
 ) -> Float[Array, "b g"]:
     """Returns the weighted sum of the parts."""
-    return sum(getattr(config, name) * parts[name] for name in PARTS)
+    return sum(getattr(config, name) * parts[name] for name in REWARD_PARTS)
 
 
 def advantages(

@@ -17,7 +17,7 @@ from morer1_jax.data.ratings import FILE, POOLS, read_ratings
 from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.learn.state import TrainState
 from morer1_jax.model.scorer import ScoreConfig
-from morer1_jax.rollout.program import Scored
+from morer1_jax.rollout.program import ScoredRollout
 from morer1_jax.run.batch_sampler import validator
 from morer1_jax.run.finite import ways
 from morer1_jax.run.hooks import Hooks, Metrics
@@ -185,7 +185,7 @@ def _what_to_change(pool: str, rate: RateSettings) -> str:
     return _WAYS[pool].format(easy_from=rate.easy_from)
 
 
-def _records(run: Run, facts: Sequence[Fact], scored: Scored) -> Iterator[dict[str, Any]]:
+def _records(run: Run, facts: Sequence[Fact], scored: ScoredRollout) -> Iterator[dict[str, Any]]:
     """Yields what `rollouts.jsonl` keeps of a rollout: each completion with what it earned."""
     labels, rollout = run.dataset.ontology.labels, scored.rollout
     decode = run.trainee.policy.tokenizer.decode
@@ -202,6 +202,6 @@ def _records(run: Run, facts: Sequence[Fact], scored: Scored) -> Iterator[dict[s
                 "advantage": float(scored.advantages[row, sample]),
                 **{
                     f"rewards/{name}": float(part[row, sample])
-                    for name, part in scored.parts.items()
+                    for name, part in scored.reward_parts.items()
                 },
             }

@@ -16,13 +16,15 @@ from morer1_jax.learn.state import TrainState
 from morer1_jax.learn.trainable import join
 from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
-from morer1_jax.rollout.program import Scored, make_rollout
+from morer1_jax.rollout.program import ScoredRollout, make_rollout
 from morer1_jax.rollout.sampler import SampleConfig
 from morer1_jax.run.mesh import program
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.policy import Policy
 
-GRPOStep = Callable[[TrainState, PromptBatch, int], tuple[TrainState, dict[str, Any], Scored]]
+GRPOStep = Callable[
+    [TrainState, PromptBatch, int], tuple[TrainState, dict[str, Any], ScoredRollout]
+]
 
 
 def make_grpo_step(
@@ -92,7 +94,7 @@ def make_grpo_step(
 
     def step(
         state: TrainState, prompts: PromptBatch, number: int
-    ) -> tuple[TrainState, dict[str, Any], Scored]:
+    ) -> tuple[TrainState, dict[str, Any], ScoredRollout]:
         # Rollout: completions with their rewards and advantages.
         prompts = policy.put(prompts)
         scored, metrics = rollout(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from morer1_jax.rollout.reward import (
-    PARTS,
+    REWARD_PARTS,
     RewardConfig,
     advantages,
     deviation,
@@ -38,7 +38,7 @@ def test_parts_and_their_weights():
     )
     config = RewardConfig(format=0.25, effort=0.5, accuracy=2.0, effort_from=20, effort_to=80)
     parts = reward_parts(drawn, jnp.array([0, 1]), config)
-    assert tuple(parts) == PARTS
+    assert tuple(parts) == REWARD_PARTS
     np.testing.assert_array_equal(parts["format"], [[1, 0, 1], [0, 1, 0]])
     np.testing.assert_array_equal(parts["accuracy"], [[1, 1, 0], [0, 1, 0]])
     np.testing.assert_allclose(parts["effort"], [[0, 0, 0.25], [0.5, 1, 1]])
