@@ -7,6 +7,19 @@ class ConfigError(ValueError):
     """A configuration that is malformed or asks for something this package does not do."""
 
 
+class FieldError(ConfigError):
+    """A field of a dataclass that holds what it may not; who knows where it is from adds the place.
+
+    Attributes:
+      field: the field's name, dotted if it is that of a field's own.
+      problem: what was expected and what was found.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field, self.problem = field, problem
+
+
 class DataError(ValueError):
     """Bad data.  The message is one line: the place, what was expected, what was found."""
 

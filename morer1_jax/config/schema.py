@@ -1,86 +1,135 @@
-"""Configs against dataclasses: each branch is a dataclass, each key one of its fields."""
+"""Configs against dataclasses: each branch is a dataclass, each key one of its fields.
+
+A key that a config leaves out has its field's default.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-from morer1_jax.config.binding import Rule, check_config
-from morer1_jax.errors import ConfigError
+from morer1_jax.bounds import is_derived, words
+from morer1_jax.cli import suggest
+from morer1_jax.errors import ConfigError, FieldError
 
 T = TypeVar("T")
 
-# Whole numbers that may be 0; every other one is at least 1.
-_MAY_BE_ZERO = ("seed", "warmup", "effort_from", "rank")
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def build(kind: type[T], config: ConfigDict | Mapping[str, Any]) -> T:
     """Checks a config against the dataclass `kind`, and builds it.
 
     Raises:
-      ConfigError: an unknown or missing key, a value of another type or out of its range; the
-        message names the dotted key.
+      ConfigError: an unknown key, a value of another type or out of its bounds; the message names
+        the dotted key.
     """
-    check_config(config, dict(_rules(kind, "")))
-    return _build(kind, config, "")
+    tree = config.to_dict() if isinstance(config, ConfigDict) else config
+    return _build(kind, tree, "", list(_keys(kind)))
 
 
-def _fields(kind: type) -> dict[str, Any]:
+def to_config(instance: Any) -> ConfigDict:
+    """Returns a dataclass's fields as a config, every key of which can be set."""
+    config = ConfigDict()
+    for field, hint in _fields(type(instance)):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_config(value)
+        elif value is None:
+            value = placeholder(_optional(hint)[0])
+        config[field.name] = value
+    return config
+
+
+def to_tree(instance: Any) -> dict[str, Any]:
+    """Returns a dataclass's fields as nested dicts of JSON values."""
+    tree = {}
+    for field, _ in _fields(type(instance)):
+        value = getattr(instance, field.name)
+        is_branch = dataclasses.is_dataclass(value)
+        tree[field.name] = to_tree(value) if is_branch else json.loads(json.dumps(value))
+    return tree
+
+
+def _fields(kind: type) -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Yields the fields that are keys, with their types."""
     hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    for field in dataclasses.fields(kind):
+        if not is_derived(field):
+            yield field, hints[field.name]
 
 
-def _rules(kind: type, prefix: str) -> typing.Iterator[tuple[str, Rule]]:
-    for name, hint in _fields(kind).items():
+def _keys(kind: type, prefix: str = "") -> Iterator[str]:
+    for field, hint in _fields(kind):
         if dataclasses.is_dataclass(hint):
-            yield from _rules(hint, f"{prefix}{name}.")
+            yield from _keys(hint, f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{name}", _rule(name, hint)
+            yield f"{prefix}{field.name}"
 
 
-def _rule(name: str, hint: Any) -> Rule:
-    optional = False
-    if isinstance(hint, types.UnionType):
-        optional = type(None) in hint.__args__
-        (hint,) = (arg for arg in hint.__args__ if arg is not type(None))
-    if typing.get_origin(hint) is Literal:
-        return Rule(str, choices=typing.get_args(hint), optional=optional)
-    if typing.get_origin(hint) is tuple:
-        return Rule(tuple, optional=optional)
-    low = None
-    if hint is int and name not in ("data", "fsdp", "tensor"):
-        low = 0 if name in _MAY_BE_ZERO else 1
-    elif hint is float:
-        low = 0
-    return Rule(hint, low=low, optional=optional)
-
-
-def _build(kind: type, node: Any, prefix: str) -> Any:
+def _build(kind: type, node: Any, prefix: str, known: list[str]) -> Any:
+    """Builds a branch; `known` are all keys, for suggestions."""
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"config.{prefix[:-1]}: expected a branch of keys, found {_show(node)}")
+    fields = {field.name: (field, hint) for field, hint in _fields(kind)}
+    for name in node:
+        if name not in fields:
+            key = f"{prefix}{name}"
+            raise ConfigError(f"config.{key}: unknown key{suggest(key, known)}")
     values = {}
-    for name, hint in _fields(kind).items():
-        value = node[name]
+    for name, value in node.items():
+        field, hint = fields[name]
         if dataclasses.is_dataclass(hint):
-            value = _build(hint, value, f"{prefix}{name}.")
-        elif typing.get_origin(hint) is tuple:
-            value = _items(f"{prefix}{name}", value, typing.get_args(hint)[0])
-        values[name] = value
+            values[name] = _build(hint, value, f"{prefix}{name}.", known)
+        else:
+            values[name] = _checked(f"{prefix}{name}", value, field, hint)
     try:
         return kind(**values)
-    except ValueError as error:
-        # The classes know their fields' names but not where in the config they are.
-        field, _, rest = str(error).partition(": ")
-        if (key := field.rpartition(".")[2]) in values:
-            raise ConfigError(f"config.{prefix}{key}: {rest}") from None
-        raise ConfigError(f"{f'config.{prefix}'.rstrip('.')}: {error}") from None
+    except FieldError as error:
+        # A class knows its fields' names, but not where in the config it is.
+        raise ConfigError(f"config.{prefix}{error.field}: {error.problem}") from None
 
 
-def _items(key: str, value: list[Any] | tuple[Any, ...], kind: type) -> tuple[Any, ...]:
-    if not all(type(item) is kind for item in value):
-        wanted = {int: "whole numbers", str: "texts"}[kind]
-        raise ConfigError(f"config.{key}: {list(value)} found, a list of {wanted} expected")
-    return tuple(value)
+def _checked(key: str, value: Any, field: dataclasses.Field, hint: Any) -> Any:
+    """Returns a key's value, a list as a tuple, if it is of the field's type."""
+    hint, is_optional = _optional(hint)
+    if value is None and is_optional:
+        return None
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        fits, expected = value in choices, f"one of {', '.join(choices)}"
+    elif typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        fits = isinstance(value, list | tuple) and all(type(one) is item for one in value)
+        expected = {int: "a list of whole numbers", str: "a list of texts"}[item]
+        value = tuple(value) if fits else value
+    else:
+        kinds = (int, float) if hint is float else (hint,)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (hint is bool)
+        expected = " ".join(filter(None, (_NAMES[hint], words(field))))
+    if not fits:
+        none = " or none" if is_optional else ""
+        raise ConfigError(f"config.{key}: expected {expected}{none}, found {_show(value)}")
+    return value
+
+
+def _optional(hint: Any) -> tuple[Any, bool]:
+    """Returns a type without its None, and whether it had one."""
+    if not isinstance(hint, types.UnionType):
+        return hint, False
+    (kind,) = (arg for arg in hint.__args__ if arg is not type(None))
+    return kind, True
+
+
+def _show(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return repr(value)

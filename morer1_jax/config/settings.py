@@ -1,26 +1,27 @@
 """A run's config as typed dataclasses: the one place that says which keys there are.
 
-A config file gives an ml-collections `ConfigDict`; each of its branches is the dataclass of the
-code that reads it, so a key nobody reads cannot exist and a key that is read cannot be missing.
+A config file begins from `default_config()` and changes what its run changes. Each branch is the
+dataclass of the code that reads it, so a key nobody reads cannot exist, and what a config does not
+say is the field's default. Defaults are those of Qwen2.5-VL-3B on MORE.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from morer1_jax.config.schema import build
+from morer1_jax.bounds import above, at_least, between, check_bounds
+from morer1_jax.config.schema import build, to_config
 from morer1_jax.data.curriculum import MixConfig
 from morer1_jax.data.loader import WorkerKind
+from morer1_jax.errors import FieldError
 from morer1_jax.learn.grpo import LossConfig
 from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.learn.trainable import TrainableParts
-from morer1_jax.model.attention import Kernels
-from morer1_jax.model.config import AttentionChoice, LoRA, Runtime, TextConfig, VisionConfig
+from morer1_jax.model.config import Runtime, TextConfig, VisionConfig
 from morer1_jax.model.special import SPECIAL_TOKENS
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.world.synthesise import WorldConfig
@@ -34,14 +35,16 @@ class DataSettings:
       folder: a dataset in MORE's released form; None: the synthetic one in the workdir.
       reasoning: what SFT learns from, if not the folder's `reasoning.jsonl`: a JSONL or Parquet
         file or a dataset on the hub; see `data.reasoning`.
-      vocabulary: size of the tokenizer that is trained on the training split's texts.
+      vocabulary: size of the tokenizer that is trained on the training split's texts (the bytes and
+        the special tokens among them); a checkpoint brings its own.
       prompt_length, completion_length: most tokens of a fact, vision and end-of-turn tokens among
         them.
-      windows: most attention windows of the vision tower that a fact's images may fill.
-      round_to: rows of tokens have a multiple of this length.
+      windows: most attention windows of the vision tower that a fact's images may fill; a photo of
+        640 × 480 fills 25.
+      round_to: rows of tokens have a multiple of this length, as TPU kernels want it.
       shapes: programs that one kind of step may have, each for batches of another size; what sizes
         is chosen from the data (`data.shapes`).
-      min_pixels, max_pixels, crop_margin, crop_least: see `data.images.ImageConfig`.
+      min_pixels, max_pixels, crop_margin, crop_least: see `model.config.ImageConfig`.
       keep_features: whether every image is encoded once and its features kept on disk; only where
         neither vision tower nor merger trains.
       workers: what prepares batches ahead of time, on each host.
@@ -49,91 +52,29 @@ class DataSettings:
         batches then come from processes, which take some seconds to start.
     """
 
-    folder: str | None
-    reasoning: str | None
-    vocabulary: int
-    prompt_length: int
-    completion_length: int
-    windows: int
-    round_to: int
-    shapes: int
-    min_pixels: int
-    max_pixels: int
-    crop_margin: float
-    crop_least: int
-    keep_features: bool
-    workers: int
-    worker_kind: WorkerKind
+    folder: str | None = None
+    reasoning: str | None = None
+    vocabulary: int = at_least(256 + len(SPECIAL_TOKENS), 151_936)
+    prompt_length: int = at_least(1, 1536)
+    completion_length: int = at_least(1, 1024)
+    windows: int = at_least(1, 80)
+    round_to: int = at_least(1, 128)
+    shapes: int = at_least(1, 3)
+    min_pixels: int = at_least(1, 56 * 56)
+    max_pixels: int = at_least(1, 512 * 28 * 28)
+    crop_margin: float = at_least(0, 0.1)
+    crop_least: int = at_least(1, 28)
+    keep_features: bool = False
+    workers: int = at_least(1, 8)
+    worker_kind: WorkerKind = "process"
 
     def __post_init__(self) -> None:
-        least = 256 + len(SPECIAL_TOKENS)
-        if self.vocabulary < least:
-            raise ValueError(
-                f"vocabulary: {self.vocabulary} found, at least {least} expected (the bytes and "
-                "the special tokens)"
-            )
-        if self.round_to < 1 or self.shapes < 1:
-            raise ValueError(
-                f"round_to {self.round_to} and shapes {self.shapes}: at least 1 expected of both"
-            )
+        check_bounds(self)
         if self.min_pixels > self.max_pixels:
-            raise ValueError(
-                f"min_pixels: {self.min_pixels} found, at most max_pixels = {self.max_pixels} "
-                "expected"
+            raise FieldError(
+                "min_pixels",
+                f"expected at most max_pixels = {self.max_pixels}, found {self.min_pixels}",
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionSettings:
-    """The vision tower; names as in Hugging Face's config."""
-
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    fullatt_block_indexes: tuple[int, ...]
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    window_size: int
-    initializer_range: float
-
-    def __post_init__(self) -> None:
-        # Sizes that do not fit each other are found before there is data.
-        self.config(out_hidden_size=1)
-
-    def config(self, out_hidden_size: int) -> VisionConfig:
-        """The tower with features as wide as the decoder."""
-        return VisionConfig(out_hidden_size=out_hidden_size, **dataclasses.asdict(self))
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSettings:
-    """The decoder; names as in Hugging Face's config.
-
-    Attributes:
-      vocab_size: rows of the embedding; None: as many as the tokenizer needs.
-    """
-
-    vocab_size: int | None
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    mrope_section: tuple[int, int, int]
-    rope_theta: float
-    initializer_range: float
-    tie_word_embeddings: bool
-
-    def __post_init__(self) -> None:
-        self.config(vocab_size=1)
-
-    def config(self, vocab_size: int) -> TextConfig:
-        """The decoder over a vocabulary."""
-        sizes = dataclasses.asdict(self)
-        del sizes["tie_word_embeddings"]
-        return TextConfig(**{**sizes, "vocab_size": vocab_size})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,95 +87,31 @@ class ModelSettings:
       text, vision: sizes of a model from scratch; a checkpoint has its own.
     """
 
-    path: str | None
-    text: TextSettings
-    vision: VisionSettings
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRASettings:
-    """Adapters; see `model.config.LoRA`. Rank 0: none."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self.lora()
-
-    def lora(self) -> LoRA | None:
-        """The adapters, or None."""
-        return LoRA(self.rank, self.alpha, self.targets) if self.rank else None
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneSettings:
-    """What of the model trains; see `learn.trainable.TrainableParts`.
-
-    Attributes:
-      frozen_dtype: what parameters that do not train are held in.
-    """
-
-    vision: float
-    merger: float
-    language: float
-    frozen_dtype: Literal["float32", "bfloat16"]
-    lora: LoRASettings
-
-    def __post_init__(self) -> None:
-        self.parts()
-
-    def parts(self) -> TrainableParts:
-        """As `learn` takes it."""
-        return TrainableParts(self.vision, self.merger, self.language, self.lora.lora())
-
-
-@dataclasses.dataclass(frozen=True)
-class RuntimeSettings:
-    """How a run computes; see `model.config.Runtime`.
-
-    Attributes:
-      attention: which kernels; see `run.kernels`.
-    """
-
-    param_dtype: str
-    dtype: str
-    remat: Literal["none", "full", "dots"]
-    scan_unroll: int
-    decode_unroll: bool
-    attention: AttentionChoice
-
-    def __post_init__(self) -> None:
-        Runtime(**self._values())
-        if self.param_dtype != "float32":
-            raise ValueError(
-                f"param_dtype: {self.param_dtype!r} found, 'float32' expected: an update at a "
-                "usual learning rate is less than a rounding of a shorter type"
-            )
-
-    def runtime(self, kernels: Kernels) -> Runtime:
-        return Runtime(**self._values(), kernels=kernels)
-
-    def _values(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        del values["attention"]
-        return values
+    path: str | None = None
+    text: TextConfig = TextConfig()
+    vision: VisionConfig = VisionConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
     """Sizes of the device mesh's axes; one may be -1, whatever is left."""
 
-    data: int
-    fsdp: int
-    tensor: int
+    data: int = at_least(-1, 1)
+    fsdp: int = at_least(-1, -1)
+    tensor: int = at_least(-1, 1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreSettings:
     """Places of a sequence whose logits exist at once."""
 
-    chunk: int
+    chunk: int = at_least(1, 128)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,13 +120,20 @@ class LoopSettings:
 
     Attributes:
       eval_every: steps between greedy validations; the best checkpoint by micro F1 is kept.
+      keep_checkpoints: that stay while it trains.
     """
 
-    steps: int
-    eval_every: int
-    save_every: int
-    log_every: int
-    keep_checkpoints: int
+    steps: int = at_least(1, 200)
+    eval_every: int = at_least(1, 50)
+    save_every: int = at_least(1, 50)
+    log_every: int = at_least(1, 1)
+    keep_checkpoints: int = at_least(1, 2)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+_SFT_OPTIMIZER = OptimizerConfig(lr=1e-5, schedule="cosine", warmup=10)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,14 +147,10 @@ class SFTSettings(LoopSettings):
         found among scores on different facts.
     """
 
-    batch: int
-    micro_batches: int
-    eval_facts: int
-    optimizer: OptimizerConfig
-
-    def __post_init__(self) -> None:
-        if self.micro_batches < 1:
-            raise ValueError(f"micro_batches: {self.micro_batches} found, at least 1 expected")
+    batch: int = at_least(1, 64)
+    micro_batches: int = at_least(1, 1)
+    eval_facts: int = at_least(1, 512)
+    optimizer: OptimizerConfig = _SFT_OPTIMIZER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,53 +164,56 @@ class BaselineSettings:
       eval_every: steps between validations; the best by micro F1 is scored.
     """
 
-    facts: Literal["written", "all"]
-    steps: int
-    batch: int
-    eval_every: int
-    eval_facts: int
-    optimizer: OptimizerConfig
+    facts: Literal["written", "all"] = "written"
+    steps: int = at_least(1, 200)
+    batch: int = at_least(1, 64)
+    eval_every: int = at_least(1, 50)
+    eval_facts: int = at_least(1, 512)
+    optimizer: OptimizerConfig = _SFT_OPTIMIZER
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class RateSettings:
-    """Rating difficulty by sampling the SFT model.
+    """Rating difficulty by sampling the starting model.
 
     Attributes:
       begin: whose answers are rated, and what GRPO begins with: "sft", what that stage trained, or
         "checkpoint", `model.path` as it is.
       file: ratings made before, as `tools/rate_difficulty.py` writes them; None: they are made now.
-      samples: k, answers drawn to each training fact.
+      samples: k, answers drawn to each training fact; as many as GRPO draws, since a fact is easy
+        if its group mostly is right.
       batch: facts at once.
-      temperature: of sampling.
+      temperature: of sampling; 0 for the likeliest answer.
       easy_from: pass rate from which a fact is easy.
       never: what becomes of facts never solved: "hard" keeps them, "drop" leaves them out.
         Both may change after rating, until GRPO has begun: pools follow from the pass rates.
     """
 
-    begin: Literal["sft", "checkpoint"]
-    file: str | None
-    samples: int
-    batch: int
-    temperature: float
-    easy_from: float
-    never: Literal["hard", "drop"]
+    begin: Literal["sft", "checkpoint"] = "sft"
+    file: str | None = None
+    samples: int = at_least(1, 8)
+    batch: int = at_least(1, 64)
+    temperature: float = at_least(0, 1.0)
+    easy_from: float = above(0, 0.5)
+    never: Literal["hard", "drop"] = "hard"
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.easy_from <= 1.0:
-            raise ValueError(f"easy_from: {self.easy_from} found, above 0 and at most 1 expected")
-        if not self.temperature < math.inf:
-            raise ValueError(f"temperature: {self.temperature} found, a finite number expected")
+        check_bounds(self)
+        if self.easy_from > 1.0:
+            raise FieldError("easy_from", f"expected at most 1, found {self.easy_from}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPOSettings(LoopSettings):
-    """GRPO with Progressive Sample-Mixing.
+    """GRPO with Progressive Sample-Mixing; a step is a rollout.
 
     Attributes:
       prompts: facts a rollout.
-      group: samples a fact.
-      updates: optimizer updates on each rollout.
+      group: samples a fact, which are compared.
+      updates: optimizer updates on each rollout; 1 is on-policy, without old log-probabilities.
       micro_batches: parts of a rollout whose activations exist at once.
       temperature: of sampling and scoring.
       scale_rewards: what advantages are divided by; see `rollout.reward.advantages`.
@@ -338,29 +221,29 @@ class GRPOSettings(LoopSettings):
       rollouts_every: steps between records in `rollouts.jsonl`.
     """
 
-    prompts: int
-    group: int
-    updates: int
-    micro_batches: int
-    temperature: float
-    scale_rewards: Literal["group", "batch", "none"]
-    mixing: bool
-    eval_facts: int
-    rollouts_every: int
-    mix: MixConfig
-    reward: RewardConfig
-    loss: LossConfig
-    optimizer: OptimizerConfig
+    eval_every: int = at_least(1, 20)
+    save_every: int = at_least(1, 20)
+    prompts: int = at_least(1, 128)
+    group: int = at_least(2, 8)
+    updates: int = at_least(1, 1)
+    micro_batches: int = at_least(1, 4)
+    temperature: float = above(0, 1.0)
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    mixing: bool = True
+    eval_facts: int = at_least(1, 512)
+    rollouts_every: int = at_least(1, 10)
+    mix: MixConfig = MixConfig(start=0.5, end=0.1, until=160)
+    reward: RewardConfig = RewardConfig(format=0.5, effort=0.5, effort_from=200, effort_to=500)
+    loss: LossConfig = LossConfig(beta=1e-3)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, warmup=5)
 
     def __post_init__(self) -> None:
-        if self.group < 2:
-            raise ValueError(f"group: {self.group} found, at least 2 expected: a group is compared")
-        if self.temperature == 0.0:
-            raise ValueError("temperature: 0 found, above 0 expected: a group must differ")
+        check_bounds(self)
         if self.prompts % self.micro_batches:
-            raise ValueError(
-                f"micro_batches: {self.micro_batches} found, a divisor of the {self.prompts} "
-                "prompts of a batch expected"
+            raise FieldError(
+                "micro_batches",
+                f"expected a divisor of the {self.prompts} prompts of a batch, found "
+                f"{self.micro_batches}",
             )
 
 
@@ -368,26 +251,32 @@ class GRPOSettings(LoopSettings):
 class ControlSettings:
     """SFT that goes on, for `steps`; None: for as long as rating and GRPO took."""
 
-    steps: int | None
+    steps: int | None = at_least(1, None)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
     """Greedy scoring on the test split, `batch` facts at once."""
 
-    batch: int
+    batch: int = at_least(1, 64)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileSettings:
     """Which steps of each training are traced, `(first, last)`; none of them: `()`."""
 
-    steps: tuple[int, ...]
+    steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
-            raise ValueError(
-                f"profile.steps: {self.steps} found, () or (first, last) expected, counted from 1"
+            raise FieldError(
+                "steps", f"expected () or (first, last), counted from 1, found {self.steps}"
             )
 
 
@@ -401,22 +290,36 @@ class Settings:
         are is said by `stages.table`, which also checks these.
     """
 
-    seed: int
-    stages: str
-    data: DataSettings
-    world: WorldConfig
-    model: ModelSettings
-    tune: TuneSettings
-    runtime: RuntimeSettings
-    mesh: MeshSettings
-    score: ScoreSettings
-    sft: SFTSettings
-    baselines: BaselineSettings
-    rate: RateSettings
-    grpo: GRPOSettings
-    control: ControlSettings
-    evaluate: EvaluateSettings
-    profile: ProfileSettings
+    seed: int = at_least(0, 0)
+    stages: str = "sft,evaluate"
+    data: DataSettings = DataSettings()
+    world: WorldConfig = WorldConfig()
+    model: ModelSettings = ModelSettings()
+    tune: TrainableParts = TrainableParts()
+    runtime: Runtime = Runtime()
+    mesh: MeshSettings = MeshSettings()
+    score: ScoreSettings = ScoreSettings()
+    sft: SFTSettings = SFTSettings()
+    baselines: BaselineSettings = BaselineSettings()
+    rate: RateSettings = RateSettings()
+    grpo: GRPOSettings = GRPOSettings()
+    control: ControlSettings = ControlSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    profile: ProfileSettings = ProfileSettings()
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if (dtype := self.runtime.param_dtype) != "float32":
+            raise FieldError(
+                "runtime.param_dtype",
+                f"expected 'float32', found {dtype!r}: an update at a usual learning rate is less "
+                "than a rounding of a shorter type",
+            )
+
+
+def default_config() -> ConfigDict:
+    """Returns a config of all keys with their defaults, for a config file to begin from."""
+    return to_config(Settings())
 
 
 def settings(config: ConfigDict | Mapping[str, Any]) -> Settings:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from morer1_jax.errors import ConfigError
+from morer1_jax.bounds import above, at_least, check_bounds, derived
+from morer1_jax.errors import FieldError
 from morer1_jax.model import hf_config, windows
 from morer1_jax.model.attention import XLA, Kernels
 
-_DTYPES = ("float32", "bfloat16")  # Not float16, in which activations overflow.
+DType = Literal["float32", "bfloat16"]  # Not float16, in which activations overflow.
 _REMATS = ("none", "full", "dots")
 AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
 # `transformers`' defaults, for configs that leave them out.
@@ -30,32 +31,41 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower.  `patch_size` and `window_size` are in pixels, other sizes in channels."""
+    """The vision tower; by default that of Qwen2.5-VL-3B.
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
-    fullatt_block_indexes: tuple[int, ...]
-    in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112
-    rope_theta: float = 10_000.0
-    initializer_range: float = 0.02
+    Names are those of Hugging Face's config. `patch_size` and `window_size` are in pixels, other
+    sizes in channels; `out_hidden_size` is the decoder's `hidden_size`.
+
+    Raises:
+        FieldError: sizes that do not fit each other.
+    """
+
+    depth: int = at_least(1, 32)
+    hidden_size: int = at_least(1, 1280)
+    intermediate_size: int = at_least(1, 3420)
+    num_heads: int = at_least(1, 16)
+    out_hidden_size: int = derived(2048)
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    in_channels: int = derived(3)
+    patch_size: int = at_least(1, 14)
+    temporal_patch_size: int = at_least(1, 2)
+    spatial_merge_size: int = at_least(1, 2)
+    window_size: int = at_least(1, 112)
+    rope_theta: float = derived(10_000.0)
+    initializer_range: float = at_least(0, 0.02)
 
     def __post_init__(self) -> None:
-        _divides("vision_config.hidden_size", self.hidden_size, "num_heads", self.num_heads)
-        _divides("vision head size", self.head_dim, "4 (two axes, two halves)", 4)
+        check_bounds(self)
+        _divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        _divides("num_heads", self.head_dim, "4 (two axes, two halves)", 4, "heads of a size that is")
         unit = self.patch_size * self.spatial_merge_size
-        _divides("vision_config.window_size", self.window_size, "patch_size*merge", unit)
+        _divides("window_size", self.window_size, "patch_size * spatial_merge_size", unit)
         outside = [i for i in self.fullatt_block_indexes if not 0 <= i < self.depth]
         if outside or list(self.fullatt_block_indexes) != sorted(set(self.fullatt_block_indexes)):
-            raise ConfigError(
-                f"vision_config.fullatt_block_indexes: expected increasing block numbers below "
-                f"depth {self.depth}, found {self.fullatt_block_indexes}"
+            raise FieldError(
+                "fullatt_block_indexes",
+                f"expected increasing block numbers below depth {self.depth}, found "
+                f"{self.fullatt_block_indexes}",
             )
 
     @property
@@ -132,29 +142,46 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The decoder.  `mrope_section` counts rotary frequencies for time, height and width."""
+    """The decoder; by default that of Qwen2.5-VL-3B.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    mrope_section: tuple[int, int, int]
-    rope_theta: float = 1_000_000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    max_position_embeddings: int = 128_000
+    Names are those of Hugging Face's config. `mrope_section` counts rotary frequencies for time,
+    height and width. `vocab_size` None, of a model from scratch, is as many rows as its tokenizer
+    needs.
+
+    Raises:
+        FieldError: sizes that do not fit each other.
+    """
+
+    vocab_size: int | None = at_least(1, 151_936)
+    hidden_size: int = at_least(1, 2048)
+    intermediate_size: int = at_least(1, 11_008)
+    num_hidden_layers: int = at_least(1, 36)
+    num_attention_heads: int = at_least(1, 16)
+    num_key_value_heads: int = at_least(1, 2)
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    rope_theta: float = above(0, 1_000_000.0)
+    rms_norm_eps: float = derived(1e-6)
+    initializer_range: float = at_least(0, 0.02)
+    max_position_embeddings: int = derived(128_000)
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         heads = self.num_attention_heads
         _divides("hidden_size", self.hidden_size, "num_attention_heads", heads)
         _divides("num_attention_heads", heads, "num_key_value_heads", self.num_key_value_heads)
-        _divides("text head size", self.head_dim, "2 (rotary halves)", 2)
+        _divides(
+            "num_attention_heads",
+            self.head_dim,
+            "2 (rotary halves)",
+            2,
+            "heads of a size that is",
+        )
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
-            raise ConfigError(
-                f"mrope_section: expected three counts that sum to half the head size, "
-                f"{self.head_dim // 2}, found {self.mrope_section}"
+            raise FieldError(
+                "mrope_section",
+                f"expected three counts that sum to half the head size, {self.head_dim // 2}, "
+                f"found {self.mrope_section}",
             )
 
     @property
@@ -173,14 +200,19 @@ class ModelConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-    tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
         if self.vision.out_hidden_size != self.text.hidden_size:
-            raise ConfigError(
-                f"vision_config.out_hidden_size: expected the decoder's hidden_size "
-                f"{self.text.hidden_size}, found {self.vision.out_hidden_size}"
+            raise FieldError(
+                "vision_config.out_hidden_size",
+                f"expected the decoder's hidden_size {self.text.hidden_size}, found "
+                f"{self.vision.out_hidden_size}",
             )
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.text.tie_word_embeddings
 
     @property
     def head_sizes(self) -> tuple[int, int]:
@@ -199,17 +231,20 @@ class ModelConfig:
         text = dict(config.get("text_config") or config)
         # Saves of transformers 4.5x keep this key inside text_config only.
         tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        try:
+            vision = VisionConfig(**hf_config.vision_fields(config.get("vision_config")))
+        except FieldError as error:
+            raise FieldError(f"vision_config.{error.field}", error.problem) from None
         return cls(
-            text=TextConfig(**hf_config.text_fields(text)),
-            vision=VisionConfig(**hf_config.vision_fields(config.get("vision_config"))),
+            text=TextConfig(**hf_config.text_fields(text), tie_word_embeddings=bool(tied)),
+            vision=vision,
             **DEFAULT_IDS | hf_config.present(config, *DEFAULT_IDS),
-            tie_word_embeddings=bool(tied),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the published flat form, JSON-ready; `from_hf` of it gives an equal config."""
         text = dataclasses.asdict(self.text)
-        section = list(text.pop("mrope_section"))
+        section, tied = list(text.pop("mrope_section")), text.pop("tie_word_embeddings")
         vision = dataclasses.asdict(self.vision)
         theta = vision.pop("rope_theta")
         vision["fullatt_block_indexes"] = list(self.vision.fullatt_block_indexes)
@@ -227,7 +262,7 @@ class ModelConfig:
             "hidden_act": "silu",
             "use_sliding_window": False,
             "rope_scaling": {"type": "mrope", "mrope_section": section},
-            "tie_word_embeddings": self.tie_word_embeddings,
+            "tie_word_embeddings": tied,
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,
             "vision_start_token_id": self.vision_start_token_id,
@@ -241,25 +276,22 @@ class LoRA:
     """Low-rank adapters beside linear maps of every decoder layer (arXiv 2106.09685, 4.1).
 
     Attributes:
-        rank: of an adapter.
+        rank: of an adapter; 0: there are none.
         alpha: an adapter's output is scaled by alpha / rank.
         targets: the maps that have one, of `LORA_TARGETS`.
 
     Raises:
-        ConfigError: a number is out of its range, or a target is unknown or none is there.
+        FieldError: a number is out of its range, or a target is unknown or none is there.
     """
 
-    rank: int
-    alpha: float
+    rank: int = at_least(0, 0)
+    alpha: float = above(0, 128.0)
     targets: tuple[str, ...] = LORA_TARGETS
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank: expected at least 1, found {self.rank}")
-        if self.alpha <= 0:
-            raise ConfigError(f"alpha: expected above 0, found {self.alpha:g}")
+        check_bounds(self)
         if not self.targets:
-            raise ConfigError(f"targets: expected some of {', '.join(LORA_TARGETS)}, found none")
+            raise FieldError("targets", f"expected some of {', '.join(LORA_TARGETS)}, found none")
         for target in self.targets:
             _one_of("targets", target, LORA_TARGETS)
 
@@ -287,31 +319,33 @@ class Runtime:
         decode_unroll: whether one-token decoding is a plain loop over layers whose parameters are
             copied apart beforehand, not a scan. On a CPU it is much faster; elsewhere kernels read
             a layer's slice where it lies, and the copy is a second model in memory.
+        attention: which kernels a run chooses; see `run.kernels`.
         kernels: what computes attention over whole sequences.
 
     Raises:
-        ConfigError: a value is not one of those allowed, or `remat` and `scan_unroll` exclude each
+        FieldError: a value is not one of those allowed, or `remat` and `scan_unroll` exclude each
             other.
     """
 
-    param_dtype: str = "float32"
-    dtype: str = "float32"
+    param_dtype: DType = "float32"
+    dtype: DType = "float32"
     remat: Literal["none", "full", "dots"] = "none"
-    scan_unroll: int = 1
+    scan_unroll: int = at_least(1, 1)
     decode_unroll: bool = False
-    kernels: Kernels = dataclasses.field(default_factory=XLA)
+    attention: AttentionChoice = "auto"
+    kernels: Kernels = derived(XLA())
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         for key in ("param_dtype", "dtype"):
-            _one_of(key, getattr(self, key), _DTYPES)
+            _one_of(key, getattr(self, key), get_args(DType))
         _one_of("remat", self.remat, _REMATS)
-        if self.scan_unroll < 1:
-            raise ConfigError(f"scan_unroll: expected at least 1, found {self.scan_unroll}")
         if self.remat != "none" and self.scan_unroll != 1:
-            raise ConfigError(
-                f"scan_unroll: expected 1 with remat = {self.remat!r}, found {self.scan_unroll}; "
-                "of layers that share a step of the scan XLA merges the recomputation with the "
-                "first one, and saves little memory"
+            raise FieldError(
+                "scan_unroll",
+                f"expected 1 with remat = {self.remat!r}, found {self.scan_unroll}; of layers that "
+                "share a step of the scan XLA merges the recomputation with the first one, and "
+                "saves little memory",
             )
 
 
@@ -345,9 +379,10 @@ class ImageConfig:
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        raise FieldError(name, f"expected one of {', '.join(allowed)}, found {value!r}")
 
 
-def _divides(name: str, value: int, by_name: str, by: int) -> None:
-    if by < 1 or value < 1 or value % by:
-        raise ConfigError(f"{name}: expected a multiple of {by_name} = {by}, found {value}")
+def _divides(name: str, value: int, by_name: str, by: int, what: str = "") -> None:
+    if value % by:
+        of = f"{what} " if what else ""
+        raise FieldError(name, f"expected {of}a multiple of {by_name} = {by}, found {value}")

@@ -122,7 +122,7 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
     settings, checkpoint = setup.settings, setup.checkpoint
     _check_batches(settings)
     if settings.data.keep_features:
-        check_frozen(settings.tune.parts())
+        check_frozen(settings.tune)
     dataset = open_dataset(
         setup.data,
         reasoning=settings.data.reasoning,

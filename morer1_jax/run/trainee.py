@@ -46,7 +46,6 @@ class Trainee:
         policy: Policy,
         trainable: TrainableParts,
         *,
-        frozen_dtype: str,
         checkpoint: Checkpoint | None,
         seed: int,
     ) -> None:
@@ -56,7 +55,7 @@ class Trainee:
         self._seed = seed
         whole = meshes.like(abstract_params(policy.model), policy.param_shardings)
         self.like, frozen = split(whole, trainable)
-        dtype = jnp.dtype(frozen_dtype)
+        dtype = jnp.dtype(trainable.frozen_dtype)
         self.like_frozen = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), frozen)
 
     @functools.cached_property
@@ -130,13 +129,13 @@ def open_trainee(
     """
     mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
     config = _model_config(settings.model, tokenizer, checkpoint)
-    runtime, trainable = settings.runtime, settings.tune.parts()
+    runtime, trainable = settings.runtime, settings.tune
     kernels = choose(runtime.attention, runtime.dtype, config.head_sizes, mesh)
-    model = Qwen25VL(config, runtime.runtime(kernels), trainable.lora)
+    runtime = dataclasses.replace(runtime, kernels=kernels)
+    model = Qwen25VL(config, runtime, trainable.adapters)
     return Trainee(
         Policy(model, tokenizer, ontology, mesh),
         trainable,
-        frozen_dtype=settings.tune.frozen_dtype,
         checkpoint=checkpoint,
         seed=settings.seed,
     )
@@ -149,20 +148,19 @@ def _model_config(
     if checkpoint is not None:
         config = checkpoint.config_with(tokenizer)
     else:
-        special = SpecialIds.of(tokenizer)
+        special, text = SpecialIds.of(tokenizer), sizes.text
         rows = -(-len(tokenizer) // _ROWS) * _ROWS
         config = ModelConfig(
-            text=sizes.text.config(sizes.text.vocab_size or rows),
-            vision=sizes.vision.config(sizes.text.hidden_size),
+            text=dataclasses.replace(text, vocab_size=text.vocab_size or rows),
+            vision=dataclasses.replace(sizes.vision, out_hidden_size=text.hidden_size),
             image_token_id=special.image,
             video_token_id=special.video,
             vision_start_token_id=special.vision_start,
             vision_end_token_id=special.vision_end,
-            tie_word_embeddings=sizes.text.tie_word_embeddings,
         )
     if (rows := config.text.vocab_size) < len(tokenizer):
         raise ConfigError(
-            f"config.model.text.vocab_size: {rows} found, at least the tokenizer's "
-            f"{len(tokenizer)} expected"
+            f"config.model.text.vocab_size: expected at least the tokenizer's "
+            f"{len(tokenizer)}, found {rows}"
         )
     return config

@@ -43,7 +43,7 @@ class Passes(NamedTuple):
         has no backward pass.
         """
         through = parts.vision > 0 or parts.merger > 0
-        whole = parts.language > 0 and parts.lora is None
+        whole = parts.language > 0 and parts.adapters is None
         return cls(text=2 + whole, vision=1 + through + (parts.vision > 0))
 
 

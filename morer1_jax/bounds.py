@@ -1,0 +1,62 @@
+"""Bounds of a dataclass's fields: declared beside each field, checked when an object is made.
+
+    steps: int = at_least(1, 200)
+
+A class whose fields have bounds calls `check_bounds(self)` in its `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from morer1_jax.errors import FieldError
+
+_DERIVED = "derived"
+
+
+def at_least(low: float, default: Any = dataclasses.MISSING) -> Any:
+    """Returns a field whose number is `low` or more, and finite; or None, if its type says so."""
+    return _bounded(default, f"at least {low:g}", lambda value: low <= value < math.inf)
+
+
+def above(low: float, default: Any = dataclasses.MISSING) -> Any:
+    """Returns a field whose number is more than `low`, and finite; or None, if its type says so."""
+    return _bounded(default, f"above {low:g}", lambda value: low < value < math.inf)
+
+
+def between(low: float, high: float, default: Any = dataclasses.MISSING) -> Any:
+    """Returns a field whose number is from `low` to `high`."""
+    return _bounded(default, f"from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def derived(default: Any = dataclasses.MISSING, **options: Any) -> Any:
+    """Returns a field that follows from others, so that no config has it as a key."""
+    return dataclasses.field(default=default, metadata={_DERIVED: True}, **options)
+
+
+def is_derived(field: dataclasses.Field) -> bool:
+    """Returns whether a field was declared by `derived`."""
+    return _DERIVED in field.metadata
+
+
+def words(field: dataclasses.Field) -> str:
+    """Returns what a field's bound is called, such as "at least 1"; "" without one."""
+    return field.metadata.get("words", "")
+
+
+def check_bounds(instance: Any) -> None:
+    """Checks an object's fields against the bounds they were declared with.
+
+    Raises:
+      FieldError: the first that is out of its bound.
+    """
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if words(field) and value is not None and not field.metadata["holds"](value):
+            raise FieldError(field.name, f"expected a number {words(field)}, found {value}")
+
+
+def _bounded(default: Any, bound: str, holds: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"words": bound, "holds": holds})
