@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 from morer1_jax.errors import FieldError
@@ -29,6 +30,12 @@ def above(low: float, default: Any = dataclasses.MISSING) -> Any:
 def between(low: float, high: float, default: Any = dataclasses.MISSING) -> Any:
     """Returns a field whose number is from `low` to `high`."""
     return _bounded(default, f"from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def one_of(choices: Any, default: Any = dataclasses.MISSING) -> Any:
+    """Returns a field that holds one of a `Literal` type's values."""
+    values = typing.get_args(choices)
+    return _bounded(default, f"one of {', '.join(values)}", values.__contains__)
 
 
 def derived(default: Any = dataclasses.MISSING, **options: Any) -> Any:
@@ -55,7 +62,7 @@ def check_bounds(instance: Any) -> None:
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if words(field) and value is not None and not field.metadata["holds"](value):
-            raise FieldError(field.name, f"expected a number {words(field)}, found {value}")
+            raise FieldError(field.name, f"expected {words(field)}, found {value!r}")
 
 
 def _bounded(default: Any, bound: str, holds: Any) -> Any:

@@ -23,7 +23,8 @@ from ml_collections import config_flags
 
 from morer1_jax.cli import run_main
 from morer1_jax.config.binding import FILE as CONFIG_FILE
-from morer1_jax.config.binding import load as bind
+from morer1_jax.config.binding import bind
+from morer1_jax.config.schema import to_tree
 from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import atomic_write, check_writable, remove
@@ -62,16 +63,17 @@ def train(config: Any, workdir: Path) -> None:
     check_writable(workdir, folder=True)
     setup = open_setup(run_settings, workdir)
     with hold(workdir, folder=True):
-        _train(config, setup, stages)
+        _train(setup, stages)
 
 
-def _train(config: Any, setup: Setup, stages: Sequence[Stage]) -> None:
+def _train(setup: Setup, stages: Sequence[Stage]) -> None:
     """Runs stages in a workdir that is this process's."""
-    workdir, progress = setup.workdir, Progress.of(config, setup.settings, setup.workdir)
+    workdir, progress = setup.workdir, Progress.of(setup.settings, setup.workdir)
 
     # Find whatever is wrong before a step is spent; the data may have to be made for that.
     with _start(workdir):
-        bind(config, workdir, write=jax.process_index() == 0, bound=progress.why_bound)
+        tree, writes = to_tree(setup.settings), jax.process_index() == 0
+        bind(tree, workdir, write=writes, bound=progress.why_bound)
         progress.check_steps()
         _check_order(setup, progress, stages)
         first = list(itertools.takewhile(lambda stage: stage.makes_data, stages))

@@ -28,13 +28,12 @@ SAMPLES = ((), ((3, 5),), ((2, 2), (1, 3)), ((4, 1), (3, 3), (1, 1)))
 
 def _config(text, vision, tied):
     return ModelConfig(
-        text=TextConfig(vocab_size=VOCABULARY, rope_theta=1e4, **text),
+        text=TextConfig(vocab_size=VOCABULARY, rope_theta=1e4, tie_word_embeddings=tied, **text),
         vision=VisionConfig(out_hidden_size=text["hidden_size"], **vision),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
-        tie_word_embeddings=tied,
     )
 
 

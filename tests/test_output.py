@@ -18,14 +18,14 @@ SCRIPT = """
 import contextlib, os, sys
 from pathlib import Path
 from morer1_jax.cli import run_main
-from morer1_jax.config.binding import load
+from morer1_jax.config.binding import bind
 from morer1_jax.progress import progress
 from morer1_jax.stages.marker import read_results, write_marker
 
 def main(argv):
     workdir, lines = Path("run"), int(os.environ["LINES"])
     for _ in range(2):  # The second time it is read.
-        load({"data": {"folder": "Fußball/日本"}}, workdir)
+        bind({"data": {"folder": "Fußball/日本"}}, workdir)
         write_marker(workdir / "rate", {}, {"best": "é"})
         assert read_results(workdir / "rate") == {"best": "é"}
     for _ in progress(range(3), desc="größer"):

@@ -1,6 +1,5 @@
 """The commands that take a checkpoint: predict, evaluate, rate, convert."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
-from morer1_jax.data.ratings import Rating, read_ratings
+from morer1_jax.data.ratings import Rating, read_ratings, write_ratings
 from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError
 from morer1_jax.model.attention import XLA
 from morer1_jax.run.setup import open_run, open_setup
@@ -181,13 +180,10 @@ def test_a_tensor_that_is_not_finite_is_trained_by_no_stage(spoilt, small_world,
     config.stages, config.data.folder, config.model.path = stage, str(small_world), str(folder)
     config.rate.begin = "checkpoint"
     config.mesh.update(data=1, fsdp=1, tensor=-1)
-    facts = more.read_split(small_world, "train", more.read_ontology(small_world))
-    lines = [Rating(fact.id, 0.0, "hard") for fact in facts]
-    (tmp_path / "rate").mkdir()
-    (tmp_path / "rate" / "ratings.jsonl").write_text(
-        "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
-    )
     run = open_run(open_setup(settings(config), tmp_path), reasoning_needed=False)
+    if stage == "grpo":
+        ratings = [Rating(fact.id, 0.0, "hard") for fact in run.dataset.splits["train"]]
+        write_ratings(tmp_path / "rate" / "ratings.jsonl", ratings)
     with pytest.raises(WeightsError) as error:
         run_grpo(run) if stage == "grpo" else train(config, tmp_path)
     assert str(error.value).startswith(message)

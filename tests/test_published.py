@@ -1,5 +1,6 @@
 """A published checkpoint through every stage, by its adapters alone; in soak with Qwen's tokens."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -63,13 +64,12 @@ def config(parquet, request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     sizes, special = settings(config).model, SpecialIds.of(tokenizer)
     shapes = ModelConfig(
-        text=sizes.text.config(rows),
-        vision=sizes.vision.config(sizes.text.hidden_size),
+        text=sizes.text,
+        vision=dataclasses.replace(sizes.vision, out_hidden_size=sizes.text.hidden_size),
         image_token_id=special.image,
         video_token_id=special.video,
         vision_start_token_id=special.vision_start,
         vision_end_token_id=special.vision_end,
-        tie_word_embeddings=sizes.text.tie_word_embeddings,
     )
     params = jax.jit(lambda key: init_params(Qwen25VL(shapes, Runtime()), key))(jax.random.key(0))
     tokenizer.save_pretrained(folder)
@@ -139,18 +139,16 @@ def test_what_grpo_of_the_3b_holds_is_most_of_an_h100():
     """README's figure: of what trains the parameters, AdamW's two moments, the reference and two
     gradients (the sum of parts and a part's own), all in float32, before any activation."""
     made = settings(read_config(ROOT / "configs" / "qwen2_5_vl_3b_grpo.py"))
-    text, vision = made.model.text, made.model.vision
     shapes = ModelConfig(
-        text=text.config(text.vocab_size),
-        vision=vision.config(text.hidden_size),
+        text=made.model.text,
+        vision=made.model.vision,
         image_token_id=151_655,
         video_token_id=151_656,
         vision_start_token_id=151_652,
         vision_end_token_id=151_653,
-        tie_word_embeddings=text.tie_word_embeddings,
     )
     runtime = Runtime(param_dtype=made.runtime.param_dtype, dtype=made.runtime.dtype)
-    trained, frozen = split(abstract_params(Qwen25VL(shapes, runtime)), made.tune.parts())
+    trained, frozen = split(abstract_params(Qwen25VL(shapes, runtime)), made.tune)
     assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {np.dtype("float32")}
     assert made.grpo.loss.beta > 0
     assert made.grpo.micro_batches > 1

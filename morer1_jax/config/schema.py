@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference
 
 from morer1_jax.bounds import is_derived, words
 from morer1_jax.cli import suggest
@@ -32,7 +32,7 @@ def build(kind: type[T], config: ConfigDict | Mapping[str, Any]) -> T:
         the dotted key.
     """
     tree = config.to_dict() if isinstance(config, ConfigDict) else config
-    return _build(kind, tree, "", list(_keys(kind)))
+    return _build(kind(), tree, "", list(_keys(kind)))
 
 
 def to_config(instance: Any) -> ConfigDict:
@@ -42,8 +42,8 @@ def to_config(instance: Any) -> ConfigDict:
         value = getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
             value = to_config(value)
-        elif value is None:
-            value = placeholder(_optional(hint)[0])
+        elif _optional(hint)[1]:
+            value = FieldReference(value, field_type=_optional(hint)[0])
         config[field.name] = value
     return config
 
@@ -74,11 +74,15 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{field.name}"
 
 
-def _build(kind: type, node: Any, prefix: str, known: list[str]) -> Any:
-    """Builds a branch; `known` are all keys, for suggestions."""
+def _build(base: T, node: Any, prefix: str, known: list[str]) -> T:
+    """Returns a branch with a config's values in place of `base`'s.
+
+    Args:
+      known: all keys of the config, for suggestions.
+    """
     if not isinstance(node, Mapping):
         raise ConfigError(f"config.{prefix[:-1]}: expected a branch of keys, found {_show(node)}")
-    fields = {field.name: (field, hint) for field, hint in _fields(kind)}
+    fields = {field.name: (field, hint) for field, hint in _fields(type(base))}
     for name in node:
         if name not in fields:
             key = f"{prefix}{name}"
@@ -87,11 +91,11 @@ def _build(kind: type, node: Any, prefix: str, known: list[str]) -> Any:
     for name, value in node.items():
         field, hint = fields[name]
         if dataclasses.is_dataclass(hint):
-            values[name] = _build(hint, value, f"{prefix}{name}.", known)
+            values[name] = _build(getattr(base, name), value, f"{prefix}{name}.", known)
         else:
             values[name] = _checked(f"{prefix}{name}", value, field, hint)
     try:
-        return kind(**values)
+        return dataclasses.replace(base, **values)
     except FieldError as error:
         # A class knows its fields' names, but not where in the config it is.
         raise ConfigError(f"config.{prefix}{error.field}: {error.problem}") from None

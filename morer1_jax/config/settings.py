@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from morer1_jax.bounds import above, at_least, between, check_bounds
+from morer1_jax.bounds import above, at_least, check_bounds
 from morer1_jax.config.schema import build, to_config
 from morer1_jax.data.curriculum import MixConfig
 from morer1_jax.data.loader import WorkerKind
@@ -88,7 +88,7 @@ class ModelSettings:
     """
 
     path: str | None = None
-    text: TextConfig = TextConfig()
+    text: TextConfig = TextConfig(tie_word_embeddings=True)
     vision: VisionConfig = VisionConfig()
 
 
@@ -295,8 +295,8 @@ class Settings:
     data: DataSettings = DataSettings()
     world: WorldConfig = WorldConfig()
     model: ModelSettings = ModelSettings()
-    tune: TrainableParts = TrainableParts()
-    runtime: Runtime = Runtime()
+    tune: TrainableParts = TrainableParts(vision=0.0, frozen_dtype="bfloat16")
+    runtime: Runtime = Runtime(dtype="bfloat16", remat="full")
     mesh: MeshSettings = MeshSettings()
     score: ScoreSettings = ScoreSettings()
     sft: SFTSettings = SFTSettings()

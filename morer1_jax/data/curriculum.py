@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from morer1_jax.bounds import at_least, between, check_bounds, one_of
 from morer1_jax.errors import DataError
 
 # Keeps the shuffles' random streams apart from all others of a run's seed.
@@ -72,6 +73,9 @@ class Pool:
         return self.take(step * size, size)
 
 
+MixShape = Literal["linear", "cosine", "step"]
+
+
 @dataclasses.dataclass(frozen=True)
 class MixConfig:
     """The share of easy facts over a run.
@@ -82,22 +86,14 @@ class MixConfig:
       shape: the way between: "linear", "cosine" (slow at both ends) or "step" (halfway).
     """
 
-    start: float = 0.5
-    end: float = 0.0
-    until: int = 100
-    shape: Literal["linear", "cosine", "step"] = "linear"
+    start: float = between(0, 1, 0.5)
+    end: float = between(0, 1, 0.0)
+    until: int = at_least(1, 100)
+    shape: MixShape = one_of(MixShape, "linear")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name in ("start", "end"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"mix.{name}: expected a share, found {getattr(self, name)}")
-        if self.until < 1:
-            raise ValueError(f"mix.until: expected at least 1, found {self.until}")
-        if self.shape not in ("linear", "cosine", "step"):
-            raise ValueError(
-                f"mix.shape: expected 'linear', 'cosine' or 'step', found {self.shape!r}"
-            )
+        check_bounds(self)
 
     def easy_share(self, step: int) -> float:
         """Returns the scheduled share of easy facts at a step."""

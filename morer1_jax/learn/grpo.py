@@ -26,6 +26,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.batch import PromptBatch
+from morer1_jax.bounds import above, at_least, check_bounds, one_of
 from morer1_jax.learn.accumulate import accumulate, add
 from morer1_jax.learn.state import TrainState, apply_gradients
 from morer1_jax.learn.trainable import join
@@ -55,26 +56,18 @@ class LossConfig:
       mask_truncated: whether completions cut off at the length limit are left out of the loss.
 
     Raises:
-      ValueError: `normalisation` is unknown, or `importance_cap` is not above 0.
+      FieldError: a field is out of its bounds.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    beta: float = 0.0
-    normalisation: Normalisation = "token"
-    importance_cap: float | None = 2.0
+    clip_low: float = at_least(0, 0.2)
+    clip_high: float = at_least(0, 0.28)
+    beta: float = at_least(0, 0.0)
+    normalisation: Normalisation = one_of(Normalisation, "token")
+    importance_cap: float | None = above(0, 2.0)
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        if self.normalisation not in ("sequence", "token", "constant"):
-            raise ValueError(
-                "grpo.normalisation: expected 'sequence', 'token' or 'constant', found "
-                f"{self.normalisation!r}"
-            )
-        if self.importance_cap is not None and self.importance_cap <= 0:
-            raise ValueError(
-                f"importance_cap: expected above 0 or None, found {self.importance_cap}"
-            )
+        check_bounds(self)
 
 
 @struct.dataclass

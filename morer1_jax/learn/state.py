@@ -16,6 +16,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from morer1_jax.bounds import above, at_least, between, check_bounds, one_of
 from morer1_jax.learn.trainable import ALL, TrainableParts, shares
 from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL, init_params
@@ -37,6 +38,9 @@ class TrainState:
     opt_state: optax.OptState
 
 
+Schedule = Literal["constant", "cosine"]
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Settings of AdamW (arXiv 1711.05101), its schedule and its clip.
@@ -53,23 +57,21 @@ class OptimizerConfig:
       clip_norm: gradients of a greater global norm are scaled down to it.
 
     Raises:
-      ValueError: `lr` or `clip_norm` is not above 0.
+      FieldError: a field is out of its bounds.
     """
 
-    lr: float
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = 0
-    final: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    lr: float = above(0)
+    schedule: Schedule = one_of(Schedule, "constant")
+    warmup: int = at_least(0, 0)
+    final: float = at_least(0, 0.1)
+    b1: float = between(0, 1, 0.9)
+    b2: float = between(0, 1, 0.95)
+    eps: float = at_least(0, 1e-8)
+    weight_decay: float = at_least(0, 0.0)
+    clip_norm: float = above(0, 1.0)
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip_norm"):
-            if (value := getattr(self, name)) <= 0:
-                raise ValueError(f"{name}: expected above 0, found {value}")
+        check_bounds(self)
 
     def learning_rate(self, updates: int) -> optax.Schedule:
         """Returns the learning rate by number of updates done, for a run of `updates`."""

@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 
-from morer1_jax.model.config import LoRA
+from morer1_jax.bounds import at_least, check_bounds, one_of
+from morer1_jax.errors import FieldError
+from morer1_jax.model.config import DType, LoRA
 from morer1_jax.model.layers import Params
 
 ADAPTER = ("lora_a", "lora_b")
@@ -26,38 +28,45 @@ class TrainableParts:
       vision: share of the vision tower.
       merger: share of the merger between tower and decoder.
       language: share of the decoder with embedding and head, or of its adapters.
-      lora: adapters that train in place of the decoder; None: the decoder itself trains.
+      frozen_dtype: dtype that frozen parameters are held in.
+      lora: adapters that train in place of the decoder; of rank 0: the decoder itself trains.
 
     Raises:
-      ValueError: a share is negative, nothing trains, or adapters have no share.
+      FieldError: a share is negative, nothing trains, or adapters have no share.
     """
 
-    vision: float = 1.0
-    merger: float = 1.0
-    language: float = 1.0
-    lora: LoRA | None = None
+    vision: float = at_least(0, 1.0)
+    merger: float = at_least(0, 1.0)
+    language: float = at_least(0, 1.0)
+    frozen_dtype: DType = one_of(DType, "float32")
+    lora: LoRA = LoRA()
 
     def __post_init__(self) -> None:
-        if self.lora is not None and not self.language:
-            raise ValueError(
-                "language: expected above 0 with adapters, which train at its share of the "
-                "learning rate in place of the decoder, found 0; raise it or set lora.rank to 0"
+        check_bounds(self)
+        if self.adapters is not None and not self.language:
+            raise FieldError(
+                "language",
+                "expected above 0 with adapters, which train at its share of the learning rate in "
+                "place of the decoder, found 0; raise it or set lora.rank to 0",
             )
-        for name in ("vision", "merger", "language"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
         if not (self.vision or self.merger or self.language):
-            raise ValueError(
-                "language: expected one of vision, merger and language above 0, found none, so "
-                "that nothing trains; give one a share of the learning rate"
+            raise FieldError(
+                "language",
+                "expected one of vision, merger and language above 0, found none, so that nothing "
+                "trains; give one a share of the learning rate",
             )
+
+    @property
+    def adapters(self) -> LoRA | None:
+        """The adapters; None if there are none."""
+        return self.lora if self.lora.rank else None
 
     def share(self, path: tuple[str, ...]) -> float:
         """Returns the share of the learning rate at which the leaf at `path` trains."""
         # The merger's parameters lie in the tower's branch.
         if path[0] == "vision":
             return self.merger if path[1].startswith("merger") else self.vision
-        if self.lora is not None and path[-1] not in ADAPTER:
+        if self.adapters is not None and path[-1] not in ADAPTER:
             return 0.0
         return self.language
 

@@ -57,7 +57,9 @@ class VisionConfig:
     def __post_init__(self) -> None:
         check_bounds(self)
         _divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
-        _divides("num_heads", self.head_dim, "4 (two axes, two halves)", 4, "heads of a size that is")
+        _divides(
+            "num_heads", self.head_dim, "4 (two axes, two halves)", 4, "heads of a size that is"
+        )
         unit = self.patch_size * self.spatial_merge_size
         _divides("window_size", self.window_size, "patch_size * spatial_merge_size", unit)
         outside = [i for i in self.fullatt_block_indexes if not 0 <= i < self.depth]
@@ -163,20 +165,15 @@ class TextConfig:
     rms_norm_eps: float = derived(1e-6)
     initializer_range: float = at_least(0, 0.02)
     max_position_embeddings: int = derived(128_000)
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
         heads = self.num_attention_heads
         _divides("hidden_size", self.hidden_size, "num_attention_heads", heads)
         _divides("num_attention_heads", heads, "num_key_value_heads", self.num_key_value_heads)
-        _divides(
-            "num_attention_heads",
-            self.head_dim,
-            "2 (rotary halves)",
-            2,
-            "heads of a size that is",
-        )
+        halves = "2 (rotary halves)"
+        _divides("num_attention_heads", self.head_dim, halves, 2, "heads of a size that is")
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
             raise FieldError(
                 "mrope_section",

@@ -14,6 +14,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from morer1_jax.bounds import at_least, check_bounds
+from morer1_jax.errors import FieldError
 from morer1_jax.rollout.sampler import Rollout
 
 REWARD_PARTS = ("format", "effort", "accuracy")
@@ -31,20 +33,21 @@ class RewardConfig:
       effort_to: bytes of reasoning from which on the effort part is 1; it is linear between.
 
     Raises:
-      ValueError: `effort_to` is not above `effort_from`.
+      FieldError: a field is out of its bounds, or `effort_to` is not above `effort_from`.
     """
 
-    format: float = 0.2
-    effort: float = 0.2
-    accuracy: float = 1.0
-    effort_from: int = 0
-    effort_to: int = 200
+    format: float = at_least(0, 0.2)
+    effort: float = at_least(0, 0.2)
+    accuracy: float = at_least(0, 1.0)
+    effort_from: int = at_least(0, 0)
+    effort_to: int = at_least(1, 200)
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.effort_to <= self.effort_from:
-            raise ValueError(
-                f"reward.effort_to: expected above effort_from = {self.effort_from}, found "
-                f"{self.effort_to}"
+            raise FieldError(
+                "effort_to",
+                f"expected above effort_from = {self.effort_from}, found {self.effort_to}",
             )
 
 

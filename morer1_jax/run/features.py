@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from morer1_jax.batch import VisionBatch
+from morer1_jax.config.schema import to_tree
 from morer1_jax.config.settings import Settings
 from morer1_jax.data.collate import Collator
 from morer1_jax.data.dataset import Dataset
@@ -57,7 +59,9 @@ def features_origin(
     settings: Settings, dataset: Dataset, images: ImageConfig, checkpoint: Checkpoint | None
 ) -> dict[str, str]:
     """Returns digests of all that features depend on, by name."""
-    weights = checkpoint.digest if checkpoint else repr((settings.seed, settings.model))
+    weights = (
+        checkpoint.digest if checkpoint else json.dumps([settings.seed, to_tree(settings.model)])
+    )
     return more.photo_digests(dataset.photos) | {
         "model": of_lines([weights, settings.runtime.dtype, settings.tune.frozen_dtype]),
         "pixel limits or crop": of_lines([repr(images)]),

@@ -28,7 +28,7 @@ from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import prompt_shapes
 from morer1_jax.run.work import Passes, Work, group_work
-from morer1_jax.stages.grpo_step import make_grpo_step
+from morer1_jax.stages.grpo_step import make_grpo_step, make_programs
 from morer1_jax.stages.rate import pool_again, starting_params
 from morer1_jax.task.fact import Fact
 
@@ -61,18 +61,17 @@ def run_grpo(run: Run) -> None:
     transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.trainable)
     like, timer = trainee.like_state(transform), PhaseTimer()
     reference = starting_params(run) if grpo.loss.beta else None
-    grpo_step = make_grpo_step(
+    programs = make_programs(
         policy,
         grpo,
         like,
         transform,
-        trainee.frozen,
-        reference,
+        trainee.like_frozen,
         score_config=ScoreConfig(grpo.temperature, run.settings.score.chunk),
         length=run.reader.limits.completion,
         seed=run.settings.seed,
-        timer=timer,
     )
+    grpo_step = make_grpo_step(programs, policy, grpo, trainee.frozen, reference, timer)
     records, easy = RecordLog(run.workdir / "rollouts.jsonl", "grpo"), set(pools["easy"])
 
     def train_step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,34 +27,45 @@ GRPOStep = Callable[
 ]
 
 
-def make_grpo_step(
+class Programs(NamedTuple):
+    """The compiled programs of a step.
+
+    Attributes:
+      rollout: `(params, prompts, grammar, allowed, step) -> (scored, metrics)`; see `make_rollout`.
+      score: `(params, prompts, tokens, mask, allowed) -> logprobs`, float32 [b, g, t].
+      weigh: `(mask, ended) -> weights`, each token's share of the loss.
+      update: `(state, frozen, batch, allowed) -> (state, metrics)`; gives the state's memory away.
+      finish: `(step, metrics of each update) -> (step + 1, their means)`.
+    """
+
+    rollout: Callable[..., Any]
+    score: Callable[..., Any]
+    weigh: Callable[..., Any]
+    update: Callable[..., Any]
+    finish: Callable[..., Any]
+
+
+def make_programs(
     policy: Policy,
     settings: GRPOSettings,
     like: TrainState,
     transform: optax.GradientTransformation,
     frozen: Params,
-    reference: Params | None,
     *,
     score_config: ScoreConfig,
     length: int,
     seed: int,
-    timer: PhaseTimer,
     end_of_turn: int | None = None,
-) -> GRPOStep:
-    """Returns a rollout and the updates on it: `step(state, prompts, number)`.
-
-    It returns the new state, metrics (an update's are means over the rollout's updates, see
-    `combined_metrics`) and the rollout with what it earned.
+) -> Programs:
+    """Returns the programs of a step, with what they take and give laid out on the mesh.
 
     Args:
       like: the train state's shapes and shardings.
       transform: the optimizer.
-      frozen: parameters that do not train.
-      reference: those that the KL is taken to, of the parameters that train; None where beta is 0.
+      frozen: parameters that do not train, or their shapes.
       score_config: how log-probabilities are taken.
       length: most tokens of a completion.
       seed: of the sampling noise.
-      timer: told of `rollout`, `score` and `update` as they are started.
       end_of_turn: the id that ends a completion; None: the tokenizer's.
     """
     model, loss = policy.model, settings.loss
@@ -64,40 +75,62 @@ def make_grpo_step(
         temperature=settings.temperature,
         end_of_turn=policy.special.end_of_turn if end_of_turn is None else end_of_turn,
     )
-    # The programs; small ones, too: outside of one each operation is compiled by itself.
+
+    def score(
+        params: Params, prompts: PromptBatch, tokens: jax.Array, mask: jax.Array, allowed: jax.Array
+    ) -> jax.Array:
+        return group_logprobs(model, params, prompts, tokens, mask, allowed, score_config)[0]
+
     params, rows, whole = policy.param_shardings, policy.rows, policy.replicated
-    rollout = program(
-        make_rollout(model, sampling, settings.reward, settings.scale_rewards, seed),
-        takes=(params, rows, whole, whole, whole),
-        gives=(rows, whole),
+    return Programs(
+        rollout=program(
+            make_rollout(model, sampling, settings.reward, settings.scale_rewards, seed),
+            takes=(params, rows, whole, whole, whole),
+            gives=(rows, whole),
+        ),
+        score=program(score, takes=(params, rows, rows, rows, whole), gives=rows),
+        # Small programs, too: outside of one each operation is compiled by itself.
+        weigh=program(
+            lambda mask, ended: token_weights(mask, ended, loss), takes=(rows, rows), gives=rows
+        ),
+        update=program(
+            make_grpo_update(model, transform, loss, score_config, settings.micro_batches),
+            takes=(like, frozen, rows, whole),
+            gives=(like, whole),
+            donate=0,
+        ),
+        finish=jax.jit(
+            lambda step, metrics: (step + 1, combined_metrics(metrics)),
+            out_shardings=(like.step.sharding, whole),
+        ),
     )
-    score = program(
-        lambda params, prompts, tokens, mask, allowed: group_logprobs(
-            model, params, prompts, tokens, mask, allowed, score_config
-        )[0],
-        takes=(params, rows, rows, rows, whole),
-        gives=rows,
-    )
-    weigh = program(
-        lambda mask, ended: token_weights(mask, ended, loss), takes=(rows, rows), gives=rows
-    )
-    update = program(
-        make_grpo_update(model, transform, loss, score_config, settings.micro_batches),
-        takes=(like, frozen, rows, whole),
-        gives=(like, whole),
-        donate=0,
-    )
-    finish = jax.jit(
-        lambda step, metrics: (step + 1, combined_metrics(metrics)),
-        out_shardings=(like.step.sharding, whole),
-    )
+
+
+def make_grpo_step(
+    programs: Programs,
+    policy: Policy,
+    settings: GRPOSettings,
+    frozen: Params,
+    reference: Params | None,
+    timer: PhaseTimer,
+) -> GRPOStep:
+    """Returns a rollout and the updates on it: `step(state, prompts, number)`.
+
+    It returns the new state, metrics (an update's are means over the rollout's updates, see
+    `combined_metrics`) and the rollout with what it earned.
+
+    Args:
+      frozen: parameters that do not train.
+      reference: those that the KL is taken to, of the parameters that train; None where beta is 0.
+      timer: told of `rollout`, `score` and `update` as they are started.
+    """
 
     def step(
         state: TrainState, prompts: PromptBatch, number: int
     ) -> tuple[TrainState, dict[str, Any], ScoredRollout]:
         # Rollout: completions with their rewards and advantages.
         prompts = policy.put(prompts)
-        scored, metrics = rollout(
+        scored, metrics = programs.rollout(
             join(state.params, frozen), prompts, policy.grammar, policy.allowed, np.int32(number)
         )
         timer.phase("rollout", scored.reward)
@@ -106,7 +139,7 @@ def make_grpo_step(
         # Score: log-probabilities under the reference, and under the parameters that the rollout
         # began with. The first update needs none of these, since its own are equal to them.
         def logprobs(params: Params) -> jax.Array:
-            result = score(
+            result = programs.score(
                 join(params, frozen), prompts, completions.tokens, completions.mask, policy.allowed
             )
             timer.phase("score", result)
@@ -116,22 +149,22 @@ def make_grpo_step(
             prompts=prompts,
             tokens=completions.tokens,
             mask=completions.mask,
-            weights=weigh(completions.mask, completions.ended),
+            weights=programs.weigh(completions.mask, completions.ended),
             advantages=scored.advantages,
             sampler=completions.logprobs,
-            reference=logprobs(reference) if loss.beta else None,
+            reference=logprobs(reference) if settings.loss.beta else None,
         )
         old = logprobs(state.params) if settings.updates > 1 else None
 
         # Update, as often as the config says on the same rollout.
         metrics_of_updates = []
         for number_of_update in range(settings.updates):
-            state, update_metrics = update(
+            state, update_metrics = programs.update(
                 state, frozen, batch.replace(old=old if number_of_update else None), policy.allowed
             )
             timer.phase("update", update_metrics)
             metrics_of_updates.append(update_metrics)
-        steps, means = finish(state.step, metrics_of_updates)
+        steps, means = programs.finish(state.step, metrics_of_updates)
         return state.replace(step=steps), metrics | means, scored
 
     return step

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from morer1_jax.config.binding import OPERATIONAL, differences, flatten, identity, matches
+from morer1_jax.config.schema import to_tree
 from morer1_jax.config.settings import Settings
 from morer1_jax.errors import ConfigError
 from morer1_jax.run.checkpoint import Checkpointer
@@ -34,9 +35,9 @@ class Progress:
     workdir: Path
 
     @classmethod
-    def of(cls, config: Any, settings: Settings, workdir: Path) -> Progress:
-        """Returns the progress of a workdir under a config as a file gives it."""
-        return cls(flatten(config), settings, workdir)
+    def of(cls, settings: Settings, workdir: Path) -> Progress:
+        """Returns the progress of a workdir under a config."""
+        return cls(flatten(to_tree(settings)), settings, workdir)
 
     # Which stages are done.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from morer1_jax.bounds import at_least, between, check_bounds
 from morer1_jax.errors import DataError
 from morer1_jax.files import atomic_dir
 from morer1_jax.task import more
@@ -60,28 +61,21 @@ class WorldConfig:
       noise: pixel noise, standard deviation in grey levels of 255.
     """
 
-    train: int = 4000
-    valid: int = 200
-    test: int = 1000
-    cast: int = 8
-    facts_per_photo: int = 3
-    fit: float = 0.85
-    none: float = 0.5
-    night: float = 0.0
-    written: float = 0.25
-    gives_up: float = 0.0
-    noise: float = 8.0
+    train: int = at_least(1, 4000)
+    valid: int = at_least(1, 200)
+    test: int = at_least(1, 1000)
+    cast: int = between(2, len(COLOURS), 8)
+    facts_per_photo: int = at_least(1, 3)
+    fit: float = between(0, 1, 0.85)
+    none: float = between(0, 1, 0.5)
+    night: float = between(0, 1, 0.0)
+    written: float = between(0, 1, 0.25)
+    gives_up: float = between(0, 1, 0.0)
+    noise: float = at_least(0, 8.0)
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        if not 2 <= self.cast <= len(COLOURS):
-            raise ValueError(f"cast: expected 2 to {len(COLOURS)} names a type, found {self.cast}")
-        for name in ("train", "valid", "test", "facts_per_photo"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        for name in ("fit", "none", "night", "written", "gives_up"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: expected a share, 0 to 1, found {getattr(self, name)}")
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)

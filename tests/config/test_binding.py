@@ -4,7 +4,7 @@ import os
 import pytest
 from ml_collections import ConfigDict
 
-from morer1_jax.config.binding import Rule, check_config, flatten, identity, load
+from morer1_jax.config.binding import bind, flatten, identity
 from morer1_jax.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def test_flatten_gives_what_json_gives_back():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1}])
 def test_a_value_json_cannot_hold_is_named(value):
-    with pytest.raises(ConfigError, match=r"config\.sft\.lr: .* found, a value that JSON"):
+    with pytest.raises(ConfigError, match=r"config\.sft\.lr: expected a value that JSON"):
         flatten({"sft": {"lr": value}})
 
 
@@ -51,32 +51,32 @@ def test_identity_leaves_out_what_may_change():
 
 
 def test_a_workdir_remembers_its_config(tmp_path):
-    load(base(), tmp_path / "run")
+    bind(base(), tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     assert json.loads(path.read_text())["sft"]["lr"] == 1e-5
     before = path.stat().st_mtime_ns
-    load(base(), tmp_path / "run")
+    bind(base(), tmp_path / "run")
     assert path.stat().st_mtime_ns == before
     assert os.listdir(path.parent) == ["config.json"]
 
 
 def test_operational_keys_may_change_and_are_updated(tmp_path):
-    load(base(), tmp_path)
+    bind(base(), tmp_path)
     now = changed(mesh__data=4, data__workers=8, sft__save_every=5)
-    load(now, tmp_path, write=False)
+    bind(now, tmp_path, write=False)
     assert flatten(json.loads((tmp_path / "config.json").read_text())) == flatten(base())
-    load(now, tmp_path)
+    bind(now, tmp_path)
     assert flatten(json.loads((tmp_path / "config.json").read_text())) == flatten(now)
 
 
 def test_identity_keys_may_not_change(tmp_path):
-    load(base(), tmp_path)
+    bind(base(), tmp_path)
     now = changed(seed=2, sft__lr=2e-5, sft__warm=False, mesh__data=4)
     del now.data.path
     now.data.file = "y"
     kept = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ConfigError) as error:
-        load(now, tmp_path)
+        bind(now, tmp_path)
     message = str(error.value)
     assert "\n" not in message
     assert "seed: 1 there, 2 here" in message
@@ -90,71 +90,14 @@ def test_identity_keys_may_not_change(tmp_path):
 
 
 def test_true_is_not_one(tmp_path):
-    load({"flag": True}, tmp_path)
+    bind({"flag": True}, tmp_path)
     with pytest.raises(ConfigError, match="flag: true there, 1 here"):
-        load({"flag": 1}, tmp_path)
+        bind({"flag": 1}, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"seed": '])
 def test_a_damaged_config_file_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json: .*new --workdir") as error:
-        load(base(), tmp_path)
+        bind(base(), tmp_path)
     assert "\n" not in str(error.value)
-
-
-RULES = {
-    "seed": Rule(int, low=0),
-    "mesh": Rule(dict),
-    "data": Rule(dict),
-    "sft.lr": Rule(float, low=0, high=1),
-    "sft.save_every": Rule(int, low=1),
-    "sft.warm": Rule(bool),
-    "sft.limit": Rule(int, optional=True),
-}
-
-
-def test_a_config_within_its_rules_passes():
-    check_config(base(), RULES)
-    check_config({"norm": "token", "clip": (0.2, 0.28), "lr": 1, "n": {"m": {}}}, {
-        "norm": Rule(str, choices=("token", "sequence")),
-        "clip": Rule(tuple),
-        "lr": Rule(float),
-        "n": Rule(dict),
-    })  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("seed", -1, "config.seed: -1 found, a whole number, at least 0 expected"),
-        ("seed", 1.5, "config.seed: 1.5 found, a whole number"),
-        ("seed", True, "config.seed: true found, a whole number"),
-        ("sft.lr", 2.0, "config.sft.lr: 2.0 found, a number, at least 0, at most 1 expected"),
-        ("sft.lr", "1e-5", 'config.sft.lr: "1e-5" found, a number'),
-        ("sft.lr", None, "config.sft.lr: null found, a number"),
-        ("sft.warm", 1, "config.sft.warm: 1 found, true or false expected"),
-        ("sft.limit", "x", 'config.sft.limit: "x" found, a whole number or none expected'),
-        ("sft.rl", 1, "config.sft.rl: unknown key; did you mean sft.lr?"),
-        ("sft.save_every", ..., "config.sft.save_every: the key is missing"),
-        ("mesh", ..., "config.mesh: the key is missing"),
-    ],
-)
-def test_a_config_outside_its_rules_is_named(key, value, message):
-    config = base().to_dict()
-    *parents, last = key.split(".")
-    node = config
-    for parent in parents:
-        node = node[parent]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
-    with pytest.raises(ConfigError) as error:
-        check_config(config, RULES)
-    assert message in str(error.value)
-
-
-def test_a_value_outside_the_choices_is_named():
-    with pytest.raises(ConfigError, match='norm: "x" found, one of token, sequence'):
-        check_config({"norm": "x"}, {"norm": Rule(str, choices=("token", "sequence"))})

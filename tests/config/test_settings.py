@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from morer1_jax.config.binding import flatten, read_config
-from morer1_jax.config.settings import Settings, settings
+from morer1_jax.config.binding import flatten, matches, read_config
+from morer1_jax.config.schema import to_tree
+from morer1_jax.config.settings import Settings, default_config, settings
 from morer1_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -57,19 +58,30 @@ def test_a_parsed_json_is_as_good_as_a_config_dict(config):
     assert settings(parsed) == settings(config) == settings(ConfigDict(config))
 
 
-def test_each_key_that_is_missing_is_named(config):
-    for key in flatten(config):
+def test_each_key_that_is_missing_has_its_default(config):
+    default = flatten(to_tree(Settings()))
+    # Sizes that must fit each other are left together.
+    together = ("model", "grpo.reward.effort_from", "grpo.prompts", "grpo.micro_batches", "runtime")
+    for key in [key for key in flatten(config) if not matches(key, together)]:
         lacking = copy.deepcopy(config)
         *branches, leaf = key.split(".")
         node = lacking
         for branch in branches:
             node = node[branch]
         del node[leaf]
-        # A branch whose only key is gone is a value of its own, {}.
-        named = key if node else ".".join(branches)
-        with pytest.raises(ConfigError, match=rf"^config\.{named}: ") as error:
-            settings(lacking)
-        assert not node or str(error.value).endswith("the key is missing")
+        built = flatten(to_tree(settings(lacking)))
+        assert built == {**flatten(config), key: default[key]}
+
+
+def test_every_key_of_the_defaults_can_be_set_on_a_command_line():
+    config = default_config()
+    assert settings(config) == Settings()
+    for key in ("data.folder", "model.path", "rate.file"):
+        config.update_from_flattened_dict({key: "a path"})
+    config.update_from_flattened_dict({"control.steps": 3, "model.text.vocab_size": None})
+    with pytest.raises(TypeError):
+        config.control.steps = "three"
+    assert settings(config).control.steps == 3
 
 
 @pytest.mark.parametrize("key", ["sft.steps_", "nonsense", "world.castt", "sft.optimizer.lrr"])

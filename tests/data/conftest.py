@@ -46,7 +46,7 @@ def make(small_world, small_tokenizer, ontology):
     """`make(limits, view)`: a reader of the facts."""
     photos = ImageReader(small_world, ImageConfig(max_pixels=112 * 112))
 
-    def make(limits=LIMITS, view=View()):  # noqa: B008 (frozen)
+    def make(limits=LIMITS, view=View()):
         return SampleReader(small_tokenizer, ontology, photos, TOWER, limits, view)
 
     return make

@@ -140,5 +140,5 @@ def test_an_empty_pool_that_is_not_needed_is_no_error():
     ("key", "value"), [("start", 1.5), ("end", -0.1), ("until", 0), ("shape", "square")]
 )
 def test_a_mix_out_of_range_names_its_key(key, value):
-    with pytest.raises(ValueError, match=f"mix.{key}: "):
+    with pytest.raises(ValueError, match=f"^{key}: expected"):
         MixConfig(**{key: value})

@@ -197,7 +197,7 @@ def test_nonsense_is_refused(wrong, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rank": 0}, "rank: expected at least 1, found 0"),
+        ({"rank": -1}, "rank: expected at least 0, found -1"),
         ({"targets": ()}, "targets: expected some of .* found none"),
         ({"targets": ("q", "norm")}, "targets: expected one of q, k.* found 'norm'"),
     ],

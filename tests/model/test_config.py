@@ -191,12 +191,16 @@ def test_period(depth, full, period):
 
 
 def test_head_sizes_are_checked():
-    with pytest.raises(ConfigError, match=r"vision head size: expected a multiple .* found 6"):
+    with pytest.raises(
+        ConfigError, match=r"^num_heads: expected heads .* multiple of 4 .* found 6"
+    ):
         VisionConfig(
             depth=1, hidden_size=12, intermediate_size=8, num_heads=2, out_hidden_size=8,
             fullatt_block_indexes=(),
         )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"text head size: expected a multiple .* found 5"):
+    with pytest.raises(
+        ConfigError, match=r"^num_attention_heads: expected heads .* multiple of 2 .* found 5"
+    ):
         TextConfig(
             vocab_size=9, hidden_size=10, intermediate_size=8, num_hidden_layers=1,
             num_attention_heads=2, num_key_value_heads=1, mrope_section=(1, 1, 0),

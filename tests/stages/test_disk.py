@@ -41,7 +41,7 @@ class Case:
         self.settings = settings(config)
         data, tokenizer = Path(config.data.folder), load_tokenizer(TOKENIZER[0])
         self.trainee = open_trainee(self.settings, tokenizer, more.read_ontology(data), None)
-        self.progress = Progress.of(config, self.settings, workdir)
+        self.progress = Progress.of(self.settings, workdir)
 
 
 TOKENIZER = []
@@ -210,7 +210,7 @@ def test_7b_grpo_is_counted_as_large_as_it_is(tmp_path, small_world):
 
 def test_too_little_room_is_named_before_the_first_step(config, tmp_path, monkeypatch):
     run = opened(config, tmp_path / "run")
-    progress = Progress.of(config, run.settings, run.workdir)
+    progress = Progress.of(run.settings, run.workdir)
     most = disk.needed_bytes(run.trainee, progress, [BY_NAME["sft"]]) + disk._OTHERS
 
     def free(count):

@@ -67,7 +67,7 @@ def config():
 
 
 def progress(config, workdir):
-    return Progress.of(config, settings(config), workdir)
+    return Progress.of(settings(config), workdir)
 
 
 def test_each_key_binds_or_is_free_on_purpose(config, tmp_path):

@@ -26,13 +26,12 @@ def model_config(tokenizer):
     sizes = settings(read_config(ROOT / "configs" / "qwen2_5_vl_3b_sft.py")).model
     special = SpecialIds.of(tokenizer)
     return ModelConfig(
-        text=sizes.text.config(sizes.text.vocab_size),
-        vision=sizes.vision.config(sizes.text.hidden_size),
+        text=sizes.text,
+        vision=sizes.vision,
         image_token_id=special.image,
         video_token_id=special.video,
         vision_start_token_id=special.vision_start,
         vision_end_token_id=special.vision_end,
-        tie_word_embeddings=sizes.text.tie_word_embeddings,
     )
 
 

@@ -259,6 +259,8 @@ IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_
 def run_of(folder, workdir, request, small_world):
     config = read_config(request.config.rootpath / "tests" / "configs" / "tiny.py")
     config.model.path, config.data.folder = str(folder), str(small_world)
+    config.data.update(windows=400, prompt_length=900, completion_length=300)
+    config.mesh.update(data=1, fsdp=1, tensor=-1)
     return open_run(open_setup(settings(config), workdir), reasoning_needed=True)
 
 

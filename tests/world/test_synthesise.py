@@ -274,9 +274,9 @@ def test_the_writer_gives_up_at_night_and_only_there(nights):
 
 
 def test_a_world_that_cannot_be_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"gives_up: expected a share, 0 to 1, found 2"):
+    with pytest.raises(ValueError, match=r"gives_up: expected from 0 to 1, found 2"):
         WorldConfig(gives_up=2)
-    with pytest.raises(ValueError, match=r"cast: expected 2 to 8 names a type, found 9"):
+    with pytest.raises(ValueError, match=r"cast: expected from 2 to 8, found 9"):
         WorldConfig(cast=9)
     with pytest.raises(ValueError, match=r"valid: expected at least 1, found 0"):
         WorldConfig(valid=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -29,13 +30,12 @@ def write_model(preset: Preset, folder: Path) -> None:
     source = folder.with_name(f"{folder.name}-tokenizer")
     special = SpecialIds.of(tokenizer := make_tokenizer(preset, source))
     config = ModelConfig(
-        text=preset.text,
+        text=dataclasses.replace(preset.text, tie_word_embeddings=True),
         vision=preset.vision,
         image_token_id=special.image,
         video_token_id=special.video,
         vision_start_token_id=special.vision_start,
         vision_end_token_id=special.vision_end,
-        tie_word_embeddings=True,
     )
     model = Qwen25VL(config, Runtime())
     loaded = LoadedModel(

@@ -38,7 +38,7 @@ from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, samp
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.shapes import row_cost
-from morer1_jax.stages.grpo_step import GRPOStep, make_grpo_step
+from morer1_jax.stages.grpo_step import Programs, make_grpo_step, make_programs
 
 _SCORE = ScoreConfig(chunk=64)
 # No token has it, so that no completion ends before its last place.
@@ -143,10 +143,10 @@ class GRPOTask:
 
     @property
     def flops(self) -> float | None:
-        side, step = self._side, self._new_step(self._side.like_state())
+        side, programs = self._side, self._programs(self._side.like_state())
         params, policy = side.loaded.params, side.policy
         given = params, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
-        scored, _ = jax.eval_shape(step.rollout, *given)
+        scored, _ = jax.eval_shape(programs.rollout, *given)
         drawn = scored.rollout
         asked = self.prompts, drawn.tokens, drawn.mask, policy.allowed
         batch = GroupBatch(
@@ -159,9 +159,9 @@ class GRPOTask:
             reference=drawn.logprobs,
         )
         parts = (
-            side.flops(step.rollout, *given, trips=_trips(side.preset.completion)),
-            side.flops(step.score, params, *asked),
-            side.flops(step.update, side.like_state(), {}, batch, policy.allowed),
+            side.flops(programs.rollout, *given, trips=_trips(side.preset.completion)),
+            side.flops(programs.score, params, *asked),
+            side.flops(programs.update, side.like_state(), {}, batch, policy.allowed),
         )
         return None if None in parts else sum(parts)
 
@@ -180,24 +180,29 @@ class GRPOTask:
 
     def prepare(self) -> None:
         self._state = self._side.state()
-        self._step = self._new_step(self._state)
+        self._step = make_grpo_step(
+            self._programs(self._state),
+            self._side.policy,
+            self.settings,
+            {},
+            self._side.loaded.params,
+            # Entered, as a run has it; its thread ends with the process.
+            PhaseTimer().__enter__(),
+        )
         self._number = 0
         self.run()
 
-    def _new_step(self, like: TrainState) -> GRPOStep:
+    def _programs(self, like: TrainState) -> Programs:
         side = self._side
-        return make_grpo_step(
+        return make_programs(
             side.policy,
             self.settings,
             like,
             side.optimizer,
             {},
-            side.loaded.params,
             score_config=_group_score(side.preset),
             length=side.preset.completion,
             seed=0,
-            # Entered, as a run has it; its thread ends with the process.
-            timer=PhaseTimer().__enter__(),
             end_of_turn=_NEVER,
         )
 
