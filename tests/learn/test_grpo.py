@@ -313,8 +313,8 @@ def test_numbers_beyond_a_completions_end_are_not_read(gradients_of, data):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"normalisation": "mean"}, "expected .*'constant', found 'mean'"),
-        ({"importance_cap": 0.0}, "expected above 0 or None, found 0.0"),
+        ({"normalisation": "mean"}, "expected one of .*constant, found 'mean'"),
+        ({"importance_cap": 0.0}, "expected above 0, found 0.0"),
     ],
 )
 def test_nonsense_is_refused(wrong, message):
