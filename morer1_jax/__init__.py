@@ -1,3 +1,5 @@
+"""Trains vision-language models to reason about relations in news photos: SFT, then GRPO."""
+
 import os
 
 # transformers advises whoever imports it without PyTorch to install it; we never run its models.

@@ -1,6 +1,6 @@
-"""One photo, box, title and entity, or many: the reasoning step by step, and the label.
+r"""One photo, box, title and entity, or many: the reasoning step by step, and the label.
 
-    python -m morer1_jax.predict --checkpoint=runs/demo --image=photo.jpg \\
+    python -m morer1_jax.predict --checkpoint=runs/demo --image=photo.jpg \
         --box=0.52,0.4,0.2,0.6 --title="Heat and Celtics Are Tied Up" --entity=Heat
 
 `--box` is x centre, y centre, width and height, as fractions of the photo.

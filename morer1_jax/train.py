@@ -37,8 +37,8 @@ from morer1_jax.run.setup import Run, Setup, open_run, open_setup, with_features
 from morer1_jax.run.trial import check_saves
 from morer1_jax.stages.disk import check_room
 from morer1_jax.stages.marker import MARKER
-from morer1_jax.stages.progress import Progress
 from morer1_jax.stages.table import BY_NAME, STAGES, Stage, stages_to_run
+from morer1_jax.stages.workdir import Progress
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
 _WORKDIR = flags.DEFINE_string(

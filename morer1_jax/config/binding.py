@@ -18,7 +18,7 @@ from morer1_jax.files import read_json, write_json
 # out of memory can be corrected. How often and on how many facts is validated decides which of its
 # steps is the best.
 # Dotted prefixes (see `matches`).  Every other key is part of the run's identity, from when it has
-# shaped something (see `stages.progress`).
+# shaped something (see `stages.workdir`).
 OPERATIONAL = (
     "mesh",
     "stages",

@@ -1,4 +1,4 @@
-"""Image features kept on disk, for a vision tower that does not change.
+"""Reads image features that were kept on disk, for a vision tower that does not change.
 
 folder/
   index.json     fact id to its images' places and grids; the array's shape and dtype; digests of

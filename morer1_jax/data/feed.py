@@ -62,6 +62,7 @@ class SequenceFeed:
     plan: RowPlan
 
     def __call__(self, step: int) -> SequenceBatch:
+        """Makes this host's rows of a step's batch."""
         drawn = self.draw(step)
         rows = self.host.rows(self.plan.rows([self.sizes[i] for i in drawn]))
         samples = [[self._sample(self.facts[drawn[place]]) for place in row] for row in rows]
@@ -89,6 +90,7 @@ class PromptFeed:
     shapes: Sequence[Shape]
 
     def __call__(self, step: int) -> PromptBatch:
+        """Makes this host's rows of a step's batch."""
         drawn = self.draw(step)
         shape = smallest(self.shapes, widest([self.sizes[i] for i in drawn]))
         samples = [self.reader.read(self.facts[i]) for i in self.host.rows(drawn)]

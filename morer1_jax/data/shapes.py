@@ -1,4 +1,4 @@
-"""Chooses the fixed shapes of a run's batches from its data, and packs samples into rows.
+"""Packs samples into rows, and chooses the fixed shapes of a run's batches from its data.
 
 A compiled program has fixed shapes, and a shape that fits the longest sample wastes most of its
 places on the others. So a run has a few shapes, chosen to cost least on batches of its own data,
@@ -21,8 +21,12 @@ _TRIED = 32
 
 
 class SampleSize(NamedTuple):
-    """What one sample takes of a row: tokens of its prompt and of its target, and slots of the
-    vision tower's layout for its images."""
+    """What one sample takes of a row.
+
+    Attributes:
+      prompt, target: tokens.
+      slots: of its images in the vision tower's layout.
+    """
 
     prompt: int
     target: int
@@ -30,6 +34,7 @@ class SampleSize(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens of prompt and target."""
         return self.prompt + self.target
 
 

@@ -1,4 +1,4 @@
-"""Training by part: which parameters train, at what share of the learning rate, which are frozen.
+"""Which parameters train (all, parts, or LoRA's), at what share of the learning rate.
 
 A model's parameters are split into two trees, `trained` and `frozen`, which `join` merges again
 without copying. Gradients, optimizer state and checkpoints exist for the trained ones only.

@@ -1,4 +1,4 @@
-"""Layers of both tower and decoder: projections, norm, SwiGLU, rotation, scans over layers."""
+"""Layers of tower and decoder: projections and LoRA adapters, norm, SwiGLU, rotation, scans."""
 
 from __future__ import annotations
 

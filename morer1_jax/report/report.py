@@ -1,4 +1,4 @@
-"""`report.html`: one page about a run, which opens without a network."""
+"""Assembles `report.html`: one page about a run, which opens without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One token drawn from a model's logits, and which tokens guided sampling permits.
+"""Draws one token from a model's logits by keyed noise; which tokens guided sampling permits.
 
 Axes: b prompts, g samples of a prompt, v vocabulary.
 """

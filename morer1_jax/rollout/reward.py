@@ -1,4 +1,4 @@
-"""Rewards and group advantages, computed on the device from what the automaton read.
+"""Rewards and group advantages, computed on the device from the rollout and what it reads as.
 
 Reward = weighted sum of format (the tags and six steps are there), effort (the steps are long
 enough) and accuracy (the label is right), as in MORE-R1 (arXiv 2603.09478). The paper's weights and

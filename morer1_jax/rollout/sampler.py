@@ -1,4 +1,4 @@
-"""The compiled group sampler: G answers to each prompt, read by the automaton as they grow.
+"""The compiled group sampler: G answers to each prompt, by noise keyed by fact and sample.
 
 One program encodes the images, prefills each prompt once, and decodes the group's samples token by
 token until all have ended. Noise is keyed by (seed, step, fact, sample, position), so a sample

@@ -192,8 +192,10 @@ def greedy_sampler(
 def validator(
     sampler: BatchSampler, trainee: Trainee, facts: Sequence[Fact]
 ) -> Callable[[Params], Validation]:
-    """Returns a function from parameters that train to their scores on the facts, in percent:
-    accuracy, micro and macro F1, unreadable answers."""
+    """Returns a function from parameters that train to their scores on the facts.
+
+    Scores are in percent: accuracy, micro and macro F1, unreadable answers.
+    """
 
     def validate(params: Params) -> Validation:
         answers = sampler.answers(trainee.whole(params), facts, "validate")

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, finite and verified, or absent.
+"""Saves and restores checkpoints that are whole, finite and verified, or absent.
 
 Orbax writes and reads the arrays.  The manifest, which holds the files' digests, is written last,
 into a hidden folder that is only then renamed: a folder with a manifest is whole, one without was

@@ -1,4 +1,4 @@
-"""Encodes every photo and crop once, where neither vision tower nor merger trains."""
+"""Encodes every photo and crop once, to be kept, where neither tower nor merger trains."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 from morer1_jax.learn.state import TrainState
 from morer1_jax.model.layers import Params
 from morer1_jax.run.phases import PhaseTimer
-from morer1_jax.run.work import Work
+from morer1_jax.run.throughput import Work
 
 Metrics = Mapping[str, Any]
 

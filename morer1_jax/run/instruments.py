@@ -24,7 +24,7 @@ from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.finite import PATIENCE, SKIPPED, SkippedUpdates, check_scores
 from morer1_jax.run.hooks import Hooks, Metrics, Validation
 from morer1_jax.run.log import MetricLog
-from morer1_jax.run.work import Work, throughput
+from morer1_jax.run.throughput import Work, throughput
 
 # What JAX calls the event; its duration is the compiler's, or the persistent cache's.
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -279,6 +279,7 @@ class StopWatch:
         self._since: float | None = None
 
     def go_on(self) -> None:
+        """Counts from now on."""
         self._since = time.perf_counter()
 
     def pause(self) -> None:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it holds, and the digest of each of its files.
+"""The manifest of a checkpoint: digests of its files, written and, at a restore, verified.
 
 Orbax restores a file with a changed byte without an error, so the digests are written and verified
 here.  A folder with a valid manifest is a whole checkpoint.

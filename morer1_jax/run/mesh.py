@@ -199,8 +199,7 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def like(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Returns shapes, dtypes and shardings of a tree's arrays, such as a checkpoint is restored
-    into."""
+    """Returns shapes, dtypes and shardings of a tree's arrays, for a checkpoint to be read into."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,

@@ -47,6 +47,7 @@ class Policy:
 
     @functools.cached_property
     def param_shardings(self) -> Any:
+        """The sharding of every parameter."""
         return meshes.param_shardings(self.mesh, abstract_params(self.model))
 
     @functools.cached_property

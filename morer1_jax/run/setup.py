@@ -200,8 +200,10 @@ def open_tokenizer(setup: Setup, dataset: Dataset) -> PreTrainedTokenizerFast:
 def image_config(
     data: DataSettings, vision: VisionConfig, checkpoint: published.Checkpoint | None
 ) -> ImageConfig:
-    """Returns how photos and crops become patches: pixel limits and crop as the config says, the
-    rest as the checkpoint's processor does."""
+    """Returns how photos and crops become patches.
+
+    Pixel limits and crop are the config's, the rest is as the checkpoint's processor has it.
+    """
     keys = ("min_pixels", "max_pixels", "crop_margin", "crop_least")
     chosen = {key: getattr(data, key) for key in keys}
     if checkpoint is None:

@@ -1,4 +1,4 @@
-"""The model that a run trains: on its mesh, with what of it trains and what is frozen."""
+"""Builds the model that a run trains, on its mesh, with its parameters and train states."""
 
 from __future__ import annotations
 

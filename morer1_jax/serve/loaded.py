@@ -84,8 +84,11 @@ class LoadedModel:
 
     @functools.cached_property
     def params(self) -> Params:
-        """Whole, adapters among them; on the mesh. Read when first used: what else is wrong with
-        the checkpoint, or with what it is asked, is found before that."""
+        """The whole model's parameters, adapters among them, on the mesh.
+
+        Read when first used: what else is wrong with the checkpoint, or with what it is asked, is
+        found before that.
+        """
         return self.load()
 
     @functools.cached_property

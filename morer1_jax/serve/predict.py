@@ -65,8 +65,10 @@ def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
 
 
 def _alike(path: Path) -> Iterator[Path]:
-    """The path, and then those that are there whose names differ from it in the form of Unicode
-    alone, which systems choose each for itself, and level by level."""
+    """Yields the path, and paths that are there under another Unicode form of its name.
+
+    Systems choose the form each for itself, and level by level.
+    """
     yield path
     above = [Path(path.anchor)]
     for part in path.parts[bool(path.anchor) :]:

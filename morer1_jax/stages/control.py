@@ -1,8 +1,7 @@
-"""The stage `control`: SFT that goes on from its best checkpoint for as long as GRPO took, or for
-as many steps as the config says.
+"""The stage `control`: SFT that goes on from its best checkpoint for as long as GRPO took.
 
-What GRPO gains over this is not owed to the time it was given. Rating the facts is part of the
-method's price, so its time counts as GRPO's.
+Or for as many steps as the config says. What GRPO gains over this is not owed to the time it was
+given. Rating the facts is part of the method's price, so its time counts as GRPO's.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.features import features_shape
 from morer1_jax.run.setup import Run
 from morer1_jax.run.trainee import Trainee
-from morer1_jax.stages.progress import Progress, trainings
 from morer1_jax.stages.table import Stage, Training
+from morer1_jax.stages.workdir import Progress, trainings
 
 # Bytes of all that is not counted one by one: logs, scores, the page.
 _OTHERS = 64 << 20

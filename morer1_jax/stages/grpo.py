@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from morer1_jax.run.mesh import fetch, this_host
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import prompt_shapes
-from morer1_jax.run.work import Passes, Work, group_work
+from morer1_jax.run.throughput import Passes, Work, group_work
 from morer1_jax.stages.grpo_step import make_grpo_step, make_programs
 from morer1_jax.stages.rate import pool_again, starting_params
 from morer1_jax.task.fact import Fact
@@ -86,21 +86,6 @@ def run_grpo(run: Run) -> None:
             records.sync()
         return state, metrics
 
-    passes = Passes.of(trainee.trainable)
-    scored_passes = (grpo.loss.beta > 0) + (grpo.updates > 1)
-
-    def work(prompts: PromptBatch, metrics: Metrics) -> Work:
-        lengths, not_finite = fetch((metrics["completions/lengths"], metrics["not_finite"]))
-        _check_finite(facts, not_finite, policy.model.runtime.dtype)
-        return group_work(
-            policy.model.config,
-            passes,
-            prompts,
-            lengths,
-            scored=scored_passes,
-            updates=grpo.updates,
-        )
-
     hooks = Hooks(
         batch=PromptFeed(run.reader, facts, draw, this_host(), sizes, shapes),
         # The update gives its state away, and the reference must outlive it: `new_state` copies.
@@ -110,7 +95,7 @@ def run_grpo(run: Run) -> None:
         like=like,
         step=train_step,
         validate=validator(run.greedy, trainee, run.dataset.splits["valid"][: grpo.eval_facts]),
-        work=work,
+        work=_work_of(run),
         timer=timer,
         resume=records.resume_at,
         shown=("reward", "rewards/accuracy/mean"),
@@ -118,6 +103,25 @@ def run_grpo(run: Run) -> None:
         dtype=policy.model.runtime.dtype,
     )
     train("grpo", run.workdir, hooks, grpo, **run.loop_options)
+
+
+def _work_of(run: Run) -> Callable[[PromptBatch, Metrics], Work]:
+    """Returns a function from a step's batch and metrics to what was done in it.
+
+    It raises NotFiniteError of a rollout that was not trained on; see `_check_finite`.
+    """
+    grpo, model = run.settings.grpo, run.trainee.policy.model
+    passes = Passes.of(run.trainee.trainable)
+    scored = (grpo.loss.beta > 0) + (grpo.updates > 1)
+
+    def work(prompts: PromptBatch, metrics: Metrics) -> Work:
+        lengths, not_finite = fetch((metrics["completions/lengths"], metrics["not_finite"]))
+        _check_finite(run.dataset.splits["train"], not_finite, model.runtime.dtype)
+        return group_work(
+            model.config, passes, prompts, lengths, scored=scored, updates=grpo.updates
+        )
+
+    return work
 
 
 def _check_finite(facts: Sequence[Fact], not_finite: np.ndarray, dtype: str) -> None:

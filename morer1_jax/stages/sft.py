@@ -24,7 +24,7 @@ from morer1_jax.run.mesh import program, this_host
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import sequence_plan
-from morer1_jax.run.work import Passes, sequence_work
+from morer1_jax.run.throughput import Passes, sequence_work
 
 
 def run_sft(run: Run) -> None:

@@ -1,10 +1,10 @@
-"""The table of stages: all that is said of a stage by its name is said here, once."""
+"""The table of stages: what each runs, what must be done before it, what it depends on."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from morer1_jax.config.settings import Settings
@@ -79,7 +79,7 @@ class Stage(Output):
       reads_reasoning: whether it learns from written reasoning.
       blind_views: views of the facts that its models are shown beside the whole one.
       check: looks at what it will read, before any stage is run.
-      scores: what it has scored on the test split, with titles for tables.
+      scores: what it has scored on the test split; `report.tables.NAMES` has their titles.
       rank: of the models of a workdir, the highest is meant if none is named; 0: there is none.
       makes_data: whether it makes what a `Run` is opened from.
       repeats: whether it is run each time, on whatever is there.
@@ -91,7 +91,7 @@ class Stage(Output):
     reads_reasoning: Callable[[Settings], bool] = lambda settings: False
     blind_views: tuple[View, ...] = ()
     check: Callable[[Run], None] = lambda run: None
-    scores: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scores: tuple[str, ...] = ()
     rank: int = 0
     makes_data: bool = False
     repeats: bool = False
@@ -141,7 +141,7 @@ _BEFORE_EVALUATION = (
         depends=lambda settings: _SFT,
         training=_sft_training,
         reads_reasoning=lambda settings: True,
-        scores={"sft": "SFT"},
+        scores=("sft",),
         rank=1,
     ),
     Stage(
@@ -151,11 +151,7 @@ _BEFORE_EVALUATION = (
         training=_baselines_training,
         reads_reasoning=lambda settings: settings.baselines.facts == "written",
         blind_views=tuple(BLIND.values()),
-        scores={
-            "majority": "Majority label",
-            "title_hidden": "Title hidden",
-            "photo_hidden": "Photo hidden",
-        },
+        scores=("majority", *BLIND),
     ),
     Stage(
         name="rate",
@@ -172,7 +168,7 @@ _BEFORE_EVALUATION = (
         depends=lambda settings: _GRPO,
         needs=lambda settings: (*_starting_model(settings), "rate"),
         training=_grpo_training,
-        scores={"grpo": "GRPO"},
+        scores=("grpo",),
         rank=3,
     ),
     Stage(
@@ -183,7 +179,7 @@ _BEFORE_EVALUATION = (
         needs=lambda settings: ("sft",) if settings.control.steps else ("sft", "rate", "grpo"),
         training=_control_training,
         reads_reasoning=lambda settings: True,
-        scores={"control": "SFT for longer"},
+        scores=("control",),
         rank=2,
     ),
 )

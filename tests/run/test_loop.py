@@ -18,7 +18,7 @@ from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.hooks import Hooks, Validation
 from morer1_jax.run.loop import train
 from morer1_jax.run.phases import PhaseTimer
-from morer1_jax.run.work import Work
+from morer1_jax.run.throughput import Work
 
 CONFIG = LoopSettings(steps=11, eval_every=4, save_every=3, log_every=1, keep_checkpoints=2)
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -19,8 +19,8 @@ from morer1_jax.run.features import features_shape
 from morer1_jax.run.setup import open_run, open_setup
 from morer1_jax.run.trainee import open_trainee
 from morer1_jax.stages import disk
-from morer1_jax.stages.progress import Progress
 from morer1_jax.stages.table import BY_NAME
+from morer1_jax.stages.workdir import Progress
 from morer1_jax.task import more
 
 ROOT = Path(__file__).parents[2]

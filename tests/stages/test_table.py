@@ -7,6 +7,8 @@ import pytest
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError
+from morer1_jax.report import tables
+from morer1_jax.report.tables import NAMES
 from morer1_jax.stages.table import BY_NAME, STAGES, stages_to_run
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
@@ -48,6 +50,14 @@ def test_a_control_of_a_fixed_length_needs_no_ratings(config):
     assert BY_NAME["control"].needs(settings(config)) == ("sft", "rate", "grpo")
     config.control.steps = 3
     assert BY_NAME["control"].needs(settings(config)) == ("sft",)
+
+
+def test_whatever_is_scored_has_a_title():
+    scored = [name for stage in STAGES for name in stage.scores]
+    # A study's own ablation, which no stage makes.
+    assert {*scored, "no_mixing"} == NAMES.keys()
+    assert set(BY_NAME["baselines"].scores) == {*tables.BLIND}
+    assert {name for stage in STAGES if stage.rank for name in stage.scores} >= {*tables.FINAL}
 
 
 def test_models_have_different_ranks(config):

@@ -16,6 +16,7 @@ from typing import Any
 
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import atomic_dir, atomic_write, write_json
+from morer1_jax.report.tables import NAMES
 from morer1_jax.stages.evaluate import read_scores
 
 # Exit codes of a command; see `cli.run_main`.
@@ -23,15 +24,6 @@ _USER, _INTERRUPTED = 2, 130
 MAIN_STAGES = "synthesise,sft,rate,grpo,control,baselines,evaluate"
 # What GRPO without mixing takes over from the main run of its seed.
 _SHARED = ("data", "tokenizer", "sft", "rate")
-SYSTEMS = {
-    "majority": "majority label",
-    "photo_hidden": "photo hidden",
-    "title_hidden": "title hidden",
-    "sft": "SFT",
-    "control": "SFT, going on",
-    "no_mixing": "GRPO without mixing",
-    "grpo": "GRPO with mixing",
-}
 COLUMNS = ("accuracy", "micro_precision", "micro_recall", "micro_f1", "macro_f1", "unreadable")
 
 
@@ -104,7 +96,7 @@ def collect(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str,
         scores = read_scores(folder / f"seed{seed}")
         scores["no_mixing"] = read_scores(folder / f"seed{seed}-no-mixing")["grpo"]
         results[str(seed)] = {
-            name: {column: scores[name][column] for column in COLUMNS} for name in SYSTEMS
+            name: {column: scores[name][column] for column in COLUMNS} for name in NAMES
         }
     return results
 
@@ -115,14 +107,14 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         "| system | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
-    for name, shown in SYSTEMS.items():
+    for name, shown in NAMES.items():
         cells = [_spread([run[name][column] for run in results.values()]) for column in COLUMNS]
         lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     lines += ["", f"Micro F1 of GRPO with mixing less that of, over {len(results)} seeds:", ""]
     for name in ("sft", "control", "no_mixing"):
         gains = [run["grpo"]["micro_f1"] - run[name]["micro_f1"] for run in results.values()]
         each = ", ".join(f"{gain:+.1f}" for gain in gains)
-        lines.append(f"- {SYSTEMS[name]}: {_spread(gains)} ({each})")
+        lines.append(f"- {NAMES[name]}: {_spread(gains)} ({each})")
     return "\n".join(lines) + "\n"
 
 

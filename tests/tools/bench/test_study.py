@@ -42,7 +42,7 @@ def test_collect_takes_each_system_from_its_own_run(folder):
     assert results["1"]["sft"]["micro_f1"] == 56.0
     assert results["1"]["grpo"]["micro_f1"] == 70.0
     assert results["1"]["no_mixing"]["micro_f1"] == 71.0
-    assert set(results["0"]) == set(study.SYSTEMS)
+    assert set(results["0"]) == set(study.NAMES)
 
 
 def test_table_gives_means_spreads_and_gains(folder):

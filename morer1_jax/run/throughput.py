@@ -1,4 +1,4 @@
-"""What a step has done: tokens, and the FLOPs of `model.flops`, from which MFU is taken."""
+"""Tokens a second and MFU: what a step has done, in tokens and in FLOPs of `model.flops`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ class Work(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """Forward passes that a training step is worth: 1 for the forward pass, 1 for the gradient that
-    passes through, 1 for that of the parameters."""
+    """Forward passes that a training step is worth.
+
+    1 for the forward pass, 1 for the gradient that passes through, 1 for that of the parameters.
+    """
 
     text: int
     vision: int

@@ -6,8 +6,8 @@ import pytest
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import LoRA
 from morer1_jax.model.flops import batch_vision_flops, text_flops
-from morer1_jax.run import work as throughput
-from morer1_jax.run.work import Passes, Work, group_work, sequence_work
+from morer1_jax.run import throughput
+from morer1_jax.run.throughput import Passes, Work, group_work, sequence_work
 
 
 def test_padding_and_packing_change_nothing(tiny):

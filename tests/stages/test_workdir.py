@@ -12,8 +12,8 @@ from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.stages.marker import write_marker
-from morer1_jax.stages.progress import Progress
 from morer1_jax.stages.table import BY_NAME, STAGES
+from morer1_jax.stages.workdir import Progress
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
