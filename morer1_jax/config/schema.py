@@ -24,15 +24,21 @@ T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def build(kind: type[T], config: ConfigDict | Mapping[str, Any]) -> T:
+def build(kind: type[T], config: ConfigDict | Mapping[str, Any], *, whole: bool = False) -> T:
     """Checks a config against the dataclass `kind`, and builds it.
 
+    Args:
+      whole: whether every key must be there, as in the file that a workdir keeps.
+
     Raises:
-      ConfigError: an unknown key, a value of another type or out of its bounds; the message names
-        the dotted key.
+      ConfigError: an unknown key, a value of another type or out of its bounds, or a key that is
+        missing from a whole config; the message names the dotted key.
     """
-    tree = config.to_dict() if isinstance(config, ConfigDict) else config
-    return _build(kind(), tree, "", list(_keys(kind)))
+    tree, keys = config.to_dict() if isinstance(config, ConfigDict) else config, list(_keys(kind))
+    built = _build(kind(), tree, "", keys)
+    if whole and (missing := [key for key in keys if not _has(tree, key)]):
+        raise ConfigError(f"config.{missing[0]}: the key is missing")
+    return built
 
 
 def to_config(instance: Any) -> ConfigDict:
@@ -72,6 +78,14 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
             yield from _keys(hint, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}"
+
+
+def _has(tree: Mapping[str, Any], key: str) -> bool:
+    for name in key.split("."):
+        if name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _build(base: T, node: Any, prefix: str, known: list[str]) -> T:

@@ -322,6 +322,6 @@ def default_config() -> ConfigDict:
     return to_config(Settings())
 
 
-def settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
-    """Checks a whole config and builds it; see `schema.build`."""
-    return build(Settings, config)
+def settings(config: ConfigDict | Mapping[str, Any], *, whole: bool = False) -> Settings:
+    """Checks a config and builds it; see `schema.build`."""
+    return build(Settings, config, whole=whole)

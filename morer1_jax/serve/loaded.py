@@ -192,7 +192,7 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     if isinstance(runtime := config.get("runtime"), dict):
         runtime["attention"] = "auto"
     try:
-        setup = open_setup(settings(config), workdir)
+        setup = open_setup(settings(config, whole=True), workdir)
     except ConfigError as error:
         raise ConfigError(f"{workdir / RUN_CONFIG}: {error}") from None
     folder, data, checkpoint = setup.tokenizer, setup.settings.data, setup.checkpoint

@@ -73,6 +73,23 @@ def test_each_key_that_is_missing_has_its_default(config):
         assert built == {**flatten(config), key: default[key]}
 
 
+def test_each_key_that_is_missing_from_a_whole_config_is_named(config):
+    assert settings(config, whole=True) == settings(config)
+    for key in flatten(config):
+        lacking = copy.deepcopy(config)
+        *branches, leaf = key.split(".")
+        node = lacking
+        for branch in branches:
+            node = node[branch]
+        del node[leaf]
+        try:
+            settings(lacking)
+        except ConfigError:
+            continue  # Its default does not fit the others.
+        with pytest.raises(ConfigError, match=rf"^config\.{key}: the key is missing$"):
+            settings(lacking, whole=True)
+
+
 def test_every_key_of_the_defaults_can_be_set_on_a_command_line():
     config = default_config()
     assert settings(config) == Settings()
