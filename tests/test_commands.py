@@ -63,7 +63,7 @@ SCORE = (EVALUATE, "--checkpoint=runs/a/sft", "--data=none")
         ((EVALUATE, "--checkpoint=~nobody-here/x", "--data=none", "--out=o"), "none/rel2id.json: "),
         ((CONVERT, "--checkpoint=~nobody-here/x", "--out=x"), "{here}/~nobody-here/x: no such fol"),
         ((TFDS, "--folder=none", "--data_dir=file"), "file: expected a folder to write, found"),
-        ((STUDY, "--folder=s", "--seeds=0,a"), "--seeds: '0,a' found, whole numbers"),
+        ((STUDY, "--folder=s", "--seeds=0,a"), "--seeds: expected whole numbers such"),
         ((STUDY, "--folder=file"), "file: expected a folder to write, found a file"),
         ((CONVERT, "--checkpoint=runs", "--out=x"), "runs: no checkpoint; expected a run's work"),
         ((CONVERT, "--checkpoint=runs/old", "--out=x"), "runs/old: no checkpoint; expected a run"),

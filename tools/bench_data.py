@@ -1,10 +1,10 @@
-"""Measures how fast a dataset of MORE's size is read, and a config's batches are made.
+"""Measures how fast a dataset of MORE's size is read, and how fast a config's batches are made.
 
 python tools/bench_data.py --config=configs/demo.py --config.data.workers=2
 
-Writes its data into a temporary folder. The loader's figures are those of `--config.data.workers`
-and `--config.data.worker_kind`, with nothing else to do for the processor.
-With `--json`, what was measured when it was cut off is not measured again.
+Writes its data into a temporary folder. The loader's figures are for `--config.data.workers` and
+`--config.data.worker_kind`, on a processor that does nothing else.
+With `--json`, an interrupted command, started again, goes on from there.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
-_JSON = flags.DEFINE_string("json", None, "A file to write the figures to, as JSON.")
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to, as JSON.")
 
 
 def main(argv: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     del argv
     check_alone()
     out = None if _JSON.value is None else local_path(_JSON.value, "--json")

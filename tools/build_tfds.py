@@ -17,11 +17,13 @@ from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 
 _FOLDER = flags.DEFINE_string("folder", None, "MORE's folder, local or in a bucket.", required=True)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to write the dataset.", required=True)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder to write to, local or in a bucket.", required=True
+)
 
 
 def main(argv: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     del argv
     check_alone(devices=False)
     with needs_extra("tfds"):

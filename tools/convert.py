@@ -15,20 +15,21 @@ from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import open_model
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's workdir, one of its stages, or a published folder.", required=True
+    "checkpoint",
+    None,
+    "A run's workdir, one of its stages, a published folder or a hub name.",
+    required=True,
 )
-_OUT = flags.DEFINE_string("out", None, "The folder to write; must not exist.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.", required=True)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "Of the tensors; by default as it began."
+    "dtype", None, ["float32", "bfloat16", "float16"], "Dtype to write; by default the model's."
 )
-_LABELS = flags.DEFINE_string(
-    "labels", None, "A rel2id.json; by default the one it was trained on."
-)
-_SHARD = flags.DEFINE_integer("shard_mb", 5000, "Most megabytes of tensors in a file.", 1)
+_LABELS = flags.DEFINE_string("labels", None, "A rel2id.json; by default the checkpoint's.")
+_SHARD = flags.DEFINE_integer("shard_mb", 5000, "Maximum megabytes of tensors in a file.", 1)
 
 
 def main(argv: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     del argv
     check_alone()
     out = local_path(_OUT.value, "--out")

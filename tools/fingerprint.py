@@ -1,12 +1,12 @@
-"""Records digests of what a checkout computes, for changes that are meant to change nothing.
+"""Records digests of what a checkout computes, to check that a change alters no number.
 
 python tools/fingerprint.py --checkout=. --out=before.json
 python tools/fingerprint.py --checkout=. --out=after.json --compare=before.json
 
 Runs the tests' tiny config through all stages, and the demo for a few steps, each in a process of
-its own on one device. Written are digests of the parameters after each stage, of every array that
-goes to the device, of completions, scores, logged metrics (but times) and of an exported folder.
-The bits are those of one machine and one set of packages: compare checkouts on the same ones.
+its own on one device. Records digests of the parameters after each stage, of every array that goes
+to the device, of completions, scores, logged metrics (except times) and of an exported folder.
+Digests depend on the machine and on its packages: compare checkouts on the same ones.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ import jax, numpy as np
 
 digests, put = [], jax.make_array_from_process_local_data
 
-def watched(sharding, array, *more, **named):
+def watched(sharding, array, *args, **kwargs):
     array = np.ascontiguousarray(array)
     head = f"{array.dtype} {array.shape} ".encode()
     digests.append(hashlib.sha256(head + array.tobytes()).hexdigest()[:16])
-    return put(sharding, array, *more, **named)
+    return put(sharding, array, *args, **kwargs)
 
 jax.make_array_from_process_local_data = watched
 out, module, *sys.argv[1:] = sys.argv[1:]
@@ -50,7 +50,7 @@ except SystemExit as end:
 with open(out, "w", encoding="utf-8") as file:
     json.dump(digests, file)
 """
-# Every stage of the tests' config; what follows the clock is told how long to train.
+# Every stage of the tests' config; `control` would else take its length from the clock.
 _TINY = (
     "--config=tests/configs/tiny.py",
     "--config.stages=synthesise,sft,baselines,rate,grpo,control,evaluate",
@@ -74,7 +74,7 @@ _DEMO = (
     "--config.grpo.mix.start=0.0",
     "--config.grpo.mix.end=0.0",
 )
-# Keys of the log that are of time, or of where the run was.
+# First parts of the log's keys that depend on the clock.
 _TIMES = ("time", "step_time", "throughput", "mfu", "seconds", "wall")
 
 
@@ -83,10 +83,10 @@ def fingerprint(checkout: Path, folder: Path) -> dict[str, str]:
 
     Args:
       checkout: a clone of this repository, at any commit.
-      folder: where the runs write; empty.
+      folder: an empty folder for the runs to write to.
 
     Raises:
-      ConfigError: a command of the checkout fails.
+      ConfigError: a command of the checkout failed.
     """
     digests = {}
     for name, overrides in (("tiny", _TINY), ("demo", _DEMO)):
@@ -97,22 +97,22 @@ def fingerprint(checkout: Path, folder: Path) -> dict[str, str]:
             *("-c", _WATCHED, str(arrays), "morer1_jax.train"),
             *(f"--workdir={workdir}", *overrides),
         )
-        put = json.loads(arrays.read_text(encoding="utf-8"))
-        found = {
-            "arrays on the device, the first 200": _of(*put[:200]),
-            f"arrays on the device, all {len(put)}": _of(*put),
+        array_digests = json.loads(arrays.read_text(encoding="utf-8"))
+        of_run = {
+            "arrays on the device, the first 200": _digest(*array_digests[:200]),
+            f"arrays on the device, all {len(array_digests)}": _digest(*array_digests),
             **parameters(workdir),
             **texts(workdir),
         }
         out = folder / f"{name}-exported"
         _run(checkout, "tools/convert.py", f"--checkpoint={workdir}", f"--out={out}")
-        found |= {f"exported/{path.name}": _of_file(path) for path in sorted(out.iterdir())}
-        digests |= {f"{name}: {key}": value for key, value in found.items()}
+        of_run |= {f"exported/{path.name}": _file_digest(path) for path in sorted(out.iterdir())}
+        digests |= {f"{name}: {key}": value for key, value in of_run.items()}
     return digests
 
 
 def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Names whose digests differ, or that only one of the two has."""
+    """Returns the names whose digests differ, or that only one of the two has."""
     return sorted(
         name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
     )
@@ -125,21 +125,22 @@ def _run(checkout: Path, *arguments: str) -> None:
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-    if done.returncode:
+    process = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    if process.returncode:
         shown = " ".join(a for a in arguments if "\n" not in a)
         raise ConfigError(
-            f"{checkout}: {shown} ended with {done.returncode}: {done.stderr[-2000:]}"
+            f"{checkout}: {shown}: expected exit code 0, found {process.returncode}; mend what it "
+            f"said: {process.stderr[-2000:]}"
         )
 
 
 def parameters(workdir: Path) -> dict[str, str]:
-    """Digests of every checkpoint that orbax wrote below a folder, by stage and kind."""
+    """Returns a digest of every checkpoint below a workdir, by stage, kind and step."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
-    found = {}
+    digests = {}
     for path in sorted(workdir.rglob("_METADATA")):
         place = path.parent.relative_to(workdir)
         stage = "/".join(place.parts[: place.parts.index("checkpoints")])
@@ -148,32 +149,36 @@ def parameters(workdir: Path) -> dict[str, str]:
         tree = ocp.PyTreeCheckpointer().restore(path.parent.resolve())
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         parts = []
-        for where, leaf in sorted(leaves, key=lambda pair: jax.tree_util.keystr(pair[0])):
+        for key, leaf in sorted(leaves, key=lambda pair: jax.tree_util.keystr(pair[0])):
             array = np.ascontiguousarray(leaf)
-            name = jax.tree_util.keystr(where)
-            parts.append(f"{name} {array.dtype} {array.shape} {_of(array.tobytes())}")
-        found[f"{stage}, {kind} of step {step}"] = _of(*parts)
-    return found
+            name = jax.tree_util.keystr(key)
+            parts.append(f"{name} {array.dtype} {array.shape} {_digest(array.tobytes())}")
+        digests[f"{stage}, {kind} of step {step}"] = _digest(*parts)
+    return digests
 
 
 def texts(workdir: Path) -> dict[str, str]:
-    """Digests of completions, answers, scores, ratings and metrics."""
-    found = {}
+    """Returns digests of completions, answers, scores, ratings and metrics, by file."""
+    digests = {}
     for path in sorted(workdir.rglob("*.json*")):
         place = path.relative_to(workdir)
         if place.parts[0] in ("eval", "rate", "data") and path.name != "DONE.json":
-            found[str(place)] = _of_file(path)
+            digests[str(place)] = _file_digest(path)
     for name in ("rollouts.jsonl", "metrics.jsonl"):
         records = read_jsonl(workdir / name, lambda _, record: record, "a record", "run it again")
         kept = [
-            {k: v for k, v in one.items() if k.split("/")[0] not in _TIMES and k != "compilations"}
-            for one in records
+            {
+                k: v
+                for k, v in record.items()
+                if k.split("/")[0] not in _TIMES and k != "compilations"
+            }
+            for record in records
         ]
-        found[name] = _of(json.dumps(kept, sort_keys=True))
-    return found
+        digests[name] = _digest(json.dumps(kept, sort_keys=True))
+    return digests
 
 
-def _of(*parts: bytes | str) -> str:
+def _digest(*parts: bytes | str) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else part.encode())
@@ -181,29 +186,30 @@ def _of(*parts: bytes | str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_file(path: Path) -> str:
-    return _of(path.read_bytes())
+def _file_digest(path: Path) -> str:
+    return _digest(path.read_bytes())
 
 
 def main(_: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--checkout", type=Path, default=Path())
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--compare", type=Path)
-    given = parser.parse_args(sys.argv[1:])
+    add = parser.add_argument
+    add("--checkout", type=Path, default=Path(), help="clone whose code is run (default: here)")
+    add("--out", required=True, help="file to write the digests to")
+    add("--compare", type=Path, help="file of digests to compare with; exit code 1 if any differs")
+    arguments = parser.parse_args(sys.argv[1:])
     check_alone(devices=False)  # each run's process takes them
-    out = local_path(given.out, "--out")
+    out = local_path(arguments.out, "--out")
     check_writable(out)
     before: dict[str, Any] | None = None
-    if given.compare is not None:
-        before = read_json(given.compare, "record it anew")
+    if arguments.compare is not None:
+        before = read_json(arguments.compare, "record it anew")
     with tempfile.TemporaryDirectory() as folder:
-        found = fingerprint(given.checkout, Path(folder))
-    write_json(out, found)
-    print(f"{len(found)} digests: {out}")
+        digests = fingerprint(arguments.checkout, Path(folder))
+    write_json(out, digests)
+    print(f"{len(digests)} digests: {out}")
     if before is not None:
-        changed = differences(before, found)
+        changed = differences(before, digests)
         print("\n".join(f"differs: {name}" for name in changed) or "no digest differs")
         if changed:
             sys.exit(1)

@@ -1,4 +1,4 @@
-"""Rates how often a checkpoint solves each training fact: the easy and hard ones GRPO mixes.
+"""Rates how often a checkpoint solves each training fact, which makes it easy or hard for GRPO.
 
 python tools/rate_difficulty.py --checkpoint=runs/demo/sft --data=runs/demo/data --out=ratings.jsonl
 
@@ -29,20 +29,22 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
 )
 _DATA = flags.DEFINE_string("data", None, "A dataset's folder.")
-_OUT = flags.DEFINE_string("out", None, "The file to write; must not exist.")
-_SAMPLES = flags.DEFINE_integer("samples", 8, "Answers drawn to each fact.", 1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of sampling.", 0.0)
+_OUT = flags.DEFINE_string("out", None, "File to write; must not exist.")
+_SAMPLES = flags.DEFINE_integer("samples", 8, "Answers sampled for each fact.", 1)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 1.0, "Of sampling; 0 for the likeliest answer.", 0.0
+)
 _EASY_FROM = flags.DEFINE_float("easy_from", 0.5, "Pass rate from which a fact is easy.", 0.0, 1.0)
-_NEVER = flags.DEFINE_enum("never", "hard", ["hard", "drop"], "What of facts never solved.")
-_BATCH = flags.DEFINE_integer("batch", 32, "Facts at once.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_NEVER = flags.DEFINE_enum("never", "hard", ["hard", "drop"], "Pool of facts never solved.")
+_BATCH = flags.DEFINE_integer("batch", 32, "Facts in a batch.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
 _LENGTH = flags.DEFINE_integer(
-    "length", None, "Most tokens of an answer; by default as trained.", 1
+    "length", None, "Maximum tokens of an answer; by default as in training.", 1
 )
 
 
 def main(argv: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     del argv
     keep_freed_memory()
     use_program_cache()
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 
 def _rate(data: epath.Path, out: Path) -> None:
-    """Rates, into a file that is this process's."""
+    """Rates the training facts and writes `out`, whose lock this process holds."""
     facts = more.read_split(data, "train", more.read_ontology(data))
     try:
         config = RateSettings(
@@ -73,7 +75,7 @@ def _rate(data: epath.Path, out: Path) -> None:
         raise ConfigError(f"--{error}") from None
     loaded = open_model(_CHECKPOINT.value, labels=data / LABELS, completion=_LENGTH.value)
     photos = more.check_photos(facts, data)
-    sizes = {photo: seen.size for photo, seen in photos.items()}
+    sizes = {photo: info.size for photo, info in photos.items()}
     sampler = BatchSampler(
         loaded.policy,
         loaded.reader(data, facts, sizes),
@@ -85,7 +87,7 @@ def _rate(data: epath.Path, out: Path) -> None:
     names = ("samples", "temperature", "seed", "length")
     identity = {name: flags.FLAGS[name].value for name in names}
     identity |= {"checkpoint": loaded.digest, "data": more.digests(data)}
-    identity["photos"] = of_lines(seen.digest for seen in photos.values())
+    identity["photos"] = of_lines(info.digest for info in photos.values())
     rate(sampler, loaded.params, facts, config, out, identity)
 
 

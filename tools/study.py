@@ -1,6 +1,8 @@
-"""The main job over several seeds beside its controls; prints the table of the README.
+"""Runs the main job and its controls over several seeds; prints the README's tables.
 
 python tools/study.py --config=configs/demo.py --folder=runs/study --seeds=0,1,2,3,4
+
+Further `--config.key=value` flags go to every run.
 """
 
 from __future__ import annotations
@@ -21,16 +23,18 @@ def _seeds(text: str) -> list[int]:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} found, whole numbers such as 0,1,2 expected"
+            f"expected whole numbers such as 0,1,2, found {text!r}"
         ) from None
 
 
 def main(_: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--config", default="configs/demo.py")
-    parser.add_argument("--folder", required=True)
-    parser.add_argument("--seeds", type=_seeds, default="0,1,2,3,4")
+    parser.add_argument("--config", default="configs/demo.py", help="config file of every run")
+    parser.add_argument("--folder", required=True, help="folder of the runs' workdirs")
+    parser.add_argument(
+        "--seeds", type=_seeds, default="0,1,2,3,4", help="seeds, separated by commas"
+    )
     arguments, overrides = parser.parse_known_args(sys.argv[1:])
     check_alone(devices=False)  # each run's process takes them
     folder = local_path(arguments.folder, "--folder")

@@ -1,14 +1,15 @@
 r"""Has a strong model write the reasoning that SFT learns from.
 
 export OPENAI_API_KEY=…
-python tools/write_reasoning.py --data=more --count=2000 --model=gpt-4o \
+python tools/write_reasoning.py --data=data/MORE --count=2000 --model=gpt-4o \
     --price-in=2.50 --price-out=10 --budget-dollars=30 --dry-run
 
-Without --dry-run the requests are sent. A run that was killed goes on when it is started again.
+Without --dry-run the requests are sent. A run that was killed, started again, goes on from there.
 Ctrl-C waits for the requests in flight; a second Ctrl-C gives them up.
 
-The cost shown is that of the answers that arrived. A request that timed out (--timeout) or was cut
-off is sent again; the provider may bill both, so the budget is charged with the most it can cost.
+The cost printed is that of the answers that arrived. A request that timed out (--timeout) or was
+cut off is sent again. The provider may bill both, so the budget is charged with the most it can
+cost.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
     add("--seed", type=_number(int, 0), default=0, help="seed of the selection")
     add("--model", required=True, help="name of the model at the endpoint")
     add("--base-url", help="URL of the endpoint (default: OPENAI_BASE_URL, then OpenAI's)")
-    add("--temperature", type=share, default=1.0, help="of sampling")
+    add("--temperature", type=share, default=1.0, help="sampling temperature")
     add("--max-tokens", type=count, default=1024, help="maximum number of tokens of an answer")
     add("--attempts", type=count, default=3, help="answers before a fact is set aside")
     add("--in-flight", type=count, default=16, help="maximum number of requests in flight")
@@ -93,9 +94,9 @@ def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
     add("--dry-run", action="store_true", help="print one prompt and the cost, send nothing")
     flags = vars(parser.parse_args(argv))
 
-    def fields(of: type) -> dict[str, Any]:
+    def fields(kind: type) -> dict[str, Any]:
         """Returns the flags that are named as a dataclass's fields."""
-        return {f.name: flags[f.name] for f in dataclasses.fields(of) if f.name in flags}
+        return {f.name: flags[f.name] for f in dataclasses.fields(kind) if f.name in flags}
 
     config = WriterConfig(
         endpoint=EndpointConfig(**fields(EndpointConfig)),
@@ -107,7 +108,7 @@ def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
 
 
 def main(_: list[str]) -> int:
-    """Runs the writer as the flags say; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     config, is_dry_run = parse(sys.argv[1:])
     check_alone(devices=False)
     writer = Writer(config)

@@ -75,5 +75,5 @@ def test_a_missing_compiler(command, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     bench = str(ROOT / "tools" / "bench.py")
     _, err = command(bench, "--tasks=sft", "--forms=compiled", code=2)
-    assert err.startswith("error: no-such-compiler: no such program, a C++ compiler expected for")
+    assert err.startswith("error: no-such-compiler: expected a C++ compiler for PyTorch's form")
     assert err.count("\n") == 1

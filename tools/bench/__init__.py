@@ -1,7 +1,14 @@
-"""Measures a step beside PyTorch's: the same shapes, the same weights, in turns on one machine.
+"""Measures our steps and PyTorch's: the same shapes, the same weights, in turns on one machine.
 
-`cases` says what is measured and makes the inputs; `ours` and `peers` run it, each in a process of
-its own, which `task` serves; `turns` lets them run in turns, `compare` tells which, and `growth`
-draws how time grows with the sizes. `data` measures the loader, `study` runs the job over seeds.
-Only `peers` and its parts import PyTorch.
+cases       models of a few sizes, and the inputs that both sides get
+model       the folder of random weights that both sides load
+task        the interface of a side, and the process that serves it
+ours*       our side, the programs that training runs; `flops` counts their FLOPs
+peers*      PyTorch's side, `transformers` and TRL; only these import PyTorch
+turns       runs the sides in turns, and checks that they compute the same
+compare     which task of ours is compared with which of theirs; tables and JSON
+growth      how time grows with the sizes, as tables and a picture
+runner      one run of the benchmark, task by task
+data        measures reading and the loader
+study       the main job over several seeds
 """

@@ -1,8 +1,8 @@
-"""What is measured: models of a few sizes, and the inputs that every side gets.
+"""Makes what is measured: models of a few sizes, and the inputs that every side gets.
 
-A prompt is a conversation with a photo and a crop, as the task has them, made of random pixels and
-of words that are one token each, so that its length in tokens is exactly the one asked for. Images
-have sides that no processor has to scale.
+A prompt is a conversation with a photo and a crop, as in the task, of random pixels and of words
+that are one token each, so that it has exactly the required length in tokens. Images have sides
+that no processor has to scale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from morer1_jax.data.tokenizer import train_tokenizer
 from morer1_jax.model.config import TextConfig, VisionConfig
 from morer1_jax.model.special import IMAGE_PAD
 
-# Labels for our own sampler, which reads answers while it draws them.
+# Labels for our own sampler, which reads answers while it samples them.
 LABELS = (
     "none",
     *(
@@ -43,17 +43,17 @@ class Preset:
 
     Attributes:
       text, vision: the model.
-      tokenizer: tokens of the tokenizer, at most the embedding's rows.
-      batch: samples of an SFT step, prompts of a GRPO step.
-      prompt, target: tokens of a sample of SFT.
-      prompts: lengths of prompt that sampling and GRPO are measured at.
-      group, completion: samples a prompt, and tokens of each.
-      mixed: samples of an SFT step over lengths that differ.
-      micro: samples that a peer pads to one length at a time.
-      dtype: what both sides compute in; parameters are float32.
-      remat: what our backward pass computes again; see `model.config.Runtime`.
-      micro_batches: parts of our GRPO update.
-      unroll: layers a step of our scan over layers; see `model.config.Runtime`.
+      tokenizer: number of the tokenizer's tokens, at most the embedding's rows.
+      batch: number of samples of an SFT step, of prompts of a GRPO step.
+      prompt, target: length in tokens of an SFT sample's prompt and target.
+      prompts: lengths in tokens of the prompts of sampling and GRPO.
+      group, completion: number of samples of each prompt, and length in tokens of each.
+      mixed: number of samples of an SFT step with samples of different lengths.
+      micro: number of samples that PyTorch pads to one length and computes at a time.
+      dtype: of both sides' activations and products; parameters are float32.
+      remat: see `model.config.Runtime`; our side's.
+      micro_batches: number of micro-batches of our GRPO update.
+      unroll: `scan_unroll` of `model.config.Runtime`; our side's.
     """
 
     text: TextConfig
@@ -141,7 +141,7 @@ PRESETS = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question: two images, RGB, and a text of `words`, each a token with a space before it."""
+    """A question: two RGB images, and a text of `words`, each a token with a space before it."""
 
     images: tuple[UInt8[np.ndarray, "h w 3"], ...]
     words: str
@@ -149,15 +149,16 @@ class Prompt:
     label: str = LABELS[0]
 
     def pictures(self) -> list[Image.Image]:
+        """Returns the images for a processor."""
         return [Image.fromarray(pixels) for pixels in self.images]
 
     def conversation(self) -> list[dict]:
-        """As a chat template takes it, the images apart."""
+        """Returns the messages for a chat template; the images are given apart."""
         content = [*({"type": "image"} for _ in self.images), {"type": "text", "text": self.words}]
         return [{"role": "user", "content": content}]
 
     def text(self, tokenizer: PreTrainedTokenizerFast) -> str:
-        """The conversation up to where the assistant speaks, one `IMAGE_PAD` an image."""
+        """Returns the conversation up to the assistant's turn, one `IMAGE_PAD` for each image."""
         return tokenizer.apply_chat_template(
             self.conversation(), tokenize=False, add_generation_prompt=True
         )
@@ -165,17 +166,17 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt and what the assistant says."""
+    """A prompt and the assistant's answer to it."""
 
     prompt: Prompt
     target: str
 
 
 class Inputs:
-    """Inputs of a preset, the same wherever they are made.
+    """Makes the inputs of a preset, the same in every process.
 
     Args:
-      tokenizer: one that `make_tokenizer` made, with a chat template.
+      tokenizer: of `make_tokenizer`, with a chat template.
     """
 
     def __init__(self, preset: Preset, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -184,33 +185,36 @@ class Inputs:
         self._words = [word for word, ids in tokens.items() if len(ids) == 1]
 
     def prompts(self, length: int, count: int, seed: int = 0) -> list[Prompt]:
-        """Prompts of exactly `length` tokens, two fifths of them a photo's, a tenth a crop's."""
+        """Returns prompts of `length` tokens: two fifths photo, a tenth crop, the rest text."""
         noise = np.random.default_rng((seed, length))
         return [self._prompt(length, noise) for _ in range(count)]
 
     def examples(self) -> list[Example]:
-        """An SFT step whose samples all have the same length."""
+        """Returns an SFT step's samples, all of the same length."""
         noise = np.random.default_rng(1)
         preset = self.preset
         return [self._example(preset.prompt, preset.target, noise) for _ in range(preset.batch)]
 
     def mixed(self) -> list[Example]:
-        """An SFT step of samples whose longest has four times the tokens of its shortest; their
-        logarithms are spread evenly."""
+        """Returns an SFT step's samples, of different lengths.
+
+        The longest has four times the tokens of the shortest; the logarithms of the lengths are
+        spread evenly.
+        """
         noise = np.random.default_rng(2)
         preset = self.preset
         longest = preset.prompt + preset.target
         shares = np.linspace(0.0, 1.0, preset.mixed)
-        made = []
+        examples = []
         for share in noise.permutation(shares):
             total = round(longest / 4 * 4**share)
-            # A prompt has a least length, so targets differ more than prompts do.
+            # A prompt has a minimum length, so targets differ more than prompts do.
             prompt = round(preset.prompt * (7 / 16 + 9 / 16 * (4 * total / longest - 1) / 3))
-            made.append(self._example(prompt, total - prompt, noise))
-        return made
+            examples.append(self._example(prompt, total - prompt, noise))
+        return examples
 
     def rollout(self, group: int) -> tuple[Int[np.ndarray, "b g t"], Float[np.ndarray, "b g"]]:
-        """Completions of each prompt that nobody sampled, and advantages of them."""
+        """Returns random completions of each prompt, int64 ids, and random float32 advantages."""
         noise, preset = np.random.default_rng(3), self.preset
         shape = (preset.batch, group, preset.completion)
         tokens = noise.integers(0, preset.tokenizer // 2, shape)
@@ -226,11 +230,14 @@ class Inputs:
             noise.integers(0, 256, (n * _UNIT, n * _UNIT, 3)).astype(np.uint8)
             for n in (side, side // 2)
         )
-        seen = side**2 + (side // 2) ** 2
+        image_tokens = side**2 + (side // 2) ** 2
         frame = Prompt(images, "").text(self.tokenizer).replace(IMAGE_PAD, "")
-        words = length - seen - len(self.tokenizer(frame)["input_ids"])
+        words = length - image_tokens - len(self.tokenizer(frame)["input_ids"])
         if words < 1:
-            raise ValueError(f"a prompt of {length} tokens has no room for text; ask for more")
+            raise ValueError(
+                f"length: expected more than the {length - words} tokens of images and chat "
+                f"template, found {length}"
+            )
         return Prompt(images, self._text(words, noise))
 
     def _text(self, count: int, noise: np.random.Generator) -> str:
@@ -238,13 +245,13 @@ class Inputs:
 
 
 def _words(count: int) -> list[str]:
-    """Words of two syllables; the most frequent of them are a token each."""
+    """Returns words of two syllables."""
     syllables = ["".join(s) for s in itertools.product("bdfgklmnprstvz", "aeiou")]
     return ["".join(pair) for pair in itertools.product(syllables, repeat=2)][:count]
 
 
 def make_tokenizer(preset: Preset, folder: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer whose commonest tokens are whole words."""
+    """Trains a tokenizer whose most frequent tokens are whole words."""
     words = _words(preset.tokenizer)
     lines: Sequence[str] = [" " + " ".join(words), f"system\n{_SYSTEM}", "user\n", "assistant\n"]
     return train_tokenizer(itertools.chain(*itertools.repeat(lines, 8)), preset.tokenizer, folder)

@@ -1,4 +1,4 @@
-"""The comparison: what is set against what, run in turns, as tables and JSON."""
+"""Compares each task of ours with the same work by PyTorch; keeps results as tables and JSON."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.files import read_json, write_json
 
 OURS = "ours"
-# In float32 sums of thousands of products agree to about this; bfloat16 keeps three digits.
+# Relative. Float32 sums of thousands of products agree to about this; bfloat16 has three digits.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One task of ours, and the same work elsewhere.
+    """A task of ours, and the tasks of PyTorch that do the same work.
 
     Attributes:
-      name: in tables.
-      task: of ours.
-      peers: what does the same work, by the name of its side's program.
+      name: title in tables.
+      task: our task's name.
+      peers: the name of PyTorch's task, by the program that does it.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Comparison:
 
 
 def comparisons(preset: Preset) -> list[Comparison]:
-    """All that a preset is measured at."""
-    made = [
+    """Returns all comparisons of a preset."""
+    listed = [
         Comparison("SFT, one length", "sft", {"transformers": "sft"}),
         Comparison("SFT, lengths 1 to 4", "sft_mixed", {"transformers": "sft_mixed"}),
     ]
     for p in preset.prompts:
-        made += [
+        listed += [
             Comparison(f"first token, prompt {p}", f"first/{p}", {"generate": f"first/{p}"}),
             Comparison(f"sampling, prompt {p}", f"sample/{p}", {"generate": f"sample/{p}"}),
             Comparison(
@@ -50,18 +50,18 @@ def comparisons(preset: Preset) -> list[Comparison]:
             ),
         ]
     longest = max(preset.prompts)
-    made += [
+    listed += [
         Comparison(
             f"update, {g} a prompt", f"update/{longest}/{g}", {"by hand": f"update/{longest}/{g}"}
         )
         for g in (1, 2, 4, 8, 16)
     ]
-    return made
+    return listed
 
 
 def measure(
     comparison: Comparison,
-    given: Sequence[str],
+    arguments: Sequence[str],
     forms: Callable[[str], Sequence[str]],
     rounds: int,
     tolerance: float,
@@ -69,23 +69,23 @@ def measure(
     """Measures a comparison, each side in a process of its own.
 
     Args:
-      given: of every side's command line; see `task.arguments`.
-      forms: of a peer's task, the forms it is run in.
-      rounds: turns that each side has.
-      tolerance: by how much, of its size, a number may differ between sides.
+      arguments: of every side's command line; see `task.arguments`.
+      forms: maps a task of PyTorch to the forms it is run in.
+      rounds: number of timed runs of each side.
+      tolerance: relative difference that numbers of two sides may have.
 
     Raises:
-      SideError: two sides compute different numbers, or one ended.
+      SideError: two sides compute different numbers, or a side's process ended.
     """
     tasks: dict[str, tuple[Worker, str]] = {}
     try:
         for peer, task in comparison.peers.items():
             for form in forms(task):
-                side = [*given, f"--form={form}"]
-                process = Worker(f"{peer}, {form}", "bench.peers", side)
+                of_form = [*arguments, f"--form={form}"]
+                process = Worker(f"{peer}, {form}", "bench.peers", of_form)
                 tasks[process.name] = process, task
-        # Last, for TRL leaves the rollout that it took its numbers of to the others.
-        tasks[OURS] = Worker(OURS, "bench.ours", given), comparison.task
+        # Last, since TRL writes the rollout that its numbers are of, which the others then read.
+        tasks[OURS] = Worker(OURS, "bench.ours", arguments), comparison.task
         return take_turns(tasks, rounds, tolerance)
     finally:
         for process, _ in tasks.values():
@@ -94,12 +94,12 @@ def measure(
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One comparison's outcome.
+    """The outcome of a comparison.
 
     Attributes:
       name: of the comparison.
-      made: when, and with which versions of what.
-      sides: their timings.
+      made: date and versions of packages.
+      sides: timings, by side.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Measured:
     sides: dict[str, Timing]
 
     def table(self) -> str:
-        """A line a side: ours first, then the others from the fastest on."""
+        """Returns a Markdown table, a line for each side: ours, then the others, fastest first."""
         ours = self.sides[OURS]
         others = sorted(self.peers, key=lambda side: self.sides[side].median)
         lines = [
@@ -131,16 +131,18 @@ class Measured:
 
     @property
     def peers(self) -> list[str]:
+        """The sides other than ours."""
         return [side for side in self.sides if side != OURS]
 
 
 @dataclasses.dataclass
 class Results:
-    """All that was measured of a preset on a device.
+    """All results of a preset on a device.
 
     Attributes:
-      tasks: by our task.
-      unfinished: a run that has not come to its end: what it measures, and the tasks it has done.
+      tasks: outcomes, by our task's name.
+      unfinished: a run that was interrupted: what it measures (`run`) and its finished tasks
+        (`done`); None if there is none.
     """
 
     preset: Preset
@@ -150,58 +152,61 @@ class Results:
 
     @classmethod
     def read(cls, path: Path, preset: Preset, device: str) -> Results:
-        """What earlier runs saved; nothing if there is no such file.
+        """Reads what earlier runs saved; returns empty results if there is no such file.
 
         Raises:
-          ConfigError: it is no such file, or of another preset or device.
+          ConfigError: the file has other content, or is of another preset or device.
         """
         if not path.exists():
             return cls(preset, device)
         try:
             saved = read_json(path, "give another --out")
-            found = saved["device"], saved["preset"]
-            tasks = {task: _measured(one) for task, one in saved["tasks"].items()}
+            saved_device, saved_preset = saved["device"], saved["preset"]
+            tasks = {task: _measured(outcome) for task, outcome in saved["tasks"].items()}
             unfinished = saved.get("unfinished")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: {error!r}; results of tools/bench.py expected") from None
-        if found != (device, _described(preset)):
             raise ConfigError(
-                f"{path}: results of another preset or device found ({found[0]!r}); expected those "
-                f"of this preset, as it is now, on {device!r}; give another --out"
+                f"{path}: expected results of tools/bench.py, found {error!r}; give another --out"
+            ) from None
+        if (saved_device, saved_preset) != (device, _described(preset)):
+            raise ConfigError(
+                f"{path}: expected results of this preset, as it is now, on {device!r}, found "
+                f"those of another preset or device ({saved_device!r}); give another --out"
             )
         return cls(preset, device, tasks, unfinished)
 
     def begin(self, run: dict[str, Any]) -> list[str]:
-        """The tasks that an equal run, cut off, has done; further ones go into the same list."""
-        run = json.loads(json.dumps(run))  # As it is read.
+        """Returns the tasks that an equal, interrupted run has finished, for more to be added."""
+        run = json.loads(json.dumps(run))  # As JSON gives it back.
         if self.unfinished is None or self.unfinished["run"] != run:
             self.unfinished = {"run": run, "done": []}
         return self.unfinished["done"]
 
     def check_replaceable(self, task: str, sides: Sequence[str]) -> None:
-        """Finds out whether a measurement of these sides is all that is known of a task.
+        """Checks that measuring a task again with these sides loses no side's results.
 
         Raises:
-          ConfigError: there are others, which would be lost.
+          ConfigError: other sides have results, which would be lost.
         """
         if task in self.tasks and (lost := set(self.tasks[task].peers) - set(sides)):
             raise ConfigError(
-                f"--out: it has {task} with {', '.join(sorted(lost))}, which would be lost; give "
-                "more --forms or another --out"
+                f"--out: expected no results of {task} but of these --forms, found "
+                f"{', '.join(sorted(lost))}, which would be lost; give more --forms or another "
+                "--out"
             )
 
     def save(self, path: Path) -> None:
-        """Writes what `read` reads."""
+        """Writes the file that `read` reads."""
         described = {
             "device": self.device,
             "preset": _described(self.preset),
-            "tasks": {task: dataclasses.asdict(one) for task, one in self.tasks.items()},
+            "tasks": {task: dataclasses.asdict(outcome) for task, outcome in self.tasks.items()},
             "unfinished": self.unfinished,
         }
         write_json(path, described)
 
     def in_order(self) -> list[tuple[str, Measured]]:
-        """Tasks in the order of `comparisons`."""
+        """Returns tasks with their outcomes, in the order of `comparisons`."""
         known = [comparison.task for comparison in comparisons(self.preset)]
         return sorted(self.tasks.items(), key=lambda item: known.index(item[0]))
 
@@ -212,5 +217,5 @@ def _measured(saved: dict[str, Any]) -> Measured:
 
 
 def _described(preset: Preset) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Returns a preset as JSON gives it back."""
     return json.loads(json.dumps(dataclasses.asdict(preset)))

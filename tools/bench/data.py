@@ -1,4 +1,4 @@
-"""How fast data is read and fed: a folder of MORE's size and form, the TFDS build, the loader.
+"""Measures how fast data is read: a folder of MORE's size and form, its TFDS build, the loader.
 
 Needs the packages of the extra `bench`.
 """
@@ -34,12 +34,12 @@ from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.world.synthesise import synthesise
 
-# Facts and photos of MORE's release; how the photos divide over the splits is ours.
+# Numbers of facts and photos of MORE's release; the photos' division over the splits is ours.
 FACTS = MappingProxyType({"train": 15_486, "valid": 1_742, "test": 3_036})
 PHOTOS = MappingProxyType({"train": 2_720, "valid": 306, "test": 533})
 _LABELS = ("none", "/per/org/member_of", "/per/per/self", "/org/loc/locate_at")
 _SIZE = (640, 480)
-# Pictures that differ; each is many photos, for what is measured is not drawing.
+# Number of different pictures; each serves as many photos, since drawing is not measured.
 _PICTURES = 8
 
 
@@ -47,7 +47,8 @@ def write_released(folder: Path, facts: Mapping[str, int], photos: Mapping[str, 
     """Writes a dataset in MORE's released form: 640 × 480 JPEGs of 65 KB, random titles.
 
     Args:
-      facts, photos: how many in each split, at least a fact a photo.
+      folder: to write to.
+      facts, photos: numbers in each split, at least one fact for each photo.
     """
     rng = np.random.default_rng(0)
     pictures = [_picture(rng) for _ in range(_PICTURES)]
@@ -58,20 +59,20 @@ def write_released(folder: Path, facts: Mapping[str, int], photos: Mapping[str, 
         for number in range(count):
             (place / f"{number}.jpg").write_bytes(pictures[number % _PICTURES])
         # As in the release, facts of a photo stand together and share its title.
-        shown = np.sort(np.r_[:count, rng.integers(0, count, facts[split] - count)])
+        photo_of_fact = np.sort(np.r_[:count, rng.integers(0, count, facts[split] - count)])
         titles = [_title(rng) for _ in range(count)]
         more.write_split(
             folder,
             split,
             [
                 _fact(f"{split}:{line}", titles[photo], f"{photo}.jpg", rng)
-                for line, photo in enumerate(shown, start=1)
+                for line, photo in enumerate(photo_of_fact, start=1)
             ],
         )
 
 
 def _picture(rng: np.random.Generator) -> bytes:
-    """Soft blotches under the grain of a sensor, which is what makes a JPEG large."""
+    """Returns a JPEG of blurred blotches with a sensor's noise, which makes the file large."""
     blotches = Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).resize(_SIZE)
     grain = rng.normal(0, 2, (_SIZE[1], _SIZE[0], 1))
     pixels = (np.asarray(blotches) + grain).clip(0, 255).astype(np.uint8)
@@ -102,7 +103,7 @@ def _fact(fact_id: str, title: tuple[str, ...], image: str, rng: np.random.Gener
 
 @contextlib.contextmanager
 def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Notes wall-clock seconds, and processor seconds of this process's threads."""
+    """Adds the block's wall-clock seconds, and this process's CPU seconds, under `name`."""
     wall, cpu = time.perf_counter(), time.process_time()
     yield
     seconds[f"{name}_seconds"] = round(time.perf_counter() - wall, 2)
@@ -110,35 +111,34 @@ def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def time_reading(folder: Path) -> dict[str, Any]:
-    """Reads and validates a folder: its facts, and every photo decoded."""
-    found: dict[str, Any] = {}
-    with _timed("read", found):
+    """Times reading and checking a folder: its facts, and every photo, decoded."""
+    seconds: dict[str, Any] = {}
+    with _timed("read", seconds):
         ontology = more.read_ontology(folder)
         facts = [f for split in more.SPLITS for f in more.read_split(folder, split, ontology)]
-    with _timed("photos", found):
+    with _timed("photos", seconds):
         sizes = more.photo_sizes(facts, folder)
-    return {"facts": len(facts), "photos": len(sizes)} | found
+    return {"facts": len(facts), "photos": len(sizes)} | seconds
 
 
 def time_tfds(folder: Path, data_dir: Path) -> dict[str, Any]:
-    """Builds the TensorFlow dataset, reads it and compares every fact with the direct reader's."""
-    found: dict[str, Any] = {}
-    with _timed("build", found):
+    """Times building and reading the TensorFlow dataset; compares its facts with the folder's."""
+    seconds: dict[str, Any] = {}
+    with _timed("build", seconds):
         more_tfds.build(folder, data_dir)
-    with _timed("read", found):
+    with _timed("read", seconds):
         built = {split: more_tfds.read_facts(data_dir, split) for split in more.SPLITS}
     ontology = more.read_ontology(folder)
     direct = {split: more.read_split(folder, split, ontology) for split in more.SPLITS}
-    return found | {"equal": built == direct}
+    return seconds | {"equal": built == direct}
 
 
 def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
-    """Feeds SFT's batches to nobody, as fast as the config's workers make them.
+    """Times SFT's batches, taken and dropped as fast as the config's workers make them.
 
     Returns:
-      `samples_per_second` over all epochs, the time to the first batch apart; the processor's
-      milliseconds a sample; and the resident memory in MB of this process and its workers after
-      each epoch.
+      `samples_per_second` over all epochs, without the time to the first batch; milliseconds of CPU
+      per sample; and the resident memory in MB of this process and its workers after each epoch.
     """
     dataset, data, reasoning = run.dataset, run.settings.data, run.dataset.reasoning
     facts = [fact for fact in dataset.splits["train"] if fact.id in reasoning]
@@ -173,8 +173,9 @@ def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
 
 
 def _processes() -> list[psutil.Process]:
-    me = psutil.Process()
-    return [me, *me.children(recursive=True)]
+    """Returns this process and its workers."""
+    own = psutil.Process()
+    return [own, *own.children(recursive=True)]
 
 
 def _cpu_seconds() -> float:
@@ -192,16 +193,20 @@ def run_bench(
     photos: Mapping[str, int] = PHOTOS,
     out: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """All measurements: of a dataset of MORE's size, and of a run's loader on the run's own data.
+    """Measures reading a dataset of MORE's size, and a run's loader on the run's own data.
 
     Args:
-      workdir: where data is written; several hundred MB, none of which is used again.
-      facts, photos: the dataset's size, by split.
-      out: a JSON file of them. Until all are made, those that are lie beside it in `….unfinished`,
-        and an equal run does not make them again.
+      config: the run's.
+      workdir: to write data to; several hundred MB, none of which is used again.
+      facts, photos: numbers of the dataset of MORE's size, by split.
+      out: a JSON file for the results; None: no file. Results of an unfinished run are kept beside
+        it in `….unfinished`, and an equal run goes on from them.
+
+    Returns:
+      Figures by name, of `reading`, `tfds` and `loading`.
 
     Raises:
-      ConfigError, DataError: the config's own data is wrong; found before anything is measured.
+      ConfigError, DataError: the config's own data is wrong; raised before anything is measured.
     """
     setup = open_setup(config, workdir)
     if config.data.folder is None:
@@ -213,7 +218,7 @@ def run_bench(
         write_released(workdir / "released", facts, photos)
         return workdir / "released"
 
-    parts = {
+    measurements = {
         "reading": lambda: time_reading(folder()),
         "tfds": lambda: time_tfds(folder(), workdir / "tfds"),
         "loading": lambda: time_loading(run),
@@ -222,12 +227,12 @@ def run_bench(
     results, unfinished = {}, None
     if out is not None:
         unfinished = out.with_name(f"{out.name}.unfinished")
-        # Where earlier versions had it; theirs, or another file's, does not say whose it is.
-        before = out.with_suffix(".unfinished")
-        results = _begun(unfinished, identity, out.name)
-        if not unfinished.exists() and (results := _begun(before, identity)):
-            before.rename(unfinished)
-    for name, measure in parts.items():
+        # Earlier versions wrote this name, without the name of `out` in the file.
+        earlier = out.with_suffix(".unfinished")
+        results = _read_unfinished(unfinished, identity, out.name)
+        if not unfinished.exists() and (results := _read_unfinished(earlier, identity)):
+            earlier.rename(unfinished)
+    for name, measure in measurements.items():
         if name not in results:
             results[name] = measure()
             if unfinished is not None:
@@ -240,11 +245,13 @@ def run_bench(
     return results
 
 
-def _begun(path: Path, identity: Any, name: str | None = None) -> dict[str, dict[str, Any]]:
-    """What an equal run that was cut off has measured, for the file `name`."""
+def _read_unfinished(
+    path: Path, identity: Any, out_name: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Returns the results of an equal, interrupted run for the file `out_name`; {} if none."""
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        same = begun["of"] == identity and begun.get("out") in (None, name)
-        return begun["results"] if same else {}
+        unfinished = json.loads(path.read_text(encoding="utf-8"))
+        same = unfinished["of"] == identity and unfinished.get("out") in (None, out_name)
+        return unfinished["results"] if same else {}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}

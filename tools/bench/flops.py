@@ -1,4 +1,4 @@
-"""FLOPs that our programs spend, counted in what JAX traced."""
+"""Counts the FLOPs of our programs in what JAX traced."""
 
 from __future__ import annotations
 
@@ -10,29 +10,36 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
-def call_flops(function: Callable[..., Any], *given: Any, **counts: Any) -> float:
-    """`product_flops` of a jitted function for such arguments, arrays or what describes them."""
-    return product_flops(jax.jit(function).trace(*given).jaxpr, **counts)
+def call_flops(function: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+    """Returns `product_flops` of a function's program for arguments of these shapes.
+
+    Args:
+      arguments: arrays, or `jax.ShapeDtypeStruct`s.
+      options: of `product_flops`.
+    """
+    return product_flops(jax.jit(function).trace(*arguments).jaxpr, **options)
 
 
 def product_flops(program: ClosedJaxpr, trips: Sequence[int] = (), taken: float = 1.0) -> float:
-    """FLOPs of a program's products of matrices, two for a multiplication and its addition.
+    """Returns the FLOPs of a program's matrix products, two for a multiplication and its addition.
 
-    What a step computes again is counted again, and what it computes of padding too. Kernels that
-    are no products to JAX (splash attention's, cuDNN's) are not seen.
+    Recomputation and padding count. The kernels of splash attention and cuDNN, in which JAX sees no
+    products, do not.
 
     Args:
-      program: traced, as `jax.jit(f).trace(…).jaxpr` has it.
-      trips: how often each of its `while` loops goes round, in their order.
-      taken: how often, of all times, a `cond` takes its costliest branch; the others count nothing.
+      program: traced, `jax.jit(f).trace(…).jaxpr`.
+      trips: number of iterations of each `while` loop, in the program's order.
+      taken: share of the times that a `cond` takes its costliest branch; the others count nothing.
 
     Raises:
       ValueError: the program has another number of `while` loops.
     """
-    left = iter(trips)
-    total = _flops(program.jaxpr, left, taken)
-    if rest := len(list(left)):
-        raise ValueError(f"{len(trips)} trips given, but {len(trips) - rest} loops found")
+    remaining = iter(trips)
+    total = _flops(program.jaxpr, remaining, taken)
+    if rest := len(list(remaining)):
+        raise ValueError(
+            f"trips: expected one for each of {len(trips) - rest} loops, found {len(trips)}"
+        )
     return total
 
 
@@ -53,7 +60,7 @@ def _equation(equation: JaxprEqn, trips: Iterator[int], taken: float) -> float:
         case "while":
             times = next(trips, None)
             if times is None:
-                raise ValueError("more loops found than trips given")
+                raise ValueError("trips: expected one for each loop, found more loops")
             return times * _flops(params["body_jaxpr"].jaxpr, trips, taken)
         case "cond":
             return taken * max(_flops(branch.jaxpr, trips, taken) for branch in params["branches"])

@@ -1,4 +1,4 @@
-"""How cost grows with a group's samples and a prompt's length, in numbers and in a picture."""
+"""Shows how time grows with a group's samples and a prompt's length, as tables and a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.turns import Timing
 
 
 class Pair(NamedTuple):
-    """Seconds, medians: ours and the fastest other's, and which that is."""
+    """Median seconds of ours and of the fastest other side, and that side's name."""
 
     ours: float
     other: float
@@ -24,11 +24,11 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What was measured at several sizes.
+    """Times at several sizes.
 
     Attributes:
-      update: of an update, by the samples of a prompt.
-      decode: of one more token of all samples, by the prompt's tokens.
+      update: of an update, by number of samples of a prompt.
+      decode: of one more token of all samples, by the prompt's length in tokens.
     """
 
     preset: Preset
@@ -37,25 +37,25 @@ class Growth:
 
     @classmethod
     def of(cls, results: Results) -> Growth:
-        """Takes what is there of `update/…`, `sample/…` and `first/…`."""
+        """Returns what the results of `update/…`, `sample/…` and `first/…` say."""
         seconds = {
-            tuple(task.split("/")): _medians(one.sides)
-            for task, one in results.tasks.items()
-            if one.peers
+            tuple(task.split("/")): _medians(outcome.sides)
+            for task, outcome in results.tasks.items()
+            if outcome.peers
         }
         update = {int(task[2]): _pair(s) for task, s in seconds.items() if task[0] == "update"}
         decode = {}
         for task, whole in seconds.items():
             first = seconds.get(("first", *task[1:]))
             if task[0] == "sample" and first is not None and first.keys() == whole.keys():
-                # Of each form, less its own first token.
-                spent = {side: whole[side] - first[side] for side in whole}
-                more = results.preset.completion - 1
-                decode[int(task[1])] = _pair({side: s / more for side, s in spent.items()})
+                # A form's time for all tokens but the first, per token.
+                tokens = results.preset.completion - 1
+                per_token = {side: (whole[side] - first[side]) / tokens for side in whole}
+                decode[int(task[1])] = _pair(per_token)
         return cls(results.preset, update, decode)
 
     def tables(self) -> str:
-        """As Markdown; empty where only one size was measured."""
+        """Returns Markdown tables; without a table where fewer than two sizes were measured."""
         return "\n".join([*self._update_table(), *self._decode_table()])
 
     def _update_table(self) -> Iterator[str]:
@@ -65,8 +65,8 @@ class Growth:
         base = self.update[least]
         yield "### How an update grows with a prompt's samples\n"
         yield (
-            f"| samples | ours, seconds | times {least}'s | P + G·T | "
-            f"fastest PyTorch, seconds | times {least}'s | G·(P + T) |"
+            f"| samples | ours, seconds | relative to {least} | P + G·T | "
+            f"fastest PyTorch, seconds | relative to {least} | G·(P + T) |"
         )
         yield "|---|---|---|---|---|---|---|"
         for g, pair in sorted(self.update.items()):
@@ -95,7 +95,7 @@ class Growth:
 
 
 def laws(preset: Preset, group: int) -> tuple[int, int]:
-    """Tokens of a prompt's update at the longest prompt: P + G·T, and G·(P + T)."""
+    """Returns the tokens of an update at the longest prompt: P + G·T, and G·(P + T)."""
     prompt, completion = max(preset.prompts), preset.completion
     return prompt + group * completion, group * (prompt + completion)
 
@@ -105,18 +105,22 @@ def draw(results: Results, path: Path) -> None:
     growth = Growth.of(results)
     figure = Figure(figsize=(10, 4), layout="constrained")
     bars, *curves = figure.subplots(1, 2 if len(growth.update) > 1 else 1, squeeze=False)[0]
-    # First tokens are of a sampling's own bar, and updates have their curve.
+    # A first token is part of sampling, which has a bar; updates have their curve.
     hidden = ("first", "update") if curves else ("first",)
-    shown = [one for task, one in results.in_order() if one.peers and not task.startswith(hidden)]
-    for place, one in enumerate(shown):
-        seconds = _medians(one.sides)
+    shown = [
+        outcome
+        for task, outcome in results.in_order()
+        if outcome.peers and not task.startswith(hidden)
+    ]
+    for place, outcome in enumerate(shown):
+        seconds = _medians(outcome.sides)
         ours = seconds.pop(OURS)
         slow, fast = max(seconds.values()) / ours, min(seconds.values()) / ours
-        named = {} if place else {"slow": "its slowest form", "fast": "its fastest form"}
-        bars.barh(place, slow, color="#d0d7de", label=named.get("slow"))
-        bars.barh(place, fast, color="#1f6feb", label=named.get("fast"))
+        labels = {} if place else {"slow": "its slowest form", "fast": "its fastest form"}
+        bars.barh(place, slow, color="#d0d7de", label=labels.get("slow"))
+        bars.barh(place, fast, color="#1f6feb", label=labels.get("fast"))
         bars.text(fast, place, f" {fast:.1f}×", va="center", fontsize=8)
-    bars.set_yticks(range(len(shown)), [one.name for one in shown])
+    bars.set_yticks(range(len(shown)), [outcome.name for outcome in shown])
     bars.invert_yaxis()
     bars.axvline(1, color="black", linewidth=0.8)
     bars.set_xlabel("times faster than PyTorch")

@@ -1,4 +1,4 @@
-"""The model both sides load: random weights of a preset's sizes, exported as any trained model."""
+"""Writes the model that both sides load: random weights of a preset's sizes, exported as usual."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_model(preset: Preset, folder: Path) -> None:
     model = Qwen25VL(config, Runtime())
     loaded = LoadedModel(
         model=model,
-        load=lambda: _drawn(model),
+        load=lambda: _random_params(model),
         mesh=meshes.make_mesh({"data": 1}, jax.devices()[:1]),
         images=ImageConfig(),
         completion=preset.completion,
@@ -54,22 +54,22 @@ def write_model(preset: Preset, folder: Path) -> None:
     export(loaded, folder)
 
 
-def _drawn(model: Qwen25VL) -> Params:
-    """Random parameters by which every layer has its say in the next token.
+def _random_params(model: Qwen25VL) -> Params:
+    """Returns random parameters with which every layer influences the next token.
 
-    As they are drawn for training, a tied head would repeat the last token, whatever is before it.
+    With those of `init_params` a tied head would repeat the last token, whatever is before it.
     """
 
-    def grown(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def scaled(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         layer_out = {"o", "down"} & {entry.key for entry in path}
         return 8.0 * leaf if layer_out else leaf
 
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(grown, params)
+    return jax.tree_util.tree_map_with_path(scaled, params)
 
 
 def device_name() -> str:
-    """What the machine computes with."""
+    """Returns the name of the machine's accelerator, or its CPU's with the number of cores."""
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
         return kind
@@ -77,7 +77,7 @@ def device_name() -> str:
 
 
 def _processor() -> str | None:
-    """As Linux calls it."""
+    """Returns the CPU's name by Linux; None elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -87,7 +87,7 @@ def _processor() -> str | None:
 
 
 def made_now() -> str:
-    """The date, and the versions that are measured, of what is installed."""
+    """Returns the date, and the versions of the installed packages that are measured."""
     versions = []
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Our side: the very programs that training runs.
+"""Serves our side: the same programs that training runs.
 
 python -m bench.ours --folder=model --preset=small
 """
@@ -41,18 +41,18 @@ from morer1_jax.run.shapes import row_cost
 from morer1_jax.stages.grpo_step import Programs, make_grpo_step, make_programs
 
 _SCORE = ScoreConfig(chunk=64)
-# No token has it, so that no completion ends before its last place.
+# An end-of-turn id that no token has, so that every completion has the full length.
 _NEVER = -1
 
 
 class SFTTask:
-    """One step of SFT on `examples`, in parts whose activations are held one at a time."""
+    """One step of SFT on `examples`, in micro-batches."""
 
     def __init__(self, side: Ours, examples: list[Example], micro_batches: int = 1) -> None:
         self._side = side
         samples = [side.reader.read(example.prompt, example.target) for example in examples]
         sizes = [side.reader.size_of(sample) for sample in samples]
-        # As a run that draws such samples packs them.
+        # Packed as a run of such samples would pack them.
         cost = row_cost(side.model.config)
         plan = plan_rows([sizes], cost, multiple=micro_batches)
         rows = [[samples[i] for i in row] for row in plan.rows(sizes)]
@@ -63,11 +63,12 @@ class SFTTask:
 
     @property
     def flops(self) -> float | None:
-        # Chunks of logits without a target are passed over; what counts goes first in each row.
+        """See `task.Task`."""
+        # Chunks of logits without a target are skipped; places with a target go first in each row.
         counted = int(jnp.max(jnp.sum(self.batch.weights > 0, axis=1)))
-        some, every = (-(-n // _SCORE.chunk) for n in (counted, self.batch.tokens.shape[1]))
-        given = self._side.like_state(), {}, self.batch
-        return self._side.flops(self._step, *given, taken=some / every)
+        chunks, all_chunks = (-(-n // _SCORE.chunk) for n in (counted, self.batch.tokens.shape[1]))
+        arguments = self._side.like_state(), {}, self.batch
+        return self._side.flops(self._step, *arguments, taken=chunks / all_chunks)
 
     def numbers(self) -> Numbers:
         side = self._side
@@ -85,10 +86,11 @@ class SFTTask:
 
 
 class SampleTask:
-    """A group of completions to each prompt.
+    """Samples a group of completions for each prompt.
 
     Args:
-      length: tokens of a completion; None: the preset's.
+      prompt: length in tokens.
+      length: of a completion, in tokens; None: the preset's.
     """
 
     def __init__(self, side: Ours, prompt: int, length: int | None = None) -> None:
@@ -100,13 +102,13 @@ class SampleTask:
     @property
     def flops(self) -> float | None:
         side = self._side
-        given = side.loaded.params, self.prompts, side.policy.allowed, jnp.int32(0)
-        return side.flops(self._run, *given, trips=_trips(self._length))
+        arguments = side.loaded.params, self.prompts, side.policy.allowed, jnp.int32(0)
+        return side.flops(self._run, *arguments, trips=_trips(self._length))
 
     def _sampler(self, **changes: Any) -> Callable[..., Any]:
         side, preset = self._side, self._side.preset
-        given = {"group": preset.group, "length": self._length, "temperature": 1.0}
-        config = SampleConfig(**(given | changes), end_of_turn=_NEVER)
+        options = {"group": preset.group, "length": self._length, "temperature": 1.0}
+        config = SampleConfig(**(options | changes), end_of_turn=_NEVER)
         grammar = side.policy.grammar
 
         def run(params: Any, prompts: PromptBatch, allowed: jax.Array, step: jax.Array) -> Any:
@@ -119,8 +121,8 @@ class SampleTask:
         side = self._side
         greedy = self._sampler(group=1, length=32, temperature=0.0)
         allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
-        drawn = greedy(side.loaded.params, self.prompts, allowed, jnp.int32(0))
-        return {"tokens": drawn.tokens[:, 0].tolist()}
+        rollout = greedy(side.loaded.params, self.prompts, allowed, jnp.int32(0))
+        return {"tokens": rollout.tokens[:, 0].tolist()}
 
     def prepare(self) -> None:
         self._step = 0
@@ -145,35 +147,43 @@ class GRPOTask:
     def flops(self) -> float | None:
         side, programs = self._side, self._programs(self._side.like_state())
         params, policy = side.loaded.params, side.policy
-        given = params, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
-        scored, _ = jax.eval_shape(programs.rollout, *given)
-        drawn = scored.rollout
-        asked = self.prompts, drawn.tokens, drawn.mask, policy.allowed
+        arguments = params, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
+        scored, _ = jax.eval_shape(programs.rollout, *arguments)
+        # Shapes alone count: all arrays of a float32 for each token have the log-probabilities'.
+        completions = scored.rollout
+        per_token = completions.logprobs
         batch = GroupBatch(
             prompts=self.prompts,
-            tokens=drawn.tokens,
-            mask=drawn.mask,
-            weights=drawn.logprobs,
+            tokens=completions.tokens,
+            mask=completions.mask,
+            weights=per_token,
             advantages=scored.advantages,
-            sampler=drawn.logprobs,
-            reference=drawn.logprobs,
+            sampler=per_token,
+            reference=per_token,
         )
         parts = (
-            side.flops(programs.rollout, *given, trips=_trips(side.preset.completion)),
-            side.flops(programs.score, params, *asked),
+            side.flops(programs.rollout, *arguments, trips=_trips(side.preset.completion)),
+            side.flops(
+                programs.score,
+                params,
+                self.prompts,
+                completions.tokens,
+                completions.mask,
+                policy.allowed,
+            ),
             side.flops(programs.update, side.like_state(), {}, batch, policy.allowed),
         )
         return None if None in parts else sum(parts)
 
     def numbers(self) -> Numbers:
-        """Of the rollout that TRL has left in the folder, or of one that is given."""
+        """Returns an update's numbers on TRL's rollout, if it is in the folder, or a random one."""
         side = self._side
         tokens, advantages = side.inputs.rollout(side.preset.group)
         path = side.folder / f"rollouts-{self._length}.npz"
         if path.exists():
-            found = np.load(path)
-            tokens = found["completion_ids"].reshape(*advantages.shape, -1)
-            advantages = found["advantages"].reshape(advantages.shape)
+            of_trl = np.load(path)
+            tokens = of_trl["completion_ids"].reshape(*advantages.shape, -1)
+            advantages = of_trl["advantages"].reshape(advantages.shape)
         loss = self.settings.loss
         batch = _group_batch(self.prompts, tokens, advantages, loss)
         return _update_numbers(side, batch, loss)
@@ -186,7 +196,7 @@ class GRPOTask:
             self.settings,
             {},
             self._side.loaded.params,
-            # Entered, as a run has it; its thread ends with the process.
+            # Entered, as in a run; its thread ends with the process.
             PhaseTimer().__enter__(),
         )
         self._number = 0
@@ -213,11 +223,11 @@ class GRPOTask:
 
 
 class UpdateTask:
-    """One update on given completions, `group` to each prompt."""
+    """One update on random completions, `group` for each prompt."""
 
     def __init__(self, side: Ours, prompt: int, group: int) -> None:
         self._side = side
-        # Without a reference, and of the policy's own completions.
+        # Without a reference, and on-policy.
         self._config = LossConfig(beta=0.0, importance_cap=None)
         rollout = side.inputs.rollout(group)
         self.batch = _group_batch(side.prompts(prompt), *rollout, self._config)
@@ -230,8 +240,8 @@ class UpdateTask:
     @property
     def flops(self) -> float | None:
         side = self._side
-        given = side.like_state(), {}, self.batch, side.policy.allowed
-        return side.flops(self._update, *given)
+        arguments = side.like_state(), {}, self.batch, side.policy.allowed
+        return side.flops(self._update, *arguments)
 
     def numbers(self) -> Numbers:
         return _update_numbers(self._side, self.batch, self._config)
@@ -257,14 +267,16 @@ _TASKS: dict[str, Callable[..., Task]] = {
 
 
 def _trips(length: int) -> list[int]:
-    """Tokens that each of the sampler's loops draws where no completion ends early; the first
-    one is drawn before them."""
+    """Returns the number of tokens that each of the sampler's loops samples.
+
+    No completion ends early, and the first token is sampled before the loops.
+    """
     ends = cache_lengths(length)
     return [end - start for start, end in zip((1, *ends), ends, strict=False)]
 
 
 def grpo_settings(preset: Preset) -> GRPOSettings:
-    """A GRPO step with KL at the preset's sizes."""
+    """Returns the settings of a GRPO step with KL at the preset's sizes."""
     return GRPOSettings(
         steps=1,
         prompts=preset.batch,
@@ -288,7 +300,7 @@ def grpo_settings(preset: Preset) -> GRPOSettings:
 
 
 def _group_score(preset: Preset) -> ScoreConfig:
-    """As many logits at once in the parts of an update as in a batch that is whole."""
+    """Returns chunks that hold as many logits in a micro-batch as 128 places do in the batch."""
     return ScoreConfig(chunk=128 * preset.micro_batches)
 
 
@@ -298,7 +310,7 @@ def _group_batch(
     advantages: Float[np.ndarray, "b g"],
     loss: LossConfig,
 ) -> GroupBatch:
-    """Of completions that all have the full length, for a first update."""
+    """Returns the batch of a first update on completions of the full length."""
     mask = jnp.ones(tokens.shape, bool)
     return GroupBatch(
         prompts=prompts,
@@ -311,14 +323,16 @@ def _group_batch(
 
 
 def _update_numbers(side: Ours, batch: GroupBatch, loss: LossConfig) -> Numbers:
-    """Of an update, in which every token may be drawn, as the peers have it."""
+    """Returns an update's numbers; every token may be sampled, as on PyTorch's side."""
     score, parts = _group_score(side.preset), side.preset.micro_batches
     allowed = jnp.ones_like(side.policy.allowed)
 
     def gradients(params: Any, batch: GroupBatch) -> Any:
         if loss.beta:
-            given = batch.prompts, batch.tokens, batch.mask, allowed, score
-            batch = batch.replace(reference=group_logprobs(side.model, params, *given)[0])
+            reference, _ = group_logprobs(
+                side.model, params, batch.prompts, batch.tokens, batch.mask, allowed, score
+            )
+            batch = batch.replace(reference=reference)
         return grpo_gradients(side.model, params, batch, allowed, loss, score, parts)
 
     grads, metrics = jax.jit(gradients)(side.loaded.params, batch)
@@ -331,7 +345,7 @@ def _norm(grads: Any) -> jax.Array:
 
 
 class Side:
-    """This package, as `task.Side`."""
+    """Our side; see `task.Side`."""
 
     def __init__(self, folder: Path, preset: Preset) -> None:
         self._ours = Ours(folder, preset)
@@ -348,5 +362,5 @@ class Side:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    given = arguments()
-    serve(lambda: Side(given.folder, PRESETS[given.preset]))
+    flags = arguments()
+    serve(lambda: Side(flags.folder, PRESETS[flags.preset]))

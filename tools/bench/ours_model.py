@@ -1,4 +1,4 @@
-"""Our model and its inputs, as every task of ours has them."""
+"""Opens our model and makes its batches, for every task of ours."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PromptReader(SampleReader):
         )
 
     def read(self, fact: Prompt, target: str | None = None) -> Sample:
-        """Reads a prompt, and what is answered, in place of a fact and its reasoning."""
+        """Reads a prompt and its answer, in place of a fact and its reasoning."""
         pictures = [self.photos.encode(p, _WHOLE, fact.id, which=0) for p in fact.pictures()]
         grids = tuple(grid for picture in pictures for grid in picture.grids)
         return Sample(
@@ -55,10 +55,11 @@ class PromptReader(SampleReader):
 
 
 class Ours:
-    """What tasks share.
+    """The model, policy, optimizer and inputs that our tasks share.
 
     Args:
       folder: the model's.
+      preset: the sizes.
     """
 
     def __init__(self, folder: Path, preset: Preset) -> None:
@@ -74,22 +75,24 @@ class Ours:
             kernels=choose("auto", preset.dtype, config.head_sizes, self.loaded.mesh),
         )
         self.model = Qwen25VL(config, runtime)
-        loaded = self.loaded.policy
-        self.policy = Policy(self.model, loaded.tokenizer, loaded.ontology, self.loaded.mesh)
+        loaded_policy = self.loaded.policy
+        self.policy = Policy(
+            self.model, loaded_policy.tokenizer, loaded_policy.ontology, self.loaded.mesh
+        )
         self.optimizer = OptimizerConfig(lr=1e-6).build(1)
 
-    def flops(self, function: Callable[..., Any], *given: Any, **counts: Any) -> float | None:
-        """`call_flops`; None where attention is by kernels that it does not see."""
+    def flops(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> float | None:
+        """Returns `call_flops`; None with attention kernels, whose products it does not see."""
         if self.model.runtime.kernels != XLA():
             return None
-        return call_flops(function, *given, **counts)
+        return call_flops(function, *arguments, **options)
 
     def state(self) -> TrainState:
-        """A new one around a copy of the folder's parameters."""
+        """Returns a new state with a copy of the folder's parameters."""
         return self._new_state(self.loaded.params)
 
     def like_state(self) -> TrainState:
-        """The shapes of one."""
+        """Returns a state's shapes."""
         return jax.eval_shape(self._new_state, self.loaded.params)
 
     @functools.cached_property
@@ -101,6 +104,7 @@ class Ours:
         return PromptReader(self.loaded)
 
     def prompts(self, length: int) -> PromptBatch:
+        """Returns the preset's prompts of this length in tokens, on the device."""
         prompts = self.inputs.prompts(length, self.preset.batch)
         samples = [self.reader.read(prompt) for prompt in prompts]
         shape = Shape(length, self.windows(prompts))
@@ -108,7 +112,7 @@ class Ours:
         return jax.device_put(batch)
 
     def windows(self, prompts: list[Prompt]) -> int:
-        """Attention windows that the images of any of the prompts fill."""
+        """Returns the most attention windows that a prompt's images fill, none of them shared."""
         unit = self.loaded.model.config.vision.window_size
         return max(
             sum(-(-h // unit) * -(-w // unit) for h, w, _ in (i.shape for i in prompt.images))

@@ -1,4 +1,4 @@
-"""PyTorch's side: `transformers` and TRL, as they come and as fast as they are known to go.
+"""Serves PyTorch's side: `transformers` and TRL, as they come and as fast as we know to run them.
 
 python -m bench.peers --folder=model --preset=small --form=onednn
 """
@@ -29,18 +29,19 @@ _FORMS_OF = {
 
 
 class Peer:
-    """PyTorch, as `task.Side`.
+    """PyTorch's side; see `task.Side`.
 
     Args:
       folder: the model's.
-      form: of `FORMS`.
+      preset: the sizes.
+      form: one of `FORMS`.
     """
 
     FORMS = tuple(FORMS)
 
     @staticmethod
     def forms(name: str) -> tuple[str, ...]:
-        """Those of `FORMS` that run this task each in another way, on this device."""
+        """Returns those of `FORMS` that make a difference to a task on this device."""
         forms = _FORMS_OF[name.partition("/")[0]]
         return tuple(form for form in forms if form != "onednn" or DEVICE.type == "cpu")
 
@@ -51,7 +52,7 @@ class Peer:
         kind, *sizes = name.split("/")
         lengths = map(int, sizes)
         if kind == "grpo":
-            # TRL takes seconds to import, and is nothing to the other tasks.
+            # TRL takes seconds to import, and other tasks do not need it.
             from bench.peers_trl import TRLTask
 
             return TRLTask(self._folder, self._preset, self._form, *lengths)
@@ -69,7 +70,7 @@ class Peer:
                 return GRPOTask(policy, *lengths)
             case "update":
                 return UpdateTask(policy, *lengths)
-        raise ValueError(f"no task {name!r}")
+        raise ValueError(f"task: expected one of {', '.join(_FORMS_OF)}, found {name!r}")
 
     def peak_bytes(self) -> int:
         if DEVICE.type == "cpu":
@@ -80,8 +81,8 @@ class Peer:
 
 
 if __name__ == "__main__":
-    given = arguments()
-    if given.form != "default":
-        # As our side does; it makes steps faster here, too.
+    flags = arguments()
+    if flags.form != "default":
+        # As our side does; it makes PyTorch's steps faster, too.
         keep_freed_memory()
-    serve(lambda: Peer(given.folder, PRESETS[given.preset], given.form))
+    serve(lambda: Peer(flags.folder, PRESETS[flags.preset], flags.form))

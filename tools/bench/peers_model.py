@@ -1,4 +1,4 @@
-"""A model of `transformers` in one of the forms it can be run in, and what a step asks of it."""
+"""Runs a model of `transformers` in one of several forms: log-probabilities and samples."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Form:
     """How a model is run; none of it changes the numbers beyond rounding.
 
     Attributes:
-      tuned: AdamW in one kernel, logits where they count alone, images encoded once a prompt and
-        their windows attended to at once; else as the libraries come.
-      onednn: linear maps by oneDNN; on a CPU alone.
-      compiled: decoder layers by `torch.compile`, which needs a C++ compiler; not while sampling,
-        where a shape is seen once.
-      cache: of sampling. "dynamic" and "static" are the library's, each sample with a prefill of
-        its own; "shared" prefills a prompt once, and is copied at no step.
+      tuned: whether AdamW is one kernel, logits are computed only where they count, images are
+        encoded once a prompt, and all attention windows are computed at once.
+      onednn: whether linear maps are oneDNN's; on a CPU only.
+      compiled: whether decoder layers are compiled by `torch.compile`, which needs a C++ compiler;
+        not in sampling, where each shape occurs once.
+      cache: of sampling. "dynamic" and "static" are the library's, and each sample has its own
+        prefill; "shared" prefills a prompt once, and is never copied.
     """
 
     tuned: bool = True
@@ -65,7 +65,7 @@ FORMS = MappingProxyType(
 
 
 class Processor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without videos, for whose own processor torchvision is needed."""
+    """Qwen2.5-VL's processor without videos, whose processor needs torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         if argument_name == "video_processor":
@@ -74,6 +74,7 @@ class Processor(Qwen2_5_VLProcessor):
 
 
 def load_processor(folder: Path) -> Processor:
+    """Loads the folder's tokenizer and image processor."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     return Processor(images, tokenizer, chat_template=tokenizer.chat_template)
@@ -82,7 +83,7 @@ def load_processor(folder: Path) -> Processor:
 def load_network(
     folder: Path, form: Form, dtype: torch.dtype = torch.float32
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """The folder's model on the device, in its form."""
+    """Loads the folder's model onto the device, in a form."""
     network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(DEVICE)
     tune(network, form)
     return network
@@ -114,7 +115,7 @@ class Prompts:
     grids: Tensor
 
     def images(self, which: Tensor | slice = slice(None)) -> dict[str, Tensor]:
-        """Of these prompts, as the model takes them."""
+        """Returns the model's arguments for the images of these prompts."""
         return {
             "pixel_values": self.pixels[which].flatten(0, 1),
             "image_grid_thw": self.grids[which].flatten(0, 1),
@@ -122,10 +123,12 @@ class Prompts:
 
 
 class Policy:
-    """A model that is trained and sampled.
+    """A model that is trained and sampled from.
 
     Args:
       folder: the model's.
+      preset: the sizes.
+      form: how it is run.
     """
 
     def __init__(self, folder: Path, preset: Preset, form: Form) -> None:
@@ -140,25 +143,28 @@ class Policy:
         return torch.optim.AdamW(self.network.parameters(), lr, fused=self.form.tuned or None)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The type that is computed in; parameters are float32."""
+        """Returns a context that computes in the preset's dtype; parameters are float32."""
         return torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def process(self, prompts: list[Prompt]) -> dict[str, Tensor]:
-        """Tokens and images, padded on the right."""
+        """Returns the model's arguments for prompts, padded on the right."""
         tokenizer = self.processor.tokenizer
-        made = self.processor(
+        inputs = self.processor(
             text=[prompt.text(tokenizer) for prompt in prompts],
             images=[prompt.pictures() for prompt in prompts],
             padding=True,
             return_tensors="pt",
         )
-        return dict(made.to(DEVICE))
+        return dict(inputs.to(DEVICE))
 
     def prompts(self, length: int) -> Prompts:
-        made = self.process(self.inputs.prompts(length, self.preset.batch))
+        """Returns the preset's prompts of this length in tokens, on the device."""
         b = self.preset.batch
-        pixels, grids = made["pixel_values"], made["image_grid_thw"]
-        return Prompts(made["input_ids"], pixels.unflatten(0, (b, -1)), grids.unflatten(0, (b, -1)))
+        inputs = self.process(self.inputs.prompts(length, b))
+        pixels, grids = (
+            inputs[name].unflatten(0, (b, -1)) for name in ("pixel_values", "image_grid_thw")
+        )
+        return Prompts(inputs["input_ids"], pixels, grids)
 
     def logprobs(
         self,
@@ -167,15 +173,16 @@ class Policy:
         rows: Tensor,
         completions: Tensor,
     ) -> Tensor:
-        """Log-probabilities of completions, float32 [n, t].
+        """Returns the log-probabilities of completions, float32 [n, t].
 
         Args:
-          network: the policy's or a reference.
+          network: the policy's or the reference's.
+          prompts: of all completions.
           rows: the prompt of each completion, int64 [n].
           completions: int64 [n, t].
         """
         tokens = torch.cat([prompts.tokens[rows], completions], dim=1)
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "input_ids": tokens,
             "attention_mask": torch.ones_like(tokens),
             "mm_token_type_ids": kinds(network, tokens),
@@ -183,26 +190,30 @@ class Policy:
         }
         with self.autocast():
             if self.form.tuned:
-                del given["pixel_values"]
-                given["mm_encoder_outputs"] = {"image": _encoded_once(network, prompts, rows)}
-            kept = completions.shape[1] + 1
-            logits = network(**given, logits_to_keep=kept, use_cache=False).logits[:, :-1]
+                del arguments["pixel_values"]
+                arguments["mm_encoder_outputs"] = {"image": _encoded_once(network, prompts, rows)}
+            places = completions.shape[1] + 1
+            logits = network(**arguments, logits_to_keep=places, use_cache=False).logits[:, :-1]
         flat = logits.flatten(0, 1).float(), completions.flatten()
         return -F.cross_entropy(*flat, reduction="none").view_as(completions)
 
     def generate(self, prompts: Prompts, group: int, length: int, greedy: bool = False) -> Tensor:
-        """Completions of `length` tokens, `group` to a prompt, int64 [b · group, length]."""
-        drawn = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+        """Samples completions of `length` tokens, `group` for each prompt.
+
+        Returns:
+          int64 [b · group, length].
+        """
+        sampling = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
         network = self._sampled_network()
         stance = "force_eager" if self.form.compiled else "default"
         with torch.compiler.set_stance(stance), self.autocast():
             if self.form.cache == "shared":
-                given = _prefilled(network, prompts, group, length)
+                arguments = _prefilled(network, prompts, group, length)
             else:
-                given = self._whole(prompts, group)
+                arguments = self._whole_prompts(prompts, group)
             tokens = network.generate(
-                **given,
-                **drawn,
+                **arguments,
+                **sampling,
                 max_new_tokens=length,
                 logits_processor=[self._forbidden],
             )
@@ -210,9 +221,9 @@ class Policy:
 
     @torch.no_grad()
     def _sampled_network(self) -> Qwen2_5_VLForConditionalGeneration:
-        """The policy, its parameters in the type that is computed in.
+        """Returns the policy with its parameters in the compute dtype.
 
-        Without gradients, autocast would convert them at every token.
+        Without gradients, autocast would convert them again for every token.
         """
         if self.dtype == torch.float32 or not self.form.tuned:
             return self.network
@@ -224,7 +235,8 @@ class Policy:
     def _copy(self) -> Qwen2_5_VLForConditionalGeneration:
         return load_network(self.folder, self.form, self.dtype)
 
-    def _whole(self, prompts: Prompts, group: int) -> dict[str, Any]:
+    def _whole_prompts(self, prompts: Prompts, group: int) -> dict[str, Any]:
+        """Returns arguments of `generate` that prefill a prompt for each sample."""
         return {
             "input_ids": prompts.tokens,
             "attention_mask": torch.ones_like(prompts.tokens),
@@ -236,8 +248,7 @@ class Policy:
 
 
 class _Forbidden(LogitsProcessor):
-    """Tokens that are never drawn: those without a meaning in an answer, and the end of one, so
-    that all samples are of one length."""
+    """Excludes tokens that answers never have, and end-of-turn, so that all samples are as long."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         special = SpecialIds.of(tokenizer)
@@ -250,7 +261,7 @@ class _Forbidden(LogitsProcessor):
 
 
 def kinds(network: Qwen2_5_VLForConditionalGeneration, tokens: Tensor) -> Tensor:
-    """Which tokens are an image's; positions cannot be known without."""
+    """Returns 1 for tokens of an image and 0 for others; the model's positions depend on it."""
     return (tokens == network.config.image_token_id).int()
 
 
@@ -258,7 +269,7 @@ def kinds(network: Qwen2_5_VLForConditionalGeneration, tokens: Tensor) -> Tensor
 def _prefilled(
     network: Qwen2_5_VLForConditionalGeneration, prompts: Prompts, group: int, length: int
 ) -> dict[str, Any]:
-    """All but the prompts' last tokens in a cache, which `generate` goes on from."""
+    """Returns arguments of `generate` with a cache of all but each prompt's last token."""
     inner, tokens = network.model, prompts.tokens[:, :-1]
     prefix = DynamicCache(config=network.config.text_config)
     inner.rope_deltas = None
@@ -285,9 +296,9 @@ def _prefilled(
 def _encoded_once(
     network: Qwen2_5_VLForConditionalGeneration, prompts: Prompts, rows: Tensor
 ) -> Any:
-    """Features of the rows' images, each prompt's encoded once however many rows it has."""
-    which, places = rows.unique(return_inverse=True)
-    encoded = network.model.get_image_features(**prompts.images(which), return_dict=True)
+    """Returns features of the rows' images; a prompt's are encoded once for all its rows."""
+    distinct, places = rows.unique(return_inverse=True)
+    encoded = network.model.get_image_features(**prompts.images(distinct), return_dict=True)
     images = prompts.grids.shape[1]
     features = encoded.pooler_output
     encoded.pooler_output = [
@@ -297,9 +308,9 @@ def _encoded_once(
 
 
 def count_flops(compute: Callable[[], Any]) -> float:
-    """FLOPs of the products of matrices in a call, whatever multiplies them."""
+    """Returns the FLOPs of all matrix products in a call, by any operator."""
     attention = "_scaled_dot_product_flash_attention_for_cpu"
-    # Operators that PyTorch does not count by itself.
+    # Formulas of operators that PyTorch's counter does not know.
     formulas = {
         torch.ops.mkldnn._linear_pointwise: _product_flops,
         getattr(torch.ops.aten, attention): functools.partial(_attention_flops, 2),
@@ -322,5 +333,5 @@ def _attention_backward_flops(_: Any, *shapes: Any, **__: Any) -> int:
 def _attention_flops(
     products: int, query: Sequence[int], key: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    """Of products of the size of queries by keys; all of them, masked or not."""
+    """Returns the FLOPs of `products` products of queries' and keys' sizes, masked places too."""
     return 2 * products * math.prod(query) * key[2]

@@ -1,4 +1,4 @@
-"""Steps of SFT and GRPO, and samples, by `transformers` and a loop written by hand."""
+"""Measures sampling, and steps of SFT and GRPO written by hand, with models of `transformers`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SFT_LR = 1e-5
 
 
 class Measured(abc.ABC):
-    """What all tasks share."""
+    """The parts of `task.Task` that all tasks share."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -36,7 +36,7 @@ class Measured(abc.ABC):
 
     @abc.abstractmethod
     def compute(self) -> Any:
-        """All of a run but the optimizer's step."""
+        """Does all of a run but the optimizer's step."""
 
     def prepare(self) -> None:
         self.run()
@@ -51,10 +51,11 @@ class Measured(abc.ABC):
 
 
 class Trained(Measured):
-    """A task whose run ends in an update.
+    """A task whose run ends with an update.
 
     Args:
-      lr: AdamW's.
+      policy: the model.
+      lr: AdamW's learning rate.
     """
 
     def __init__(self, policy: Policy, lr: float) -> None:
@@ -66,12 +67,12 @@ class Trained(Measured):
         return self.policy.optimizer(self._lr)
 
     def prepare(self) -> None:
-        """Leaves the parameters as they were, for `numbers`."""
+        """Runs once, and sets the parameters back, for `numbers`."""
         parameters = list(self.policy.network.parameters())
-        kept = [parameter.detach().clone() for parameter in parameters]
+        copies = [parameter.detach().clone() for parameter in parameters]
         self.run()
         with torch.no_grad():
-            for parameter, before in zip(parameters, kept, strict=True):
+            for parameter, before in zip(parameters, copies, strict=True):
                 parameter.copy_(before)
 
     def run(self) -> None:
@@ -83,18 +84,18 @@ class Trained(Measured):
             torch.cuda.synchronize()
 
     def _numbers(self, loss: Tensor) -> Numbers:
-        """Of a step whose gradients were just computed, which are given up."""
+        """Returns the numbers of a step whose gradients were just computed, and drops those."""
         numbers = {"loss": float(loss), "grad_norm": float(self._norm())}
         self.policy.network.zero_grad()
         return numbers
 
     def _norm(self) -> Tensor:
-        """The gradient's norm before it is clipped, which it is."""
+        """Clips the gradients and returns their global norm before."""
         return torch.nn.utils.clip_grad_norm_(self.policy.network.parameters(), MAX_NORM)
 
 
 class SFTTask(Trained):
-    """A step of SFT, the mean over all target tokens."""
+    """A step of SFT; the loss is the mean over all target tokens."""
 
     def __init__(self, policy: Policy, examples: list[Example]) -> None:
         super().__init__(policy, _SFT_LR)
@@ -129,11 +130,11 @@ class SFTTask(Trained):
 
 
 def _padded(policy: Policy, examples: list[Example]) -> dict[str, Tensor]:
-    """A batch as the model takes it, prompt and target in one row."""
+    """Returns the model's arguments for a batch, prompt and target in one padded row."""
     tokenizer = policy.processor.tokenizer
-    made = policy.process([example.prompt for example in examples])
-    filled = zip(made["input_ids"], made["attention_mask"].bool(), strict=True)
-    prompts = [row[mask] for row, mask in filled]
+    inputs = policy.process([example.prompt for example in examples])
+    masked_rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+    prompts = [row[mask] for row, mask in masked_rows]
     end = [tokenizer.eos_token_id]
     targets = [
         torch.tensor(tokenizer(example.target)["input_ids"] + end, device=DEVICE)
@@ -146,7 +147,7 @@ def _padded(policy: Policy, examples: list[Example]) -> dict[str, Tensor]:
     ]
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     tokens = pad(rows, padding_value=tokenizer.pad_token_id)
-    return made | {
+    return inputs | {
         "input_ids": tokens,
         "attention_mask": pad([torch.ones_like(row) for row in rows]),
         "mm_token_type_ids": kinds(policy.network, tokens),
@@ -155,7 +156,7 @@ def _padded(policy: Policy, examples: list[Example]) -> dict[str, Tensor]:
 
 
 class SampleTask(Measured):
-    """A group of samples to each prompt, all of the full length.
+    """Samples a group of completions for each prompt, all of the full length.
 
     Args:
       prompt, completion: lengths in tokens.
@@ -186,14 +187,14 @@ class Rollout(NamedTuple):
     advantages: Tensor
 
     def parts(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """So many at a time: where, rows and completions."""
+        """Yields `size` completions at a time: their places, prompts and tokens."""
         for start in range(0, len(self.rows), size):
-            which = slice(start, start + size)
-            yield which, self.rows[which], self.completions[which]
+            places = slice(start, start + size)
+            yield places, self.rows[places], self.completions[places]
 
 
-def _given(policy: Policy, group: int) -> Rollout:
-    """One that is the same on both sides."""
+def _random_rollout(policy: Policy, group: int) -> Rollout:
+    """Returns random completions, the same on both sides."""
     completions, advantages = (
         torch.as_tensor(x, device=DEVICE).flatten(0, 1) for x in policy.inputs.rollout(group)
     )
@@ -202,12 +203,12 @@ def _given(policy: Policy, group: int) -> Rollout:
 
 
 class UpdateTask(Trained):
-    """An update alone, `group` given completions to each prompt."""
+    """An update alone, on `group` random completions of each prompt."""
 
     def __init__(self, policy: Policy, length: int, group: int) -> None:
         super().__init__(policy, GRPO_LR)
         self._prompts = policy.prompts(length)
-        self._rollout = _given(policy, group)
+        self._rollout = _random_rollout(policy, group)
 
     def numbers(self) -> Numbers:
         return self._numbers(self.compute())
@@ -230,23 +231,26 @@ class GRPOTask(Trained):
         return load_network(policy.folder, policy.form, policy.dtype)
 
     def numbers(self) -> Numbers:
-        """Of the rollout that TRL has left in the folder, or of one that is given."""
+        """Returns an update's numbers on TRL's rollout, if it is in the folder, or a random one."""
         policy = self.policy
         path = rollout_path(policy.folder, self._length)
-        rollout = _given(policy, policy.preset.group)
+        rollout = _random_rollout(policy, policy.preset.group)
         if path.exists():
-            found = np.load(path)
+            of_trl = np.load(path)
             rollout = rollout._replace(
-                completions=torch.as_tensor(found["completion_ids"], device=DEVICE).long(),
-                advantages=torch.as_tensor(found["advantages"], device=DEVICE),
+                completions=torch.as_tensor(of_trl["completion_ids"], device=DEVICE).long(),
+                advantages=torch.as_tensor(of_trl["advantages"], device=DEVICE),
             )
-        return self._numbers(backward(policy, self._prompts, rollout, self._scored(rollout)))
+        return self._numbers(
+            backward(policy, self._prompts, rollout, self._reference_logprobs(rollout))
+        )
 
     def compute(self) -> None:
-        rollout = self._drawn()
-        backward(self.policy, self._prompts, rollout, self._scored(rollout))
+        rollout = self._sample()
+        backward(self.policy, self._prompts, rollout, self._reference_logprobs(rollout))
 
-    def _drawn(self) -> Rollout:
+    def _sample(self) -> Rollout:
+        """Samples completions and takes their advantages."""
         policy, preset = self.policy, self.policy.preset
         completions = policy.generate(self._prompts, preset.group, preset.completion)
         rewards = torch.tensor([reward(row) for row in completions.tolist()], device=DEVICE)
@@ -256,8 +260,8 @@ class GRPOTask(Trained):
         return Rollout(rows, completions, advantages.flatten())
 
     @torch.no_grad()
-    def _scored(self, rollout: Rollout) -> Tensor:
-        """The reference's log-probabilities."""
+    def _reference_logprobs(self, rollout: Rollout) -> Tensor:
+        """Returns the reference's log-probabilities of a rollout, float32 [n, t]."""
         policy, parts = self.policy, rollout.parts(self.policy.preset.micro)
         return torch.cat(
             [policy.logprobs(self._reference, self._prompts, *part) for _, *part in parts]
@@ -267,24 +271,26 @@ class GRPOTask(Trained):
 def backward(
     policy: Policy, prompts: Prompts, rollout: Rollout, reference: Tensor | None
 ) -> Tensor:
-    """Gradients of GRPO's loss, the mean over all tokens; returns the loss.
+    """Adds the gradients of GRPO's loss, the mean over all tokens, and returns the loss.
 
-    The first update after a rollout is on-policy: the log-probabilities that it was drawn with are
-    those of the update itself.
+    A first update is on-policy: the old log-probabilities are those of the update itself.
 
     Args:
-      reference: its log-probabilities, [n, t]; None: no KL.
+      policy: the model, whose parameters get the gradients.
+      prompts: of the rollout.
+      rollout: completions with their advantages.
+      reference: the reference's log-probabilities, float32 [n, t]; None: no KL.
     """
     total = torch.zeros((), device=DEVICE)
-    for which, rows, completions in rollout.parts(policy.preset.micro):
+    for places, rows, completions in rollout.parts(policy.preset.micro):
         logps = policy.logprobs(policy.network, prompts, rows, completions)
-        advantages = rollout.advantages[which, None]
+        advantages = rollout.advantages[places, None]
         ratio = (logps - logps.detach()).exp()
         clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
         if reference is not None:
-            gap = reference[which] - logps
-            loss = loss + BETA * (gap.exp() - gap - 1)
+            log_ratio = reference[places] - logps
+            loss = loss + BETA * (log_ratio.exp() - log_ratio - 1)
         loss = loss.sum() / rollout.completions.numel()
         loss.backward()
         total += loss.detach()
@@ -292,10 +298,10 @@ def backward(
 
 
 def reward(tokens: list[int]) -> float:
-    """Cheap, and another for nearly every completion."""
+    """Returns a reward that is cheap to compute and differs between most completions."""
     return sum(tokens) % 97 / 97
 
 
 def rollout_path(folder: Path, length: int) -> Path:
-    """Where TRL's rollout is left, for others to compute the same numbers of it."""
+    """Returns the file that TRL's rollout is written to, for other sides to compute with."""
     return folder / f"rollouts-{length}.npz"

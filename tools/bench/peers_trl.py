@@ -1,4 +1,4 @@
-"""A step of GRPO by TRL's trainer, stopped and resumed between steps."""
+"""Measures a step of GRPO by TRL's trainer, which is stopped and resumed between steps."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from bench.task import Numbers
 from morer1_jax.model.special import SpecialIds
 
 _LOGGED = ("loss", "grad_norm", "kl", "entropy")
-# Never reached: a step is taken when it is asked for.
+# Never reached: `run` asks for each step.
 _STEPS = 1_000_000
 
 
 class TRLTask:
     """A step of GRPO with KL: samples, the reference's log-probabilities, an update.
 
-    The trainer runs in a thread of its own, which waits at the beginning of each step until `run`
-    lets it go, and is waited for until it has logged the step. Loading of data lies between.
+    The trainer runs in its own thread, which waits at the beginning of each step for `run`; `run`
+    waits until the step is logged. Loading of data lies between, and is not timed.
     """
 
-    flops: float | None = None  # It would have to be counted in that thread.
+    flops: float | None = None  # They would have to be counted in that thread.
 
     def __init__(self, folder: Path, preset: Preset, form: Form, length: int) -> None:
         self._path = rollout_path(folder, length)
@@ -49,15 +49,15 @@ class TRLTask:
         self._output = tempfile.TemporaryDirectory()
         self._trainer = _trainer(folder, preset, form, length, self._output.name)
         self._trainer.add_callback(turns)
-        # The thread does not hold the task, so that it ends, and frees its memory, with the task.
+        # The thread holds no reference to the task, so that it ends, and frees its memory, with it.
         weakref.finalize(self, turns.stop)
         threading.Thread(target=_train, args=(self._trainer, turns), daemon=True).start()
 
     def numbers(self) -> Numbers:
-        """What was logged of the first step; leaves its rollout in the folder."""
-        made = self._trainer.rollout
-        wanted = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
-        arrays = {name: made[name].cpu().numpy() for name in wanted}
+        """Returns what was logged of the first step; writes its rollout into the folder."""
+        rollout = self._trainer.rollout
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+        arrays = {name: rollout[name].cpu().numpy() for name in names}
         group = self._trainer.num_generations
         for name in ("prompt_ids", "prompt_mask"):
             arrays[name] = arrays[name][::group]
@@ -74,10 +74,10 @@ class TRLTask:
 
 
 class _Turns(TrainerCallback):
-    """Hands control to and fro between the trainer's thread and the one that asks for steps.
+    """Passes control between the trainer's thread and the thread that asks for steps.
 
     Attributes:
-      logged: of the last step.
+      logged: metrics of the last step.
     """
 
     def __init__(self) -> None:
@@ -87,14 +87,18 @@ class _Turns(TrainerCallback):
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
 
     def step(self) -> None:
-        """Waits for one step of the trainer."""
+        """Lets the trainer take one step, and waits for it.
+
+        Raises:
+          RuntimeError: the trainer failed.
+        """
         self._go.release()
         self._done.acquire()
         if self._error is not None:
             raise RuntimeError("TRL's trainer failed") from self._error
 
     def fail(self, error: Exception) -> None:
-        """Ends the wait for a step that will not end."""
+        """Ends the wait for a step that failed."""
         self._error = error
         self._done.release()
 
@@ -114,10 +118,10 @@ class _Turns(TrainerCallback):
 
 
 class _Trainer(GRPOTrainer):
-    """Keeps its last rollout, and samples without compiled layers.
+    """A trainer that keeps its last rollout, and samples without compiled layers.
 
     Attributes:
-      rollout: as the loss takes it, in the prompts' order.
+      rollout: the loss's arguments, in the prompts' order.
     """
 
     rollout: dict[str, Tensor]

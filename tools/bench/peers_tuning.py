@@ -1,4 +1,4 @@
-"""Known ways to make `transformers`' Qwen2.5-VL faster, none of which changes what it computes."""
+"""Makes `transformers`' Qwen2.5-VL faster in known ways, which change no number beyond rounding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Has every linear map multiplied by oneDNN, forward and backward, in place of MKL.
+    """Makes every linear map use oneDNN, forward and backward, in place of MKL.
 
-    oneDNN is faster in float32 on many CPUs, AMD's above all, and PyTorch takes it for half
-    precision only.
+    oneDNN is faster in float32 on many CPUs, AMD's above all; PyTorch uses it for half precision
+    only.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -31,9 +31,9 @@ def _onednn_linear(self: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias."""
-    # The compiler refuses oneDNN's operator unless weights are constants, so it gets one it does
-    # not look into; which takes long to call, so there is none elsewhere.
+    """Returns x weightᵀ + bias."""
+    # The compiler refuses oneDNN's operator unless weights are constants, so it gets an operator
+    # that it does not look into. Calling that takes long, so that eager code does without.
     multiply = opaque_product if torch.compiler.is_compiling() else _multiply
     return multiply(x, weight, bias)
 
@@ -71,8 +71,11 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def batch_windows(model: PreTrainedModel) -> None:
-    """Has the vision tower attend to all windows of a length at once, not one after another, and
-    multiply patches by one matrix, not convolve them."""
+    """Makes the vision tower faster.
+
+    All windows of a length are attended to at once, not one after another, and patches are
+    multiplied by one matrix, not convolved.
+    """
     for module in model.modules():
         if isinstance(module, qwen.Qwen2_5_VLVisionAttention):
             module.forward = types.MethodType(_vision_attention, module)
@@ -106,10 +109,10 @@ def _vision_attention(
 
 
 class _RoomyLayer(DynamicLayer):
-    """A cache layer with room for all tokens to come, which are written in place.
+    """A cache layer with room for all later tokens, which are written in place.
 
     Args:
-      room: tokens it can hold.
+      room: maximum number of tokens.
     """
 
     def __init__(self, room: int) -> None:
@@ -120,15 +123,15 @@ class _RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             b, heads, _, width = key_states.shape
-            self._held = [key_states.new_empty(b, heads, self._room, width) for _ in range(2)]
+            self._buffers = [key_states.new_empty(b, heads, self._room, width) for _ in range(2)]
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        for held, new in zip(self._held, (key_states, value_states), strict=True):
-            held[:, :, start:end] = new
-        self.keys, self.values = (held[:, :, :end] for held in self._held)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
 
 def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
-    """A cache for `generate` that is never copied."""
+    """Returns a cache for `generate` that is never copied."""
     return Cache(layers=[_RoomyLayer(room) for _ in model.model.language_model.layers])

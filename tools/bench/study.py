@@ -1,7 +1,7 @@
-"""The main job over several seeds, with its controls, and the table of means and spreads.
+"""Runs the main job and its controls over several seeds; tabulates means and deviations.
 
-For each seed: the whole job; `control`, SFT that goes on for as long as rating and GRPO
-took; and GRPO without mixing, from the same SFT checkpoint and ratings.
+For each seed: the whole job; `control`, SFT that goes on for as long as rating and GRPO took; and
+GRPO without mixing, from the same SFT checkpoint and ratings.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from morer1_jax.stages.evaluate import read_scores
 # Exit codes of a command; see `cli.run_main`.
 _USER, _INTERRUPTED = 2, 130
 MAIN_STAGES = "synthesise,sft,rate,grpo,control,baselines,evaluate"
-# What GRPO without mixing takes over from the main run of its seed.
+# Folders that GRPO without mixing takes over from the main run of its seed.
 _SHARED = ("data", "tokenizer", "sft", "rate")
 COLUMNS = ("accuracy", "micro_precision", "micro_recall", "micro_f1", "macro_f1", "unreadable")
 
 
 def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
-    """Runs what is not done yet, one process a run, and writes `study.json` and `study.md`.
+    """Runs what is not done yet, one process for each run; writes `study.json` and `study.md`.
+
+    Both files are written after each seed. A run that fails for want of memory or by a fault of the
+    program does not end the other seeds; one that ends with an error that the user can put right
+    (exit code 2) or is interrupted does.
 
     Args:
       config: path of a config file.
-      folder: where the runs' workdirs go; a study that was cut off goes on where it was.
+      folder: for the runs' workdirs; an interrupted study, started again, goes on from there.
+      seeds: one run of the whole job and its controls for each.
       overrides: further `--config.key=value` arguments for every run.
 
-    What is known is written after each seed. One that breaks off (memory ran out, the program
-    failed) does not end the others; one that the user has to put right (exit code 2) or has
-    interrupted does.
-
     Raises:
-      ConfigError: runs failed, and which; their own messages are on stderr.
+      ConfigError: runs failed; names them. Their own messages are on stderr.
     """
     done, failed = [], []
     for seed in seeds:
         try:
             _run_seed(config, folder, seed, overrides)
-        except _BrokenOff as error:
+        except _RunFailed as error:
             failed.append(str(error))
             print(f"{error}; the other seeds go on", file=sys.stderr, flush=True)
             continue
@@ -62,35 +63,35 @@ def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequen
         )
 
 
-class _BrokenOff(Exception):
-    """A run ended before its time, by no fault of the config or the data."""
+class _RunFailed(Exception):
+    """A run failed by no fault of the config or the data."""
 
 
 def _run_seed(config: str, folder: Path, seed: int, overrides: Sequence[str]) -> None:
     main, plain = folder / f"seed{seed}", folder / f"seed{seed}-no-mixing"
-    given = [f"--config.seed={seed}", *overrides]
-    _train(config, main, MAIN_STAGES, given)
+    overrides = [f"--config.seed={seed}", *overrides]
+    _train(config, main, MAIN_STAGES, overrides)
     for name in _SHARED:
         if not (plain / name).exists():
             with atomic_dir(plain / name) as partial:
                 shutil.copytree(main / name, partial, dirs_exist_ok=True)
-    _train(config, plain, "grpo,evaluate", [*given, "--config.grpo.mixing=False"])
+    _train(config, plain, "grpo,evaluate", [*overrides, "--config.grpo.mixing=False"])
 
 
-def _train(config: str, workdir: Path, stages: str, given: Sequence[str]) -> None:
+def _train(config: str, workdir: Path, stages: str, overrides: Sequence[str]) -> None:
     command = [sys.executable, "-m", "morer1_jax.train", f"--config={config}"]
-    command += [f"--workdir={workdir}", f"--config.stages={stages}", *given]
+    command += [f"--workdir={workdir}", f"--config.stages={stages}", *overrides]
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
     ended = f"{workdir}: this run ended with exit code {code}, as said above"
     if code in (_USER, _INTERRUPTED):
         raise ConfigError(f"{ended}; put that right and start again, what is done stays")
     if code:
-        raise _BrokenOff(ended)
+        raise _RunFailed(ended)
 
 
 def collect(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Test scores by seed and system."""
+    """Returns test scores by seed, system and column."""
     results = {}
     for seed in seeds:
         scores = read_scores(folder / f"seed{seed}")
@@ -102,7 +103,7 @@ def collect(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str,
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Means ± sample standard deviations over seeds, and GRPO's gains, in Markdown."""
+    """Returns means ± sample standard deviations over seeds, and GRPO's gains, as Markdown."""
     lines = [
         "| system | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",

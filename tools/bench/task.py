@@ -1,8 +1,8 @@
-"""What a side of a comparison offers, and the process it runs in.
+"""Defines a side of a comparison, and serves it in a process of its own.
 
-A side is a class made from a model folder and a preset; its `task(name)` is something that can be
-prepared, checked and run. The parent talks to it in lines of JSON (`serve`), so that the two sides
-share a machine but no process, and can take turns.
+A side is one program under measurement, made from a model folder and a preset; its `task(name)` can
+be prepared, checked and run. The parent sends requests as lines of JSON (`serve`), so that the
+sides share a machine but no process, and can take turns.
 """
 
 from __future__ import annotations
@@ -17,41 +17,44 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Numbers = dict[str, Any]
-"""JSON-ready figures that must come out equal on both sides, by name."""
+"""JSON-ready numbers by name, which must be equal on both sides."""
 
 
 class Task(Protocol):
-    """One thing that is measured.
+    """Work that is measured.
 
     Attributes:
-      flops: of the products of matrices that one run computes; None if it cannot be known.
+      flops: of the matrix products of one run; None if they cannot be counted.
     """
 
     flops: float | None
 
     def prepare(self) -> None:
-        """Runs once, compiling what is compiled."""
+        """Runs once, so that all programs are compiled."""
 
     def numbers(self) -> Numbers:
-        """What one run computes from the weights in the folder; called after `prepare`."""
+        """Returns what one run computes from the folder's weights; called after `prepare`."""
 
     def run(self) -> None:
-        """Runs once, to its end: nothing is left for a device to do."""
+        """Runs once, until all devices have finished."""
 
 
 class Side(Protocol):
-    """A program that is measured."""
+    """A program under measurement."""
 
     def task(self, name: str) -> Task:
-        """The task of this name; see `compare.comparisons`."""
+        """Returns the task of this name; see `compare.comparisons`."""
 
     def peak_bytes(self) -> int:
-        """Most memory held: by the process since the last call, or by the accelerator, where JAX
-        knows it only since the process began."""
+        """Returns the maximum memory held, in bytes.
+
+        On a CPU by the process since the last call; on an accelerator by the device, for JAX since
+        the process began.
+        """
 
 
 def process_peak() -> int:
-    """Most resident memory of this process since the last call, in bytes."""
+    """Returns the maximum resident memory of this process since the last call, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
@@ -59,7 +62,7 @@ def process_peak() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    """A side's command line: `--folder`, the model's; `--preset`; `--form`, if it has several."""
+    """Parses a side's command line: the model's `--folder`, `--preset`, and `--form` of PyTorch."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--preset", required=True)
@@ -68,10 +71,10 @@ def arguments() -> argparse.Namespace:
 
 
 def serve(make: Callable[[], Side]) -> None:
-    """Answers the parent's requests, a line each, until it closes the pipe.
+    """Answers the parent's requests, a line of JSON each, until it closes the pipe.
 
     Requests are `{"do": "prepare", "task": name}`, `{"do": "flops"}`, `{"do": "numbers"}`,
-    `{"do": "forget peak"}`, `{"do": "run"}` and `{"do": "close"}`. What the program itself prints
+    `{"do": "forget peak"}`, `{"do": "run"}` and `{"do": "close"}`. Whatever the program prints
     goes to stderr.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Sides in processes of their own, which compute the same and then take turns.
+"""Runs sides in their own processes: checks that they compute the same, times them in turns.
 
-A machine's speed changes while it is measured, so no side is timed at a stretch: each runs once,
-then the next, and ratios are taken of runs of one round.
+A machine's speed changes during a measurement, so sides take turns: in a round each side runs once,
+and ratios are taken of runs of the same round.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from morer1_jax.errors import ConfigError
 
 
 class SideError(RuntimeError):
-    """A side's process ended, or computed something else."""
+    """A side's process ended, or two sides computed different numbers."""
 
 
 class Worker:
-    """A side's process.
+    """The parent's end of a side's process.
 
     Args:
-      name: of the side, in errors.
-      module: the one that serves it; see `task.serve`.
-      arguments: of its command line.
+      name: the side's, in errors.
+      module: the module that serves the side; see `task.serve`.
+      arguments: the module's command line.
     """
 
     def __init__(self, name: str, module: str, arguments: Sequence[str]) -> None:
@@ -50,38 +50,39 @@ class Worker:
             encoding="utf-8",
             bufsize=1,
         )
-        self._said: deque[str] = deque(maxlen=40)
+        self._last_lines: deque[str] = deque(maxlen=40)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         for line in self._process.stderr:
-            self._said.append(line)
+            self._last_lines.append(line)
 
-    def ask(self, do: str, **more: Any) -> dict[str, Any]:
-        """The answer to a request.
+    def ask(self, do: str, **options: Any) -> dict[str, Any]:
+        """Sends a request and returns the answer; see `task.serve`.
 
         Raises:
-          SideError: the process ended; with how, and the last it said.
+          SideError: the process ended; says how, and its last lines on stderr.
         """
         try:
-            self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
+            self._process.stdin.write(json.dumps({"do": do, **options}) + "\n")
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
             how = _ending(self._process.wait())
-            raise SideError(f"{self.name} ended at {do!r} {how}:\n{''.join(self._said)}")
+            raise SideError(f"{self.name} ended at {do!r} {how}:\n{''.join(self._last_lines)}")
         return json.loads(answer)
 
     def close(self) -> None:
         """Ends the process."""
-        # One that has ended already leaves what it was asked last unsent.
+        # A process that has ended already leaves the last request unsent.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
 
 
 def _ending(status: int) -> str:
+    """Returns how a process ended, in words."""
     if status >= 0:
         return f"with status {status}"
     name = signal.Signals(-status).name
@@ -92,13 +93,13 @@ def _ending(status: int) -> str:
 
 @dataclasses.dataclass
 class Timing:
-    """What was seen of one side at one task.
+    """The measurements of one side at one task.
 
     Attributes:
-      prepare_seconds: until the first run was over, loading and compiling included.
+      prepare_seconds: from the start to the end of the first run, with loading and compiling.
       seconds: of each run, in the order of the rounds.
-      peak_bytes: most memory held while it ran.
-      flops: of the products of matrices that a run computes, if known.
+      peak_bytes: maximum memory held during the runs.
+      flops: of the matrix products of a run; None if unknown.
     """
 
     prepare_seconds: float
@@ -108,6 +109,7 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Seconds of the median run."""
         return statistics.median(self.seconds)
 
 
@@ -117,16 +119,17 @@ def take_turns(
     """Times the same work on every side.
 
     Args:
-      tasks: of each side, by its name, the process and what its task is called there.
-      tolerance: by how much, of its size, a number may differ between sides.
+      tasks: by side, its process and the name of its task.
+      rounds: number of timed runs of each side.
+      tolerance: relative difference that numbers of two sides may have.
 
     Raises:
-      SideError: two sides compute different numbers, or one ended.
+      SideError: two sides compute different numbers, or a side's process ended.
     """
     workers = {name: worker for name, (worker, _) in tasks.items()}
     timings = {}
     for name, (worker, task) in tasks.items():
-        # The first of all, for nothing may have been compiled before it.
+        # Before any other request, so that it counts all compilation.
         seconds = worker.ask("prepare", task=task)["seconds"]
         timings[name] = Timing(seconds, [], 0, worker.ask("flops")["flops"])
     check({name: worker.ask("numbers")["numbers"] for name, worker in workers.items()}, tolerance)
@@ -144,10 +147,14 @@ def take_turns(
 
 
 def check(numbers: Mapping[str, Numbers], tolerance: float) -> None:
-    """Compares what every two sides have numbers of.
+    """Checks that every two sides agree in the numbers that both have.
+
+    Args:
+      numbers: by side.
+      tolerance: relative.
 
     Raises:
-      SideError: they differ, or have none in common; names the sides, the figure and both values.
+      SideError: two sides differ, or have no number in common; names both, the number and values.
     """
     sides = list(numbers)
     for number, first in enumerate(sides):
@@ -155,13 +162,15 @@ def check(numbers: Mapping[str, Numbers], tolerance: float) -> None:
             common = numbers[first].keys() & numbers[second].keys()
             if not common:
                 raise SideError(
-                    f"{first} has {sorted(numbers[first])}, {second} {sorted(numbers[second])}; a "
-                    "number that both compute was expected"
+                    f"expected a number that both sides compute, found {sorted(numbers[first])} of "
+                    f"{first} and {sorted(numbers[second])} of {second}"
                 )
             for key in common:
                 a, b = numbers[first][key], numbers[second][key]
                 if not _near(a, b, tolerance):
-                    raise SideError(f"{key}: {first} has {a}, {second} has {b}")
+                    raise SideError(
+                        f"{key}: expected {a}, as {first} has it, found {b} of {second}"
+                    )
 
 
 def _near(a: Any, b: Any, tolerance: float) -> bool:
@@ -171,12 +180,12 @@ def _near(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
-    """(least, median, greatest) of how many times faster the second was, round by round.
+    """Returns (minimum, median, maximum) over the rounds of how many times faster `fast` was.
 
     Raises:
       ConfigError: there are no rounds.
     """
     if not slow.seconds:
-        raise ConfigError("--rounds: 0 found, at least 1 expected")
+        raise ConfigError("--rounds: expected at least 1, found 0")
     ratios = sorted(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
     return ratios[0], slow.median / fast.median, ratios[-1]

@@ -49,7 +49,7 @@ def test_table_gives_means_spreads_and_gains(folder):
     text = study.table(study.collect(folder, [0, 1]))
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     assert f"| 53.0 ± {statistics.stdev([50.0, 56.0]):.1f} |" in rows["SFT"]
-    assert "| 70.0 ± 0.0 |" in rows["GRPO with mixing"]
+    assert "| 70.0 ± 0.0 |" in rows["GRPO"]
     assert "- SFT: 17.0 ± 4.2 (+20.0, +14.0)" in text
     assert "- GRPO without mixing: 1.5 ± 3.5 (+4.0, -1.0)" in text
 

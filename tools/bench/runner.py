@@ -1,4 +1,4 @@
-"""One run of the benchmark: what it needs, what it keeps as it goes, and what failed."""
+"""Runs the benchmark task by task: checks what it needs, keeps each result, reports failures."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from morer1_jax.files import atomic_write
 from morer1_jax.progress import progress
 
 Forms = Callable[[str], Sequence[str]]
-"""Of a peer's task, the forms it is run in."""
+"""Maps a task of PyTorch to the forms it is run in."""
 
 
-def check_needs(chosen: Sequence[Comparison], forms: Forms) -> None:
-    """Finds out whether all sides can run here, before the first is timed.
+def check_needs(comparisons: Sequence[Comparison], forms: Forms) -> None:
+    """Checks that all sides can run here, before the first is timed.
 
     Raises:
-      ConfigError: a package or a compiler is missing; says which, and what can be left out.
-      OSError: the system does not tell how much memory a process has held.
+      ConfigError: a package or a compiler is missing; names it, and what can be left out.
+      OSError: the system does not say how much memory a process has held.
     """
     with needs_extra("bench"):
         from bench.peers_model import DEVICE
-    without = [c.task for c in chosen if not _has(c, forms, peer="TRL")]
-    if len(without) < len(chosen):
+    without = [c.task for c in comparisons if not _has(c, forms, peer="TRL")]
+    if len(without) < len(comparisons):
         leave = f"leave TRL out: --tasks={','.join(without)}" if without else ""
         with needs_extra("bench", leave):
             import bench.peers_trl  # noqa: F401
@@ -41,44 +41,52 @@ def check_needs(chosen: Sequence[Comparison], forms: Forms) -> None:
         return
     process_peak()
     compiler = os.environ.get("CXX", "g++")
-    if any(_has(c, forms, form="compiled") for c in chosen) and shutil.which(compiler) is None:
+    compiles = any(_has(c, forms, form="compiled") for c in comparisons)
+    if compiles and shutil.which(compiler) is None:
         raise ConfigError(
-            f"{compiler}: no such program, a C++ compiler expected for PyTorch's form 'compiled'; "
-            "install one, name yours in CXX, or give --forms without it"
+            f"{compiler}: expected a C++ compiler for PyTorch's form 'compiled', found no such "
+            "program; install one, name yours in CXX, or give --forms without 'compiled'"
         )
 
 
-def _has(one: Comparison, forms: Forms, peer: str | None = None, form: str | None = None) -> bool:
-    """Whether a side is the peer's and in the form."""
+def _has(
+    comparison: Comparison, forms: Forms, peer: str | None = None, form: str | None = None
+) -> bool:
+    """Returns whether a side is of this program and form; None stands for any."""
     return any(
-        found for name, task in one.peers.items() if peer in (None, name)
-        for found in forms(task) if form in (None, found)
-    )  # fmt: skip
+        peer in (None, name) and form in (None, form_of_task)
+        for name, task in comparison.peers.items()
+        for form_of_task in forms(task)
+    )
 
 
-def sit(
+def measure_all(
     results: Results,
-    chosen: Sequence[Comparison],
+    comparisons: Sequence[Comparison],
     measure: Callable[[Comparison], dict[str, Timing]],
     run: dict[str, Any],
     out: Path | None = None,
 ) -> Iterator[Measured]:
-    """Measures one comparison after another; each is in `results`, and in `out`, once it is over.
+    """Measures one comparison after another, and yields the outcome of each.
 
-    What an equal run that did not come to its end has measured is not measured again.
+    Each outcome is in `results`, and in `out`, before it is yielded. What an equal, interrupted run
+    has measured is not measured again.
 
     Args:
-      run: what it measures, JSON-ready.
-      out: the folder of `bench.json`, `bench.md` and `bench.png`.
+      results: of earlier runs; outcomes are added.
+      comparisons: to measure.
+      measure: measures one.
+      run: what is measured, JSON-ready; tells an equal run from another.
+      out: the folder of `bench.json`, `bench.md` and `bench.png`; None: no files.
 
     Raises:
-      ConfigError: at the end, that some failed, and which.
+      ConfigError: at the end, if tasks failed; names them.
     """
     made = made_now()
     run = {**run, "versions": made.partition(", ")[2]}
     done = results.begin(run)
     failed = []
-    for comparison in progress(chosen, desc="compare", unit="task"):
+    for comparison in progress(comparisons, desc="compare", unit="task"):
         task = comparison.task
         if task in done:
             continue
@@ -94,8 +102,8 @@ def sit(
         yield results.tasks[task]
     if failed:
         raise ConfigError(
-            f"{len(failed)} of {len(chosen)} tasks failed, as said above: {', '.join(failed)}; put "
-            "that right and start again"
+            f"{len(failed)} of {len(comparisons)} tasks failed, as said above: "
+            f"{', '.join(failed)}; put that right and start again"
             + ("" if out is None else f", what {out} has of the others is not measured again")
         )
     results.unfinished = None
@@ -106,6 +114,6 @@ def _keep(results: Results, out: Path | None) -> None:
     if out is None:
         return
     results.save(out / "bench.json")
-    tables = [one.table() for _, one in results.in_order()]
+    tables = [outcome.table() for _, outcome in results.in_order()]
     atomic_write(out / "bench.md", "\n".join([*tables, Growth.of(results).tables()]))
     draw(results, out / "bench.png")
