@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from morer1_jax.data.positions import mrope_positions
-from morer1_jax.model import windows as tower
+from morer1_jax.model import vision_layout as tower
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.vision import VisionInputs
@@ -177,7 +177,7 @@ def lay_out(config, samples, rows, *, extra=3, extra_windows=1):
         out["segment_ids"].append(segments)
         out["sample_ids"].append(np.repeat([*numbers, -1], counts))
         out["vision_index"].append(
-            tower.vision_index(tokens, slots, image_token_id=config.image_token_id)
+            slots.feature_index(tokens, image_token_id=config.image_token_id)
         )
         out["positions"].append(
             mrope_positions(
@@ -185,7 +185,7 @@ def lay_out(config, samples, rows, *, extra=3, extra_windows=1):
                 video_token_id=config.video_token_id, segment_ids=segments,
             )
         )  # fmt: skip
-        placed = tower.place_patches(slots, patches)
+        placed = slots.place(patches)
         out["images"].append(VisionInputs(placed, slots.positions, slots.image_ids, slots.part_ids))
     images = jax.tree.map(lambda *leaves: np.stack(leaves), *out.pop("images"))
     positions = np.stack(out.pop("positions"), axis=1)

@@ -16,7 +16,7 @@ from morer1_jax.data.shapes import Shape
 from morer1_jax.errors import DataError
 from morer1_jax.model.config import VisionConfig
 from morer1_jax.model.special import SpecialIds
-from morer1_jax.model.windows import Grid, VisionLayout, place_patches, vision_index
+from morer1_jax.model.vision_layout import Grid, VisionLayout
 
 
 class Collator:
@@ -148,7 +148,7 @@ class Collator:
             is_image = tokens == self._special.image
             index = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
         else:
-            index = vision_index(tokens, placed, image_token_id=self._special.image)
+            index = placed.feature_index(tokens, image_token_id=self._special.image)
         return pad(index, length, -1)
 
     def _vision(
@@ -159,7 +159,7 @@ class Collator:
             slots = placed.image_ids.size // self._vision_config.spatial_merge_size**2
             return FeatureBatch(np.pad(features, ((0, slots - len(features)), (0, 0))))
         nothing = np.zeros((0, self._vision_config.patch_dim), np.float32)
-        patches = place_patches(placed, _values(nothing, images))
+        patches = placed.place(_values(nothing, images))
         return VisionBatch(patches, placed.positions, placed.image_ids, placed.part_ids)
 
 

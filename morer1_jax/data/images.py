@@ -17,7 +17,7 @@ from PIL import Image
 
 from morer1_jax.errors import DataError, one_line
 from morer1_jax.model.config import ImageConfig
-from morer1_jax.model.windows import Grid
+from morer1_jax.model.vision_layout import Grid
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 

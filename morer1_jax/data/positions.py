@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from morer1_jax.model.windows import Grid, LayoutError, merged_grid
+from morer1_jax.model.vision_layout import Grid, LayoutError, merged_grid
 
 
 def mrope_positions(

@@ -18,7 +18,7 @@ from morer1_jax.data.shapes import SampleSize
 from morer1_jax.errors import DataError, ErrorList
 from morer1_jax.model.config import VisionConfig
 from morer1_jax.model.special import IMAGE_PAD, SpecialIds
-from morer1_jax.model.windows import Grid
+from morer1_jax.model.vision_layout import Grid
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.prompt import student_prompt

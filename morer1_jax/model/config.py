@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from morer1_jax.bounds import above, at_least, check_bounds, derived
 from morer1_jax.errors import FieldError
-from morer1_jax.model import hf_config, windows
+from morer1_jax.model import hf_config, vision_layout
 from morer1_jax.model.attention import XLA, Kernels
 
 DType = Literal["float32", "bfloat16"]  # Not float16, in which activations overflow.
@@ -94,7 +94,7 @@ class VisionConfig:
         regular = tuple(range(period - 1, self.depth, period)) == self.fullatt_block_indexes
         return period if regular and self.depth % period == 0 else None
 
-    def image_cost(self, grids: Sequence[windows.Grid]) -> windows.ImageCost:
+    def image_cost(self, grids: Sequence[vision_layout.Grid]) -> vision_layout.ImageCost:
         """Returns the room that the images of one sample take in a batch and in the text.
 
         Host code asks this before it reads a pixel; nothing is traced.
@@ -106,18 +106,18 @@ class VisionConfig:
             LayoutError: a grid is a video or not divisible by `spatial_merge_size`.
         """
         merge = self.spatial_merge_size
-        return windows.ImageCost(
-            slots=windows.count_windows(grids, **self._window_sizes),
-            tokens=sum(windows.count_image_tokens(grid, merge_size=merge) for grid in grids),
+        return vision_layout.ImageCost(
+            slots=vision_layout.count_windows(grids, **self._window_sizes),
+            tokens=sum(vision_layout.count_image_tokens(grid, merge_size=merge) for grid in grids),
         )
 
     def layout(
         self,
-        grids: Sequence[windows.Grid],
+        grids: Sequence[vision_layout.Grid],
         *,
         samples: Sequence[int] | None = None,
         slots: int | None = None,
-    ) -> windows.VisionLayout:
+    ) -> vision_layout.VisionLayout:
         """Returns where the patches of a row's images go in its batch.
 
         Args:
@@ -129,7 +129,7 @@ class VisionConfig:
         Raises:
             LayoutError: as in `image_cost`, or the images fill more than `slots`.
         """
-        return windows.vision_layout(
+        return vision_layout.vision_layout(
             grids, **self._window_sizes, samples=samples, pad_to_windows=slots
         )
 

@@ -1,7 +1,7 @@
 """The vision tower: patches in window slots to image tokens (Qwen2.5-VL, arXiv 2502.13923, 2.1.1).
 
 Most blocks attend within windows, a dense batch of [windows, slots]; a few attend over whole
-images.  The host decides which patch sits in which slot (`morer1_jax.model.windows`).
+images.  The host decides which patch sits in which slot (`morer1_jax.model.vision_layout`).
 Axes: b rows, w windows of a row, p slots of a window, n = w·p, d tower width.
 """
 
@@ -32,7 +32,7 @@ _NORM_EPSILON = 1e-6
 
 @struct.dataclass
 class VisionInputs:
-    """The images of `b` rows in window slots, as `model.windows` places them.
+    """The images of `b` rows in window slots, as `model.vision_layout` places them.
 
     Attributes:
         patches: flattened patches, c = channels · frames · patch_size² in the processor's order.

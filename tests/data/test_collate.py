@@ -10,7 +10,7 @@ from morer1_jax.data.positions import mrope_positions
 from morer1_jax.data.sample import Limits, View
 from morer1_jax.data.shapes import Shape
 from morer1_jax.errors import DataError
-from morer1_jax.model import windows
+from morer1_jax.model import vision_layout
 from morer1_jax.model.config import ImageConfig
 
 IMAGES = ImageConfig(max_pixels=112 * 112)
@@ -66,13 +66,13 @@ def test_padded_rows_hold_prompt_then_target(reader, facts, reasoning, special):
             expected_positions(batch.tokens[row, :n], sample.images.grids, special),
         )
         np.testing.assert_array_equal(batch.targets[row, : n - 1], batch.tokens[row, 1:n])
-        placed = windows.vision_layout(sample.images.grids, **SIZES, pad_to_windows=LIMITS.slots)
+        placed = vision_layout.vision_layout(
+            sample.images.grids, **SIZES, pad_to_windows=LIMITS.slots
+        )
         is_image = batch.tokens[row] == special.image
         np.testing.assert_array_equal(batch.vision_index[row][is_image], placed.token_slots)
         assert (batch.vision_index[row][~is_image] == -1).all()
-        np.testing.assert_array_equal(
-            batch.vision.patches[row], windows.place_patches(placed, sample.images.values)
-        )
+        np.testing.assert_array_equal(batch.vision.patches[row], placed.place(sample.images.values))
 
 
 def test_the_loss_counts_the_target_and_its_end_of_turn_alone(
@@ -112,7 +112,7 @@ def test_packed_rows_keep_their_samples_apart(reader, facts, reasoning, special,
         alone = padded.vision_index[i, :n]
         np.testing.assert_array_equal(np.where(index < 0, -1, index - slots), alone)
         start += n
-        slots += windows.count_windows(sample.images.grids, **SIZES) * (WINDOW // 28) ** 2
+        slots += vision_layout.count_windows(sample.images.grids, **SIZES) * (WINDOW // 28) ** 2
     assert (packed.segment_ids[0, start:] == 0).all()
     assert not packed.weights[0, start:].any()
     # Images are numbered on through the row, so that none attends to another sample's.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morer1_jax.data.positions import mrope_positions
-from morer1_jax.model.windows import LayoutError, count_image_tokens
+from morer1_jax.model.vision_layout import LayoutError, count_image_tokens
 
 IMAGE, VIDEO = 7, 8
 SIZES = {"patch_size": 4, "merge_size": 2, "window_size": 16}

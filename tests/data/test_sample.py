@@ -12,7 +12,7 @@ from morer1_jax.data.grammar import token_bytes
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits
 from morer1_jax.errors import DataError
-from morer1_jax.model import windows
+from morer1_jax.model import vision_layout
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
 from morer1_jax.task.answer import Special, format_answer, read
@@ -27,7 +27,7 @@ def test_a_prompt_is_the_whole_text_with_its_images_expanded(
     reader, facts, ontology, small_world, small_tokenizer, special
 ):
     sample = reader.read(facts[0])
-    counts = [windows.count_image_tokens(grid, merge_size=2) for grid in sample.images.grids]
+    counts = [vision_layout.count_image_tokens(grid, merge_size=2) for grid in sample.images.grids]
     assert len(counts) == 2
     ids = sample.prompt
     runs = np.flatnonzero(np.diff(np.r_[False, ids == special.image, False]))

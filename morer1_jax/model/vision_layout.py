@@ -62,6 +62,40 @@ class VisionLayout:
     part_ids: Int[np.ndarray, "w p"]
     token_slots: Int[np.ndarray, " m"]
 
+    def place(self, patches: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "w p c"]:
+        """Moves the processor's concatenated patches into their slots; padding is zero.
+
+        Raises:
+            LayoutError: the number of patches is not the layout's.
+        """
+        filled = self.source >= 0
+        expected = int(filled.sum())
+        if len(patches) != expected:
+            raise LayoutError(
+                f"patches: expected {expected} by the images' grids, found {len(patches)}"
+            )
+        placed = np.zeros((*self.source.shape, patches.shape[-1]), patches.dtype)
+        placed[filled] = patches[self.source[filled]]
+        return placed
+
+    def feature_index(
+        self, token_ids: Int[np.ndarray, " s"], *, image_token_id: int
+    ) -> Int[np.ndarray, " s"]:
+        """Returns the merged slot whose feature replaces each token's embedding, int32; -1: none.
+
+        Raises:
+            LayoutError: the row's image tokens are not as many as the layout's.
+        """
+        places = np.flatnonzero(token_ids == image_token_id)
+        if len(places) != len(self.token_slots):
+            raise LayoutError(
+                f"image tokens in the text: expected {len(self.token_slots)} by the images' grids, "
+                f"found {len(places)}; was the text cut or an image left out?"
+            )
+        index = np.full(token_ids.shape, -1, np.int32)
+        index[places] = self.token_slots
+        return index
+
 
 def count_windows(
     grids: Sequence[Grid], *, patch_size: int, merge_size: int, window_size: int
@@ -169,44 +203,6 @@ def vision_layout(
         part_ids=in_slots(units.part[:, None], -1),
         token_slots=slot.astype(np.int32),
     )
-
-
-def place_patches(
-    layout: VisionLayout, patches: Float[np.ndarray, "n c"]
-) -> Float[np.ndarray, "w p c"]:
-    """Moves the processor's concatenated patches into their slots; padding is zero.
-
-    Raises:
-        LayoutError: the number of patches is not the layout's.
-    """
-    filled = layout.source >= 0
-    expected = int(filled.sum())
-    if len(patches) != expected:
-        raise LayoutError(
-            f"patches: expected {expected} by the images' grids, found {len(patches)}"
-        )
-    placed = np.zeros((*layout.source.shape, patches.shape[-1]), patches.dtype)
-    placed[filled] = patches[layout.source[filled]]
-    return placed
-
-
-def vision_index(
-    token_ids: Int[np.ndarray, " s"], layout: VisionLayout, *, image_token_id: int
-) -> Int[np.ndarray, " s"]:
-    """Returns the merged slot whose feature replaces each token's embedding, int32; -1: none.
-
-    Raises:
-        LayoutError: the row's image tokens are not as many as the layout's.
-    """
-    places = np.flatnonzero(token_ids == image_token_id)
-    if len(places) != len(layout.token_slots):
-        raise LayoutError(
-            f"image tokens in the text: expected {len(layout.token_slots)} by the images' grids, "
-            f"found {len(places)}; was the text cut or an image left out?"
-        )
-    index = np.full(token_ids.shape, -1, np.int32)
-    index[places] = layout.token_slots
-    return index
 
 
 # Begins concatenations, so that those over no images have a type.

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from transformers import vision_utils
 
 from morer1_jax.model.config import VisionConfig
-from morer1_jax.model.windows import (
+from morer1_jax.model.vision_layout import (
     ImageCost,
     LayoutError,
+    VisionLayout,
     count_image_tokens,
     count_windows,
-    place_patches,
-    vision_index,
     vision_layout,
 )
 
@@ -140,14 +139,14 @@ def test_token_slots_hold_the_merge_units_in_order(drawn):
     assert len(layout.token_slots) == tokens
 
 
-def test_place_patches_and_vision_index():
+def test_patches_go_to_their_slots_and_features_to_their_tokens():
     grids = [(1, 6, 4), (1, 2, 2)]
     layout = vision_layout(grids, **SIZES, pad_to_windows=5)
     patches = np.arange(1, 29, dtype=np.float32)[:, None]
-    placed = place_patches(layout, patches)
+    placed = layout.place(patches)
     np.testing.assert_array_equal(placed[..., 0], layout.source + 1)
     tokens = np.array([1, *[IMAGE] * 6, 2, IMAGE, 3])
-    index = vision_index(tokens, layout, image_token_id=IMAGE)
+    index = layout.feature_index(tokens, image_token_id=IMAGE)
     np.testing.assert_array_equal(index >= 0, tokens == IMAGE)
     # Merged slot n holds the merge unit whose first patch is 4·n-th in the processor's order.
     np.testing.assert_array_equal(
@@ -162,9 +161,9 @@ def test_layout_refuses():
         vision_layout([(3, 6, 6)], **SIZES)
     layout = vision_layout([(1, 4, 4)], **SIZES)
     with pytest.raises(LayoutError, match=r"expected 16 .* found 15"):
-        place_patches(layout, np.zeros((15, 3), np.float32))
+        layout.place(np.zeros((15, 3), np.float32))
     with pytest.raises(LayoutError, match=r"expected 4 .* found 3"):
-        vision_index(np.array([IMAGE] * 3), layout, image_token_id=IMAGE)
+        layout.feature_index(np.array([IMAGE] * 3), image_token_id=IMAGE)
 
 
 def test_annotations_hold():
@@ -172,5 +171,7 @@ def test_annotations_hold():
     layout = checked(vision_layout)([(1, 6, 4)], **SIZES)
     tokens = np.array([IMAGE] * 6)
     patches = np.zeros((24, 3), np.float32)
-    assert checked(place_patches)(layout, patches).dtype == np.float32
-    assert checked(vision_index)(tokens, layout, image_token_id=IMAGE).dtype == np.int32
+    assert checked(VisionLayout.place)(layout, patches).dtype == np.float32
+    assert (
+        checked(VisionLayout.feature_index)(layout, tokens, image_token_id=IMAGE).dtype == np.int32
+    )
