@@ -86,7 +86,7 @@ def _train(setup: Setup, stages: Sequence[Stage]) -> None:
     progress.drop_states(goes_on=[stage.name for stage in unfinished])
 
     # Run the stages.
-    if run is not None:
+    if run is not None and any(stage.reads_images(setup.settings) for stage in unfinished):
         run = with_features(run)
     for stage in rest:
         _run_stage(stage, setup if stage.makes_data else run, progress)

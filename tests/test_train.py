@@ -408,6 +408,13 @@ def test_a_stage_before_what_it_goes_on_from_is_named(
     check_refused(config, workdir, ConfigError, f"not done in {workdir}; ", *named)
 
 
+@pytest.mark.parametrize("stages", ["sft,rate", "rate,grpo"])
+def test_a_checkpoint_that_is_not_named_is_found_before_a_stage_runs(config, workdir, stages):
+    config.stages, config.rate.begin = stages, "checkpoint"
+    expected = "config.rate.begin: expected 'sft' where config.model.path names no checkpoint"
+    check_refused(config, workdir, ConfigError, expected)
+
+
 def test_a_workdir_that_is_a_file_is_named(config, workdir):
     workdir.write_text("mine")
     with pytest.raises(OSError, match="expected a folder to write, found a file") as error:

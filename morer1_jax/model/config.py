@@ -282,11 +282,15 @@ class LoRA:
     """
 
     rank: int = at_least(0, 0)
-    alpha: float = above(0, 128.0)
+    alpha: float = at_least(0, 128.0)
     targets: tuple[str, ...] = LORA_TARGETS
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if not self.rank:
+            return
+        if not self.alpha:
+            raise FieldError("alpha", "expected above 0, found 0")
         if not self.targets:
             raise FieldError("targets", f"expected some of {', '.join(LORA_TARGETS)}, found none")
         for target in self.targets:

@@ -149,7 +149,7 @@ class Instruments:
         self.skipped.check()
 
     def log_validation(self, step: int, validation: Validation) -> float:
-        """Logs and shows a validation's scores; returns the one that decides.
+        """Logs a validation's scores; returns the one that decides.
 
         Raises:
           NotFiniteError: a score is not finite.
@@ -157,9 +157,7 @@ class Instruments:
         scores, decisive = validation.scores, validation.decisive
         self._log.write(step, {f"validation/{k}": v for k, v in scores.items()}, kind="valid")
         check_scores(self._name, step, scores)
-        value = float(scores[decisive])
-        self.bar.write(f"{self._name} step {step}: validation {decisive} {value:.1f}")
-        return value
+        return float(scores[decisive])
 
     def _write(self, step: int, metrics: Metrics) -> None:
         steps, seconds = step - self._logged, self._watch.seconds_a_step(step)
@@ -185,14 +183,17 @@ class Profiler:
     """Traces some steps for TensorBoard or Perfetto; a context manager.
 
     Args:
+      name: of the training, for messages.
       folder: where the trace is written.
       steps: the first and the last step of the trace; () for none.
       start: steps done before; a trace of steps that were begun before has what is left of them.
       last: the training's last step, with which a trace ends.
     """
 
-    def __init__(self, folder: Path, steps: Sequence[int], *, start: int, last: int) -> None:
-        self._folder = folder
+    def __init__(
+        self, name: str, folder: Path, steps: Sequence[int], *, start: int, last: int
+    ) -> None:
+        self._name, self._folder = name, folder
         first, until = steps or (0, -1)
         self._first, self._last = max(first, start + 1), min(until, last)
         self._tracing = False
@@ -218,9 +219,7 @@ class Profiler:
             jax.block_until_ready(results)
             jax.profiler.stop_trace()
             self._tracing = False
-            instruments.bar.write(
-                f"{self._folder.name}: trace of steps to {step} in {self._folder}"
-            )
+            instruments.bar.write(f"{self._name}: trace of steps to {step} in {self._folder}")
 
 
 class CompileWatch:

@@ -52,7 +52,7 @@ def train(
 
     batches = load_ahead(hooks.batch, start, steps, workers=workers, kind=kind)
     instruments = Instruments(name, hooks, settings, log, checkpoints, start, extra)
-    profiler = Profiler(workdir / "profile" / name, profile, start=start, last=steps)
+    profiler = Profiler(name, workdir / "profile" / name, profile, start=start, last=steps)
     save_due = False
     with contextlib.closing(batches), instruments, profiler:
         for step in range(start + 1, steps + 1):
@@ -72,6 +72,8 @@ def train(
                         validation = hooks.validate(state.params)
                         value = instruments.log_validation(step, validation)
                         checkpoints.save_best(step, state.params, value)
+                        shown = f"validation {validation.decisive} {value:.1f}"
+                        instruments.bar.write(f"{name} step {step}: {shown}")
                     if save_due and (last or not instruments.skipped.row):
                         log.sync()
                         checkpoints.save(step, state, instruments.skipped.extra())

@@ -52,6 +52,11 @@ class Setup:
         """The folder of the run's tokenizer, and of whatever a checkpoint has beside tensors."""
         return self.workdir / "tokenizer"
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the tokenizer is still to be trained, on the training facts and the reasoning."""
+        return self.checkpoint is None and not self.tokenizer.exists()
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -126,7 +131,7 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
     dataset = open_dataset(
         setup.data,
         reasoning=settings.data.reasoning,
-        reasoning_needed=reasoning_needed or (checkpoint is None and not setup.tokenizer.exists()),
+        reasoning_needed=reasoning_needed or setup.trains_tokenizer,
     )
     tokenizer = open_tokenizer(setup, dataset)
     trainee = open_trainee(settings, tokenizer, dataset.ontology, checkpoint)

@@ -43,7 +43,7 @@ def run_baselines(run: Run) -> None:
         reader = run.reader.showing(view, longest)
         sizes = reader.sizes(dataset.facts, dataset.photo_sizes, {})
         sampler = greedy_sampler(run.settings, trainee.policy, reader, sizes)
-        checkpoints = train_sft(
+        train_sft(
             run,
             f"baselines/{name}",
             settings,
@@ -53,6 +53,7 @@ def run_baselines(run: Run) -> None:
             reader=reader,
             sampler=sampler,
         )
-        params, _ = checkpoints.restore_best(trainee.like)
-        evaluate(run, name, trainee.whole(params), sampler)
+        # Not named: one model's parameters go before the next one trains.
+        folder = run.workdir / "baselines" / name
+        evaluate(run, name, trainee.whole(trainee.best_params(folder)), sampler)
     evaluate_majority(run)

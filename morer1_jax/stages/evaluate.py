@@ -28,8 +28,8 @@ def run_evaluate(run: Run, models: Sequence[str]) -> None:
     for name in models:
         folder = run.workdir / name
         if (folder / MARKER).exists():
-            params = run.trainee.whole(run.trainee.best_params(folder))
-            evaluate(run, name, params, run.greedy)
+            # Not named: one model's parameters go before the next one's are read.
+            evaluate(run, name, run.trainee.whole(run.trainee.best_params(folder)), run.greedy)
     print(metrics.format_table(read_scores(run.workdir)))
     print(f"report: {write_report(run.workdir, run.dataset.folder)}")
 

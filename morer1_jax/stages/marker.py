@@ -44,7 +44,9 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     marker = read_json(path, remedy, expected=expected, error=ConfigError)
     if not all(isinstance(marker.get(key), dict) for key in ("config", "results")):
         # Those of an earlier version had a digest in place of the config's keys.
-        raise ConfigError(f"{path}: expected {expected}, found another version's; {remedy}")
+        raise ConfigError(
+            f"{path}: expected {expected}, found another version's; use a new --workdir"
+        )
     return marker
 
 

@@ -51,16 +51,23 @@ def run_rate(run: Run) -> None:
 
 
 def starting_params(run: Run) -> Params:
-    """Makes the trainable parameters that are rated and that GRPO starts from.
+    """Makes the trainable parameters that are rated and that GRPO starts from."""
+    if run.settings.rate.begin == "sft":
+        return run.trainee.best_params(run.workdir / "sft")
+    return run.trainee.init_params(0)
+
+
+def check_start(run: Run) -> None:
+    """Checks that there is what is rated and what GRPO starts from.
 
     Raises:
       ConfigError: the config names a checkpoint that it does not have.
     """
-    if run.settings.rate.begin == "sft":
-        return run.trainee.best_params(run.workdir / "sft")
-    if run.trainee.checkpoint is None:
-        raise ConfigError("config.rate.begin: 'checkpoint' found, but config.model.path names none")
-    return run.trainee.init_params(0)
+    if run.settings.rate.begin == "checkpoint" and run.trainee.checkpoint is None:
+        raise ConfigError(
+            "config.rate.begin: expected 'sft' where config.model.path names no checkpoint, found "
+            "'checkpoint'"
+        )
 
 
 def classify(pass_rate: float, config: RateSettings) -> str:
@@ -70,12 +77,19 @@ def classify(pass_rate: float, config: RateSettings) -> str:
     return "dropped" if pass_rate == 0 and config.never == "drop" else "hard"
 
 
-def check_ratings_file(run: Run) -> None:
-    """Checks that the ratings that the config names, if any, are those of its facts.
+def check_rating(run: Run) -> None:
+    """Checks what rating will read, before any stage runs.
 
     Raises:
-      DataError: they are not.
+      ConfigError: there is no model to rate, or an earlier version began to rate.
+      DataError: the ratings that the config names are not those of its facts.
     """
+    check_start(run)
+    if (path := run.workdir / "rate" / "ratings.unfinished").exists():
+        raise ConfigError(
+            f"{path}: expected no ratings that an earlier version began, found some; delete it to "
+            "rate anew, or use a new --workdir"
+        )
     config = run.settings.rate
     if config.file is not None:
         _ratings_of(_file(config), run.dataset.splits["train"], config)

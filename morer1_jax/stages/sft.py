@@ -19,7 +19,8 @@ from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.run.batch_sampler import BatchSampler, validator
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.loop import Hooks, train
+from morer1_jax.run.hooks import Hooks
+from morer1_jax.run.loop import train
 from morer1_jax.run.mesh import program, this_host
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.setup import Run
@@ -70,12 +71,14 @@ def train_sft(
     draw = functools.partial(pool.batch, size=settings.batch)
     sizes = reader.sizes(facts, run.dataset.photo_sizes, targets)
     plan = sequence_plan(run, sizes, draw, settings.steps, settings.micro_batches)
-    # The step's program. Plain cross-entropy: the temperature is that of GRPO's sampling.
+    # The step's program, and what it reads: frozen parameters are loaded before a step is timed.
+    frozen = trainee.frozen
+    # Plain cross-entropy: the temperature is that of GRPO's sampling.
     transform = settings.optimizer.build(settings.steps, trainee.trainable)
     like, score = trainee.like_state(transform), ScoreConfig(chunk=run.settings.score.chunk)
     step = program(
         make_sft_step(policy.model, transform, score, settings.micro_batches),
-        takes=(like, trainee.like_frozen, policy.rows),
+        takes=(like, frozen, policy.rows),
         gives=(like, policy.replicated),
         donate=0,
     )
@@ -84,7 +87,7 @@ def train_sft(
     def train_step(
         state: TrainState, batch: SequenceBatch, _: int
     ) -> tuple[TrainState, dict[str, Any]]:
-        state, metrics = step(state, trainee.frozen, policy.put(batch))
+        state, metrics = step(state, frozen, policy.put(batch))
         timer.phase("update", metrics)
         return state, metrics
 

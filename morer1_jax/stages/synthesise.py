@@ -12,5 +12,10 @@ def run_synthesise(setup: Setup) -> None:
     settings = setup.settings
     if settings.data.folder is None and not setup.data.exists():
         synthesise(setup.data, settings.world, settings.seed)
-    dataset = open_dataset(setup.data, reasoning=settings.data.reasoning, photos=False)
+    dataset = open_dataset(
+        setup.data,
+        reasoning=settings.data.reasoning,
+        reasoning_needed=setup.trains_tokenizer,
+        photos=False,
+    )
     print(f"tokenizer: {len(open_tokenizer(setup, dataset))} tokens")

@@ -17,7 +17,7 @@ from morer1_jax.stages.control import run_control
 from morer1_jax.stages.evaluate import run_evaluate
 from morer1_jax.stages.grpo import run_grpo
 from morer1_jax.stages.marker import MARKER
-from morer1_jax.stages.rate import check_ratings_file, run_rate
+from morer1_jax.stages.rate import check_rating, check_start, run_rate
 from morer1_jax.stages.sft import run_sft
 from morer1_jax.stages.synthesise import run_synthesise
 
@@ -77,6 +77,7 @@ class Stage(Output):
       needs: stages whose output it takes.
       training: what it trains; None: nothing.
       reads_reasoning: whether it learns from written reasoning.
+      reads_images: whether a model of it is shown images, so that kept features are needed.
       blind_views: views of the facts that its models are shown beside the whole one.
       check: looks at what it will read, before any stage is run.
       scores: what it has scored on the test split; `report.tables.NAMES` has their titles.
@@ -89,6 +90,7 @@ class Stage(Output):
     needs: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     training: Callable[[Settings], Training | None] = lambda settings: None
     reads_reasoning: Callable[[Settings], bool] = lambda settings: False
+    reads_images: Callable[[Settings], bool] = lambda settings: True
     blind_views: tuple[View, ...] = ()
     check: Callable[[Run], None] = lambda run: None
     scores: tuple[str, ...] = ()
@@ -159,7 +161,8 @@ _BEFORE_EVALUATION = (
         depends=lambda settings: (*_SFT, "rate"),
         free=_POOLS,
         needs=_starting_model,
-        check=check_ratings_file,
+        check=check_rating,
+        reads_images=lambda settings: settings.rate.file is None,
         signs=(f"rate/{MARKER}", "rate/ratings.jsonl", "rate/ratings.jsonl.unfinished"),
     ),
     Stage(
@@ -167,6 +170,7 @@ _BEFORE_EVALUATION = (
         run=run_grpo,
         depends=lambda settings: _GRPO,
         needs=lambda settings: (*_starting_model(settings), "rate"),
+        check=check_start,
         training=_grpo_training,
         scores=("grpo",),
         rank=3,

@@ -194,10 +194,16 @@ def test_nonsense_is_refused(wrong, message):
         TrainableParts(**wrong)
 
 
+def test_without_adapters_their_other_keys_say_nothing():
+    parts = TrainableParts(language=0.0, lora=LoRA(rank=0, alpha=0.0, targets=()))
+    assert parts.adapters is None
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"rank": -1}, "rank: expected at least 0, found -1"),
+        ({"alpha": 0.0}, "alpha: expected above 0, found 0"),
         ({"targets": ()}, "targets: expected some of .* found none"),
         ({"targets": ("q", "norm")}, "targets: expected one of q, k.* found 'norm'"),
     ],

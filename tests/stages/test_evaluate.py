@@ -1,14 +1,23 @@
 """The files of a score: what is in them, and what the counted baseline says."""
 
 import dataclasses
+import gc
 import json
 import types
+import weakref
 
 import pytest
 
 from morer1_jax.data.dataset import open_dataset
 from morer1_jax.run.batch_sampler import Answer
-from morer1_jax.stages.evaluate import evaluate, evaluate_majority, read_scores, write_scores
+from morer1_jax.stages.evaluate import (
+    evaluate,
+    evaluate_majority,
+    read_scores,
+    run_evaluate,
+    write_scores,
+)
+from morer1_jax.stages.marker import write_marker
 
 REQUIRED = (
     "accuracy",
@@ -59,6 +68,33 @@ def test_the_whole_test_split_is_asked(run):
     none = sum(fact.label == "none" for fact in run.dataset.splits["test"])
     assert scores["accuracy"] == pytest.approx(100 * none / len(run.dataset.splits["test"]))
     assert read_scores(run.workdir) == {"greedy": scores}
+
+
+def test_one_models_parameters_go_before_the_next_ones_are_read(run, monkeypatch):
+    """Two of a model that fills a device would not fit."""
+
+    class Params:
+        """Parameters that can be watched."""
+
+    alive, at_each_read = weakref.WeakSet(), []
+
+    def best_params(folder):
+        gc.collect()
+        at_each_read.append(len(alive))
+        alive.add(params := Params())
+        return params
+
+    for name in ("sft", "grpo"):
+        write_marker(run.workdir / name, {}, {})
+    run.trainee = types.SimpleNamespace(best_params=best_params, whole=lambda params: params)
+    run.greedy = types.SimpleNamespace(
+        answers=lambda params, facts, desc: [answer(fact, "none") for fact in facts]
+    )
+    monkeypatch.setattr("morer1_jax.stages.evaluate.write_report", lambda *_: gc.collect())
+    run_evaluate(run, ["sft", "control", "grpo"])
+    assert at_each_read == [0, 0]
+    gc.collect()
+    assert not alive
 
 
 def test_the_majority_is_that_of_the_training_relations(run):

@@ -12,7 +12,7 @@ import pytest
 from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.ratings import FILE, Rating, histogram, read_ratings
 from morer1_jax.errors import ConfigError, DataError
-from morer1_jax.stages.rate import classify, pool_again, rate, run_rate
+from morer1_jax.stages.rate import check_rating, classify, pool_again, rate, run_rate
 
 RATE = RateSettings(
     begin="sft", file=None, samples=4, batch=8, temperature=1.0, easy_from=0.5, never="hard"
@@ -279,6 +279,18 @@ def test_whole_ratings_are_not_made_again_for_want_of_a_marker(tmp_path, monkeyp
         assert error.startswith(f"{out}:")
         assert error.endswith("; all are rated anew\n")
     assert staged(tmp_path, monkeypatch) == []
+
+
+def test_what_an_earlier_version_began_to_rate_is_named(tmp_path):
+    run = types.SimpleNamespace(
+        workdir=tmp_path,
+        settings=types.SimpleNamespace(rate=RATE),
+    )
+    check_rating(run)
+    (tmp_path / "rate").mkdir()
+    (tmp_path / "rate" / "ratings.unfinished").write_text('{"batch": 2}\n')
+    with pytest.raises(ConfigError, match=r"ratings\.unfinished: .*delete it to rate anew"):
+        check_rating(run)
 
 
 def test_a_rating_goes_on_under_another_batch_with_what_was_rated(tmp_path):

@@ -52,6 +52,12 @@ def test_a_control_of_a_fixed_length_needs_no_ratings(config):
     assert BY_NAME["control"].needs(settings(config)) == ("sft",)
 
 
+def test_ratings_from_a_file_show_no_image(config):
+    assert BY_NAME["rate"].reads_images(settings(config))
+    config.rate.file = "ratings.jsonl"
+    assert not BY_NAME["rate"].reads_images(settings(config))
+
+
 def test_whatever_is_scored_has_a_title():
     scored = [name for stage in STAGES for name in stage.scores]
     # A study's own ablation, which no stage makes.
