@@ -1,8 +1,9 @@
-"""The whole of MORE-R1 on a laptop: a synthetic world, a tiny model from scratch, two cores.
+"""The whole of MORE-R1 on a laptop's two cores: a synthetic dataset, a tiny model from scratch.
 
     python -m morer1_jax.train --config=configs/demo.py
 
-Here is what it changes of the defaults (`morer1_jax/config/settings.py`, which explains every key).
+It states what differs from the defaults (`morer1_jax/config/settings.py`; the docstrings of its
+dataclasses describe the keys).
 Any key can be set on the command line: --config.seed=1 --config.grpo.steps=20
 """
 

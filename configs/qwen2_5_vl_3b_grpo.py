@@ -3,9 +3,9 @@
     python -m morer1_jax.train --config=configs/qwen2_5_vl_3b_grpo.py \\
         --workdir=runs/3b --config.data.folder=data/MORE
 
-In the workdir of `qwen2_5_vl_3b_sft.py` it begins with what that trained. In a new one it can begin
-with an SFT model's folder, as `tools/convert.py` writes it: `--config.rate.begin=checkpoint
---config.model.path=…`.
+In the workdir of `qwen2_5_vl_3b_sft.py` it starts from the model that this trained. In a new
+workdir it can start from an SFT model's folder, as `tools/convert.py` writes it:
+`--config.rate.begin=checkpoint --config.model.path=…`.
 
 It has not been run yet, and as it stands it fits neither eight v5e chips nor one H100 (README).
 """

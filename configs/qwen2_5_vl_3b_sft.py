@@ -3,11 +3,11 @@
     python -m morer1_jax.train --config=configs/qwen2_5_vl_3b_sft.py \\
         --workdir=runs/3b --config.data.folder=data/MORE
 
-The folder is MORE's released form with `reasoning.jsonl` in it (`tools/write_reasoning.py`). GRPO
+The folder has MORE's released form, with `reasoning.jsonl` in it (`tools/write_reasoning.py`). GRPO
 goes on in the same workdir with `configs/qwen2_5_vl_3b_grpo.py`. The defaults are made for this
-model (`morer1_jax/config/settings.py`, which explains every key); here are those that a run is most
-likely to change, and why they are what they are. Batches, rates and limits are what others use for
-this class of model, and ours where nothing is public.
+model (`morer1_jax/config/settings.py`); here are the keys that a run is most likely to change, with
+reasons. Batches, rates and limits are what others use for this class of model, and our own choice
+where nothing is public.
 """
 
 from ml_collections import ConfigDict

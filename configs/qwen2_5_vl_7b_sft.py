@@ -3,7 +3,7 @@
     python -m morer1_jax.train --config=configs/qwen2_5_vl_7b_sft.py \\
         --workdir=runs/7b --config.data.folder=data/MORE
 
-As `qwen2_5_vl_3b_sft.py`, where every key is explained; here is what the larger model changes.
+As `qwen2_5_vl_3b_sft.py`, except for what the larger model changes.
 """
 
 from pathlib import Path
