@@ -84,15 +84,21 @@ def _check_out(out: Path, split: str, name: str) -> None:
       ConfigError: the folder has answers to another split's facts, or scores of this name.
     """
     if not name or name != Path(name).name:
-        raise ConfigError(f"--name={name}: a name without / expected, it becomes a file's")
+        raise ConfigError(
+            f"--name: expected a file's name, without /, found {name!r}; give another"
+        )
     scores = out / "eval" / f"{name}.json"
     if scores.exists():
-        raise ConfigError(f"{scores}: exists already; delete it, or give another --name or --out")
+        raise ConfigError(
+            f"{scores}: expected no scores of this name, found a file; delete it, or give another "
+            "--name or --out"
+        )
     for path in sorted((out / "eval").glob("*.answers.jsonl")):
         first = read_jsonl(path, lambda _, answer: answer["fact"], "an answer", "delete it")[0]
         if first.partition(":")[0] != split:
             raise ConfigError(
-                f"--out={out}: {path.name} is of {first}, not of {split}; name another"
+                f"--out={out}: expected answers to the split {split}, found {path.name} of "
+                f"{first}; name another"
             )
 
 

@@ -80,29 +80,40 @@ def main(argv: list[str]) -> None:
 def _check_picture(picture: Path, image: Path) -> None:
     suffix = picture.suffix
     if Image.registered_extensions().get(suffix.lower()) not in FORMATS:
-        raise ConfigError(f"--picture: {suffix!r} found, an image's suffix such as .png expected")
+        raise ConfigError(f"--picture: expected an image's suffix such as .png, found {suffix!r}")
     if not picture.parent.is_dir():
-        raise ConfigError(f"--picture={picture}: no such folder {picture.parent}; make it first")
+        raise ConfigError(
+            f"--picture={picture}: expected a folder {picture.parent}, found none; make it first"
+        )
     check_writable(picture)
     if picture.exists() and picture.samefile(image):
-        raise ConfigError(f"--picture={picture}: is --image itself; name another file")
+        raise ConfigError(
+            f"--picture={picture}: expected a file of its own, found --image; name another"
+        )
 
 
 def _questions() -> list[Fact]:
-    one = {"image": _IMAGE, "box": _BOX, "title": _TITLE, "entity": _ENTITY}
-    given = {name: flag.value for name, flag in one.items() if flag.value is not None}
+    flags_by_key = {"image": _IMAGE, "box": _BOX, "title": _TITLE, "entity": _ENTITY}
+    values = {key: flag.value for key, flag in flags_by_key.items() if flag.value is not None}
     if _JSONL.value is not None:
-        if given or _PICTURE.value is not None:
-            raise ConfigError("--jsonl: asks for all its questions; leave out --image and the like")
+        if values or _PICTURE.value is not None:
+            raise ConfigError(
+                "--jsonl: expected no other question, found --image or the like; leave it out"
+            )
         return read_questions(local_path(_JSONL.value, "--jsonl"))
-    if missing := [f"--{name}" for name in one if name not in given]:
-        raise ConfigError(f"{', '.join(missing)}: missing; or give --jsonl, a file of questions")
+    if missing := [f"--{name}" for name in flags_by_key if name not in values]:
+        raise ConfigError(
+            f"{', '.join(missing)}: expected a value, found none; give one, or --jsonl, a file of "
+            "questions"
+        )
     try:
-        box = [float(value) for value in given["box"]]
+        box = [float(value) for value in values["box"]]
     except ValueError:
-        raise DataError(f"--box: {','.join(given['box'])!r} found, four numbers expected") from None
-    image = os.fspath(local_path(given["image"], "--image"))
-    return [question(1, given | {"box": box, "image": image}, Path())]
+        raise DataError(
+            f"--box: expected four numbers, found {','.join(values['box'])!r}"
+        ) from None
+    image = os.fspath(local_path(values["image"], "--image"))
+    return [question(1, values | {"box": box, "image": image}, Path())]
 
 
 if __name__ == "__main__":

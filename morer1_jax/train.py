@@ -197,8 +197,8 @@ def _check_order(setup: Setup, progress: Progress, stages: Sequence[Stage]) -> N
                 "--config.rate.begin=checkpoint"
             )
         raise ConfigError(
-            f"config.stages: {stage.name} found, which goes on from {' and '.join(missing)}, not "
-            f"done in {setup.workdir}; {ways}"
+            f"config.stages: expected {' and '.join(missing)} before {stage.name}, found neither "
+            f"named nor done in {setup.workdir}; {ways}"
         )
 
 

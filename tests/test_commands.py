@@ -44,16 +44,34 @@ SCORE = (EVALUATE, "--checkpoint=runs/a/sft", "--data=none")
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((*ASK, "--picture=none/x.png"), "--picture=none/x.png: no such folder none; make it"),
-        ((*ASK, "--picture=file/x.png"), "--picture=file/x.png: no such folder file; make it"),
+        (
+            (*ASK, "--picture=none/x.png"),
+            "--picture=none/x.png: expected a folder none, found none;",
+        ),
+        (
+            (*ASK, "--picture=file/x.png"),
+            "--picture=file/x.png: expected a folder file, found none;",
+        ),
         ((*ASK, "--picture=/proc/x.png"), "/proc/x.png: cannot be written: /proc: "),
-        ((*ASK, "--picture=./photo.jpg"), "--picture=photo.jpg: is --image itself"),
-        ((*ASK, "--picture=photo.psd"), "--picture: '.psd' found, an image's suffix"),
+        (
+            (*ASK, "--picture=./photo.jpg"),
+            "--picture=photo.jpg: expected a file of its own, found --image",
+        ),
+        (
+            (*ASK, "--picture=photo.psd"),
+            "--picture: expected an image's suffix such as .png, found '.psd'",
+        ),
         ((*SCORE, "--out=file"), "file/eval: cannot be written: file: Not a directory"),
         ((*SCORE, "--out=/proc/x"), "/proc/x/eval: cannot be written: /proc: "),
-        ((*SCORE, "--out=out", "--name=a/b"), "--name=a/b: a name without / expected"),
-        ((*SCORE, "--out=out", "--name="), "--name=: a name without / expected"),
-        ((*SCORE, "--out=scores"), "scores/eval/sft.json: exists already; delete it, or"),
+        (
+            (*SCORE, "--out=out", "--name=a/b"),
+            "--name: expected a file's name, without /, found 'a/b'",
+        ),
+        ((*SCORE, "--out=out", "--name="), "--name: expected a file's name, without /, found ''"),
+        (
+            (*SCORE, "--out=scores"),
+            "scores/eval/sft.json: expected no scores of this name, found a file",
+        ),
         ((RATE, "--checkpoint=none", "--data=none", "--out=runs"), "runs: expected a file to"),
         ((RATE, "--checkpoint=none", "--data=none", "--out=file"), "--out=file: exists already"),
         ((CONVERT, "--checkpoint=none", "--out=/proc/x"), "/proc/x: cannot be written: /proc: "),
@@ -61,16 +79,19 @@ SCORE = (EVALUATE, "--checkpoint=runs/a/sft", "--data=none")
         ((CONVERT, "--checkpoint=none", "--out=runs"), "--out=runs: exists already"),
         ((CONVERT, "--checkpoint=none", "--out=/"), "/: "),
         ((EVALUATE, "--checkpoint=~nobody-here/x", "--data=none", "--out=o"), "none/rel2id.json: "),
-        ((CONVERT, "--checkpoint=~nobody-here/x", "--out=x"), "{here}/~nobody-here/x: no such fol"),
+        (
+            (CONVERT, "--checkpoint=~nobody-here/x", "--out=x"),
+            "{here}/~nobody-here/x: expected a run",
+        ),
         ((TFDS, "--folder=none", "--data_dir=file"), "file: expected a folder to write, found"),
         ((STUDY, "--folder=s", "--seeds=0,a"), "--seeds: expected whole numbers such"),
         ((STUDY, "--folder=file"), "file: expected a folder to write, found a file"),
-        ((CONVERT, "--checkpoint=runs", "--out=x"), "runs: no checkpoint; expected a run's work"),
-        ((CONVERT, "--checkpoint=runs/old", "--out=x"), "runs/old: no checkpoint; expected a run"),
-        ((CONVERT, "--checkpoint=runs/dmo", "--out=x"), "runs/dmo: no such folder; is it runs/dem"),
-        ((CONVERT, "--checkpoint=./dmo", "--out=x"), "./dmo: no such folder; expected a run's"),
-        ((CONVERT, "--checkpoint=/a/b", "--out=x"), "/a/b: no such folder; expected a run's"),
-        ((CONVERT, "--checkpoint=a/b/c", "--out=x"), "a/b/c: no such folder; expected a run's"),
+        ((CONVERT, "--checkpoint=runs", "--out=x"), "runs: expected a run's workdir"),
+        ((CONVERT, "--checkpoint=runs/old", "--out=x"), "runs/old: expected a run's workdir"),
+        ((CONVERT, "--checkpoint=runs/dmo", "--out=x"), "runs/dmo: expected a run's workdir"),
+        ((CONVERT, "--checkpoint=./dmo", "--out=x"), "./dmo: expected a run's workdir"),
+        ((CONVERT, "--checkpoint=/a/b", "--out=x"), "/a/b: expected a run's workdir"),
+        ((CONVERT, "--checkpoint=a/b/c", "--out=x"), "a/b/c: expected a run's workdir"),
     ],
 )
 def test_what_cannot_work_is_one_line_before_any_work(command, folder, args, message):
@@ -222,8 +243,9 @@ def test_who_writes_already_is_named(command, folder, args):
     with hold(out, folder=args[0] not in (RATE, CONVERT)):
         before = tree(folder)
         _, err = command(*args, code=2)
-        assert err.startswith(f"error: {out}: process {os.getpid()} on ")
-        assert err.endswith(" writes into it; wait until it has ended, or name another\n")
+        assert err.startswith(f"error: {out}: expected no other process to write into it, ")
+        assert f", found process {os.getpid()} on " in err
+        assert err.endswith("; wait until it has ended, or name another\n")
         assert err.count("\n") == 1
         assert tree(folder) == before
 

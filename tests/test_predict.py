@@ -140,7 +140,7 @@ def test_guided_answers_of_an_untrained_model_are_readable(exported, questions):
 def test_a_length_too_short_for_a_guided_answer_is_named(exported, questions):
     loaded = open_model(str(exported), completion=20)
     with pytest.raises(
-        ConfigError, match=r"^--length: 20 found, at least \d+ expected: the tokens"
+        ConfigError, match=r"^--length: expected at least \d+ tokens, .* found 20; "
     ):
         next(predict(loaded, read_questions(questions), batch=1, guided=True))
     assert "params" not in vars(loaded)
@@ -157,7 +157,9 @@ def test_an_answer_of_a_model_whose_numbers_overflow_is_none(exported, questions
     loaded = open_model(str(exported), completion=48)
     loaded.params["language"]["norm"]["scale"] *= 3e38
     facts = read_questions(questions)
-    with pytest.raises(NotFiniteError, match=r"^fact question:1: the log-probability of token 1"):
+    with pytest.raises(
+        NotFiniteError, match=r"^fact question:1: expected a finite log-probability of token 1 "
+    ):
         list(predict(loaded, facts, batch=4, guided=guided))
 
 
@@ -215,7 +217,7 @@ def test_evaluate_writes_tables_and_page(command, exported, small_world, tmp_pat
     assert "Valid scores" in page
     assert "untrained on the valid facts" in page
     _, error = command(*args, "--split=test", "--out", tmp_path, code=2)
-    assert "untrained.answers.jsonl is of valid:1, not of test; name another" in error
+    assert "to the split test, found untrained.answers.jsonl of valid:1; name another" in error
 
 
 def test_a_model_is_told_from_one_of_another_run_of_as_many_steps(workdir, tmp_path):
@@ -247,7 +249,7 @@ def test_rating_by_command_is_what_grpo_reads(command, workdir, small_world, tmp
     [
         ([PREDICT, "--checkpoint=nowhere", "--jsonl=none.jsonl"], "none.jsonl"),
         ([PREDICT, "--checkpoint=nowhere"], "--image, --box, --title, --entity"),
-        ([CONVERT, "--checkpoint=nowhere", "--out=x"], "nowhere: no such folder"),
+        ([CONVERT, "--checkpoint=nowhere", "--out=x"], "nowhere: expected a run's workdir"),
     ],
 )
 def test_what_is_wrong_is_one_line(command, args, message):

@@ -305,10 +305,10 @@ def test_what_differs_is_named_before_steps_that_would_too(config, workdir, monk
     config.sft.optimizer.schedule = "constant"
     train(config, workdir)
     config.sft.steps = 20
-    with pytest.raises(ConfigError, match=r"config\.sft\.steps: 20 found, but .* is at step 40; "):
+    with pytest.raises(ConfigError, match=r"sft\.steps: expected at least 40, .* found 20; raise"):
         train(config, workdir)
     config.seed = 7
-    with pytest.raises(ConfigError, match=r"belongs to another run: seed: 0 there, 7 here"):
+    with pytest.raises(ConfigError, match=r"found another run's: seed: expected 7, found 0"):
         train(config, workdir)
 
 
@@ -320,7 +320,9 @@ def test_a_second_run_is_refused_and_takes_nothing_from_the_first(config, workdi
         (workdir / "sft").mkdir()
         before = {path for path in workdir.rglob("*") if path.is_file()}
         for other in (config, bad):
-            with pytest.raises(ConfigError, match=f"run: process {os.getpid()} on .* writes into"):
+            with pytest.raises(
+                ConfigError, match=f"run: expected no .* found process {os.getpid()} on "
+            ):
                 train(other, workdir)
         assert {path for path in workdir.rglob("*") if path.is_file()} == before
 
@@ -387,15 +389,15 @@ def test_a_start_under_nohup_outlives_its_terminal(config, workdir, monkeypatch)
 @pytest.mark.parametrize(
     ("stages", "folder", "changes", "named"),
     [
-        ("sft", False, {}, ["sft found, which goes on from synthesise,", "stages=synthesise,sft "]),
-        ("sft,synthesise", False, {}, ["sft found, which goes on from synthesise,"]),
-        ("evaluate", False, {}, ["evaluate found, which goes on from synthesise,", "data.folder"]),
+        ("sft", False, {}, ["expected synthesise before sft,", "stages=synthesise,sft "]),
+        ("sft,synthesise", False, {}, ["expected synthesise before sft,"]),
+        ("evaluate", False, {}, ["expected synthesise before evaluate,", "data.folder"]),
         ("grpo", False, {}, ["synthesise and sft and rate,", "=synthesise,sft,rate,grpo runs"]),
-        ("synthesise,rate", False, {}, ["rate found, which goes on from sft,", "model.path=…"]),
-        ("grpo", True, {}, ["grpo found, which goes on from sft and rate,"]),
-        ("grpo", True, {"rate.begin": "checkpoint"}, ["which goes on from rate,"]),
-        ("sft,rate,control", True, {}, ["control found, which goes on from grpo,"]),
-        ("control", True, {"control.steps": 3}, ["control found, which goes on from sft,"]),
+        ("synthesise,rate", False, {}, ["expected sft before rate,", "model.path=…"]),
+        ("grpo", True, {}, ["expected sft and rate before grpo,"]),
+        ("grpo", True, {"rate.begin": "checkpoint"}, ["expected rate before grpo,"]),
+        ("sft,rate,control", True, {}, ["expected grpo before control,"]),
+        ("control", True, {"control.steps": 3}, ["expected sft before control,"]),
     ],
 )
 def test_a_stage_before_what_it_goes_on_from_is_named(
@@ -405,7 +407,7 @@ def test_a_stage_before_what_it_goes_on_from_is_named(
     config.update_from_flattened_dict(changes)
     if not folder:
         config.data.folder = None
-    check_refused(config, workdir, ConfigError, f"not done in {workdir}; ", *named)
+    check_refused(config, workdir, ConfigError, f"nor done in {workdir}; ", *named)
 
 
 @pytest.mark.parametrize("stages", ["sft,rate", "rate,grpo"])
@@ -430,10 +432,12 @@ def test_a_workdir_of_another_run_is_left_as_it_was(config, workdir):
     config.sft.optimizer.lr = 0.5  # Nothing has been trained with it.
     config.seed = 7
     config.data.vocabulary = 999
-    with pytest.raises(ConfigError, match=r"config\.json belongs to another run: ") as error:
+    with pytest.raises(ConfigError, match=r"config\.json: .* found another run\'s: ") as error:
         train(config, workdir)
-    assert "data.vocabulary: 1024 there, 999 here (synthesise depends on it)" in str(error.value)
-    assert "; seed: 0 there, 7 here (synthesise depends on it); use a new" in str(error.value)
+    assert "data.vocabulary: expected 999, found 1024 (synthesise depends on it)" in str(
+        error.value
+    )
+    assert "; seed: expected 7, found 0 (synthesise depends on it); use a new" in str(error.value)
     assert "lr" not in str(error.value)
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
 
@@ -509,7 +513,7 @@ def test_a_run_out_of_memory_goes_on_with_other_parts_and_for_longer(
     assert found == pytest.approx(expected, rel=1e-4)
     assert abs(expected[4] / expected[2] - 1) > 1e-3
     config.sft.optimizer.lr = 0.5
-    with pytest.raises(ConfigError, match=r"sft\.optimizer\.lr: 0\.01 there, 0\.5 here \(sft dep"):
+    with pytest.raises(ConfigError, match=r"sft\.optimizer\.lr: expected 0\.5, found 0\.01 \(sft"):
         train(config, workdir)
 
 
@@ -544,14 +548,14 @@ def test_an_empty_pool_is_corrected_without_rating_again(config, workdir, monkey
     kept = [rating.pool for rating in read_ratings(workdir / "rate" / "ratings.jsonl")]
     assert kept.count("easy") == 32
     config.rate.easy_from = 0.5
-    with pytest.raises(ConfigError, match=r"rate\.easy_from: 0\.25 there, 0\.5 here \(grpo dep"):
+    with pytest.raises(ConfigError, match=r"rate\.easy_from: expected 0\.5, found 0\.25 \(grpo"):
         train(config, workdir)
 
 
 def test_too_small_a_disk_is_named_and_leaves_nothing(config, workdir, monkeypatch):
     small = types.SimpleNamespace(free=10_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: small)
-    check_refused(config, workdir, ConfigError, "MB more will be written at most, 0.0 MB are free")
+    check_refused(config, workdir, ConfigError, "the most that will be written, found 0.0 MB; ")
 
 
 def test_several_processes_are_refused(config, workdir, monkeypatch):
@@ -595,7 +599,7 @@ def test_an_empty_pool_is_named_with_the_ways_out_before_a_rollout(
 
 def test_a_rating_of_no_training_fact_is_named_with_its_line(config, workdir):
     rate_as(workdir, rating("train:1", "hard"), rating("valid:1", "easy"))
-    with pytest.raises(DataError, match=r"ratings\.jsonl:2: .*fact 'valid:1' found"):
+    with pytest.raises(DataError, match=r"ratings\.jsonl:2: .* found fact 'valid:1';"):
         run_grpo(opened(config, workdir))
 
 

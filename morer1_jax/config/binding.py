@@ -136,8 +136,8 @@ def bind(
         )
         if changed := differences(kept, wanted, bound):
             raise ConfigError(
-                f"{path} belongs to another run: {'; '.join(changed)}; "
-                "use a new --workdir, or set these keys back"
+                f"{path}: expected the config of this run, found another run's: "
+                f"{'; '.join(changed)}; use a new --workdir, or set these keys back"
             )
     if write and there != here:
         write_json(path, config.to_dict() if isinstance(config, ConfigDict) else config)
@@ -158,7 +158,7 @@ def differences(
         why = "" if bound is None else bound(key)
         if why is not None:
             reason = f" ({why})" if why else ""
-            changed.append(f"{key}: {_show(before)} there, {_show(now)} here{reason}")
+            changed.append(f"{key}: expected {_show(now)}, found {_show(before)}{reason}")
     return changed
 
 

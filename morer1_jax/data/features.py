@@ -50,7 +50,7 @@ class FeatureStore:
             self._features = np.memmap(self.folder / FEATURES, dtype, "r", shape=shape)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{self.folder}: features cannot be read ({error}); delete the folder"
+                f"{self.folder}: expected an index and features, found {error}; delete the folder"
             ) from None
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, VisionConfig]]:
@@ -70,7 +70,9 @@ class FeatureStore:
         """
         places = self._places.get(fact.id)
         if places is None:
-            raise DataError(f"{fact.id}: not among the facts of {self.folder}; delete the folder")
+            raise DataError(
+                f"{self.folder}: expected features of fact {fact.id}, found none; delete the folder"
+            )
         features = [
             self._features[start : start + self._vision.image_cost([grid]).tokens]
             for start, grid in places

@@ -159,6 +159,7 @@ class ImageReader:
             )
         except ValueError as error:
             raise DataError(
-                f"{name}: the {what} has {width} × {height} pixels: {one_line(error)}; leave it out"
+                f"{name}: expected a {what} whose shape the processor takes, found {width} × "
+                f"{height} pixels: {one_line(error)}; leave it out"
             ) from None
         return 1, rows // config.patch_size, columns // config.patch_size

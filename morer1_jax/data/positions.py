@@ -37,7 +37,7 @@ def mrope_positions(
             run, or the row holds a video.
     """
     if (token_ids == video_token_id).any():
-        raise LayoutError("found a video token; videos are not supported, only images")
+        raise LayoutError("tokens: expected those of text and images, found a video token")
     segments = np.ones_like(token_ids) if segment_ids is None else segment_ids
     positions = np.zeros((3, len(token_ids)), np.int32)
     is_image = token_ids == image_token_id
@@ -56,17 +56,20 @@ def mrope_positions(
             continue
         grid = next(pending, None)
         if grid is None:
-            raise LayoutError(f"image tokens at {start}, after the last of {len(grids)} images")
+            raise LayoutError(
+                f"token {start}: expected text after the last of {len(grids)} images, found image "
+                "tokens"
+            )
         rows, columns = merged_grid(grid, merge_size)
         if stop - start != rows * columns:
             raise LayoutError(
-                f"found {stop - start} image tokens at {start}, the image of {grid} patches "
-                f"needs {rows * columns}"
+                f"token {start}: expected {rows * columns} image tokens for {grid} patches, found "
+                f"{stop - start}"
             )
         positions[0, start:stop] = following
         positions[1:, start:stop] = following + np.indices((rows, columns)).reshape(2, -1)
         following += max(rows, columns)
     unused = len(list(pending))
     if unused:
-        raise LayoutError(f"{unused} of {len(grids)} images have no image tokens in the text")
+        raise LayoutError(f"tokens: expected those of {len(grids)} images, found none for {unused}")
     return positions

@@ -95,8 +95,8 @@ class BatchSampler:
         )
         if guided and (shortest := int(policy.grammar.steps_distance[0])) > config.length:
             raise ConfigError(
-                f"--length: {config.length} found, at least {shortest} expected: the tokens of the "
-                "shortest guided answer"
+                f"--length: expected at least {shortest} tokens, those of the shortest guided "
+                f"answer, found {config.length}; raise it"
             )
 
         def rollout(

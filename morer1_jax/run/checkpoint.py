@@ -92,8 +92,8 @@ class Checkpointer:
         latest = self.latest()
         if latest is not None and step <= latest:
             raise CheckpointError(
-                f"{self.folder}: step {step} to be saved, but step {latest} is there; "
-                "go on from that one or delete it"
+                f"{self.folder}: expected a step after {latest}, the newest saved, found {step}; "
+                f"go on from step {latest} or delete it"
             )
         self._write(_step_path(self.folder, step), step, state, dict(extra or {}))
         self.drop(self.keep)
@@ -177,7 +177,9 @@ class Checkpointer:
         """
         step = self.latest() if step is None else step
         if step is None:
-            raise CheckpointError(f"{self.folder}: no whole checkpoint found; train first")
+            raise CheckpointError(
+                f"{self.folder}: expected a whole checkpoint, found none; train first"
+            )
         return self._read(_step_path(self.folder, step), like)
 
     def restore_best(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -190,7 +192,7 @@ class Checkpointer:
             best, attempts = self.best(), attempts - 1
             if best is None:
                 raise CheckpointError(
-                    f"{self._best_folder}: no whole checkpoint found; train first"
+                    f"{self._best_folder}: expected a whole checkpoint, found none; train first"
                 )
             path = _step_path(self._best_folder, best[0])
             try:
@@ -208,8 +210,8 @@ class Checkpointer:
         body = manifest_body(step, extra, leaves)
         if (bad := first_not_finite(leaves)) is not None:
             raise NotFiniteError(
-                f"{path}: {bad} is not finite, so that step {step} is not saved; the checkpoints "
-                "before it are kept"
+                f"{path}: {bad}: expected finite values, found NaN or infinity; step {step} is not "
+                "saved, the checkpoints before it are kept"
             )
         # What a killed save left goes first, to make room.
         first = _is_first()
@@ -231,7 +233,9 @@ class Checkpointer:
     def _read(self, path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         manifest = read_manifest(path)
         if manifest is None:
-            raise CheckpointError(f"{path}: no whole checkpoint; choose another step")
+            raise CheckpointError(
+                f"{path}: expected a whole checkpoint, found none; choose another step"
+            )
         # The same leaves, then the same bytes.
         leaves, saved = _leaves(like), manifest["leaves"]
         for name in sorted(leaves.keys() | saved.keys()):
@@ -259,7 +263,9 @@ class Checkpointer:
             remedy = f"delete {path} to go on from the one before it"
             if path.parent.name == "best":  # There is none before it.
                 remedy = "ask a stage before this one, or train in a new --workdir"
-            raise CheckpointError(f"{path}: {bad} is not finite; {remedy}")
+            raise CheckpointError(
+                f"{path}: {bad}: expected finite values, found NaN or infinity; {remedy}"
+            )
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in leaves])
         return tree, manifest["extra"]
 

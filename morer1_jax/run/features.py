@@ -50,8 +50,8 @@ def check_frozen(parts: TrainableParts) -> None:
     for name, share in (("vision", parts.vision), ("merger", parts.merger)):
         if share:
             raise ConfigError(
-                f"config.data.keep_features: True found, but tune.{name} is {share:g}: features "
-                "kept of what trains go stale; set it to 0, or keep_features to False"
+                f"config.data.keep_features: expected tune.{name} = 0, since kept features of what "
+                f"trains go stale, found {share:g}; set it to 0, or keep_features to False"
             )
 
 
@@ -111,9 +111,9 @@ def open_features(
 
 def _check_origin(store: FeatureStore, origin: Mapping[str, str]) -> None:
     if changed := differences(store.made_of, origin):
-        found = f"are of others: {changed}" if store.made_of else "do not say what they are of"
+        others = f"others ({changed})" if store.made_of else "no digests of what they were made of"
         raise DataError(
-            f"{store.folder}: features of this run's photos and model expected, these {found}; "
+            f"{store.folder}: expected features of this run's photos and model, found {others}; "
             "delete the folder, and they are encoded anew"
         )
 
@@ -204,9 +204,11 @@ def _encode(
                 tokens = encoded[row][slots_of_row[row]]
                 if count_not_finite(tokens):
                     fact, which = images[number * rows + row]
+                    name = ("photo", "crop")[which]
                     raise NotFiniteError(
-                        f"fact {fact.id}: the features of {('its photo', 'its crop')[which]} are "
-                        f"not finite in {dtype}; {ways(dtype, 'begin with another checkpoint')}"
+                        f"fact {fact.id}: expected finite features of its {name}, "
+                        f"found NaN or infinity in {dtype}; "
+                        f"{ways(dtype, 'begin with another checkpoint')}"
                     )
                 out[start : start + len(tokens)] = tokens
                 start += len(tokens)

@@ -59,25 +59,26 @@ def ways(dtype: str, *others: str) -> str:
     return ", or ".join((*others, *(() if dtype == "float32" else (wider,))))
 
 
-def check_drawn(fact: str, drawn: Rollout, dtype: str) -> None:
-    """Sees to it that every token of a fact's answers was drawn from probabilities.
+def check_drawn(fact: str, rollout: Rollout, dtype: str) -> None:
+    """Checks that every token of a fact's answers was sampled from finite probabilities.
 
-    Guided or not, something is drawn where there are none, and may well be a label.
+    Sampling returns a token even where no probability is finite, and it may well be a label's.
 
     Args:
-      drawn: without the batch's axis, NumPy arrays.
-      dtype: that the model computed in.
+      fact: its id, for the message.
+      rollout: the fact's answers, NumPy arrays without the batch's axis.
+      dtype: the one the model computed in.
 
     Raises:
       NotFiniteError: a log-probability is not finite.
     """
-    bad = np.argwhere(~np.isfinite(drawn.logprobs) & drawn.mask)
+    bad = np.argwhere(~np.isfinite(rollout.logprobs) & rollout.mask)
     if len(bad):
         sample, place = bad[0]
         raise NotFiniteError(
-            f"fact {fact}: the log-probability of token {place + 1} of answer {sample + 1} is "
-            f"{drawn.logprobs[sample, place]}, a finite number expected: the model's numbers "
-            f"overflow in {dtype}; {ways(dtype, 'ask another checkpoint')}"
+            f"fact {fact}: expected a finite log-probability of token {place + 1} of answer "
+            f"{sample + 1}, found {rollout.logprobs[sample, place]}: the model's numbers overflow "
+            f"in {dtype}; {ways(dtype, 'ask another checkpoint')}"
         )
 
 
@@ -90,7 +91,7 @@ def check_scores(stage: str, step: int, scores: Mapping[str, float]) -> None:
     for name, value in scores.items():
         if not math.isfinite(value):
             raise NotFiniteError(
-                f"{stage} step {step}: validation/{name} is {value}, a finite number expected; "
+                f"{stage} step {step}: validation/{name}: expected a finite number, found {value}; "
                 "look at the validation split"
             )
 
@@ -186,5 +187,5 @@ def _not_finite_metric(metrics: Mapping[str, Any]) -> str:
     first = dict.fromkeys(("param_norm", "loss", "grad_norm")) | numbers
     for name in first:
         if name in numbers and not math.isfinite(numbers[name]):
-            return f"{name} is {numbers[name]}"
-    return "numbers are not finite"
+            return f"expected a finite {name}, found {numbers[name]}"
+    return "expected finite numbers, found others"

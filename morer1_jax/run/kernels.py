@@ -36,7 +36,7 @@ def choose(
         return XLA()
     if attention == "splash":
         if platform != "tpu":
-            raise _refusal(attention, f"a TPU, and the mesh has {_kind(mesh)} devices")
+            raise _refusal(attention, f"a TPU, found a mesh of {_kind(mesh)} devices")
         # Of JAX's experimental modules: nobody but TPUs depends on it.
         from morer1_jax.model.splash import Splash
 
@@ -52,17 +52,17 @@ def choose(
 
 
 def _unfit_for_cudnn(dtype: str, head_sizes: Sequence[int], mesh: Mesh) -> str | None:
-    """What cuDNN would need and does not have; None if nothing."""
+    """Returns what cuDNN needs and what was found instead; None if it can run."""
     device = mesh.devices.flat[0]
     nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
     if not nvidia or float(device.compute_capability) < 8.0:
-        return f"an NVIDIA GPU from Ampere on, and the mesh has {_kind(mesh)} devices"
+        return f"an NVIDIA GPU from Ampere on, found a mesh of {_kind(mesh)} devices"
     if dtype != "bfloat16":
-        return f"runtime.dtype='bfloat16', which is {dtype!r}"
+        return f"runtime.dtype='bfloat16', found {dtype!r}"
     if wrong := [size for size in head_sizes if size % HEAD_MULTIPLE or size > HEAD_MAX]:
         return (
-            f"heads of a multiple of {HEAD_MULTIPLE} elements, at most {HEAD_MAX}, and the "
-            f"model has some of {wrong[0]}"
+            f"heads of a multiple of {HEAD_MULTIPLE} elements, at most {HEAD_MAX}, found heads of "
+            f"{wrong[0]}"
         )
     return None
 
@@ -71,7 +71,5 @@ def _kind(mesh: Mesh) -> str:
     return mesh.devices.flat[0].device_kind
 
 
-def _refusal(attention: str, needs: str) -> ConfigError:
-    return ConfigError(
-        f"config.runtime.attention: {attention!r} found, which needs {needs}; use 'auto'"
-    )
+def _refusal(attention: str, problem: str) -> ConfigError:
+    return ConfigError(f"config.runtime.attention={attention}: expected {problem}; use 'auto'")

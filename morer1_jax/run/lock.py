@@ -89,8 +89,8 @@ def _take(lock: Path, path: Path) -> int:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"{path}: {_holder(file)} writes into it; wait until it has ended, or name "
-                    "another"
+                    f"{path}: expected no other process to write into it, found {_holder(file)}; "
+                    "wait until it has ended, or name another"
                 ) from None
             except OSError as error:
                 if error.errno not in _UNABLE:

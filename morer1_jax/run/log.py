@@ -72,8 +72,8 @@ class RecordLog:
             return
         if step <= self._last.get(kind, -1):
             raise ValueError(
-                f"{self.path}: {self.stage} {kind} step {step} after step {self._last[kind]}; "
-                "call resume_at before going on from an earlier step"
+                f"{self.path}: {self.stage} {kind}: expected a step after {self._last[kind]}, "
+                f"found {step}; call resume_at before going on from an earlier step"
             )
         text = "".join(self._line(step, kind, record) + "\n" for record in records)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,10 @@ class RecordLog:
     def _line(self, step: int, kind: str, record: Mapping[str, Any]) -> str:
         head = {"stage": self.stage, "step": step, "kind": kind}
         if reserved := record.keys() & {*head, "not_finite"}:
-            raise ValueError(f"{self.path}: a record may not have its own {', '.join(reserved)}")
+            raise ValueError(
+                f"{self.path}: expected no reserved key in a record, found {', '.join(reserved)}; "
+                "rename it"
+            )
         bad: list[str] = []
         body = _finite(record, "", bad)
         return json.dumps(

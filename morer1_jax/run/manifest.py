@@ -103,8 +103,8 @@ def verify(path: Path, digests: Mapping[str, str]) -> None:
         first_bad = int(multihost_utils.process_allgather(np.int32(first_bad)).min())
     if first_bad < len(names):
         raise CheckpointError(
-            f"{path / names[first_bad]}: missing or not what was saved (its SHA-256 differs); "
-            f"delete {path} to go on from the checkpoint before it"
+            f"{path / names[first_bad]}: expected the file that was saved, found none or another "
+            f"SHA-256; delete {path} to go on from the checkpoint before it"
         )
 
 

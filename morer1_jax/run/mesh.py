@@ -63,21 +63,25 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     sizes = dict(axes)
     for name, size in sizes.items():
         if size != -1 and size < 1:
-            raise ConfigError(f"mesh.{name}: {size} found, a positive size or -1 expected")
+            raise ConfigError(f"mesh.{name}: expected a positive size or -1, found {size}")
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ConfigError(f"mesh: {' and '.join(free)} are both -1; give all but one a size")
+        raise ConfigError(
+            f"mesh: expected at most one size of -1, found {' and '.join(free)}; give all but one "
+            "a size"
+        )
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     shown = " × ".join(f"{name} {size}" for name, size in sizes.items() if size != -1)
     if free:
         if count % fixed:
             raise ConfigError(
-                f"mesh.{free[0]}: {count} devices are not divisible by {shown} = {fixed}"
+                f"mesh.{free[0]}: expected a multiple of {shown} = {fixed} devices, found {count}; "
+                "change the sizes"
             )
         sizes[free[0]] = count // fixed
     elif fixed != count:
         raise ConfigError(
-            f"mesh: {shown} = {fixed} devices, but there are {count}; give one axis the size -1"
+            f"mesh: expected {count} devices, found {shown} = {fixed}; give one axis the size -1"
         )
     return jax.make_mesh(
         tuple(sizes.values()),
@@ -104,7 +108,7 @@ def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
     rules = (spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})$", path))
     trailing = tuple(next(rules, P()))
     if len(trailing) > len(shape):
-        raise ValueError(f"{path}: {len(shape)} axes found, {len(trailing)} expected by its rule")
+        raise ValueError(f"{path}: expected {len(trailing)} axes by its rule, found {len(shape)}")
     aligned = (None,) * (len(shape) - len(trailing)) + trailing
     names = [
         name if name in mesh.shape and size % mesh.shape[name] == 0 else None
@@ -183,15 +187,15 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     total = batch_parts(mesh)
     # Devices that differ only in `tensor` hold the same rows.
     indices = sharding.addressable_devices_indices_map((total,)).values()
-    here = len({rows.indices(total) for (rows,) in indices})
+    local_parts = len({rows.indices(total) for (rows,) in indices})
 
     def put(path: jax.tree_util.KeyPath, array: np.ndarray) -> jax.Array:
         rows = array.shape[0] if array.ndim else 0
-        if not rows or rows % here:
+        if not rows or rows % local_parts:
             raise ConfigError(
-                f"batch {path_name(path)}: {rows} rows found, a multiple of {here} expected "
-                "(the part of mesh.data × mesh.fsdp on this process); "
-                "change the batch size or the mesh"
+                f"batch {path_name(path)}: expected a multiple of {local_parts} rows (the part of "
+                f"mesh.data × mesh.fsdp on this process), found {rows}; change the batch size or "
+                "the mesh"
             )
         return jax.make_array_from_process_local_data(sharding, array)
 

@@ -59,7 +59,7 @@ class PhaseTimer:
           RuntimeError: the timer was not entered, or left.
         """
         if not self._thread.is_alive():
-            raise RuntimeError("a timer is asked outside of its context, where nothing ends")
+            raise RuntimeError("PhaseTimer: expected to be inside its context, found outside of it")
         seconds: dict[str, float] = {}
         with self._ended:
             self._ended.wait_for(lambda: not any(n for s, n in self._open.items() if s <= step))

@@ -100,12 +100,12 @@ def open_setup(settings: Settings, workdir: Path) -> Setup:
     folder, path = settings.data.folder, settings.model.path
     data = workdir / "data" if folder is None else any_path(folder, "config.data.folder")
     checkpoint = None if path is None else published.Checkpoint(path)
-    held = settings.tune.frozen_dtype
-    others = set() if checkpoint is None else {*checkpoint.dtypes.values()} - {held}
-    if held != "float32" and others:
+    frozen_dtype = settings.tune.frozen_dtype
+    others = set() if checkpoint is None else {*checkpoint.dtypes.values()} - {frozen_dtype}
+    if frozen_dtype != "float32" and others:
         raise ConfigError(
-            f"config.tune.frozen_dtype: 'float32' expected, found {held!r}, which would round what "
-            f"{checkpoint.folder} has in {', '.join(sorted(others))}"
+            f"config.tune.frozen_dtype: expected 'float32', found {frozen_dtype!r}, which would "
+            f"round what {checkpoint.folder} has in {', '.join(sorted(others))}"
         )
     return Setup(settings, workdir, data, checkpoint)
 
@@ -241,14 +241,14 @@ def _check_batches(settings: Settings) -> None:
     ):
         if rows % parts:
             raise ConfigError(
-                f"config.{key}: a multiple of mesh.data × mesh.fsdp = {parts} expected, {rows} "
-                "found"
+                f"config.{key}: expected a multiple of mesh.data × mesh.fsdp = {parts}, found "
+                f"{rows}; change it or the mesh"
             )
 
 
 def _bind_data(setup: Setup, dataset: Dataset) -> None:
     """Keeps digests of the data, so that a run goes on with the same data only."""
-    found = {**dataset.digests, **digests.of_tokenizer(setup.tokenizer)}
+    digest_by_name = {**dataset.digests, **digests.of_tokenizer(setup.tokenizer)}
     if setup.checkpoint is not None:
-        found["model.path"] = setup.checkpoint.digest
-    digests.bind(setup.workdir / "data.json", found, setup.data)
+        digest_by_name["model.path"] = setup.checkpoint.digest
+    digests.bind(setup.workdir / "data.json", digest_by_name, setup.data)

@@ -34,12 +34,12 @@ def check_saves(workdir: Path) -> None:
             lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), state, restored
         )
         if not all(jax.tree.leaves(same)):
-            raise CheckpointError("other numbers were read than were saved")
+            raise CheckpointError("other numbers than were saved")
     except Exception as error:  # Orbax, tensorstore and file systems have classes of their own.
         reason = getattr(error, "strerror", None) or one_line(error)
         raise CheckpointError(
-            f"{workdir}: no checkpoint can be saved there and read back: {reason}; use another "
-            "--workdir"
+            f"{workdir}: expected a folder where checkpoints can be saved and read back, found "
+            f"{reason}; use another --workdir"
         ) from error
     finally:
         shutil.rmtree(trial, ignore_errors=True)

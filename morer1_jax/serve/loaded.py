@@ -99,12 +99,14 @@ class LoadedModel:
           ConfigError: its labels are not known.
         """
         if self.ontology is None:
-            raise ConfigError(f"{self.source}: no {LABELS} in it; say --labels=, a {LABELS}")
+            raise ConfigError(
+                f"{self.source}: expected a file {LABELS}, found none; name one with --labels="
+            )
         tokens, rows = len(self.tokenizer), self.model.config.text.vocab_size
         if tokens > rows:
             raise WeightsError(
-                f"{self.source}: its tokenizer has {tokens} tokens, its embedding {rows} rows; "
-                "expected tokenizer and model of one kind"
+                f"{self.source}: expected an embedding row for each of the tokenizer's {tokens} "
+                f"tokens, found {rows} rows; use a tokenizer and a model of one kind"
             )
         return Policy(self.model, self.tokenizer, self.ontology, self.mesh)
 
@@ -158,11 +160,11 @@ def open_model(
     bucket_or_hub = "://" in path or (is_hub_name(path) and not folder.exists())
     if not bucket_or_hub and not (folder / weights.CONFIG).exists():
         check_kind(folder)
-        found = "no checkpoint" if folder.is_dir() else f"no such folder{did_you_mean(path)}"
+        problem = "no checkpoint" if folder.is_dir() else f"no such folder{did_you_mean(path)}"
         raise WeightsError(
-            f"{path}: {found}; expected a run's "
-            f"workdir, one of its stages {', '.join(_BY_RANK)}, a published folder (with a "
-            f"{weights.CONFIG}), or a name on the hub{'' if folder.is_dir() else hub_hint(path)}"
+            f"{path}: expected a run's workdir, one of its stages {', '.join(_BY_RANK)}, a "
+            f"published folder (with a {weights.CONFIG}), or a name on the hub"
+            f"{'' if folder.is_dir() else hub_hint(path)}, found {problem}"
         )
     return _published(path, ontology, completion)
 
@@ -180,7 +182,10 @@ def _stage(path: Path) -> Path | None:
     for name in _BY_RANK:
         if Checkpointer(path / name / "checkpoints").best() is not None:
             return path / name
-    raise ConfigError(f"{path}: a run that has trained nothing yet; expected one with a stage sft")
+    raise ConfigError(
+        f"{path}: expected a run with a trained model, found one that has trained nothing yet; run "
+        "its stage sft"
+    )
 
 
 def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> LoadedModel:
@@ -197,7 +202,10 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
         raise ConfigError(f"{workdir / RUN_CONFIG}: {error}") from None
     folder, data, checkpoint = setup.tokenizer, setup.settings.data, setup.checkpoint
     if not folder.is_dir():  # A run would make another one.
-        raise WeightsError(f"{folder}: no such folder; copy the run's workdir anew")
+        raise WeightsError(
+            f"{folder}: expected the run's tokenizer, found no such folder; copy the run's workdir "
+            "anew"
+        )
     tokenizer = load_tokenizer(folder)
     ontology = ontology or more.read_ontology(setup.data)
     trainee = open_trainee(setup.settings, tokenizer, ontology, checkpoint)
@@ -236,7 +244,7 @@ def _task(path: Path) -> dict[str, Any]:
         if value is not None and not (type(value) in kinds and least <= value < math.inf):
             kind = "a number" if float in kinds else "a whole number"
             raise WeightsError(
-                f"{path}: {key}: found {value!r}, {kind} from {least} on expected; copy it anew"
+                f"{path}: {key}: expected {kind}, at least {least}, found {value!r}; copy it anew"
             )
     return task
 

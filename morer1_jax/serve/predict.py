@@ -41,22 +41,24 @@ def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
         there is no photo, or the entity is not in the title.
     """
     if missing := [key for key in _KEYS if key not in given]:
-        raise DataError(f"no {', '.join(missing)}, expected {', '.join(_KEYS)}")
+        raise DataError(f"expected the keys {', '.join(_KEYS)}, found no {', '.join(missing)}")
     if unknown := sorted(given.keys() - set(_KEYS)):
-        raise DataError(f"unexpected {', '.join(unknown)}, expected {', '.join(_KEYS)}")
+        raise DataError(f"expected the keys {', '.join(_KEYS)}, found also {', '.join(unknown)}")
     for key in ("image", "title", "entity"):
         if not isinstance(given[key], str) or not given[key].strip():
-            raise DataError(f"{key} is {given[key]!r}, expected text")
+            raise DataError(f"{key}: expected text, found {given[key]!r}")
     for key in ("title", "entity"):
         if not is_text(given[key]):
-            raise DataError(f"{key} is {given[key]!a}: a lone surrogate, expected Unicode text")
+            raise DataError(
+                f"{key}: expected Unicode text, found a lone surrogate in {given[key]!a}"
+            )
     if not isinstance(given["box"], list | tuple):
-        raise DataError(f"box is {given['box']!r}, expected four numbers")
+        raise DataError(f"box: expected four numbers, found {given['box']!r}")
     path = next((p for p in _alike(folder / given["image"]) if p.is_file()), None)
     if path is None:
         raise DataError(
-            f"no photo {given['image']!r} in {folder.absolute()}; give its path from there, or a "
-            "whole one"
+            f"image: expected a photo's path, found no photo {given['image']!r} in "
+            f"{folder.absolute()}; give its path from there, or an absolute one"
         )
     box = more.check_box(given["box"])
     tokens, span = _words(composed(given["title"]), composed(given["entity"]))
@@ -91,7 +93,10 @@ def _words(title: str, entity: str) -> tuple[tuple[str, ...], tuple[int, int]]:
     wanted = r"\s+".join(re.escape(word) for word in entity.split())
     found = re.search(rf"(?<!\w){wanted}(?!\w)", title)
     if found is None:
-        raise DataError(f"entity {entity!r} is not in the title {title!r}; write it as there")
+        raise DataError(
+            f"entity: expected words of the title {title!r}, found {entity!r}; write it as the "
+            "title does"
+        )
     before, words = title[: found.start()].split(), found.group().split()
     tokens = (*before, *words, *title[found.end() :].split())
     return tokens, (len(before), len(before) + len(words))

@@ -56,5 +56,7 @@ def _step_seconds(workdir: Path, stage: str) -> list[float]:
     remedy = "delete the line or use a new --workdir"
     times = read_jsonl(path, parse, "a step's metrics", remedy) if path.exists() else []
     if not any(times):
-        raise ConfigError(f"{path}: no step times of stage {stage}; run it before the control")
+        raise ConfigError(
+            f"{path}: expected step times of stage {stage}, found none; run it before the control"
+        )
     return [seconds for seconds in times if seconds is not None]

@@ -93,8 +93,8 @@ def check_free(path: Path, needed: int, ways: str) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
-            f"{path}: {_shown(needed)} more will be written at most, {_shown(free)} are free; "
-            f"{ways}"
+            f"{path}: expected {_shown(needed)} free, the most that will be written, found "
+            f"{_shown(free)}; {ways}"
         )
 
 

@@ -137,9 +137,9 @@ def _check_finite(facts: Sequence[Fact], not_finite: np.ndarray, dtype: str) -> 
     if bad.size:
         # A fact that a batch has twice has other noise, and so another number, the second time.
         raise NotFiniteError(
-            f"fact {facts[bad[0] % len(facts)].id}: an advantage, or the "
-            "log-probability of a token that was drawn (by the sampler, the old parameters or the "
-            "reference), is no finite number; its rollout is not trained on; "
+            f"fact {facts[bad[0] % len(facts)].id}: expected finite advantages and "
+            "log-probabilities of sampled tokens (by the sampler, the old parameters or the "
+            "reference), found NaN or infinity; its rollout is not trained on; "
             + ways(dtype, "with a new --workdir, lower grpo.optimizer.lr")
         )
 
@@ -152,8 +152,8 @@ def _pools(run: Run) -> dict[str, list[int]]:
     for number, rating in enumerate(pool_again(path, run.settings.rate), start=1):
         if rating.fact not in index:
             raise DataError(
-                f"{path}:{number}: a fact of the training split expected, fact {rating.fact!r} "
-                "found; run the stage `rate` again"
+                f"{path}:{number}: expected a fact of the training split, found fact "
+                f"{rating.fact!r}; run the stage `rate` again"
             )
         pools[rating.pool].append(index[rating.fact])
     return pools

@@ -58,5 +58,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     marker = read_marker(folder)
     if marker is None:
-        raise ConfigError(f"{folder}: stage {folder.name} is not done; run it first")
+        raise ConfigError(
+            f"{folder}: expected a stage that is done, found no {MARKER}; run stage {folder.name} "
+            "first"
+        )
     return marker["results"]

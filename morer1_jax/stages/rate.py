@@ -178,9 +178,9 @@ def _ratings_of(path: Path, facts: Sequence[Fact], config: RateSettings) -> list
     if ratings.keys() != ids:
         missing, foreign = sorted(ids - ratings.keys()), sorted(ratings.keys() - ids)
         raise DataError(
-            f"{path}: ratings of the {len(ids)} training facts expected, of {len(ratings)} facts "
-            f"found; {len(missing)} missing, such as {missing[:1]}, {len(foreign)} of no such "
-            f"fact, such as {foreign[:1]}; rate the training split again"
+            f"{path}: expected ratings of the {len(ids)} training facts, found {len(ratings)}: "
+            f"{len(missing)} missing, such as {missing[:1]}, {len(foreign)} of no such fact, such "
+            f"as {foreign[:1]}; rate the training split again"
         )
     return _pooled([ratings[fact.id] for fact in facts], config)
 
@@ -197,8 +197,8 @@ def _read_unfinished(path: Path, head: Mapping[str, Any]) -> list[Rating]:
             return Rating(**value)
         if changed := _changed(value, head):
             raise ConfigError(
-                f"ratings that were begun with another {', '.join(changed)}; give what "
-                "they were begun with, or delete it to rate anew"
+                f"expected ratings of the same settings, found others: {', '.join(changed)}; give "
+                "what they were begun with, or delete it to rate anew"
             )
         return None
 
@@ -215,5 +215,5 @@ def _changed(there: Any, here: Mapping[str, Any]) -> list[str]:
         values = [there.get(name), here.get(name)]
         if values[0] != values[1]:
             short = all(value is None or isinstance(value, int | float) for value in values)
-            changed.append(f"{name} ({values[0]} there, {values[1]} here)" if short else name)
+            changed.append(f"{name} (expected {values[1]}, found {values[0]})" if short else name)
     return changed

@@ -210,7 +210,7 @@ def stages_to_run(settings: Settings) -> list[Stage]:
     names = settings.stages.split(",")
     if unknown := [name for name in names if name not in BY_NAME]:
         raise ConfigError(
-            f"config.stages: names of {', '.join(BY_NAME)} expected, separated by commas, "
-            f"{', '.join(map(repr, unknown))} found"
+            f"config.stages: expected names of {', '.join(BY_NAME)}, separated by commas, found "
+            f"{', '.join(map(repr, unknown))}"
         )
     return [BY_NAME[name] for name in names]

@@ -61,8 +61,8 @@ class Progress:
         grown = {} if steps_key is None else {steps_key: there.get(steps_key)}
         if changed := "; ".join(differences(there, here | grown)):
             raise ConfigError(
-                f"{folder}: stage {stage.name} was made under another config ({changed}); "
-                "use a new --workdir, or delete this folder to run the stage again"
+                f"{folder}: expected stage {stage.name} of this config, found that of another "
+                f"({changed}); use a new --workdir, or delete this folder to run the stage again"
             )
         return steps_key is None or there.get(steps_key) == here[steps_key]
 
@@ -133,18 +133,18 @@ class Progress:
         reached = max([*bests, *(step for step in saved if step is not None)], default=0)
         if (least := max(reached, ended or 0)) > steps:
             raise ConfigError(
-                f"config.{key}: {steps} found, but {folder} is at step {least}; at least "
-                f"{least} expected, or a new --workdir"
+                f"config.{key}: expected at least {least}, the step that {folder} is at, found "
+                f"{steps}; raise it, or use a new --workdir"
             )
         if ended is not None and steps > ended and None in saved:
             raise ConfigError(
-                f"config.{key}: {steps} found, but {folder} ended at step {ended} and its "
-                f"optimizer's state is gone; set it back to {ended}, or use a new --workdir"
+                f"config.{key}: expected {ended}, where {folder} ended and left no optimizer's "
+                f"state, found {steps}; set it back, or use a new --workdir"
             )
         if reached == steps and marker is None and any(c.best() is None for c in kept):
             raise ConfigError(
-                f"config.{key}: {steps} found, but {folder} has passed that step without "
-                f"a validation; at least {steps + 1} expected"
+                f"config.{key}: expected at least {steps + 1}, since {folder} has passed step "
+                f"{steps} without a validation, found {steps}; raise it"
             )
 
     # Which checkpoints stay.

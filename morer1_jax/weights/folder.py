@@ -53,8 +53,8 @@ def find_folder(path: str) -> Path:
         raise WeightsError(f"{path}: {one_line(e)}; {files.INSTALL_CLIENT}") from None
     if not exists:
         raise WeightsError(
-            f"{path}: no such folder{did_you_mean(path)}; expected one with a {CONFIG}, or a name "
-            f"on the hub{hub_hint(path)}"
+            f"{path}: expected a folder with a {CONFIG}, or a name on the hub{hub_hint(path)}, "
+            f"found no such folder{did_you_mean(path)}"
         )
     return folder
 

@@ -79,11 +79,11 @@ def test_identity_keys_may_not_change(tmp_path):
         bind(now, tmp_path)
     message = str(error.value)
     assert "\n" not in message
-    assert "seed: 1 there, 2 here" in message
-    assert "sft.lr: 1e-05 there, 2e-05 here" in message
-    assert "sft.warm: true there, false here" in message
-    assert 'data.path: "x" there, absent here' in message
-    assert 'data.file: absent there, "y" here' in message
+    assert "seed: expected 2, found 1" in message
+    assert "sft.lr: expected 2e-05, found 1e-05" in message
+    assert "sft.warm: expected false, found true" in message
+    assert 'data.path: expected absent, found "x"' in message
+    assert 'data.file: expected "y", found absent' in message
     assert "new --workdir" in message
     assert "mesh" not in message
     assert (tmp_path / "config.json").read_bytes() == kept
@@ -91,7 +91,7 @@ def test_identity_keys_may_not_change(tmp_path):
 
 def test_true_is_not_one(tmp_path):
     bind({"flag": True}, tmp_path)
-    with pytest.raises(ConfigError, match="flag: true there, 1 here"):
+    with pytest.raises(ConfigError, match="flag: expected 1, found true"):
         bind({"flag": 1}, tmp_path)
 
 

@@ -61,11 +61,11 @@ def test_images_on_both_sides_of_a_boundary_between_samples():
     ("tokens", "grids", "message"),
     [
         ([IMAGE] * 4, [(2, 4, 4)], r"\(2, 4, 4\): expected an image, found a video"),
-        ([1, VIDEO], [], "videos are not supported"),
+        ([1, VIDEO], [], "expected those of text and images, found a video token"),
         ([IMAGE] * 4, [(1, 4, 5)], "multiples of 2 patches"),
-        ([IMAGE] * 3, [(1, 4, 4)], "found 3 image tokens at 0, the image .* needs 4"),
-        ([IMAGE] * 4, [], "image tokens at 0, after the last of 0"),
-        ([IMAGE] * 4, [(1, 4, 4)] * 2, "1 of 2 images have no image tokens"),
+        ([IMAGE] * 3, [(1, 4, 4)], "token 0: expected 4 image tokens .* found 3"),
+        ([IMAGE] * 4, [], "token 0: expected text after the last of 0"),
+        ([IMAGE] * 4, [(1, 4, 4)] * 2, "expected those of 2 images, found none for 1"),
     ],
 )
 def test_positions_refuse(tokens, grids, message):

@@ -86,7 +86,9 @@ def test_each_image_is_encoded_once(run):
 def test_a_fact_without_features_is_named(run):
     fact = run.dataset.splits["test"][0]
     other = type(fact)(**{**vars(fact), "id": "test:999"})
-    with pytest.raises(DataError, match=r"test:999: not among the facts of .*features"):
+    with pytest.raises(
+        DataError, match=r"features: expected features of fact test:999, found none"
+    ):
         run.reader.read(other)
 
 
@@ -94,7 +96,9 @@ def test_a_fact_without_features_is_named(run):
 def test_features_of_what_trains_are_refused_before_any_work(config, tmp_path, part):
     changed = config.copy_and_resolve_references()
     changed.tune[part] = 0.5
-    with pytest.raises(ConfigError, match=rf"config\.data\.keep_features: .* tune\.{part} is 0\.5"):
+    with pytest.raises(
+        ConfigError, match=rf"data\.keep_features: .* tune\.{part} = 0, .* found 0\.5"
+    ):
         opened(changed, tmp_path)
     assert not (tmp_path / "features").exists()
 
@@ -121,7 +125,7 @@ def test_what_a_crash_leaves_is_not_taken_for_features(run, tmp_path, monkeypatc
 def test_features_that_are_not_finite_are_not_kept(run, tmp_path, monkeypatch):
     patches = run.trainee.frozen["vision"]["patch_embed"]
     monkeypatch.setitem(patches, "kernel", patches["kernel"] * 1e38)
-    with pytest.raises(DataError, match=r"^fact train:1: the features of its photo are not fin"):
+    with pytest.raises(DataError, match=r"^fact train:1: expected finite features of its photo, "):
         encode(run, tmp_path)
     assert not (tmp_path / "features").exists()
 
@@ -129,7 +133,7 @@ def test_features_that_are_not_finite_are_not_kept(run, tmp_path, monkeypatch):
 def test_a_damaged_index_is_named(config, tmp_path):
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "index.json").write_text('{"facts": {')
-    with pytest.raises(DataError, match=r"features: features cannot be read .* delete the folder"):
+    with pytest.raises(DataError, match=r"features: expected an index and features, .* delete the"):
         opened(config, tmp_path)
 
 
@@ -146,12 +150,12 @@ def test_features_of_other_photos_or_pixel_limits_are_named(run, config, tmp_pat
     photo = run.dataset.splits["valid"][0].photo
     with Image.open(folder / "img_org" / photo) as before:
         ImageOps.invert(before).save(folder / "img_org" / photo)
-    stale = rf"^{tmp_path}/features: .* these are of others: img_org/{photo} changed; delete"
+    stale = rf"^{tmp_path}/features: .* found others \(img_org/{photo} changed\); delete"
     with pytest.raises(DataError, match=stale):
         opened(changed, tmp_path)
     (tmp_path / "data.json").unlink()
     changed.data.update(folder=str(small_world), crop_margin=0.3)
-    with pytest.raises(DataError, match="are of others: pixel limits or crop changed; "):
+    with pytest.raises(DataError, match=r"found others \(pixel limits or crop changed\); "):
         opened(changed, tmp_path)
 
 
@@ -163,5 +167,7 @@ def test_features_that_do_not_say_what_they_were_made_of_are_refused_at_the_star
     described = json.loads(path.read_text())
     del described["made_of"]
     path.write_text(json.dumps(described))
-    with pytest.raises(DataError, match=r"features: .* these do not say what they are of; delete"):
+    with pytest.raises(
+        DataError, match=r"features: .* found no digests of what they were made of; d"
+    ):
         opened(config, tmp_path)

@@ -72,7 +72,7 @@ def drawn(value, counted):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_token_drawn_from_no_probabilities_is_named(value, dtype):
     check_drawn("test:3", drawn(value, False), dtype)  # Padding may hold anything.
-    named = rf"^fact test:3: .* token 3 of answer 2 is {value},.* overflow in {dtype}; "
+    named = rf"^fact test:3: .* token 3 of answer 2, found {value}:.* overflow in {dtype}; "
     with pytest.raises(NotFiniteError, match=named) as error:
         check_drawn("test:3", drawn(value, True), dtype)
     # What computes in float32 is not told to.
@@ -81,7 +81,7 @@ def test_a_token_drawn_from_no_probabilities_is_named(value, dtype):
 
 def test_a_score_that_is_not_finite_is_named():
     check_scores("sft", 4, {"micro_f1": 0.0})
-    with pytest.raises(DataError, match=r"^sft step 4: validation/macro_f1 is nan, "):
+    with pytest.raises(DataError, match=r"^sft step 4: validation/macro_f1: .* found nan; "):
         check_scores("sft", 4, {"micro_f1": 0.0, "macro_f1": float("nan")})
 
 
@@ -115,7 +115,7 @@ def test_skipped_updates_are_counted_until_they_are_asked_for():
     assert training.skipped.extra() == {"skipped_updates": 5, "skipped_in_a_row": 2}
     assert (training.skipped.take(), training.skipped.take()) == (5, 0)
     assert training.lines == [
-        f"sft step {n}: loss is nan; its update is skipped" for n in (2, 4, 5)
+        f"sft step {n}: expected a finite loss, found nan; its update is skipped" for n in (2, 4, 5)
     ]
     training.go(0)
     assert training.skipped.row == 0
@@ -144,7 +144,9 @@ def test_too_many_in_a_row_end_training_wherever_it_was_taken_up():
     with pytest.raises(NotFiniteError) as error:
         again.skipped.check()
     message = str(error.value)
-    assert message.startswith("sft step 1: loss is nan, as in each of 5 steps in a row; ")
+    assert message.startswith(
+        "sft step 1: expected a finite loss, found nan, as in each of 5 steps in a row; "
+    )
     assert "; the last finite checkpoint: of step 7; " in message
     assert "\n" not in message
 
@@ -164,11 +166,13 @@ def test_a_step_counts_as_skipped_where_all_its_updates_were():
     assert training.skipped.take() == 2 + 1 + 2 * (PATIENCE - 1) + 1
     counts = [2, 1, *[2] * (PATIENCE - 1), 1]
     assert training.lines == [
-        f"sft step {n}: loss is nan; {count} of its 2 updates are skipped"
+        f"sft step {n}: expected a finite loss, found nan; {count} of its 2 updates are skipped"
         for n, count in enumerate(counts, start=1)
     ]
     training.go(*[2] * PATIENCE)
-    with pytest.raises(NotFiniteError, match=r"^sft step 12: loss is nan, as in each of 5 steps"):
+    with pytest.raises(
+        NotFiniteError, match=r"^sft step 12: .* loss, found nan, as in each of 5 steps"
+    ):
         training.skipped.check()
 
 
@@ -178,7 +182,9 @@ def test_parameters_that_are_lost_end_training_at_once(skip, dtype):
     """Whether or not a later update of the step found its loss not finite and was skipped."""
     training = Training(updates=2, dtype=dtype)
     training.go(skip, norm=np.inf)
-    with pytest.raises(NotFiniteError, match=r"^sft step 1: param_norm is inf; .* step 7") as error:
+    with pytest.raises(
+        NotFiniteError, match=r"^sft step 1: .* param_norm, found inf; .* step 7"
+    ) as error:
         training.skipped.check()
     assert training.lines == []
     assert ("compute in float32" in str(error.value)) == (dtype == "bfloat16")
@@ -204,7 +210,9 @@ def test_a_run_of_batches_that_are_not_finite_ends_and_keeps_its_checkpoints(
     monkeypatch.setattr(SequenceFeed, "__call__", spoilt)
     with pytest.raises(NotFiniteError) as error:
         train(config, tmp_path)
-    assert str(error.value).startswith("sft step 9: loss is nan, as in each of 5 steps in a row")
+    assert str(error.value).startswith(
+        "sft step 9: expected a finite loss, found nan, as in each of 5 steps in a row"
+    )
     assert Checkpointer(tmp_path / "sft" / "checkpoints").latest() == 4
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     trained = {r["step"]: r["skipped_updates"] for r in records if r["kind"] == "train"}

@@ -41,7 +41,8 @@ def test_a_lock_names_its_holder_and_ends_with_it_whatever_it_forked(tmp_path):
     try:
         message = refusal(folder, folder=True)
         assert message.startswith(
-            f"{folder}: process {process.pid} on {socket.gethostname()} since 20"
+            f"{folder}: expected no other process to write into it, found process {process.pid} on "
+            f"{socket.gethostname()} since 20"
         )
         assert f"({sys.executable} -c)" in message
         assert message.endswith("; wait until it has ended, or name another")
@@ -66,7 +67,9 @@ def test_nothing_is_left_of_a_lock(tmp_path, folder):
     def fail():
         with hold(path, folder=folder):
             same = tmp_path / "a" / ".." / "a" / "b" / "out"
-            assert f"{path}: process {os.getpid()} on " in refusal(same, folder=folder)
+            message = refusal(same, folder=folder)
+            assert message.startswith(f"{path}: expected no other process to write into it, found ")
+            assert f", found process {os.getpid()} on " in message
             assert path.exists() == folder
             raise RuntimeError("no")
 
@@ -84,7 +87,7 @@ def test_nothing_is_left_of_a_lock(tmp_path, folder):
 def test_a_path_is_the_same_by_any_name(tmp_path, folder):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with hold(tmp_path / "out", folder=folder):
-        assert "writes into it" in refusal(tmp_path / "link", folder=folder)
+        assert "to write into it" in refusal(tmp_path / "link", folder=folder)
 
 
 def test_what_a_killed_process_left_blocks_nobody(tmp_path, capsys):
@@ -149,4 +152,4 @@ def test_a_full_disk_is_no_hindrance(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", full)
     with hold(tmp_path, folder=True):
-        assert ": another process writes into it" in refusal(tmp_path, folder=True)
+        assert "to write into it, found another process;" in refusal(tmp_path, folder=True)

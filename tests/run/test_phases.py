@@ -48,7 +48,7 @@ def test_a_phase_handed_over_late_lasts_from_then(clock):
     clock.now = 104.0
     timer.phase("update", clock.until(106.0))
     clock.now = 100.0
-    with pytest.raises(RuntimeError, match="outside of its context"):
+    with pytest.raises(RuntimeError, match="found outside of it"):
         timer.take(0)
     with timer:
         assert timer.take(0) == {"rollout": 1.0, "update": 2.0}

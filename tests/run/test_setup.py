@@ -83,7 +83,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_named_before_any_work(config, tmp
     config.data.folder = str(tmp_path / "absent")  # Not looked at: that comes after.
     branch, leaf = key.split(".")
     config[branch][leaf] = 3
-    with pytest.raises(ConfigError, match=rf"^config\.{key}: a multiple of .* = 2 expected, 3 fou"):
+    with pytest.raises(ConfigError, match=rf"^config\.{key}: expected a multiple .* = 2, found 3;"):
         opened(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -19,7 +19,7 @@ def test_that_checkpoints_can_be_saved_is_tried_out(tmp_path, monkeypatch):
     odd = tmp_path / "[1]"
     with pytest.raises(CheckpointError) as error:
         check_saves(odd)
-    assert str(error.value).startswith(f"{odd}: no checkpoint can be saved there and read ba")
+    assert str(error.value).startswith(f"{odd}: expected a folder where checkpoints can be")
     assert str(error.value).endswith("; use another --workdir")
     assert "\n" not in str(error.value)
     assert os.listdir(odd) == []

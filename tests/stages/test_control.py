@@ -84,10 +84,10 @@ def test_steps_that_were_not_logged_count_too(steps, tmp_path):
 
 
 def test_without_a_log_of_grpo_it_says_what_to_run(steps, tmp_path):
-    with pytest.raises(ConfigError, match="no step times of stage grpo; run it before"):
+    with pytest.raises(ConfigError, match="step times of stage grpo, found none; run it"):
         steps()
     write(tmp_path, sft={1: 1.0})
-    with pytest.raises(ConfigError, match="no step times of stage grpo; run it before"):
+    with pytest.raises(ConfigError, match="step times of stage grpo, found none; run it"):
         steps()
 
 

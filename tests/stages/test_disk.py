@@ -222,7 +222,9 @@ def test_too_little_room_is_named_before_the_first_step(config, tmp_path, monkey
     with pytest.raises(ConfigError) as error:
         disk.check_room(run, progress, [BY_NAME["sft"]])
     message = str(error.value)
-    assert message.startswith(f"{tmp_path / 'run'}: {most / 1e6:,.1f} MB more will be written at ")
+    assert message.startswith(
+        f"{tmp_path / 'run'}: expected {most / 1e6:,.1f} MB free, the most that will be "
+    )
     assert message.endswith("; lower sft.keep_checkpoints, make room, or name another --workdir")
     assert "\n" not in message
 

@@ -7,7 +7,7 @@ from morer1_jax.stages.marker import read_marker, read_results, write_marker
 def test_a_stage_is_done_once_its_marker_is_there(tmp_path):
     folder = tmp_path / "sft"
     assert read_marker(folder) is None
-    with pytest.raises(ConfigError, match="stage sft is not done"):
+    with pytest.raises(ConfigError, match=r"found no DONE\.json; run stage sft first"):
         read_results(folder)
     folder.mkdir()
     (folder / "output").write_text("half")

@@ -137,7 +137,7 @@ def test_ratings_made_before_get_the_configs_pools_and_the_facts_order(tmp_path)
 @pytest.mark.parametrize(
     ("ratings", "message"),
     [
-        (RATINGS[1:], r"of the 4 .* of 3 facts found; 1 missing, such as \['train:1'\]"),
+        (RATINGS[1:], r"of the 4 .* found 3: 1 missing, such as \['train:1'\]"),
         ([*RATINGS, Rating("train:9", 1.0, "easy")], r"1 of no such fact, such as \['train:9'\]"),
         ([*RATINGS, RATINGS[1]], r"given\.jsonl:5: expected a rating a fact, found train:2 twice"),
         ([], r"given\.jsonl: expected a rating a line, found none"),
@@ -199,15 +199,15 @@ def test_ratings_of_another_kind_are_not_overwritten(tmp_path):
     kill(out, mine)
     before = (tmp_path / "ratings.jsonl.unfinished").read_bytes()
     for changes, names in (
-        ({"seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({"seed": 1}, r"seed \(expected 1, found 0\)"),
         ({"photos": "q"}, "photos"),
-        ({"checkpoint": "b", "length": 8}, r"checkpoint, length \(None there, 8 here\)"),
+        ({"checkpoint": "b", "length": 8}, r"checkpoint, length \(expected 8, found None\)"),
     ):
         with pytest.raises(ConfigError) as error:
             rate(Asked(), None, FACTS, RATE, out, mine | changes)
         assert re.fullmatch(
-            rf"{tmp_path}/ratings\.jsonl\.unfinished:1: ratings that were begun with another "
-            rf"{names}; give what they were begun with, or delete it to rate anew",
+            rf"{tmp_path}/ratings\.jsonl\.unfinished:1: expected ratings of the same settings, "
+            rf"found others: {names}; give what they were begun with, or delete it to rate anew",
             str(error.value),
         )
         assert (tmp_path / "ratings.jsonl.unfinished").read_bytes() == before

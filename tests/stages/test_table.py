@@ -31,7 +31,7 @@ def test_an_unknown_stage_is_named_with_those_there_are(config, stages, found):
     with pytest.raises(ConfigError) as error:
         stages_to_run(settings(config))
     assert str(error.value) == (
-        f"config.stages: names of {names} expected, separated by commas, {found} found"
+        f"config.stages: expected names of {names}, separated by commas, found {found}"
     )
 
 
