@@ -392,7 +392,12 @@ def test_a_start_under_nohup_outlives_its_terminal(config, workdir, monkeypatch)
         ("sft", False, {}, ["expected synthesise before sft,", "stages=synthesise,sft "]),
         ("sft,synthesise", False, {}, ["expected synthesise before sft,"]),
         ("evaluate", False, {}, ["expected synthesise before evaluate,", "data.folder"]),
-        ("grpo", False, {}, ["synthesise and sft and rate,", "=synthesise,sft,rate,grpo runs"]),
+        (
+            "grpo",
+            False,
+            {},
+            ["synthesise and sft and rate before grpo,", "=synthesise,sft,rate,grpo runs"],
+        ),
         ("synthesise,rate", False, {}, ["expected sft before rate,", "model.path=…"]),
         ("grpo", True, {}, ["expected sft and rate before grpo,"]),
         ("grpo", True, {"rate.begin": "checkpoint"}, ["expected rate before grpo,"]),
