@@ -214,7 +214,7 @@ def test_what_is_no_path_is_one_line(command, folder, args, message):
 def test_a_shells_home_is_the_home_of_flags(command, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder / "runs"))
     for args, message in (
-        ((CONVERT, "--checkpoint=~/old", "--out=x"), f"{folder}/runs/old: no checkpoint; exp"),
+        ((CONVERT, "--checkpoint=~/old", "--out=x"), f"{folder}/runs/old: expected a run's"),
         ((CONVERT, "--checkpoint=none", "--out=~/old"), f"--out={folder}/runs/old: exists already"),
         ((*SCORE, "--out=~/../file"), f"{folder}/runs/../file/eval: cannot be written"),
         ((STUDY, "--folder=~/../file"), f"{folder}/runs/../file: expected a folder to write"),
@@ -271,7 +271,7 @@ def test_a_name_for_scores_is_the_checkpoints_last_part(command, folder, monkeyp
     Path("scores/eval").mkdir(parents=True)
     Path("scores/eval/old.json").write_text("{}")
     _, err = command(EVALUATE, "--checkpoint=.", "--data=none", "--out=scores", code=2)
-    assert "scores/eval/old.json: exists already" in err
+    assert "scores/eval/old.json: expected no scores of this name, found a file" in err
 
 
 def test_build_tfds_says_what_it_wrote_and_no_more(command, small_world, tmp_path):

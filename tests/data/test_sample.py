@@ -67,7 +67,8 @@ def test_all_shapes_that_are_refused_are_named_at_once(make, facts, sizes, reaso
     with pytest.raises(DataError, match=r"^3 faults: \(1\) ") as error:
         make().sizes(facts, thin, reasoning)
     for fact in list(first.values())[:3]:
-        assert f"(fact {fact.id}): the photo has 900 × 3 pixels" in str(error.value)
+        place = f"(fact {fact.id}): expected a photo whose shape the processor takes"
+        assert f"{place}, found 900 × 3 pixels" in str(error.value)
     with pytest.raises(DataError, match=r"^20 faults or more: ") as error:
         make().sizes(facts, dict.fromkeys(sizes, (900, 3)), reasoning)
     for photo in list(first)[:20]:
