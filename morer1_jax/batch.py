@@ -1,4 +1,4 @@
-"""What the compiled programs take: arrays of fixed shapes, a row each.
+"""Batches: the arrays of fixed shapes that the compiled programs take.
 
 A batch is a NamedTuple of NumPy arrays whose leading axis is the row, so that any program can take
 it and a mesh can shard it by rows. Rows are padded on the right to a `shapes.Shape`.

@@ -42,7 +42,7 @@ _BATCH = flags.DEFINE_integer("batch", 64, "Facts at once.", 1)
 
 
 def main(argv: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     del argv
     keep_freed_memory()
     use_program_cache()
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
-    """Scores a split, into a folder that is this process's."""
+    """Scores a split, into a folder that this process has locked."""
     labels = data / LABELS
     facts = more.read_split(data, split, more.read_ontology(data))
     loaded = open_model(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
@@ -78,7 +78,7 @@ def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
 
 
 def _check_out(out: Path, split: str, name: str) -> None:
-    """A page and its table are of one split, and each name in it is of one system.
+    """Checks that the page is of one split, and each of its names of one system.
 
     Raises:
       ConfigError: the folder has answers to another split's facts, or scores of this name.

@@ -1,4 +1,4 @@
-r"""One photo, box, title and entity, or many: the reasoning step by step, and the label.
+r"""Answers one question (photo, box, title, entity) or many: reasoning by steps, and label.
 
     python -m morer1_jax.predict --checkpoint=runs/demo --image=photo.jpg \
         --box=0.52,0.4,0.2,0.6 --title="Heat and Celtics Are Tied Up" --entity=Heat
@@ -55,7 +55,7 @@ _BATCH = flags.DEFINE_integer("batch", 16, "Questions at once.", 1)
 
 
 def main(argv: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     del argv
     use_program_cache()
     check_alone()

@@ -1,4 +1,4 @@
-"""The main job: synthesise, SFT, baselines, rate, GRPO, evaluate.
+"""Runs the main job: synthesise, SFT, baselines, rate, GRPO, evaluate.
 
     python -m morer1_jax.train --config=configs/demo.py
 
@@ -67,7 +67,7 @@ def train(config: Any, workdir: Path) -> None:
 
 
 def _train(setup: Setup, stages: Sequence[Stage]) -> None:
-    """Runs stages in a workdir that is this process's."""
+    """Runs stages in a workdir that this process has locked."""
     workdir, progress = setup.workdir, Progress.of(setup.settings, setup.workdir)
 
     # Find whatever is wrong before a step is spent; the data may have to be made for that.
@@ -125,7 +125,7 @@ def _run_stage(stage: Stage, run: Setup | Run | None, progress: Progress) -> Non
 
 @contextlib.contextmanager
 def _start(workdir: Path) -> Iterator[None]:
-    """If the block fails or is interrupted, what it made of a run is gone, and nothing else.
+    """Undoes what the block made in the workdir if it fails or is interrupted, and nothing else.
 
     Otherwise the command could not be corrected: the workdir would belong to the one that failed.
     What binds the workdir is as it was before.
@@ -150,7 +150,7 @@ def _start(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """What would end the process at once ends the block in order, as Ctrl-C does."""
+    """Turns SIGTERM and SIGHUP into `SystemExit`, so that they end the block as Ctrl-C does."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -171,10 +171,10 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _check_order(setup: Setup, progress: Progress, stages: Sequence[Stage]) -> None:
-    """Checks that what each stage works with is there, or made by a stage before it.
+    """Checks that what each stage needs is done, or made by a stage before it.
 
     Raises:
-      ConfigError: it is not.
+      ConfigError: a stage comes before one that it needs.
     """
     has_data = setup.settings.data.folder is not None or setup.data.exists()
     for place, stage in enumerate(stages):
@@ -203,7 +203,7 @@ def _check_order(setup: Setup, progress: Progress, stages: Sequence[Stage]) -> N
 
 
 def main(argv: list[str]) -> None:
-    """The command line's entry."""
+    """Runs the command line."""
     del argv
     keep_freed_memory()
     use_program_cache()

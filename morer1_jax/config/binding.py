@@ -1,4 +1,4 @@
-"""What of a config may change when a run goes on, and the file that a workdir keeps it in."""
+"""Binds a workdir to its config, and says which keys may still change when a run goes on."""
 
 from __future__ import annotations
 

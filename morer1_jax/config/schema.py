@@ -1,4 +1,4 @@
-"""Configs against dataclasses: each branch is a dataclass, each key one of its fields.
+"""Builds configs from and into dataclasses: a branch is a dataclass, a key one of its fields.
 
 A key that a config leaves out has its field's default.
 """

@@ -1,4 +1,4 @@
-"""Photos and crops as the patches the vision tower reads.
+"""Makes photos and crops into the patches that the vision tower reads.
 
 Pixel limits and the crop's margin come from one `ImageConfig`, and photos through `task.photo`, so
 that training, sampling, rating and evaluation see the same pixels, the same way up. The numbers are
@@ -40,7 +40,7 @@ class Patches:
 
 
 def crop_box(box: Box, size: tuple[int, int], config: ImageConfig) -> tuple[int, int, int, int]:
-    """The crop's (left, top, right, bottom) in pixels, inside a photo of (width, height) `size`.
+    """Returns the crop's (left, top, right, bottom) pixels in a photo of (width, height) `size`.
 
     A long and thin box grows around its centre until the processor takes the crop's shape, which
     it can wherever the processor takes the photo's own shape.
@@ -91,20 +91,20 @@ class ImageReader:
         return (levels - mean) / std
 
     def open(self, fact: Fact) -> Image.Image:
-        """The fact's photo, RGB, upright."""
+        """Reads the fact's photo, RGB, upright."""
         return more.read_photo(self.folder, fact, self._photo_path)
 
     def pair(self, fact: Fact) -> tuple[Image.Image, Image.Image]:
-        """Photo and crop of the object's box."""
+        """Reads the photo and crops it to the object's box."""
         photo = self.open(fact)
         return photo, photo.crop(crop_box(fact.box, photo.size, self.config))
 
     def patches(self, fact: Fact, which: int | None = None) -> Patches:
-        """Photo and crop of a fact as patches; or of the two only the photo (0) or the crop (1)."""
+        """Reads a fact's photo and crop as patches; or only the photo (0) or the crop (1)."""
         return self.encode(self.open(fact), fact.box, self._name(fact), which)
 
     def encode(self, photo: Image.Image, box: Box, name: str, which: int | None = None) -> Patches:
-        """Photo and crop as patches, or one of the two.
+        """Returns photo and crop as patches, or one of the two.
 
         Args:
           photo: as `open_photo` gives it.
@@ -120,7 +120,7 @@ class ImageReader:
         return Patches(np.concatenate(values), tuple(grid for _, grid in pairs))
 
     def grids(self, fact: Fact, size: tuple[int, int]) -> tuple[Grid, ...]:
-        """The grids `patches` would give for a photo of (width, height) `size`, without pixels."""
+        """Returns the grids of `patches` for a photo of (width, height) `size`, without pixels."""
         return self._grids(fact.box, size, self._name(fact))
 
     def _name(self, fact: Fact) -> str:
@@ -133,7 +133,7 @@ class ImageReader:
         )
 
     def _patchify(self, image: Image.Image, grid: Grid) -> np.ndarray:
-        """An image's patches: units of merge × merge patches row by row, in each c, t, p, p."""
+        """Returns the patches: units of merge × merge patches row by row, in each c, t, p, p."""
         config = self.config
         p, m, t = config.patch_size, config.merge_size, config.temporal_patch_size
         _, rows, columns = grid

@@ -186,12 +186,14 @@ def _encode(
     def make(number: int) -> tuple[VisionBatch, list[np.ndarray]]:
         chunk = images[number * rows : (number + 1) * rows]
         # The last batch is filled up to the compiled size.
-        made = [
+        images_of_rows = [
             collator.image(reader.photos.patches(fact, which), reader.limits.slots)
             for fact, which in chunk + chunk[-1:] * (rows - len(chunk))
         ]
-        patches = jax.tree.map(lambda *parts: np.stack(parts), *(batch for batch, _ in made))
-        return patches, [token_slots for _, token_slots in made]
+        patches = jax.tree.map(
+            lambda *parts: np.stack(parts), *(batch for batch, _ in images_of_rows)
+        )
+        return patches, [token_slots for _, token_slots in images_of_rows]
 
     count = -(-len(images) // rows)
     with progress(desc="encode images", total=len(images), unit="image") as bar:
@@ -199,8 +201,8 @@ def _encode(
         start = 0
         for number, (batch, slots_of_row) in enumerate(batches):
             encoded = np.asarray(run(params, policy.put(batch)))
-            wanted = min(rows, len(images) - number * rows)
-            for row in range(wanted):
+            real_rows = min(rows, len(images) - number * rows)
+            for row in range(real_rows):
                 tokens = encoded[row][slots_of_row[row]]
                 if count_not_finite(tokens):
                     fact, which = images[number * rows + row]
@@ -212,6 +214,6 @@ def _encode(
                     )
                 out[start : start + len(tokens)] = tokens
                 start += len(tokens)
-            bar.update(wanted)
+            bar.update(real_rows)
     out.flush()
     write_index(folder, every.places, out.shape, dtype, origin)

@@ -1,4 +1,4 @@
-"""What is not finite: found in arrays, in answers, in updates; and the errors that say so.
+"""Finds NaN and infinity in arrays, answers and updates, and says so in errors.
 
 Numbers that are NaN or infinite never go away again: a checkpoint of them is worth nothing, and
 what is read off them looks like an answer. So they are looked for wherever numbers come in, are
@@ -27,7 +27,7 @@ SKIPPED, IN_A_ROW = "skipped_updates", "skipped_in_a_row"
 
 
 def first_not_finite(leaves: Mapping[str, jax.Array]) -> str | None:
-    """The name of the first array that has a value that is not finite; None if none has.
+    """Returns the name of the first array with a value that is not finite, or None.
 
     Integers, and keys, are passed over. In a run of several processes all must call it at once.
     """
@@ -49,7 +49,7 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def ways(dtype: str, *others: str) -> str:
-    """What to do about numbers that are not finite.
+    """Returns what a user can do about numbers that are not finite, for an error.
 
     Args:
       dtype: that they were computed in; float32 is named where it is another.
@@ -83,7 +83,7 @@ def check_drawn(fact: str, rollout: Rollout, dtype: str) -> None:
 
 
 def check_scores(stage: str, step: int, scores: Mapping[str, float]) -> None:
-    """Sees to it that a validation's scores are numbers, so that one of them can be the best.
+    """Checks that a validation's scores are finite, so that the best can be chosen.
 
     Raises:
       NotFiniteError: one is not finite.
@@ -163,7 +163,7 @@ class SkippedUpdates:
                 )
 
     def take(self) -> int:
-        """Updates skipped since it was last asked for."""
+        """Returns the updates skipped since the last call."""
         count, self._count = self._count, 0
         return count
 
@@ -177,12 +177,12 @@ class SkippedUpdates:
             raise self._error
 
     def extra(self) -> dict[str, int]:
-        """What a checkpoint must remember: else a resumed run would count less."""
+        """Returns what a checkpoint must remember: else a resumed run would count less."""
         return {SKIPPED: self._count, IN_A_ROW: self.row}
 
 
 def _not_finite_metric(metrics: Mapping[str, Any]) -> str:
-    """The first metric that is not finite, with its value; lost parameters before what they do."""
+    """Describes the first metric that is not finite: parameters first, then what they cause."""
     numbers = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
     first = dict.fromkeys(("param_norm", "loss", "grad_norm")) | numbers
     for name in first:

@@ -248,7 +248,7 @@ class CompileWatch:
 
     @contextlib.contextmanager
     def step(self, batch: Any) -> Iterator[list[float]]:
-        """Around one step.
+        """Records the compilations of one step.
 
         Yields:
           A list which, once the step is over, has the seconds of each compilation of a step whose
@@ -288,7 +288,7 @@ class StopWatch:
         self._since = None
 
     def seconds_a_step(self, step: int) -> float:
-        """The mean since it was last asked for; `step` is computed just now."""
+        """Returns the mean since the last call; `step` has just been computed."""
         running = self._since is not None
         self.pause()
         mean = self._seconds / (step - self._step)

@@ -1,4 +1,4 @@
-"""Which kernels compute attention, by what the mesh is made of."""
+"""Chooses the kernels that compute attention, by the mesh's devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from morer1_jax.run.mesh import BATCH_AXES, HEAD_AXIS
 def choose(
     attention: AttentionChoice, dtype: str, head_sizes: Sequence[int], mesh: Mesh
 ) -> Kernels:
-    """Attention's kernels on a mesh.
+    """Chooses attention's kernels on a mesh.
 
     Args:
       attention: "auto": splash attention on TPUs; on NVIDIA's GPUs cuDNN's, if it can do `dtype`

@@ -1,4 +1,4 @@
-"""A run's logs: JSON lines and TensorBoard events.
+"""Writes a run's logs: JSON lines and TensorBoard events.
 
 A resumed run computes again the steps since its last checkpoint.  `resume_at` drops the records of
 these steps, so that every (stage, step, kind) is in a file exactly once, also after a crash.  For

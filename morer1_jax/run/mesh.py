@@ -49,7 +49,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all `devices` (by default every device of every process).
+    """Makes a mesh over all `devices` (by default every device of every process).
 
     Args:
       axes: name to size, outermost first; at most one size may be -1, "whatever is left".
@@ -92,12 +92,12 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:
-    """A leaf's path as 'a/b/c', whatever mix of dicts, dataclasses and tuples leads to it."""
+    """Returns a leaf's path as 'a/b/c', for any mix of dicts, dataclasses and tuples."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
-    """How the parameter at `path` is split: by the first rule that matches, where it divides.
+    """Returns how the parameter at `path` is split: by the first rule that matches.
 
     An axis of the array that its mesh axis does not divide is not split, nor is one whose mesh
     axis the mesh lacks.  A parameter that no rule matches is replicated.
@@ -118,7 +118,7 @@ def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
 
 
 def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
-    """The sharding of every parameter.
+    """Returns the sharding of every parameter.
 
     Args:
       params: a tree of arrays or `jax.ShapeDtypeStruct`.
@@ -133,7 +133,7 @@ def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
 
 
 def state_shardings(mesh: Mesh, state: PyTree, params: PyTree) -> PyTree:
-    """The sharding of every leaf of a training state.
+    """Returns the sharding of every leaf of a training state.
 
     A leaf follows the parameter whose path its own path ends in, if the shapes are equal, as those
     of an optimizer's moments are; where several do, the longest path.  Every other leaf (counters,
@@ -162,12 +162,12 @@ def state_shardings(mesh: Mesh, state: PyTree, params: PyTree) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows, the leading axis of every array of a batch, split over the axes `BATCH_AXES`."""
+    """Returns the sharding that splits rows, a batch's leading axis, over `BATCH_AXES`."""
     return NamedSharding(mesh, P(tuple(name for name in BATCH_AXES if name in mesh.shape)))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Returns into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES if name in mesh.shape)
 
 
@@ -212,7 +212,7 @@ def like(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def shardings_of(tree: PyTree) -> PyTree:
-    """The sharding of every array of a tree."""
+    """Returns the sharding of every array of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -236,12 +236,12 @@ def program(
 
 
 def this_host() -> Host:
-    """This process, which prepares its rows of every batch."""
+    """Returns this process as the host that prepares its rows of every batch."""
     return Host(jax.process_index(), jax.process_count())
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Arrays of the whole mesh as NumPy arrays, on every process."""
+    """Returns arrays of the whole mesh as NumPy arrays, on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -51,7 +51,7 @@ class PhaseTimer:
         self._jobs.put((self._step, name, time.perf_counter(), result))
 
     def take(self, step: int) -> dict[str, float]:
-        """Seconds of each phase, summed over the steps up to this one since it was last asked for.
+        """Returns seconds of each phase, summed over the steps since the last call, up to this one.
 
         Waits until they have ended.
 

@@ -65,5 +65,5 @@ class Policy:
         )
 
     def put(self, batch: Any) -> Any:
-        """A host's rows of a batch, onto the mesh."""
+        """Puts a host's rows of a batch onto the mesh."""
         return meshes.put_batch(batch, self.mesh)

@@ -1,4 +1,4 @@
-"""Tokens a second and MFU: what a step has done, in tokens and in FLOPs of `model.flops`."""
+"""Counts a step's tokens and FLOPs (`model.flops`), for tokens a second and MFU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Passes(NamedTuple):
 
     @classmethod
     def of(cls, parts: TrainableParts) -> Passes:
-        """Of a step that trains these parts.
+        """Returns the passes of a step that trains these parts.
 
         Adapters' own products are too small to count. A tower behind which only the decoder trains
         has no backward pass.
@@ -50,7 +50,7 @@ class Passes(NamedTuple):
 
 
 def sequence_work(config: ModelConfig, passes: Passes, batch: SequenceBatch) -> Work:
-    """Of a step of SFT."""
+    """Returns the work of a step of SFT."""
     lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segment_ids]).astype(np.int64)
     text = text_flops(
         config.text,
@@ -72,7 +72,7 @@ def group_work(
     scored: int,
     updates: int,
 ) -> Work:
-    """Of a step of GRPO, each prompt computed once for its group.
+    """Returns the work of a step of GRPO, each prompt computed once for its group.
 
     Args:
       lengths: [b, g], tokens of the completions.
@@ -93,10 +93,10 @@ def group_work(
 
 
 def throughput(work: Work, seconds: float) -> dict[str, float]:
-    """`throughput/tokens_per_second_per_device`, and `mfu` where the devices' peak is known."""
+    """Returns `throughput/tokens_per_second_per_device`, and `mfu` if the peak is known."""
     devices = jax.device_count()
-    found = {"throughput/tokens_per_second_per_device": work.tokens / seconds / devices}
+    rates = {"throughput/tokens_per_second_per_device": work.tokens / seconds / devices}
     peak = peak_flops(jax.devices()[0].device_kind)
     if peak is not None:
-        found["mfu"] = work.flops / seconds / devices / peak
-    return found
+        rates["mfu"] = work.flops / seconds / devices / peak
+    return rates

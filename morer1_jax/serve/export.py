@@ -1,4 +1,4 @@
-"""Publishing a model: a folder that `transformers` loads as it is, and that we load again."""
+"""Publishes a model as a folder that `transformers` loads unchanged, and this package too."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def export(
 def _write_config(
     path: Path, config: ModelConfig, special: SpecialIds, dtypes: str | Mapping[str, str]
 ) -> None:
-    """The published, flat form: releases before 4.52 read no other."""
+    """Writes the config in the published, flat form; releases before 4.52 read no other."""
     theirs, ours = read_json(path, needed=False), config.to_hf()
     text = theirs.get("text_config") or theirs
     kept = {key: text[key] for key in _KEPT if text.get(key) is not None}
@@ -118,7 +118,7 @@ def _write_config(
 
 
 def _write_generation(path: Path, loaded: LoadedModel, special: SpecialIds, tokens: int) -> None:
-    """What makes `generate()` by default give our greedy answer."""
+    """Writes the config with which `generate()` gives our greedy answer by default."""
     allowed = allowed_ids(special, tokens, loaded.model.config.text.vocab_size)
     described = {
         "do_sample": False,
@@ -131,7 +131,7 @@ def _write_generation(path: Path, loaded: LoadedModel, special: SpecialIds, toke
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A tokenizer's config that older releases read too, and the chat template."""
+    """Writes a tokenizer's config that older releases read too, and the chat template."""
     described = read_json(folder / TOKENIZER, needed=False)
     described.pop("backend", None)
     if described.get("tokenizer_class") == "TokenizersBackend":
@@ -141,17 +141,17 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         del described["extra_special_tokens"]
         described["additional_special_tokens"] = extra
     whole = read_json(folder / PROCESSOR, needed=False)
-    found = [
+    templates = [
         described.pop("chat_template", None),
         whole.pop("chat_template", None),
         read_json(folder / _OLD_TEMPLATE, needed=False).get("chat_template"),
         read_text(folder / TEMPLATE) if (folder / TEMPLATE).exists() else None,
     ]
-    found = [template for template in found if template is not None]
-    if not all(_writes_ours(template, tokenizer) for template in found):
+    templates = [template for template in templates if template is not None]
+    if not all(_writes_ours(template, tokenizer) for template in templates):
         print("chat template: not that of the conversation trained on; replaced by ours")
-        found = []
-    template = found[-1] if found else _TEMPLATE
+        templates = []
+    template = templates[-1] if templates else _TEMPLATE
     # One text wherever a release may look.
     write_json(folder / TOKENIZER, described | {"chat_template": template})
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
@@ -161,7 +161,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _writes_ours(template: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether a chat template writes the conversation that we train on, answer included."""
+    """Returns whether a chat template writes the conversation trained on, answer included."""
     question, answer = "Is it {{ red }}?\nEntity: Heat", "<think>\nStep 1: a\n</think>\n<answer>"
     images = [{"type": "image"}] * 2
     asked = [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]

@@ -1,4 +1,4 @@
-"""A model found by its path: a published folder, or what a run of ours trained."""
+"""Opens a model by its path: a published folder, or what a run of this package trained."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _ROUND = 16
 
 @dataclasses.dataclass
 class LoadedModel:
-    """A model with all that is known of how to ask it.
+    """A model with what is needed to sample answers from it.
 
     Attributes:
       load: reads the parameters; see `params`.
@@ -170,7 +170,7 @@ def open_model(
 
 
 def _stage(path: Path) -> Path | None:
-    """The folder of a stage that is meant, or None if the path is not a run's."""
+    """Returns the folder of the stage that a path means, or None if the path is not a run's."""
     if (path / "checkpoints").is_dir() and (path.parent / RUN_CONFIG).exists():
         return path
     try:
@@ -226,14 +226,18 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
 
 
 def _digest(stage: Path) -> str:
-    """Of the best parameters, by their manifest, and of the tokenizer."""
+    """Returns a digest of the best parameters, by their manifest, and of the tokenizer."""
     best = (stage / "checkpoints" / "best").glob(f"*/{MANIFEST}")
     tokens = of_tokenizer(stage.parent / "tokenizer")
     return of_lines([stage.name, *map(read_text, sorted(best)), *tokens, *tokens.values()])
 
 
 def _task(path: Path) -> dict[str, Any]:
-    """What the model was trained with, as far as the file says it."""
+    """Reads crop and answer length that the model was trained with, as far as the file has them.
+
+    Raises:
+      WeightsError: a value is of another type or out of its bounds.
+    """
     task = read_json(path, needed=False)
     for key, kinds, least in (
         ("crop_margin", (int, float), 0),
@@ -261,11 +265,11 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     tokenizer = load_tokenizer(folder)
     model = Qwen25VL(checkpoint.config_with(tokenizer), runtime)
     abstract = abstract_params(model)
-    wanted = meshes.like(abstract, meshes.param_shardings(mesh, abstract))
+    like = meshes.like(abstract, meshes.param_shardings(mesh, abstract))
     task = _task(folder / TASK)
     return LoadedModel(
         model=model,
-        load=lambda: checkpoint.load(wanted),
+        load=lambda: checkpoint.load(like),
         mesh=mesh,
         images=read_images(folder, checkpoint.config.vision, task),
         completion=completion or task.get("completion_length", 1024),

@@ -1,4 +1,4 @@
-"""Asking a model about photos that belong to no dataset."""
+"""Asks a model about photos that belong to no dataset."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from morer1_jax.task.photo import open_photo
 _KEYS = ("image", "box", "title", "entity")
 
 
-def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
-    """A fact without a known label, from its photo, box, title and entity.
+def question(number: int, fields: Mapping[str, Any], folder: Path) -> Fact:
+    """Makes a fact without a known label, from its photo, box, title and entity.
 
     Args:
       number: which question it is, from 1; its id is `question:<number>`. Errors leave it to the
         caller to say where the question is from.
-      given: `image`, a path; `box`, four fractions of the photo (x centre, y centre, width,
+      fields: `image`, a path; `box`, four fractions of the photo (x centre, y centre, width,
         height); `title`; `entity`, as the title has it.
       folder: what a relative path starts from.
 
@@ -40,28 +40,28 @@ def question(number: int, given: Mapping[str, Any], folder: Path) -> Fact:
       DataError: a key is missing, unknown or of another type, the box is empty or leaves the photo,
         there is no photo, or the entity is not in the title.
     """
-    if missing := [key for key in _KEYS if key not in given]:
+    if missing := [key for key in _KEYS if key not in fields]:
         raise DataError(f"expected the keys {', '.join(_KEYS)}, found no {', '.join(missing)}")
-    if unknown := sorted(given.keys() - set(_KEYS)):
+    if unknown := sorted(fields.keys() - set(_KEYS)):
         raise DataError(f"expected the keys {', '.join(_KEYS)}, found also {', '.join(unknown)}")
     for key in ("image", "title", "entity"):
-        if not isinstance(given[key], str) or not given[key].strip():
-            raise DataError(f"{key}: expected text, found {given[key]!r}")
+        if not isinstance(fields[key], str) or not fields[key].strip():
+            raise DataError(f"{key}: expected text, found {fields[key]!r}")
     for key in ("title", "entity"):
-        if not is_text(given[key]):
+        if not is_text(fields[key]):
             raise DataError(
-                f"{key}: expected Unicode text, found a lone surrogate in {given[key]!a}"
+                f"{key}: expected Unicode text, found a lone surrogate in {fields[key]!a}"
             )
-    if not isinstance(given["box"], list | tuple):
-        raise DataError(f"box: expected four numbers, found {given['box']!r}")
-    path = next((p for p in _alike(folder / given["image"]) if p.is_file()), None)
+    if not isinstance(fields["box"], list | tuple):
+        raise DataError(f"box: expected four numbers, found {fields['box']!r}")
+    path = next((p for p in _alike(folder / fields["image"]) if p.is_file()), None)
     if path is None:
         raise DataError(
-            f"image: expected a photo's path, found no photo {given['image']!r} in "
+            f"image: expected a photo's path, found no photo {fields['image']!r} in "
             f"{folder.absolute()}; give its path from there, or an absolute one"
         )
-    box = more.check_box(given["box"])
-    tokens, span = _words(composed(given["title"]), composed(given["entity"]))
+    box = more.check_box(fields["box"])
+    tokens, span = _words(composed(fields["title"]), composed(fields["entity"]))
     entity = " ".join(tokens[slice(*span)])
     return Fact(f"question:{number}", tokens, entity, span, "object", box, str(path), NONE)
 
@@ -88,22 +88,22 @@ def _alike(path: Path) -> Iterator[Path]:
 
 
 def _words(title: str, entity: str) -> tuple[tuple[str, ...], tuple[int, int]]:
-    """The title's words, and which of them are the entity, at its first place."""
+    """Returns the title's words and the [start, end) of the entity's first place among them."""
     # A word ends where the entity does, whatever mark may follow: 'Heat,' is 'Heat' and ','.
-    wanted = r"\s+".join(re.escape(word) for word in entity.split())
-    found = re.search(rf"(?<!\w){wanted}(?!\w)", title)
-    if found is None:
+    pattern = r"\s+".join(re.escape(word) for word in entity.split())
+    match = re.search(rf"(?<!\w){pattern}(?!\w)", title)
+    if match is None:
         raise DataError(
             f"entity: expected words of the title {title!r}, found {entity!r}; write it as the "
             "title does"
         )
-    before, words = title[: found.start()].split(), found.group().split()
-    tokens = (*before, *words, *title[found.end() :].split())
+    before, words = title[: match.start()].split(), match.group().split()
+    tokens = (*before, *words, *title[match.end() :].split())
     return tokens, (len(before), len(before) + len(words))
 
 
 def read_questions(path: Path) -> list[Fact]:
-    """Questions of a file, a JSON object a line; photos' paths are relative to the file's folder.
+    """Reads questions, a JSON object a line; photos' paths are relative to the file's folder.
 
     Raises:
       DataError: naming file and line.
@@ -124,7 +124,7 @@ def read_questions(path: Path) -> list[Fact]:
 def predict(
     loaded: LoadedModel, facts: Sequence[Fact], *, batch: int, guided: bool
 ) -> Iterator[Answer]:
-    """The likeliest answer to each question, in order.
+    """Yields the likeliest answer to each question, in order.
 
     Args:
       batch: questions at once.
@@ -139,18 +139,18 @@ def predict(
 
 
 def photo_path(folder: Path, fact: Fact) -> Path:
-    """Where a question's photo is: a question names it by its path."""
+    """Returns where a question's photo is: a question names it by its path."""
     return folder / fact.image
 
 
 def as_question(fact: Fact) -> str:
-    """What was asked, in a line: photo, box, entity and title."""
+    """Formats a question in one line: photo, box, entity and title."""
     box = ",".join(f"{value:g}" for value in fact.box)
     return f"{fact.image} [{box}] {fact.entity_text!r} in {fact.title!r}:"
 
 
 def as_text(answer: Answer) -> str:
-    """The reasoning step by step and the label, for a person."""
+    """Formats the reasoning step by step and the label, for a person."""
     steps = read_steps(answer.text.encode())
     if steps is None:
         return f"{answer.text}\n\nAnswer: {answer.label or 'unreadable'}"
@@ -159,7 +159,7 @@ def as_text(answer: Answer) -> str:
 
 
 def as_json(fact: Fact, answer: Answer) -> str:
-    """One line: the question, the label (null if unreadable), the steps and the whole text."""
+    """Formats question, label (null if unreadable), steps and whole text as a line of JSON."""
     return json.dumps(
         {
             "image": fact.image,
@@ -175,7 +175,7 @@ def as_json(fact: Fact, answer: Answer) -> str:
 
 
 def draw_box(fact: Fact) -> Image.Image:
-    """The photo with the object's box drawn on it."""
+    """Returns the photo with the object's box drawn on it."""
     photo = open_photo(Path(fact.image))
     x, y, w, h = (value * side for value, side in zip(fact.box, photo.size * 2, strict=True))
     corners = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)

@@ -100,7 +100,7 @@ class Stage(Output):
 
 
 def _starting_model(settings: Settings) -> tuple[str, ...]:
-    """The stage that trains what is rated and what GRPO starts from."""
+    """Returns the stage that trains the parameters that rating and GRPO start from."""
     return ("sft",) if settings.rate.begin == "sft" else ()
 
 
