@@ -118,8 +118,8 @@ class Collator:
         if tokens > shape.length or slots > shape.slots:
             names = ", ".join(sample.name for sample in samples)
             raise DataError(
-                f"{names}: a row with room for {tokens} tokens and {slots} attention windows "
-                f"expected, {shape.length} and {shape.slots} found; raise data.prompt_length, "
+                f"{names}: expected a row with room for {tokens} tokens and {slots} attention "
+                f"windows, found {shape.length} and {shape.slots}; raise data.prompt_length, "
                 "data.completion_length or data.windows, or pack fewer"
             )
 

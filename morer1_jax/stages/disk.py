@@ -32,35 +32,39 @@ class _Space:
     Attributes:
       state: of a checkpoint: parameters that train and the optimizer's state.
       best: of the best parameters.
-      keep: checkpoints that stay while it trains.
-      there: of what it has written already and will not delete before its first save.
-      states: checkpoints in that.
-      best_there: whether the best parameters are in that.
-      saves: checkpoints that it will make.
+      keep: number of checkpoints that stay while it trains.
+      present: of what is on the disk already and stays until its first save.
+      present_states: number of checkpoints among that.
+      present_best: whether the best parameters are among that.
+      saves: number of checkpoints that it will make.
     """
 
     state: int
     best: int
     keep: int
-    there: int
-    states: int
-    best_there: bool
+    present: int
+    present_states: int
+    present_best: bool
     saves: int
 
     @property
     def peak(self) -> int:
         """Bytes while it trains: what is new is whole before what is old is deleted."""
         if not self.saves:
-            return self.there
-        total = self.states + self.saves
+            return self.present
+        total = self.present_states + self.saves
         kept, with_new = min(self.keep, total), min(self.keep + 1, total)
-        beside = self.there + self.state + (0 if self.best_there else self.best)
-        return max(kept * self.state + 2 * self.best, with_new * self.state + self.best, beside)
+        # The new best beside the old one; a new state before the oldest goes; the first save.
+        return max(
+            kept * self.state + 2 * self.best,
+            with_new * self.state + self.best,
+            self.present + self.state + (0 if self.present_best else self.best),
+        )
 
     @property
     def left(self) -> int:
         """Bytes when it has ended, as long as its stage has not."""
-        return min(self.keep, self.states + self.saves) * self.state + self.best
+        return min(self.keep, self.present_states + self.saves) * self.state + self.best
 
 
 def check_room(run: Run, progress: Progress, stages: Sequence[Stage]) -> None:
@@ -103,29 +107,31 @@ def needed_bytes(trainee: Trainee, progress: Progress, stages: Sequence[Stage]) 
 
     What `Progress.drop_states` deletes goes before anything is written, and after each stage.
     """
-    every = {stage.name: training for stage, training in trainings(progress.settings)}
-    folders = {name: _folders(progress, name, training) for name, training in every.items()}
-    gone = progress.surplus([stage.name for stage in stages])
-    there = {folder: bytes_in(folder) for name in every for folder in folders[name]}
-    held = {
-        folder: count - sum(bytes_in(path) for path in gone if path.is_relative_to(folder))
-        for folder, count in there.items()
+    # Bytes of each training's folder: as it is, and once what no stage goes on from is deleted.
+    by_name = {stage.name: training for stage, training in trainings(progress.settings)}
+    folders = {name: _folders(progress, name, training) for name, training in by_name.items()}
+    surplus = progress.surplus([stage.name for stage in stages])
+    before = {folder: bytes_in(folder) for name in by_name for folder in folders[name]}
+    sizes = {
+        folder: size - sum(bytes_in(path) for path in surplus if path.is_relative_to(folder))
+        for folder, size in before.items()
     }
-    ended = [stage for stage, _ in trainings(progress.settings) if progress.is_done(stage)]
+    # Stage by stage: the peak while it trains, and what is left of all stages that are done.
+    done_stages = [stage for stage, _ in trainings(progress.settings) if progress.is_done(stage)]
     peak = 0
     for place, stage in enumerate(stages):
-        if stage.name in every:
+        if stage.name in by_name:
             for folder in folders[stage.name]:
-                space = _space(trainee, every[stage.name], folder, held[folder], gone)
-                peak = max(peak, sum(held.values()) - held[folder] + space.peak)
-                held[folder] = space.left
-            ended.append(stage)
-        later = [one.name for one in stages[: place + 1]]
-        for one in ended:
-            state, best = _sizes(trainee, every[one.name])
-            after = best + state * progress.kept_when_done(one, later)
-            held |= {folder: min(held[folder], after) for folder in folders[one.name]}
-    return max(0, peak - sum(there.values()))
+                space = _space(trainee, by_name[stage.name], folder, sizes[folder], surplus)
+                peak = max(peak, sum(sizes.values()) - sizes[folder] + space.peak)
+                sizes[folder] = space.left
+            done_stages.append(stage)
+        begun_names = [begun.name for begun in stages[: place + 1]]
+        for done_stage in done_stages:
+            state, best = _sizes(trainee, by_name[done_stage.name])
+            left = best + state * progress.kept_when_done(done_stage, begun_names)
+            sizes |= {folder: min(sizes[folder], left) for folder in folders[done_stage.name]}
+    return max(0, peak - sum(before.values()))
 
 
 def _features_bytes(run: Run) -> int:
@@ -144,27 +150,23 @@ def _folders(progress: Progress, name: str, training: Training) -> list[Path]:
 
 
 def _space(
-    trainee: Trainee, training: Training, folder: Path, there: int, gone: Sequence[Path]
+    trainee: Trainee, training: Training, folder: Path, size: int, surplus: Sequence[Path]
 ) -> _Space:
-    """Returns what a training keeps in its folder, which will hold `there` bytes without `gone`."""
-    checkpoints, keep, steps = (
-        Checkpointer(folder / "checkpoints"),
-        training.keep_checkpoints,
-        training.steps,
-    )
+    """Returns what a training keeps in its folder, whose size is `size` without the surplus."""
+    checkpoints, every = Checkpointer(folder / "checkpoints"), training.save_every
     state, best = _sizes(trainee, training)
-    every = training.save_every
+    # Of as many steps as time allows any number: more than are kept.
+    saves = training.keep_checkpoints + 1
+    if training.steps is not None:
+        saves = max(0, -(-training.steps // every) - (checkpoints.latest() or 0) // every)
     return _Space(
         state=state,
         best=best,
-        keep=keep,
-        there=there,
-        states=sum(path not in gone for path in checkpoints.folder.glob("step_*")),
-        best_there=checkpoints.best() is not None,
-        # Of as many steps as time allows any number.
-        saves=keep + 1
-        if steps is None
-        else max(0, -(-steps // every) - (checkpoints.latest() or 0) // every),
+        keep=training.keep_checkpoints,
+        present=size,
+        present_states=sum(path not in surplus for path in checkpoints.folder.glob("step_*")),
+        present_best=checkpoints.best() is not None,
+        saves=saves,
     )
 
 
