@@ -38,7 +38,8 @@ _VARIABLES |= {_GRID: "var(--line)", _TEXT: "var(--muted)"}
 # Dashes, in widths of the line, keep series apart for colour-blind readers.
 _DASHES = ("-", (0, (3.9, 1.4)), (0, (1.4, 1.1)), (0, (5, 1.1, 1.1, 1.1)))
 _REPLACEMENTS = {
-    # Names that all charts have alike; those of markers, which are referred to, say what they are.
+    # Ids, which several charts of a page would share. Markers are referred to, by a hash, and keep
+    # theirs.
     r' id="(?!m[0-9a-f]{10}")[^"]*"': "",
     r' clip-path="[^"]*"': "",
     r"font-family: [^;]*; ": "",
@@ -138,7 +139,6 @@ def line_chart(
     """Draws values over steps.
 
     Args:
-      title: of the chart.
       steps: increasing.
       lines: at most four, by name, with a value for each step; NaN breaks a line. Not all are NaN.
       unit: of the y axis.
@@ -146,8 +146,8 @@ def line_chart(
         on each value.
       band: a lower and an upper bound of each value of the first line, drawn as a light area.
       y_range: values that the y axis includes at least.
-      note: a sentence below the chart.
     """
+    # The lines, and their values for the hits.
     axes = _axes(steps, np.concatenate([*lines.values(), *(band or ()), y_range]), "step", unit)
     texts = [[f"step {number(step)}" for step in steps]]
     for (name, values), colour, dashes in zip(lines.items(), _SERIES, _DASHES, strict=False):
@@ -158,6 +158,7 @@ def line_chart(
         else:
             axes.plot(steps, values, marker="o", markersize=4.4, **style)
         texts.append([f"{name}: {'no value' if math.isnan(y) else number(y)}" for y in values])
+    # The band around the first line, and its bounds for the hits.
     if band:
         axes.fill_between(steps, *band, color=_SERIES[0], alpha=0.14, linewidth=0)
         bounds = zip(texts[1], *band, strict=True)
@@ -173,11 +174,9 @@ def stacked_area(
     """Draws shares of a whole over steps.
 
     Args:
-      title: of the chart.
       steps: increasing.
       layers: by name, the lowest first: a share, 0 to 1, for each step.
       unit: of the y axis.
-      note: a sentence below the chart.
     """
     axes = _axes(steps, np.array([0, 1]), "step", unit)
     axes.set_axisbelow(False)
@@ -200,12 +199,10 @@ def histogram(
     """Draws counts as stacked bars.
 
     Args:
-      title: of the chart.
       labels: of each bar, left to right.
       counts: by name, the lowest first: a number for each bar.
       x_label: what the bars' labels say.
       unit: of the y axis.
-      note: a sentence below the chart.
     """
     places = np.arange(len(labels)) + 0.5
     axes = _axes(np.array([0, len(labels)]), np.array([0, *sum(counts.values())]), x_label, unit)
@@ -255,7 +252,7 @@ def _axes(xs: np.ndarray, ys: np.ndarray, x_label: str, y_label: str) -> Axes:
 
 
 def _hits(axes: Axes, xs: np.ndarray, texts: Sequence[Sequence[str]]) -> tuple[Hit, ...]:
-    """Returns strips that meet halfway between their x.
+    """Returns strips that divide the chart halfway between neighbouring x.
 
     Args:
       axes: of the chart, after everything is drawn.

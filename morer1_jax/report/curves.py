@@ -82,20 +82,16 @@ class Stage:
         y_range: Sequence[float] = (0,),
         note: str = "",
     ) -> Chart:
-        """Draws metrics over the steps.
+        """Draws metrics over the steps; nothing if none is logged, or all are zero throughout.
 
         Args:
-          title: of the chart.
           unit: of the y axis.
           metrics: each key in the records, and its name in the chart, in the order of colours.
           kind: of the records.
           band: keys of a lower and an upper bound of the first metric.
           y_range: values that the y axis includes at least.
-          note: a sentence below the chart.
-
-        Returns:
-          A chart, without a drawing if the metrics are not logged, or zero throughout.
         """
+        # The lines that have values, or why there is nothing to draw.
         records = self.metrics.get(self.key, kind)
         lines = {name: _thinned(records, key) for key, name in metrics.items()}
         lines = {name: values for name, values in lines.items() if np.isfinite(values).any()}
@@ -103,6 +99,7 @@ class Stage:
             return Chart(title, missing="Not logged")
         if not any(np.nan_to_num(values).any() for values in lines.values()):
             return Chart(title, missing="Zero throughout")
+        # The chart; a band with gaps is left out.
         bounds = tuple(_thinned(records, key) for key in band)
         return line_chart(
             title,
@@ -144,8 +141,8 @@ def read_metrics(path: Path) -> Metrics:
             unreadable += 1
         else:
             records[key].append(record | {"step": step})
-    for of_stage in records.values():
-        of_stage.sort(key=lambda record: record["step"])
+    for stage_records in records.values():
+        stage_records.sort(key=lambda record: record["step"])
     return Metrics(dict(records), unreadable)
 
 
@@ -153,7 +150,6 @@ def learning_curves(metrics: Metrics, names: Mapping[str, str]) -> Markup:
     """Returns SFT's and GRPO's charts, then the validation scores of all other trainings.
 
     Args:
-      metrics: of the run.
       names: what the report calls each stage.
     """
     trained = {stage for stage, kind in metrics.records if kind == "valid"} | {"sft", "grpo"}

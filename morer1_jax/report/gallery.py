@@ -42,25 +42,24 @@ Pair = tuple[Fact, Answer]
 def gallery_section(
     workdir: Path, data: epath.Path, split: str, images: ImageConfig, count: int, seed: int
 ) -> Markup:
-    """Returns a card for each of some of the final model's answers, right and wrong ones.
+    """Returns cards of the final model's answers, right and wrong ones.
 
     Args:
       workdir: the run's, with the answers in its `eval/`.
-      data: the dataset's folder.
-      split: which one the answers are of.
-      images: how photos are cropped.
-      count: how many cards there are at most.
+      split: the answers'.
+      count: maximum number of cards.
       seed: of their choice.
 
     Raises:
       DataError: there are no answers of a trained model, or they or the dataset cannot be read.
     """
     files = {p.name.removesuffix(_ANSWERS): p for p in (workdir / "eval").glob(f"*{_ANSWERS}")}
-    # What a run trained last; or else a model that no run of ours trained.
+    # The answers of the model that the run trained last; without one, of a system that is not ours.
     candidates = (*FINAL, *sorted(files.keys() - NAMES))
     system = next((name for name in candidates if name in files), None)
     if system is None:
         raise DataError("No answers of a trained model in this workdir; run the stage `evaluate`.")
+    # Its cards.
     pairs = read_answers(files[system], more.read_split(data, split, more.read_ontology(data)))
     reader = ImageReader(data, images)
     return render(

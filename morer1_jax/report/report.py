@@ -34,30 +34,28 @@ def write_report(
     gallery: int = 24,
     seed: int = 0,
 ) -> Path:
-    """Writes `<workdir>/report.html` from whatever the workdir holds.
+    """Writes `<workdir>/report.html` from whatever the workdir holds, and returns its path.
 
     Where something is missing or cannot be read, the page says so. The same files and seed give
     the same page.
 
     Args:
-      workdir: the run's; gets the page.
       data: the dataset's folder.
-      split: which one the scores are of.
-      sections: of `SECTIONS`, which the page has.
+      split: the one that was scored.
+      sections: those of `SECTIONS` that the page has.
       images: how photos are cropped; None: as the run's config says.
-      gallery: how many test facts are shown with their photos.
-      seed: of their choice.
-
-    Returns:
-      The page's path.
+      gallery: maximum number of facts shown with their photos.
+      seed: of the choice of these facts.
     """
+    # What the workdir holds; what cannot be read is listed on the page.
     workdir, data = Path(workdir), epath.Path(data)
     problems: list[str] = []
-    trained = "curves" in sections
-    config = _read_json(workdir / "config.json", problems) if trained else {}
+    is_run = "curves" in sections
+    config = _read_json(workdir / "config.json", problems) if is_run else {}
     scores = _read_scores(workdir / "eval", problems)
     metrics = read_metrics(workdir / "metrics.jsonl")
     images = images or _images(config)
+    # Each section is built by itself, so that one without data leaves the others.
     parts = {
         "scores": (f"{split.title()} scores", lambda: score_section(scores)),
         "curves": ("Learning curves", lambda: learning_curves(metrics, NAMES)),
@@ -69,7 +67,7 @@ def write_report(
     }
     page = render(
         "page.html",
-        title=f"MORE-R1 {'run' if trained else 'scores'} “{workdir.resolve().name}”",
+        title=f"MORE-R1 {'run' if is_run else 'scores'} “{workdir.resolve().name}”",
         problems=problems,
         tiles=_tiles(scores),
         filled=functools.partial(_filled, config),
@@ -128,7 +126,7 @@ def _tiles(scores: Scores) -> list[tuple[float, str]]:
 
 
 def _filled(config: Mapping[str, Any], template: str, *keys: str) -> str:
-    """Returns a template with values of a config in it; nothing if the config lacks one."""
+    """Returns a template filled with values of a config; nothing if the config lacks one."""
     values = [get(config, key) for key in keys]
     shown = (f"{value:,}" if type(value) is int else str(value) for value in values)
     return "" if None in values else template.format(*shown)

@@ -77,7 +77,6 @@ def score_section(scores: Scores) -> Markup:
     trained = [s for s in scores if s not in BLIND and get(scores[s], "breakdown")]
     compared = [s for s in reversed(FINAL) if get(scores.get(s), "per_label")]
     labels, labels_without_facts = _per_label(scores, compared)
-    several = [number_in(s, "multi_object.facts") or 0 for s in scores.values()]
     return render(
         "scores.html",
         negative=NONE,
@@ -86,7 +85,7 @@ def score_section(scores: Scores) -> Markup:
         scores=_score_rows(scores),
         trained=list(map(name_of, trained)),
         breakdown=_breakdown_rows(scores, trained) if trained else [],
-        several_facts=max(several),
+        several_facts=max(number_in(s, "multi_object.facts") or 0 for s in scores.values()),
         several=_several_rows(scores),
         compared=list(map(name_of, compared)),
         labels=labels,

@@ -133,6 +133,7 @@ def rejection_reason(text: str, fact: Fact, ontology: Ontology) -> str | None:
       fact: the fact that it is about.
       ontology: the labels.
     """
+    # Its format and its label.
     try:
         data = text.encode()
     except UnicodeEncodeError:
@@ -144,6 +145,7 @@ def rejection_reason(text: str, fact: Fact, ontology: Ontology) -> str | None:
         return "format"
     if ontology.labels[outcome.answer] != fact.label:
         return "another label"
+    # Signs that the label came before the reasoning.
     if _reveals_label(text, fact):
         return "reveals that the label was known"
     early_steps = "\n".join((read_steps(data) or [])[: _FIRST_LABEL_STEP - 1])

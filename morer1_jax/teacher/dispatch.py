@@ -35,7 +35,7 @@ class _OverBudget(Exception):
 
 @dataclasses.dataclass
 class Dispatcher:
-    """Asks for facts with a fixed number of workers; for one run.
+    """Asks for the reasoning of facts with a fixed number of workers; for one run.
 
     A request that failed for a passing reason is retried, as a request of its own: after as long as
     the endpoint asks for, up to two minutes, otherwise after half a second, doubled up to eight.
@@ -62,7 +62,7 @@ class Dispatcher:
         self._workers: set[asyncio.Task[None]] = set()
         self._in_flight: set[asyncio.Task[None] | None] = set()  # Workers that await a reply.
         self._arrival = asyncio.Event()  # Of the next reply.
-        self._turn = asyncio.Lock()  # One worker at a time waits for the budget, first come first.
+        self._turn = asyncio.Lock()  # One worker at a time waits for the budget.
         self._answered = False
         self._last_problem = ""
         self._fatal: str | None = None
@@ -88,11 +88,12 @@ class Dispatcher:
             for ten facts in a row.
           DataError: a photo cannot be read, or the journal cannot be written.
         """
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
+        for stop_signal in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(stop_signal, self._stop, stop_signal)
         self._queue.extend(facts)
         total = done + len(facts)
         self._bar = progress(desc="reasoning", total=total, initial=done, unit="fact")
+        # A request over budget ends the workers as an error does, but is a result.
         unaffordable = None
         try:
             async with self.endpoint, asyncio.TaskGroup() as group:
@@ -103,6 +104,7 @@ class Dispatcher:
             [unaffordable] = errors.exceptions[0].args
         finally:
             self._bar.close()
+        # A base URL or model without a single answer is an error, too.
         if self.stopped_by:
             return None
         if self._last_problem and not self._answered:
@@ -112,20 +114,20 @@ class Dispatcher:
             )
         return unaffordable
 
-    def _stop(self, number: signal.Signals) -> None:
+    def _stop(self, stop_signal: signal.Signals) -> None:
         """Sends no more requests; at a second signal, gives up those in flight."""
         if self.stopped_by:
             for worker in self._workers:
                 worker.cancel()
             return
-        self.stopped_by = number
+        self.stopped_by = stop_signal
         timeout = self.endpoint.config.timeout
         for worker in self._workers - self._in_flight:
             worker.cancel()
         for worker in self._in_flight:
             asyncio.get_running_loop().call_later(timeout, worker.cancel)
         self._bar.write(
-            f"{number.name}: waiting for {len(self._in_flight):,} requests in flight, up to "
+            f"{stop_signal.name}: waiting for {len(self._in_flight):,} requests in flight, up to "
             f"{timeout:g} s; a second signal gives them up"
         )
 
@@ -140,7 +142,7 @@ class Dispatcher:
         """Asks for a fact once, with retries, and queues it again if it is still pending."""
         request, retries = None, self.endpoint.config.retries
         for attempt in range(retries + 1):
-            # After an error the turn is not passed on, so that nothing more is sent.
+            # Not released after an error, so that no other worker sends a request.
             await self._turn.acquire()
             request = request or await self._build(fact)
             sent = await self._admit(fact, request)
@@ -149,7 +151,7 @@ class Dispatcher:
                 reply = await self.endpoint.ask(request.messages)
             finally:
                 self._in_flight.remove(asyncio.current_task())
-                self._arrival.set()  # Who waits for it goes on when the reply is recorded.
+                self._arrival.set()  # Waiters run at the next await, after `_record`.
                 self._arrival = asyncio.Event()
             self._record(sent, reply, fact)
             delay = _retry_delay(reply, attempt)
@@ -210,7 +212,7 @@ class Dispatcher:
             self._fatal = f"{reply.advice}, then start again ({self._last_problem})"
 
     async def _check_endpoint(self) -> None:
-        """Raises EndpointError if it is no use to go on and no reply in flight shows otherwise."""
+        """Raises EndpointError if further requests are useless, whatever is still in flight."""
         await self._await_arrivals(until=lambda: self._trouble() is None)
         if trouble := self._trouble():
             raise EndpointError(trouble)
@@ -223,7 +225,7 @@ class Dispatcher:
                     await self._arrival.wait()
 
     def _trouble(self) -> str | None:
-        """Returns why it is no use to go on, if so."""
+        """Returns why further requests are useless; None if they are not."""
         if self._fatal:
             return self._fatal
         if self._given_up >= _MAX_GIVEN_UP:
@@ -258,5 +260,5 @@ def _retry_delay(reply: Reply, attempt: int) -> float | None:
         return None
     if reply.retry_after is not None:
         return reply.retry_after
-    # Spread out: what failed together would fail together again.
+    # Random, since requests that failed together would otherwise be sent together again.
     return random.uniform(0.75, 1) * min(_FIRST_DELAY * 2**attempt, _MAX_DELAY)

@@ -94,7 +94,11 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig) -> None:
-        """Raises ConfigError: no package `openai`, no usable key, or a malformed URL."""
+        """Opens a client.
+
+        Raises:
+          ConfigError: the package `openai` or a usable key is missing, or a URL is malformed.
+        """
         with needs_extra("write"):
             import openai
         self._openai = openai
@@ -182,6 +186,7 @@ class Endpoint:
 
     def _read_status(self, error: Any) -> Reply:
         """Tells HTTP errors that pass, that concern this fact alone, and that concern all."""
+        # What the error says.
         status, code, body, model = error.status_code, error.code, error.body, self.config.model
         status_name = f"HTTP {status}" + (f", {self._clean(code)}" if code else "")
         message = body["message"] if isinstance(body, Mapping) and body.get("message") else body
@@ -190,6 +195,7 @@ class Endpoint:
         filter_text = code or "" if status == 403 else f"{code} {error.type} {message}"
         # A parameter that is the same in all requests.
         setting = error.param in ("model", "temperature") or str(error.param).startswith("max_")
+        # What it means: three kinds return at once, the others are fatal and come with advice.
         if code == "insufficient_quota" or status == 402:
             advice = "no credit is left at the endpoint; top up"
         elif status in (408, 409, 429) or status >= 500:

@@ -243,8 +243,8 @@ def _typed(line: Any, key: str, *types: type) -> Any:
     return line[key]
 
 
-def _check_identity(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    if changed := differences(flatten(there), flatten(here)):
+def _check_identity(written: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    if changed := differences(flatten(written), flatten(current)):
         raise ConfigError(
             f"was written with other settings: {'; '.join(changed)}; set these back, or use "
             "another --out"

@@ -84,7 +84,7 @@ class Ledger:
     def __init__(
         self, prices: Prices, dollars: float | None = None, tokens: int | None = None
     ) -> None:
-        """Args: `dollars`, `tokens`: the budget; None: no limit."""
+        """Sets the budget, in dollars and in tokens; None: no limit."""
         self.prices = prices
         self.spent = Usage()
         self.billed = 0

@@ -21,6 +21,7 @@ class Results:
     with fewer than five facts refused since, or before one. Otherwise the next run asks again.
 
     Attributes:
+      attempts: rejected answers after which a fact is set aside.
       ledger: what the requests cost.
       runs: number of runs.
       requests: number of requests.
@@ -32,7 +33,6 @@ class Results:
     """
 
     def __init__(self, attempts: int, ledger: Ledger) -> None:
-        """Args: `attempts`: rejected answers after which a fact is set aside."""
         self.attempts = attempts
         self.ledger = ledger
         self.runs = 0
@@ -97,16 +97,16 @@ class Results:
     def unknown_cost(self) -> str | None:
         """Formats the maximum cost of the requests of unknown usage; None if there are none."""
         count = len(self.ledger.unsettled)
-        most = self.ledger.prices.format(self.ledger.reserved())
-        return f"requests of unknown cost: {count:,}, at most {most}" if count else None
+        max_cost = self.ledger.prices.format(self.ledger.reserved())
+        return f"requests of unknown cost: {count:,}, at most {max_cost}" if count else None
 
     def table(self, facts: Iterable[Fact], selection: Iterable[Fact], labels: Sequence[str]) -> str:
         """Formats the closing table.
 
         Args:
-          facts: all facts of the split.
-          selection: the facts to ask about.
-          labels: the labels in the order of the rows.
+          facts: all of the split.
+          selection: those to ask about.
+          labels: in the order of the rows.
         """
         # Requests by outcome, and their cost.
         kept = sum(n for (outcome, _), n in self.outcomes.items() if outcome == "kept")

@@ -32,7 +32,11 @@ def balanced(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
 
 
 def select_balanced(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
-    """Selects as `balanced` does.  Raises ConfigError if there are fewer than `count` facts."""
+    """Selects as `balanced` does.
+
+    Raises:
+      ConfigError: there are fewer than `count` facts.
+    """
     if count > len(facts):
         raise ConfigError(
             f"--count: expected at most {len(facts)}, the number of training facts, found {count}"
@@ -50,14 +54,15 @@ def select_listed(facts: Sequence[Fact], path: epath.PathLike) -> list[Fact]:
     by_id = {fact.id: fact for fact in facts}
     selection: dict[str, Fact] = {}
     lines = read_lines(path, expected, "name another file with --facts")
-    for number, name in enumerate(map(str.strip, lines), start=1):
-        if name and (name not in by_id or name in selection):
-            problem = "a second time" if name in selection else "which is unknown"
+    for number, fact_id in enumerate(map(str.strip, lines), start=1):
+        if fact_id and (fact_id not in by_id or fact_id in selection):
+            problem = "a second time" if fact_id in selection else "which is unknown"
             raise DataError(
-                f"{path}:{number}: expected {expected}, found {name!r} {problem}; correct the line"
+                f"{path}:{number}: expected {expected}, found {fact_id!r} {problem}; correct the "
+                "line"
             )
-        if name:
-            selection[name] = by_id[name]
+        if fact_id:
+            selection[fact_id] = by_id[fact_id]
     if not selection:
         raise DataError(f"{path}: expected {expected}, found an empty file; list some")
     return list(selection.values())

@@ -77,9 +77,9 @@ class WriterConfig:
                 "none; give both"
             )
         if "://" in os.fspath(self.data if self.out is None else self.out):
-            found = "none, and --data in a bucket" if self.out is None else os.fspath(self.out)
+            place = "none, and --data in a bucket" if self.out is None else os.fspath(self.out)
             raise ConfigError(
-                f"--out: expected a folder on a local disk, which the journal needs, found {found}"
+                f"--out: expected a folder on a local disk, which the journal needs, found {place}"
             )
 
     @property
@@ -148,13 +148,14 @@ class Writer:
                 print(f"{journal.repaired}: cut off, because a kill had torn the line")
             journal.add(self._replay(journal.entries))
 
-            # What is wrong with the pending facts is found before the first request is paid for.
+            # Errors in the pending facts must end the run before the first request is paid for.
             facts = self._pending()
             for fact in facts:
                 teacher_prompt(fact, self.ontology)
             if facts:
                 more.photo_sizes(facts, self.config.data)
 
+            # The requests; the outputs are written even if these end with an error.
             dispatcher = Dispatcher(
                 endpoint=endpoint,
                 journal=journal,
@@ -173,6 +174,8 @@ class Writer:
                     print(f"error: {error}", file=sys.stderr)
                 raise
             self._write_outputs()
+
+        # What is left for the next run.
         if unanswered := len(self.results.unanswered):
             print(f"{unanswered:,} facts were not answered; start again to ask for them again")
         if dispatcher.stopped_by:
@@ -213,6 +216,7 @@ class Writer:
         Raises:
           DataError: an entry is about an unknown fact, or a photo that has been replaced since.
         """
+        # The results of earlier runs.
         by_id = {fact.id: fact for fact in self.facts}
         for entry in entries:
             if not isinstance(entry, RunStarted) and entry.fact not in by_id:
@@ -222,18 +226,20 @@ class Writer:
                 )
             self.results.apply(entry)
 
+        # Their photos, which must be those that were sent.
         sent = {x.fact: x.photo for x in entries if isinstance(x, RequestSent) and x.photo}
         photos = more.check_photos((by_id[x] for x in sent), self.config.data) if sent else {}
         replaced = [fact for fact in sent if photos[by_id[fact].photo].digest != sent[fact]]
         if replaced:
-            first, *others = replaced
-            more_facts = f" and {len(others)} more facts" if others else ""
+            first, *rest = replaced
+            and_rest = f" and {len(rest)} more facts" if rest else ""
             path = more.photo_path(self.config.data, by_id[first])
             raise DataError(
-                f"{self._journal_path}: {first}{more_facts}: expected the photo that was sent, "
+                f"{self._journal_path}: {first}{and_rest}: expected the photo that was sent, "
                 f"found another as {path}; put back the old one, or use another --out"
             )
 
+        # The start of this run.
         if unknown_cost := self.results.unknown_cost():
             print(f"from earlier runs: {unknown_cost}")
         started = RunStarted(self.results.runs + 1)
@@ -275,27 +281,27 @@ class Writer:
         max_tokens = self.config.endpoint.max_tokens
         sizes = [request.size(max_tokens) for request in requests]
         if billed := ledger.billed:
-            each = Usage(ledger.spent.prompt // billed, ledger.spent.answer // billed)
+            mean = Usage(ledger.spent.prompt // billed, ledger.spent.answer // billed)
             source = f"as in {billed:,} answers so far"
         else:
             # Four bytes a token, and images as GPT-4o counts them: 85 tokens each, 170 a tile.
             prompt = sum(s.text / 4 + 170 + 170 * s.tiles for s in sizes) / len(sizes)
-            each = Usage(round(prompt), min(_ANSWER_TOKENS, max_tokens))
+            mean = Usage(round(prompt), min(_ANSWER_TOKENS, max_tokens))
             source = "images counted as GPT-4o does"
-        once = Usage(each.prompt * count, each.answer * count)
-        worst = Usage(each.prompt * count * attempts, max_tokens * count * attempts)
+        asked_once = Usage(mean.prompt * count, mean.answer * count)
+        maximum = Usage(mean.prompt * count * attempts, max_tokens * count * attempts)
         cost = ledger.prices.format
         text = (
             f"{count:,} facts to ask for of {len(self.selection):,}; a request about "
-            f"{each.prompt:,} tokens in and {each.answer:,} out ({source})\n"
-            f"about {cost(once)} if each is asked once; {cost(worst)} if each is asked {attempts} "
-            f"times for {max_tokens:,} tokens"
+            f"{mean.prompt:,} tokens in and {mean.answer:,} out ({source})\n"
+            f"about {cost(asked_once)} if each is asked once; {cost(maximum)} if each is asked "
+            f"{attempts} times for {max_tokens:,} tokens"
         )
         if not ledger.fits(sizes[0]):
             first = cost(ledger.max_usage(sizes[0]))
             text += (
                 f"\nthe budget does not cover the first request, which may cost {first}; raise it"
             )
-        elif not ledger.covers(once):
+        elif not ledger.covers(asked_once):
             text += "\nthe budget ends before each is asked once; raise it, or ask for fewer"
         return text
