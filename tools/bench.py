@@ -6,7 +6,7 @@ Results of earlier runs in the folder are kept, so that tasks can be measured on
 is written as soon as it is measured. A task that fails does not end the others; the same command,
 started again, measures only what is missing.
 Before a task is timed, both sides must compute the same: a step's loss, gradient and entropy, or a
-sampler's greedy tokens. PyTorch runs as its libraries come and in the faster forms of
+sampler's greedy tokens. PyTorch runs in its libraries' default form and in the faster ones of
 `tools/bench/peers_model.py`; the tables compare ours with each, the fastest first.
 """
 
@@ -34,7 +34,9 @@ from morer1_jax.run.lock import hold
 
 _PRESET = flags.DEFINE_enum("preset", "small", sorted(PRESETS), "Sizes of model and inputs.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks to measure, such as sft,grpo/128; by default all.")
-_FORMS = flags.DEFINE_list("forms", [], "Forms of PyTorch, such as default,onednn; by default all.")
+_FORMS = flags.DEFINE_list(
+    "forms", [], "Ways to run PyTorch, such as default,onednn; by default all."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of timed runs of each side.", 1)
 _OUT = flags.DEFINE_string("out", None, "Folder for bench.md, bench.json and bench.png.")
 
@@ -73,15 +75,16 @@ def main(argv: list[str]) -> None:
     # Earlier results, which are read and kept under the folder's lock.
     results = compare.Results(preset, device_name())
     out = None if _OUT.value is None else local_path(_OUT.value, "--out")
-    held = contextlib.nullcontext()
+    lock = contextlib.nullcontext()
     if out is not None:
         check_writable(out, folder=True)
-        held = hold(out, folder=True)
-    with held, tempfile.TemporaryDirectory() as folder:
+        lock = hold(out, folder=True)
+    with lock, tempfile.TemporaryDirectory() as folder:
         if out is not None:
             results = compare.Results.read(out / "bench.json", preset, device_name())
         for task in sides:
             results.check_replaceable(task, sides[task])
+        # The measurements, on a model that all sides load.
         model = Path(folder) / "model"
         write_model(preset, model)
         arguments = [f"--folder={model}", f"--preset={_PRESET.value}"]
@@ -99,7 +102,9 @@ def main(argv: list[str]) -> None:
 def _check_known(flag: str, names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            raise ConfigError(f"--{flag}: expected some of {', '.join(known)}, found {name!r}")
+            raise ConfigError(
+                f"--{flag}: expected names among {', '.join(known)}, found {name!r}; correct it"
+            )
 
 
 if __name__ == "__main__":

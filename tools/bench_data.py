@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
         check_writable(out)
     with needs_extra("bench"):
         from bench.data import run_bench
-    held = contextlib.nullcontext() if out is None else hold(out)
-    with held, tempfile.TemporaryDirectory() as workdir:
+    lock = contextlib.nullcontext() if out is None else hold(out)
+    with lock, tempfile.TemporaryDirectory() as workdir:
         results = run_bench(settings(_CONFIG.value), Path(workdir), out=out)
     for name, figures in results.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))

@@ -29,11 +29,11 @@ def main(argv: list[str]) -> None:
     with needs_extra("tfds"):
         from morer1_jax.data.more_tfds import build
     folder, data_dir = any_path(_FOLDER.value, "--folder"), any_path(_DATA_DIR.value, "--data_dir")
-    held = contextlib.nullcontext()
+    lock = contextlib.nullcontext()
     if "://" not in os.fspath(data_dir):  # A bucket knows no locks.
         check_writable(data_dir, folder=True)
-        held = hold(data_dir, folder=True)
-    with held:
+        lock = hold(data_dir, folder=True)
+    with lock:
         folders = build(folder, data_dir)
     print(f"written: {' and '.join(folders)}")
     print(f"to load: tfds.builder_from_directory({folders[0]!r}).as_data_source(split='train')")

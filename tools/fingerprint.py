@@ -50,7 +50,7 @@ except SystemExit as end:
 with open(out, "w", encoding="utf-8") as file:
     json.dump(digests, file)
 """
-# Every stage of the tests' config; `control` would else take its length from the clock.
+# Every stage of the tests' config; `control` would otherwise take its length from the clock.
 _TINY = (
     "--config=tests/configs/tiny.py",
     "--config.stages=synthesise,sft,baselines,rate,grpo,control,evaluate",
@@ -98,7 +98,7 @@ def fingerprint(checkout: Path, folder: Path) -> dict[str, str]:
             *(f"--workdir={workdir}", *overrides),
         )
         array_digests = json.loads(arrays.read_text(encoding="utf-8"))
-        of_run = {
+        run_digests = {
             "arrays on the device, the first 200": _digest(*array_digests[:200]),
             f"arrays on the device, all {len(array_digests)}": _digest(*array_digests),
             **parameters(workdir),
@@ -106,8 +106,10 @@ def fingerprint(checkout: Path, folder: Path) -> dict[str, str]:
         }
         out = folder / f"{name}-exported"
         _run(checkout, "tools/convert.py", f"--checkpoint={workdir}", f"--out={out}")
-        of_run |= {f"exported/{path.name}": _file_digest(path) for path in sorted(out.iterdir())}
-        digests |= {f"{name}: {key}": value for key, value in of_run.items()}
+        run_digests |= {
+            f"exported/{path.name}": _file_digest(path) for path in sorted(out.iterdir())
+        }
+        digests |= {f"{name}: {key}": value for key, value in run_digests.items()}
     return digests
 
 
@@ -127,10 +129,10 @@ def _run(checkout: Path, *arguments: str) -> None:
     command = [sys.executable, *arguments]
     process = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if process.returncode:
-        shown = " ".join(a for a in arguments if "\n" not in a)
+        command_line = " ".join(a for a in arguments if "\n" not in a)
         raise ConfigError(
-            f"{checkout}: {shown}: expected exit code 0, found {process.returncode}; mend what it "
-            f"said: {process.stderr[-2000:]}"
+            f"{checkout}: {command_line}: expected exit code 0, found {process.returncode}; "
+            f"correct the error that it printed: {process.stderr[-2000:]}"
         )
 
 

@@ -32,7 +32,7 @@ _DATA = flags.DEFINE_string("data", None, "A dataset's folder.")
 _OUT = flags.DEFINE_string("out", None, "File to write; must not exist.")
 _SAMPLES = flags.DEFINE_integer("samples", 8, "Answers sampled for each fact.", 1)
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "Of sampling; 0 for the likeliest answer.", 0.0
+    "temperature", 1.0, "Sampling temperature; 0 takes the likeliest token.", 0.0
 )
 _EASY_FROM = flags.DEFINE_float("easy_from", 0.5, "Pass rate from which a fact is easy.", 0.0, 1.0)
 _NEVER = flags.DEFINE_enum("never", "hard", ["hard", "drop"], "Pool of facts never solved.")

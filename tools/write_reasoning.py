@@ -66,34 +66,39 @@ def parse(argv: list[str]) -> tuple[WriterConfig, bool]:
     """Returns the config, and whether it is a dry run."""
     parser = ArgumentParser(__doc__)
     images = ImageConfig()
-    count, positive, share = _number(int, 1), _number(float, above=0), _number(float, 0)
+    count, positive, amount = _number(int, 1), _number(float, above=0), _number(float, 0)
     add = parser.add_argument
+    # What to ask for, and where the answers go.
     add("--data", type=_path, required=True, help="folder in MORE's released form")
     add("--out", type=_path, help="folder to write to, on a local disk (default: --data)")
     add("--count", type=count, help="number of training facts, balanced over the labels")
     add("--facts", type=_path, help="instead of --count: a file of fact ids, one a line")
     add("--seed", type=_number(int, 0), default=0, help="seed of the selection")
+    # The endpoint, and how it is asked.
     add("--model", required=True, help="name of the model at the endpoint")
     add("--base-url", help="URL of the endpoint (default: OPENAI_BASE_URL, then OpenAI's)")
-    add("--temperature", type=share, default=1.0, help="sampling temperature")
+    add("--temperature", type=amount, default=1.0, help="sampling temperature")
     add("--max-tokens", type=count, default=1024, help="maximum number of tokens of an answer")
     add("--attempts", type=count, default=3, help="answers before a fact is set aside")
     add("--in-flight", type=count, default=16, help="maximum number of requests in flight")
     add("--retries", type=_number(int, 0), default=8, help="retries of a failed request")
     add("--timeout", type=positive, default=120.0, help="seconds to wait for an endpoint's answer")
-    add("--price-in", type=share, default=0.0, help="dollars per million tokens of prompt")
-    add("--price-out", type=share, default=0.0, help="dollars per million tokens of answer")
+    # What it may cost.
+    add("--price-in", type=amount, default=0.0, help="dollars per million tokens of prompt")
+    add("--price-out", type=amount, default=0.0, help="dollars per million tokens of answer")
     add("--budget-dollars", type=positive, help="limit for all runs with the same --out together")
     add("--budget-tokens", type=count, help="limit for all runs with the same --out together")
+    # The images, as the student's config has them by default.
     pixels = _number(int, images.min_pixels)
     add("--max-pixels", type=pixels, default=images.max_pixels, help="scale larger images down")
-    add("--crop-margin", type=share, default=images.crop_margin, help="share of the box per side")
+    add("--crop-margin", type=amount, default=images.crop_margin, help="share of the box per side")
     add(
         "--crop-least", type=count, default=images.crop_least, help="minimum side of a crop, pixels"
     )
     add("--dry-run", action="store_true", help="print one prompt and the cost, send nothing")
     flags = vars(parser.parse_args(argv))
 
+    # The configs, whose fields have the flags' names.
     def fields(kind: type) -> dict[str, Any]:
         """Returns the flags that are named as a dataclass's fields."""
         return {f.name: flags[f.name] for f in dataclasses.fields(kind) if f.name in flags}

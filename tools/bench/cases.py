@@ -153,7 +153,7 @@ class Prompt:
         return [Image.fromarray(pixels) for pixels in self.images]
 
     def conversation(self) -> list[dict]:
-        """Returns the messages for a chat template; the images are given apart."""
+        """Returns the messages for a chat template, without the pixels of the images."""
         content = [*({"type": "image"} for _ in self.images), {"type": "text", "text": self.words}]
         return [{"role": "user", "content": content}]
 
@@ -186,14 +186,14 @@ class Inputs:
 
     def prompts(self, length: int, count: int, seed: int = 0) -> list[Prompt]:
         """Returns prompts of `length` tokens: two fifths photo, a tenth crop, the rest text."""
-        noise = np.random.default_rng((seed, length))
-        return [self._prompt(length, noise) for _ in range(count)]
+        rng = np.random.default_rng((seed, length))
+        return [self._prompt(length, rng) for _ in range(count)]
 
     def examples(self) -> list[Example]:
         """Returns an SFT step's samples, all of the same length."""
-        noise = np.random.default_rng(1)
+        rng = np.random.default_rng(1)
         preset = self.preset
-        return [self._example(preset.prompt, preset.target, noise) for _ in range(preset.batch)]
+        return [self._example(preset.prompt, preset.target, rng) for _ in range(preset.batch)]
 
     def mixed(self) -> list[Example]:
         """Returns an SFT step's samples, of different lengths.
@@ -201,33 +201,33 @@ class Inputs:
         The longest has four times the tokens of the shortest; the logarithms of the lengths are
         spread evenly.
         """
-        noise = np.random.default_rng(2)
+        rng = np.random.default_rng(2)
         preset = self.preset
         longest = preset.prompt + preset.target
         shares = np.linspace(0.0, 1.0, preset.mixed)
         examples = []
-        for share in noise.permutation(shares):
+        for share in rng.permutation(shares):
             total = round(longest / 4 * 4**share)
             # A prompt has a minimum length, so targets differ more than prompts do.
             prompt = round(preset.prompt * (7 / 16 + 9 / 16 * (4 * total / longest - 1) / 3))
-            examples.append(self._example(prompt, total - prompt, noise))
+            examples.append(self._example(prompt, total - prompt, rng))
         return examples
 
     def rollout(self, group: int) -> tuple[Int[np.ndarray, "b g t"], Float[np.ndarray, "b g"]]:
         """Returns random completions of each prompt, int64 ids, and random float32 advantages."""
-        noise, preset = np.random.default_rng(3), self.preset
+        rng, preset = np.random.default_rng(3), self.preset
         shape = (preset.batch, group, preset.completion)
-        tokens = noise.integers(0, preset.tokenizer // 2, shape)
-        return tokens, noise.standard_normal(shape[:2]).astype(np.float32)
+        tokens = rng.integers(0, preset.tokenizer // 2, shape)
+        return tokens, rng.standard_normal(shape[:2]).astype(np.float32)
 
-    def _example(self, prompt: int, target: int, noise: np.random.Generator) -> Example:
+    def _example(self, prompt: int, target: int, rng: np.random.Generator) -> Example:
         # End-of-turn is the target's last token.
-        return Example(self._prompt(prompt, noise), self._text(target - 1, noise))
+        return Example(self._prompt(prompt, rng), self._text(target - 1, rng))
 
-    def _prompt(self, length: int, noise: np.random.Generator) -> Prompt:
+    def _prompt(self, length: int, rng: np.random.Generator) -> Prompt:
         side = int(math.sqrt(0.4 * length))
         images = tuple(
-            noise.integers(0, 256, (n * _UNIT, n * _UNIT, 3)).astype(np.uint8)
+            rng.integers(0, 256, (n * _UNIT, n * _UNIT, 3)).astype(np.uint8)
             for n in (side, side // 2)
         )
         image_tokens = side**2 + (side // 2) ** 2
@@ -238,10 +238,10 @@ class Inputs:
                 f"length: expected more than the {length - words} tokens of images and chat "
                 f"template, found {length}"
             )
-        return Prompt(images, self._text(words, noise))
+        return Prompt(images, self._text(words, rng))
 
-    def _text(self, count: int, noise: np.random.Generator) -> str:
-        return "".join(f" {word}" for word in noise.choice(self._words, count))
+    def _text(self, count: int, rng: np.random.Generator) -> str:
+        return "".join(f" {word}" for word in rng.choice(self._words, count))
 
 
 def _words(count: int) -> list[str]:

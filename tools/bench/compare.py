@@ -35,12 +35,12 @@ class Comparison:
 
 def comparisons(preset: Preset) -> list[Comparison]:
     """Returns all comparisons of a preset."""
-    listed = [
+    all_comparisons = [
         Comparison("SFT, one length", "sft", {"transformers": "sft"}),
         Comparison("SFT, lengths 1 to 4", "sft_mixed", {"transformers": "sft_mixed"}),
     ]
     for p in preset.prompts:
-        listed += [
+        all_comparisons += [
             Comparison(f"first token, prompt {p}", f"first/{p}", {"generate": f"first/{p}"}),
             Comparison(f"sampling, prompt {p}", f"sample/{p}", {"generate": f"sample/{p}"}),
             Comparison(
@@ -50,13 +50,13 @@ def comparisons(preset: Preset) -> list[Comparison]:
             ),
         ]
     longest = max(preset.prompts)
-    listed += [
+    all_comparisons += [
         Comparison(
             f"update, {g} a prompt", f"update/{longest}/{g}", {"by hand": f"update/{longest}/{g}"}
         )
         for g in (1, 2, 4, 8, 16)
     ]
-    return listed
+    return all_comparisons
 
 
 def measure(
@@ -81,8 +81,8 @@ def measure(
     try:
         for peer, task in comparison.peers.items():
             for form in forms(task):
-                of_form = [*arguments, f"--form={form}"]
-                process = Worker(f"{peer}, {form}", "bench.peers", of_form)
+                form_arguments = [*arguments, f"--form={form}"]
+                process = Worker(f"{peer}, {form}", "bench.peers", form_arguments)
                 tasks[process.name] = process, task
         # Last, since TRL writes the rollout that its numbers are of, which the others then read.
         tasks[OURS] = Worker(OURS, "bench.ours", arguments), comparison.task
@@ -118,8 +118,8 @@ class Measured:
         ]
         for side in (OURS, *others):
             timing = self.sides[side]
-            least, median, most = ratio(timing, ours)
-            faster = "" if side == OURS else f"{median:.2f}× ({least:.2f} to {most:.2f})"
+            low, median, high = ratio(timing, ours)
+            faster = "" if side == OURS else f"{median:.2f}× ({low:.2f} to {high:.2f})"
             flops = "" if timing.flops is None else f"{timing.flops / 1e9:,.0f}"
             spread = f"{min(timing.seconds):.2f} to {max(timing.seconds):.2f}"
             lines.append(
@@ -176,7 +176,7 @@ class Results:
         return cls(preset, device, tasks, unfinished)
 
     def begin(self, run: dict[str, Any]) -> list[str]:
-        """Returns the tasks that an equal, interrupted run has finished, for more to be added."""
+        """Returns the tasks that an equal, interrupted run has finished; the caller adds others."""
         run = json.loads(json.dumps(run))  # As JSON gives it back.
         if self.unfinished is None or self.unfinished["run"] != run:
             self.unfinished = {"run": run, "done": []}
@@ -197,13 +197,13 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Writes the file that `read` reads."""
-        described = {
+        contents = {
             "device": self.device,
             "preset": _described(self.preset),
             "tasks": {task: dataclasses.asdict(outcome) for task, outcome in self.tasks.items()},
             "unfinished": self.unfinished,
         }
-        write_json(path, described)
+        write_json(path, contents)
 
     def in_order(self) -> list[tuple[str, Measured]]:
         """Returns tasks with their outcomes, in the order of `comparisons`."""

@@ -54,10 +54,10 @@ def write_released(folder: Path, facts: Mapping[str, int], photos: Mapping[str, 
     pictures = [_picture(rng) for _ in range(_PICTURES)]
     more.write_ontology(folder, Ontology(_LABELS))
     for split, count in photos.items():
-        place = folder / "img_org" / split
-        place.mkdir(parents=True)
+        photo_folder = folder / "img_org" / split
+        photo_folder.mkdir(parents=True)
         for number in range(count):
-            (place / f"{number}.jpg").write_bytes(pictures[number % _PICTURES])
+            (photo_folder / f"{number}.jpg").write_bytes(pictures[number % _PICTURES])
         # As in the release, facts of a photo stand together and share its title.
         photo_of_fact = np.sort(np.r_[:count, rng.integers(0, count, facts[split] - count)])
         titles = [_title(rng) for _ in range(count)]
@@ -140,6 +140,7 @@ def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
       `samples_per_second` over all epochs, without the time to the first batch; milliseconds of CPU
       per sample; and the resident memory in MB of this process and its workers after each epoch.
     """
+    # The feed of SFT, with the rows of a run of these epochs.
     dataset, data, reasoning = run.dataset, run.settings.data, run.dataset.reasoning
     facts = [fact for fact in dataset.splits["train"] if fact.id in reasoning]
     batch = run.settings.sft.batch
@@ -149,10 +150,12 @@ def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
     sizes = [run.sizes[fact.id] for fact in facts]
     plan = sequence_plan(run, sizes, draw, epochs * epoch, 1)
     feed = SequenceFeed(run.reader, facts, reasoning, draw, this_host(), sizes, plan)
-    loading = {"workers": data.workers, "kind": data.worker_kind}
-    began = time.perf_counter()
-    batches = load_ahead(feed, 0, epochs * epoch + 1, **loading)
+    # The first batch, which waits for the workers to start.
+    options = {"workers": data.workers, "kind": data.worker_kind}
+    start = time.perf_counter()
+    batches = load_ahead(feed, 0, epochs * epoch + 1, **options)
     next(batches)
+    # All other batches.
     first, cpu = time.perf_counter(), _cpu_seconds()
     memory = []
     for _ in range(epochs):
@@ -163,9 +166,9 @@ def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
     batches.close()
     samples = epochs * epoch * batch
     return {
-        **loading,
+        **options,
         "samples_an_epoch": epoch * batch,
-        "seconds_to_first": round(first - began, 2),
+        "seconds_to_first": round(first - start, 2),
         "samples_per_second": round(samples / seconds, 1),
         "cpu_milliseconds_a_sample": round(1e3 * cpu / samples, 2),
         "megabytes": memory,
@@ -196,7 +199,6 @@ def run_bench(
     """Measures reading a dataset of MORE's size, and a run's loader on the run's own data.
 
     Args:
-      config: the run's.
       workdir: to write data to; several hundred MB, none of which is used again.
       facts, photos: numbers of the dataset of MORE's size, by split.
       out: a JSON file for the results; None: no file. Results of an unfinished run are kept beside
@@ -208,6 +210,7 @@ def run_bench(
     Raises:
       ConfigError, DataError: the config's own data is wrong; raised before anything is measured.
     """
+    # The run, whose own data must be right before anything is measured.
     setup = open_setup(config, workdir)
     if config.data.folder is None:
         synthesise(setup.data, config.world, config.seed)
@@ -223,6 +226,7 @@ def run_bench(
         "tfds": lambda: time_tfds(folder(), workdir / "tfds"),
         "loading": lambda: time_loading(run),
     }
+    # Results of an equal, interrupted run.
     identity = json.loads(json.dumps([dataclasses.asdict(config), dict(facts), dict(photos)]))
     results, unfinished = {}, None
     if out is not None:
@@ -232,6 +236,7 @@ def run_bench(
         results = _read_unfinished(unfinished, identity, out.name)
         if not unfinished.exists() and (results := _read_unfinished(earlier, identity)):
             earlier.rename(unfinished)
+    # The other measurements, each kept as soon as it is made.
     for name, measure in measurements.items():
         if name not in results:
             results[name] = measure()
@@ -251,7 +256,7 @@ def _read_unfinished(
     """Returns the results of an equal, interrupted run for the file `out_name`; {} if none."""
     try:
         unfinished = json.loads(path.read_text(encoding="utf-8"))
-        same = unfinished["of"] == identity and unfinished.get("out") in (None, out_name)
-        return unfinished["results"] if same else {}
+        is_equal = unfinished["of"] == identity and unfinished.get("out") in (None, out_name)
+        return unfinished["results"] if is_equal else {}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}

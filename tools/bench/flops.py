@@ -53,15 +53,15 @@ def _equation(equation: JaxprEqn, trips: Iterator[int], taken: float) -> float:
         case "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            along = math.prod(shape[axis] for axis in contracted)
-            return 2.0 * math.prod(equation.outvars[0].aval.shape) * along
+            depth = math.prod(shape[axis] for axis in contracted)
+            return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
         case "scan":
             return params["length"] * _flops(params["jaxpr"].jaxpr, trips, taken)
         case "while":
-            times = next(trips, None)
-            if times is None:
+            iterations = next(trips, None)
+            if iterations is None:
                 raise ValueError("trips: expected one for each loop, found more loops")
-            return times * _flops(params["body_jaxpr"].jaxpr, trips, taken)
+            return iterations * _flops(params["body_jaxpr"].jaxpr, trips, taken)
         case "cond":
             return taken * max(_flops(branch.jaxpr, trips, taken) for branch in params["branches"])
         case "pallas_call":

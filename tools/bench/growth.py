@@ -61,17 +61,17 @@ class Growth:
     def _update_table(self) -> Iterator[str]:
         if len(self.update) < 2:
             return
-        least = min(self.update)
-        base = self.update[least]
+        smallest = min(self.update)
+        base = self.update[smallest]
         yield "### How an update grows with a prompt's samples\n"
         yield (
-            f"| samples | ours, seconds | relative to {least} | P + G·T | "
-            f"fastest PyTorch, seconds | relative to {least} | G·(P + T) |"
+            f"| samples | ours, seconds | relative to {smallest} | P + G·T | "
+            f"fastest PyTorch, seconds | relative to {smallest} | G·(P + T) |"
         )
         yield "|---|---|---|---|---|---|---|"
         for g, pair in sorted(self.update.items()):
             shared, plain = laws(self.preset, g)
-            shared_1, plain_1 = laws(self.preset, least)
+            shared_1, plain_1 = laws(self.preset, smallest)
             yield (
                 f"| {g} | {pair.ours:.2f} | {pair.ours / base.ours:.2f} | {shared / shared_1:.2f} "
                 f"| {pair.other:.2f} | {pair.other / base.other:.2f} | {plain / plain_1:.2f} |"
@@ -107,24 +107,24 @@ def draw(results: Results, path: Path) -> None:
     bars, *curves = figure.subplots(1, 2 if len(growth.update) > 1 else 1, squeeze=False)[0]
     # A first token is part of sampling, which has a bar; updates have their curve.
     hidden = ("first", "update") if curves else ("first",)
-    shown = [
+    outcomes = [
         outcome
         for task, outcome in results.in_order()
         if outcome.peers and not task.startswith(hidden)
     ]
-    for place, outcome in enumerate(shown):
+    for row, outcome in enumerate(outcomes):
         seconds = _medians(outcome.sides)
         ours = seconds.pop(OURS)
         slow, fast = max(seconds.values()) / ours, min(seconds.values()) / ours
-        labels = {} if place else {"slow": "its slowest form", "fast": "its fastest form"}
-        bars.barh(place, slow, color="#d0d7de", label=labels.get("slow"))
-        bars.barh(place, fast, color="#1f6feb", label=labels.get("fast"))
-        bars.text(fast, place, f" {fast:.1f}×", va="center", fontsize=8)
-    bars.set_yticks(range(len(shown)), [outcome.name for outcome in shown])
+        labels = {} if row else {"slow": "its slowest form", "fast": "its fastest form"}
+        bars.barh(row, slow, color="#d0d7de", label=labels.get("slow"))
+        bars.barh(row, fast, color="#1f6feb", label=labels.get("fast"))
+        bars.text(fast, row, f" {fast:.1f}×", va="center", fontsize=8)
+    bars.set_yticks(range(len(outcomes)), [outcome.name for outcome in outcomes])
     bars.invert_yaxis()
     bars.axvline(1, color="black", linewidth=0.8)
     bars.set_xlabel("times faster than PyTorch")
-    if shown:
+    if outcomes:
         bars.legend(fontsize=8)
     for axes in curves:
         _draw_update(axes, growth)

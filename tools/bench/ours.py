@@ -65,8 +65,8 @@ class SFTTask:
     def flops(self) -> float | None:
         """See `task.Task`."""
         # Chunks of logits without a target are skipped; places with a target go first in each row.
-        counted = int(jnp.max(jnp.sum(self.batch.weights > 0, axis=1)))
-        chunks, all_chunks = (-(-n // _SCORE.chunk) for n in (counted, self.batch.tokens.shape[1]))
+        targets = int(jnp.max(jnp.sum(self.batch.weights > 0, axis=1)))
+        chunks, all_chunks = (-(-n // _SCORE.chunk) for n in (targets, self.batch.tokens.shape[1]))
         arguments = self._side.like_state(), {}, self.batch
         return self._side.flops(self._step, *arguments, taken=chunks / all_chunks)
 
@@ -181,9 +181,9 @@ class GRPOTask:
         tokens, advantages = side.inputs.rollout(side.preset.group)
         path = side.folder / f"rollouts-{self._length}.npz"
         if path.exists():
-            of_trl = np.load(path)
-            tokens = of_trl["completion_ids"].reshape(*advantages.shape, -1)
-            advantages = of_trl["advantages"].reshape(advantages.shape)
+            trl_rollout = np.load(path)
+            tokens = trl_rollout["completion_ids"].reshape(*advantages.shape, -1)
+            advantages = trl_rollout["advantages"].reshape(advantages.shape)
         loss = self.settings.loss
         batch = _group_batch(self.prompts, tokens, advantages, loss)
         return _update_numbers(side, batch, loss)

@@ -55,12 +55,7 @@ class PromptReader(SampleReader):
 
 
 class Ours:
-    """The model, policy, optimizer and inputs that our tasks share.
-
-    Args:
-      folder: the model's.
-      preset: the sizes.
-    """
+    """The model, policy, optimizer and inputs that our tasks share."""
 
     def __init__(self, folder: Path, preset: Preset) -> None:
         self.folder, self.preset = folder, preset

@@ -1,4 +1,4 @@
-"""Serves PyTorch's side: `transformers` and TRL, as they come and as fast as we know to run them.
+"""Serves PyTorch's side: `transformers` and TRL, in their default form and in faster ones.
 
 python -m bench.peers --folder=model --preset=small --form=onednn
 """
@@ -32,8 +32,6 @@ class Peer:
     """PyTorch's side; see `task.Side`.
 
     Args:
-      folder: the model's.
-      preset: the sizes.
       form: one of `FORMS`.
     """
 

@@ -114,22 +114,16 @@ class Prompts:
     pixels: Tensor
     grids: Tensor
 
-    def images(self, which: Tensor | slice = slice(None)) -> dict[str, Tensor]:
+    def images(self, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
         """Returns the model's arguments for the images of these prompts."""
         return {
-            "pixel_values": self.pixels[which].flatten(0, 1),
-            "image_grid_thw": self.grids[which].flatten(0, 1),
+            "pixel_values": self.pixels[rows].flatten(0, 1),
+            "image_grid_thw": self.grids[rows].flatten(0, 1),
         }
 
 
 class Policy:
-    """A model that is trained and sampled from.
-
-    Args:
-      folder: the model's.
-      preset: the sizes.
-      form: how it is run.
-    """
+    """A model that is trained and sampled from."""
 
     def __init__(self, folder: Path, preset: Preset, form: Form) -> None:
         self.folder, self.preset, self.form = folder, preset, form
@@ -185,7 +179,7 @@ class Policy:
         arguments: dict[str, Any] = {
             "input_ids": tokens,
             "attention_mask": torch.ones_like(tokens),
-            "mm_token_type_ids": kinds(network, tokens),
+            "mm_token_type_ids": token_types(network, tokens),
             **prompts.images(rows),
         }
         with self.autocast():
@@ -227,8 +221,8 @@ class Policy:
         """
         if self.dtype == torch.float32 or not self.form.tuned:
             return self.network
-        for to, parameter in zip(self._copy.parameters(), self.network.parameters(), strict=True):
-            to.copy_(parameter)
+        for copy, parameter in zip(self._copy.parameters(), self.network.parameters(), strict=True):
+            copy.copy_(parameter)
         return self._copy
 
     @functools.cached_property
@@ -240,7 +234,7 @@ class Policy:
         return {
             "input_ids": prompts.tokens,
             "attention_mask": torch.ones_like(prompts.tokens),
-            "mm_token_type_ids": kinds(self.network, prompts.tokens),
+            "mm_token_type_ids": token_types(self.network, prompts.tokens),
             "num_return_sequences": group,
             "cache_implementation": "static" if self.form.cache == "static" else None,
             **prompts.images(),
@@ -260,7 +254,7 @@ class _Forbidden(LogitsProcessor):
         return scores.masked_fill(self._mask, -torch.inf)
 
 
-def kinds(network: Qwen2_5_VLForConditionalGeneration, tokens: Tensor) -> Tensor:
+def token_types(network: Qwen2_5_VLForConditionalGeneration, tokens: Tensor) -> Tensor:
     """Returns 1 for tokens of an image and 0 for others; the model's positions depend on it."""
     return (tokens == network.config.image_token_id).int()
 
@@ -275,7 +269,7 @@ def _prefilled(
     inner.rope_deltas = None
     inner(
         input_ids=tokens,
-        mm_token_type_ids=kinds(network, tokens),
+        mm_token_type_ids=token_types(network, tokens),
         past_key_values=prefix,
         use_cache=True,
         **prompts.images(),

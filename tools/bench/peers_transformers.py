@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases import Example
-from bench.peers_model import DEVICE, IGNORED, Policy, Prompts, count_flops, kinds, load_network
+from bench.peers_model import (
+    DEVICE,
+    IGNORED,
+    Policy,
+    Prompts,
+    count_flops,
+    load_network,
+    token_types,
+)
 from bench.task import Numbers
 
 BETA, CLIP_LOW, CLIP_HIGH = 0.04, 0.2, 0.28
@@ -54,7 +62,6 @@ class Trained(Measured):
     """A task whose run ends with an update.
 
     Args:
-      policy: the model.
       lr: AdamW's learning rate.
     """
 
@@ -150,7 +157,7 @@ def _padded(policy: Policy, examples: list[Example]) -> dict[str, Tensor]:
     return inputs | {
         "input_ids": tokens,
         "attention_mask": pad([torch.ones_like(row) for row in rows]),
-        "mm_token_type_ids": kinds(policy.network, tokens),
+        "mm_token_type_ids": token_types(policy.network, tokens),
         "labels": pad(labels, padding_value=IGNORED),
     }
 
@@ -236,10 +243,10 @@ class GRPOTask(Trained):
         path = rollout_path(policy.folder, self._length)
         rollout = _random_rollout(policy, policy.preset.group)
         if path.exists():
-            of_trl = np.load(path)
+            trl_rollout = np.load(path)
             rollout = rollout._replace(
-                completions=torch.as_tensor(of_trl["completion_ids"], device=DEVICE).long(),
-                advantages=torch.as_tensor(of_trl["advantages"], device=DEVICE),
+                completions=torch.as_tensor(trl_rollout["completion_ids"], device=DEVICE).long(),
+                advantages=torch.as_tensor(trl_rollout["advantages"], device=DEVICE),
             )
         return self._numbers(
             backward(policy, self._prompts, rollout, self._reference_logprobs(rollout))
@@ -276,9 +283,8 @@ def backward(
     A first update is on-policy: the old log-probabilities are those of the update itself.
 
     Args:
-      policy: the model, whose parameters get the gradients.
+      policy: its parameters get the gradients.
       prompts: of the rollout.
-      rollout: completions with their advantages.
       reference: the reference's log-probabilities, float32 [n, t]; None: no KL.
     """
     total = torch.zeros((), device=DEVICE)

@@ -143,10 +143,12 @@ def _train(trainer: GRPOTrainer, turns: _Turns) -> None:
 
 
 def _trainer(folder: Path, preset: Preset, form: Form, length: int, output: str) -> _Trainer:
+    # The prompts, in the form of TRL's datasets.
     processor = load_processor(folder)
     prompts = Inputs(preset, processor.tokenizer).prompts(length, preset.batch)
     special = SpecialIds.of(processor.tokenizer)
-    steps = preset.batch * preset.group // preset.micro
+    parts = preset.batch * preset.group // preset.micro
+    # The trainer; its loss is that of `peers_transformers.backward`.
     trainer = _Trainer(
         model=load_network(folder, Form(tuned=False)),
         reward_funcs=_rewards,
@@ -160,7 +162,7 @@ def _trainer(folder: Path, preset: Preset, form: Form, length: int, output: str)
         args=GRPOConfig(
             output_dir=output,
             per_device_train_batch_size=preset.micro,
-            gradient_accumulation_steps=steps,
+            gradient_accumulation_steps=parts,
             num_generations=preset.group,
             max_completion_length=preset.completion,
             generation_kwargs={
@@ -187,6 +189,7 @@ def _trainer(folder: Path, preset: Preset, form: Form, length: int, output: str)
             bf16=DEVICE.type == "cuda" and preset.dtype == "bfloat16",
         ),
     )
+    # Tuned here, since TRL itself loads the reference.
     for network in (trainer.model, trainer.ref_model):
         tune(network, form)
     return trainer

@@ -32,10 +32,10 @@ def check_needs(comparisons: Sequence[Comparison], forms: Forms) -> None:
     """
     with needs_extra("bench"):
         from bench.peers_model import DEVICE
-    without = [c.task for c in comparisons if not _has(c, forms, peer="TRL")]
-    if len(without) < len(comparisons):
-        leave = f"leave TRL out: --tasks={','.join(without)}" if without else ""
-        with needs_extra("bench", leave):
+    without_trl = [c.task for c in comparisons if not _has(c, forms, peer="TRL")]
+    if len(without_trl) < len(comparisons):
+        advice = f"leave TRL out: --tasks={','.join(without_trl)}" if without_trl else ""
+        with needs_extra("bench", advice):
             import bench.peers_trl  # noqa: F401
     if DEVICE.type != "cpu":
         return
@@ -74,17 +74,17 @@ def measure_all(
 
     Args:
       results: of earlier runs; outcomes are added.
-      comparisons: to measure.
-      measure: measures one.
       run: what is measured, JSON-ready; tells an equal run from another.
       out: the folder of `bench.json`, `bench.md` and `bench.png`; None: no files.
 
     Raises:
       ConfigError: at the end, if tasks failed; names them.
     """
+    # The tasks that an equal run has done.
     made = made_now()
     run = {**run, "versions": made.partition(", ")[2]}
     done = results.begin(run)
+    # The others; one that fails does not end them.
     failed = []
     for comparison in progress(comparisons, desc="compare", unit="task"):
         task = comparison.task

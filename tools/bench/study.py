@@ -36,30 +36,32 @@ def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequen
 
     Args:
       config: path of a config file.
-      folder: for the runs' workdirs; an interrupted study, started again, goes on from there.
+      folder: the runs' workdirs are in it; an interrupted study, started again, goes on from there.
       seeds: one run of the whole job and its controls for each.
       overrides: further `--config.key=value` arguments for every run.
 
     Raises:
       ConfigError: runs failed; names them. Their own messages are on stderr.
     """
-    done, failed = [], []
+    done, failures = [], []
     for seed in seeds:
+        # The seed's runs; those that are done already end at once.
         try:
             _run_seed(config, folder, seed, overrides)
         except _RunFailed as error:
-            failed.append(str(error))
+            failures.append(str(error))
             print(f"{error}; the other seeds go on", file=sys.stderr, flush=True)
             continue
+        # The scores of all seeds so far.
         done.append(seed)
         results = collect(folder, done)
         write_json(folder / "study.json", results)
         atomic_write(folder / "study.md", table(results))
     if done:
         print(table(results))
-    if failed:
+    if failures:
         raise ConfigError(
-            f"{'; '.join(failed)}; put that right and start again, what is done stays"
+            f"{'; '.join(failures)}; put that right and start again, what is done stays"
         )
 
 
@@ -68,14 +70,14 @@ class _RunFailed(Exception):
 
 
 def _run_seed(config: str, folder: Path, seed: int, overrides: Sequence[str]) -> None:
-    main, plain = folder / f"seed{seed}", folder / f"seed{seed}-no-mixing"
+    main, no_mixing = folder / f"seed{seed}", folder / f"seed{seed}-no-mixing"
     overrides = [f"--config.seed={seed}", *overrides]
     _train(config, main, MAIN_STAGES, overrides)
     for name in _SHARED:
-        if not (plain / name).exists():
-            with atomic_dir(plain / name) as partial:
+        if not (no_mixing / name).exists():
+            with atomic_dir(no_mixing / name) as partial:
                 shutil.copytree(main / name, partial, dirs_exist_ok=True)
-    _train(config, plain, "grpo,evaluate", [*overrides, "--config.grpo.mixing=False"])
+    _train(config, no_mixing, "grpo,evaluate", [*overrides, "--config.grpo.mixing=False"])
 
 
 def _train(config: str, workdir: Path, stages: str, overrides: Sequence[str]) -> None:
@@ -83,11 +85,11 @@ def _train(config: str, workdir: Path, stages: str, overrides: Sequence[str]) ->
     command += [f"--workdir={workdir}", f"--config.stages={stages}", *overrides]
     print("$", " ".join(command), flush=True)
     code = subprocess.run(command, check=False).returncode
-    ended = f"{workdir}: this run ended with exit code {code}, as said above"
+    problem = f"{workdir}: this run ended with exit code {code}, as said above"
     if code in (_USER, _INTERRUPTED):
-        raise ConfigError(f"{ended}; put that right and start again, what is done stays")
+        raise ConfigError(f"{problem}; put that right and start again, what is done stays")
     if code:
-        raise _RunFailed(ended)
+        raise _RunFailed(problem)
 
 
 def collect(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -108,14 +110,15 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         "| system | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
-    for name, shown in NAMES.items():
+    for name, title in NAMES.items():
         cells = [_spread([run[name][column] for run in results.values()]) for column in COLUMNS]
-        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
-    lines += ["", f"Micro F1 of GRPO with mixing less that of, over {len(results)} seeds:", ""]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    heading = f"Micro F1 of {NAMES['grpo']} minus that of these, over {len(results)} seeds:"
+    lines += ["", heading, ""]
     for name in ("sft", "control", "no_mixing"):
         gains = [run["grpo"]["micro_f1"] - run[name]["micro_f1"] for run in results.values()]
-        each = ", ".join(f"{gain:+.1f}" for gain in gains)
-        lines.append(f"- {NAMES[name]}: {_spread(gains)} ({each})")
+        by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
+        lines.append(f"- {NAMES[name]}: {_spread(gains)} ({by_seed})")
     return "\n".join(lines) + "\n"
 
 

@@ -74,16 +74,17 @@ def serve(make: Callable[[], Side]) -> None:
     """Answers the parent's requests, a line of JSON each, until it closes the pipe.
 
     Requests are `{"do": "prepare", "task": name}`, `{"do": "flops"}`, `{"do": "numbers"}`,
-    `{"do": "forget peak"}`, `{"do": "run"}` and `{"do": "close"}`. Whatever the program prints
-    goes to stderr.
+    `{"do": "forget peak"}`, `{"do": "run"}` and `{"do": "close"}`.
     """
+    # The pipe is for answers alone: what the program prints goes to stderr.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # One request after another; `prepare` chooses the task of those that follow.
     side, task = make(), None
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {}
-        began = time.perf_counter()
+        start = time.perf_counter()
         match request["do"]:
             case "prepare":
                 task = side.task(request["task"])
@@ -96,9 +97,9 @@ def serve(make: Callable[[], Side]) -> None:
                 side.peak_bytes()
             case "run":
                 task.run()
-                answer["seconds"] = time.perf_counter() - began
+                answer["seconds"] = time.perf_counter() - start
                 answer["peak_bytes"] = side.peak_bytes()
             case "close":
                 task = None
-        answer.setdefault("seconds", time.perf_counter() - began)
+        answer.setdefault("seconds", time.perf_counter() - start)
         answers.write(json.dumps(answer) + "\n")

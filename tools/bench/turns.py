@@ -69,8 +69,8 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            how = _ending(self._process.wait())
-            raise SideError(f"{self.name} ended at {do!r} {how}:\n{''.join(self._last_lines)}")
+            ending = _ending(self._process.wait())
+            raise SideError(f"{self.name} ended at {do!r} {ending}:\n{''.join(self._last_lines)}")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ def check(numbers: Mapping[str, Numbers], tolerance: float) -> None:
 
     Args:
       numbers: by side.
-      tolerance: relative.
+      tolerance: relative difference that is allowed.
 
     Raises:
       SideError: two sides differ, or have no number in common; names both, the number and values.
