@@ -1,13 +1,13 @@
 """Batches: the arrays of fixed shapes that the compiled programs take.
 
 A batch is a NamedTuple of NumPy arrays whose leading axis is the row, so that any program can take
-it and a mesh can shard it by rows. Rows are padded on the right to a `shapes.Shape`.
+it and a mesh can shard it by rows. Rows are padded on the right to a `data.shapes.Shape`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -23,7 +23,10 @@ class VisionBatch(NamedTuple):
 
 
 class FeatureBatch(NamedTuple):
-    """Kept features in place of patches, image after image; m as the tower would give."""
+    """Features computed before training, in place of patches.
+
+    They stand in the order of the text's image tokens, padded to as many as the tower would return.
+    """
 
     features: Float[np.ndarray, "b m d"]
 
@@ -32,12 +35,12 @@ class SequenceBatch(NamedTuple):
     """Whole samples, prompt and target, possibly several to a row.
 
     Attributes:
-      tokens: int32; padding holds the pad id.
-      targets: int32, the token that follows each one.
-      weights: float32, 1 where the loss counts the target.
-      segment_ids: int32, 1.. for the row's samples, 0 for padding.
-      positions: int32, the three M-RoPE axes.
-      vision_index: int32, merged slot of the vision token at each place, -1 elsewhere.
+        tokens: int32; padding holds the pad id.
+        targets: int32, the token that follows each one.
+        weights: float32, 1 where the loss counts the target.
+        segment_ids: int32, from 1 for the row's samples, 0 for padding.
+        positions: int32, the three M-RoPE axes.
+        vision_index: int32, merged slot of the vision token at each place, -1 elsewhere.
     """
 
     tokens: Int[np.ndarray, "b s"]
@@ -53,13 +56,13 @@ class PromptBatch(NamedTuple):
     """Prompts to sample from.
 
     Attributes:
-      tokens: int32; padding holds the pad id.
-      mask: True where there is a token.
-      positions: int32, the three M-RoPE axes.
-      vision_index: as in `SequenceBatch`.
-      next_position: int32, the position of the first sampled token on all three axes.
-      fact: int32, which fact it is, in the order of its split; keys the sampling noise.
-      gold: int32, the id of the right label.
+        tokens: int32; padding holds the pad id.
+        mask: True where there is a token.
+        positions: int32, the three M-RoPE axes.
+        vision_index: as in `SequenceBatch`.
+        next_position: int32, the position of the first sampled token on all three axes.
+        fact: int32, the fact's number in its split; keys the sampling noise.
+        gold: int32, the id of the right label.
     """
 
     tokens: Int[np.ndarray, "b s"]
@@ -78,7 +81,7 @@ def pad(values: np.ndarray, length: int, fill: float) -> np.ndarray:
     return np.pad(values, width, constant_values=fill)
 
 
-def stack(rows: Sequence[NamedTuple]):
+def stack(rows: Sequence[Any]) -> Any:
     """Stacks NamedTuples of arrays (and of NamedTuples) field by field."""
     first = rows[0]
     if isinstance(first, tuple):

@@ -22,19 +22,19 @@ def accumulate(
     micro_batches: int,
     combine: Callable[[PyTree, PyTree], PyTree] = add,
 ) -> PyTree:
-    """Sums `gradients(micro_batch)` over a batch's micro-batches, with one's activations at a time.
+    """Sums `gradients(micro_batch)` over micro-batches of equal size, one after another.
 
-    What is summed must be a plain sum over rows: a loss is divided beforehand by its normaliser
-    over the whole batch, so that 1 and 8 micro-batches give the same.
+    Only one's activations are in memory. What is summed must be a plain sum over rows: a loss is
+    divided beforehand by its normaliser over the whole batch, so that 1 and 8 micro-batches give
+    the same.
 
     Args:
-      gradients: maps a micro-batch to a tree of sums (loss, gradients, metrics).
-      batch: a tree of arrays with rows leading.
-      micro_batches: number of micro-batches of equal size.
-      combine: joins the total so far, from zeros, with a micro-batch's sums.
+        gradients: maps a micro-batch to a tree of sums (loss, gradients, metrics).
+        batch: a tree of arrays with rows leading.
+        combine: joins the total so far, from zeros, with a micro-batch's sums.
 
     Raises:
-      ValueError: `micro_batches` does not divide the rows.
+        ValueError: `micro_batches` does not divide the rows.
     """
     if micro_batches == 1:
         return gradients(batch)
@@ -43,7 +43,7 @@ def accumulate(
         raise ValueError(
             f"micro_batches: expected a divisor of the batch's {rows} rows, found {micro_batches}"
         )
-    # Rows i, i + m, i + 2m, … form micro-batch i: each device keeps the rows it holds.
+    # Rows i, i + m, i + 2m, … of m micro-batches form micro-batch i: no row changes its device.
     stacked = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]), 0, 1),
         batch,

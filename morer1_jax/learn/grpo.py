@@ -40,23 +40,23 @@ Normalisation = Literal["sequence", "token", "constant"]
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The objective's choices.
+    """Settings of the objective.
 
     Attributes:
-      clip_low: the ratio is clipped from 1 - clip_low on.
-      clip_high: the ratio is clipped up to 1 + clip_high.
-      beta: weight of the KL to the reference; at 0 no reference is held or scored.
-      normalisation: a token's weight. "sequence": 1 / (its completion's tokens × completions),
-        GRPO's. "token": 1 / tokens of the batch, DAPO's. "constant": 1 / (completions × length
-        limit), Dr. GRPO's (arXiv 2503.20783). Groups whose rewards are all equal count in the
-        denominators: dropping them would raise the step on the rest.
-      importance_cap: upper bound of π_old / π_sampler, by which a token's policy term, not its KL,
-        is weighted (truncated importance sampling); it corrects for a sampler that rounds
-        differently. None: no weight.
-      mask_truncated: whether completions cut off at the length limit are left out of the loss.
+        clip_low: the ratio is clipped from 1 - clip_low on.
+        clip_high: the ratio is clipped up to 1 + clip_high.
+        beta: weight of the KL to the reference; at 0 no reference is held or scored.
+        normalisation: a token's weight. "sequence": 1 / (its completion's tokens × completions),
+            GRPO's. "token": 1 / tokens of the batch, DAPO's. "constant": 1 / (completions × length
+            limit), Dr. GRPO's (arXiv 2503.20783). Groups whose rewards are all equal count in the
+            denominators: dropping them would raise the step on the rest.
+        importance_cap: upper bound of π_old / π_sampler, by which a token's policy term, not its
+            KL, is weighted (truncated importance sampling); it corrects for a sampler that rounds
+            differently. None: no weight.
+        mask_truncated: whether completions cut off at the length limit are left out of the loss.
 
     Raises:
-      FieldError: a field is out of its bounds.
+        FieldError: a field is out of its bounds.
     """
 
     clip_low: float = at_least(0, 0.2)
@@ -75,15 +75,15 @@ class GroupBatch:
     """The rollout that an update learns from; rows are prompts.
 
     Attributes:
-      prompts: with images or their features.
-      tokens: int32 ids of the completions.
-      mask: True for a completion's tokens, end-of-turn among them; nothing is read elsewhere.
-      weights: float32, each token's share of the loss; 0 where it does not count.
-      advantages: float32, each completion's.
-      sampler: float32 log-probabilities with which the tokens were sampled.
-      old: float32 log-probabilities under the parameters before the first update on this rollout;
-        None in that first update.
-      reference: float32 log-probabilities under the reference; None where beta is 0.
+        prompts: with images or their features.
+        tokens: int32 ids of the completions.
+        mask: True for a completion's tokens, end-of-turn among them; nothing is read elsewhere.
+        weights: float32, each token's share of the loss; 0 where it does not count.
+        advantages: float32, each completion's.
+        sampler: float32 log-probabilities with which the tokens were sampled.
+        old: float32 log-probabilities under the parameters before the first update on this rollout;
+            None in that first update.
+        reference: float32 log-probabilities under the reference; None where beta is 0.
     """
 
     prompts: PromptBatch
@@ -102,9 +102,8 @@ def token_weights(
     """Returns each token's share of the loss over the whole global batch, float32.
 
     Args:
-      mask: True for a completion's tokens.
-      ended: False for completions cut off at the length limit.
-      config: `normalisation` and `mask_truncated`.
+        mask: True for a completion's tokens.
+        ended: False for completions cut off at the length limit.
     """
     in_loss = ended | (not config.mask_truncated)
     counted = (mask & in_loss[..., None]).astype(jnp.float32)
@@ -127,16 +126,14 @@ def token_losses(
     """Returns l_t of each token, and diagnostics of it.
 
     Args:
-      new: log-probabilities under the parameters that train.
-      old: under those before the first update; the caller stops its gradient.
-      sampler: those the tokens were sampled with; the caller stops its gradient.
-      reference: under the reference, if beta is above 0.
-      advantages: of each completion.
-      config: the objective's choices.
+        new: log-probabilities under the parameters that train.
+        old: under those before the first update; the caller stops its gradient.
+        sampler: those the tokens were sampled with; the caller stops its gradient.
+        reference: under the reference, if beta is above 0.
 
     Returns:
-      Losses, and by name whether the ratio was clipped (`clip_low`, `clip_high`) and, with a
-      reference, `kl`.
+        Losses, and by name whether the ratio was clipped (`clip_low`, `clip_high`) and, with a
+        reference, `kl`.
     """
     # The clipped objective.
     advantage = advantages[..., None]
@@ -168,20 +165,12 @@ def grpo_gradients(
     micro_batches: int = 1,
     frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
-    """Returns the gradients of the whole batch's loss with respect to `params`, and metrics.
+    """Returns the gradients of the whole batch's loss with respect to `params`, and TRL's metrics.
 
     Args:
-      model: the model.
-      params: the trainable parameters.
-      batch: of which groups stay whole in a micro-batch.
-      allowed: ids that can be sampled.
-      config: the objective's choices.
-      score: temperature and chunk of log-probabilities.
-      micro_batches: number of micro-batches.
-      frozen: the model's other parameters; see `learn.trainable`.
-
-    Returns:
-      Gradients, and metrics under TRL's names.
+        params: the trainable parameters.
+        allowed: ids that can be sampled.
+        frozen: the model's other parameters; see `learn.trainable`.
     """
 
     def micro_gradients(part: GroupBatch) -> tuple[Params, Metrics]:
@@ -201,6 +190,7 @@ def grpo_gradients(
                 None if x is None else jnp.where(part.mask, x, 0.0)
                 for x in (new, part.old, part.reference, part.sampler)
             )
+            # In the first update on a rollout the old parameters are the new ones.
             old = jax.lax.stop_gradient(new) if old is None else old
             losses, diagnostics = token_losses(
                 new, old, sampler, reference, part.advantages, config
@@ -226,25 +216,21 @@ def grpo_gradients(
 
 
 def _combine(total: tuple[Params, Metrics], part: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
-    """Adds a micro-batch's sums to the total, but takes the larger of greatest differences."""
+    """Adds a micro-batch's sums to the total, but takes the maximum of `difference_max`."""
     grads, sums = add(total, part)
     largest = jnp.maximum(total[1]["difference_max"], part[1]["difference_max"])
     return grads, sums | {"difference_max": largest}
 
 
 def combined_metrics(updates: Sequence[Metrics]) -> Metrics:
-    """Returns the metrics of a rollout's updates as one set.
-
-    That is their means, but the greatest of what is a greatest value, and the sum of
-    `skipped_updates`.
-    """
+    """Returns the means of a rollout's updates; maxima of maxima, the sum of `skipped_updates`."""
 
     def combined(name: str) -> Array:
         values = jnp.stack([metrics[name] for metrics in updates])
         if name == "skipped_updates":
             return jnp.sum(values)
-        greatest = name == "not_finite" or name.endswith("/max")
-        return jnp.max(values, axis=0) if greatest else jnp.mean(values)
+        is_maximum = name == "not_finite" or name.endswith("/max")
+        return jnp.max(values, axis=0) if is_maximum else jnp.mean(values)
 
     return {name: combined(name) for name in updates[0]}
 
@@ -285,10 +271,10 @@ def make_grpo_update(
         grads, metrics = grpo_gradients(
             model, state.params, batch, allowed, config, score, micro_batches, frozen
         )
-        bad = not_finite_groups(batch)
-        sound = jnp.isfinite(metrics["loss"]) & ~jnp.any(bad)
+        not_finite = not_finite_groups(batch)
+        sound = jnp.isfinite(metrics["loss"]) & ~jnp.any(not_finite)
         params, opt_state, norms = apply_gradients(state, grads, optimizer, sound)
-        metrics |= norms | {"not_finite": jnp.where(bad, batch.prompts.fact, -1)}
+        metrics |= norms | {"not_finite": jnp.where(not_finite, batch.prompts.fact, -1)}
         return state.replace(params=params, opt_state=opt_state), metrics
 
     return update
@@ -299,8 +285,8 @@ def not_finite_groups(batch: GroupBatch) -> Bool[Array, " b"]:
 
     The loss alone does not show it: the clip and the importance weight's cap hide infinite ratios.
     """
-    bad = jnp.any(~jnp.isfinite(batch.advantages), axis=-1)
+    not_finite = jnp.any(~jnp.isfinite(batch.advantages), axis=-1)
     for logprobs in (batch.sampler, batch.old, batch.reference):
         if logprobs is not None:
-            bad |= jnp.any(~jnp.isfinite(logprobs) & batch.mask, axis=(-2, -1))
-    return bad
+            not_finite |= jnp.any(~jnp.isfinite(logprobs) & batch.mask, axis=(-2, -1))
+    return not_finite

@@ -47,17 +47,13 @@ def sft_gradients(
     """Returns the gradients of the mean loss with respect to `params`, and metrics.
 
     Args:
-      model: the model.
-      params: the trainable parameters.
-      batch: of whole rows.
-      config: of log-probabilities.
-      micro_batches: number of micro-batches.
-      frozen: the model's other parameters; see `learn.trainable`.
+        params: the trainable parameters.
+        frozen: the model's other parameters; see `learn.trainable`.
 
     Returns:
-      Gradients, and the metrics `loss`, `entropy` and `target_tokens`.
+        Gradients, and the metrics `loss`, `entropy` and `target_tokens`.
     """
-    # Over the whole batch beforehand, so that a micro-batch's loss is a plain sum.
+    # Summed over the whole batch beforehand, so that a micro-batch's loss is a plain sum.
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def micro_gradients(part: SequenceBatch) -> tuple[Params, dict[str, Array]]:

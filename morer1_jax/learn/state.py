@@ -27,10 +27,9 @@ class TrainState:
     """What training changes.
 
     Attributes:
-      step: int32, the batches (SFT) or rollouts (GRPO) trained on; further updates on a rollout
-        count in the optimizer's own state alone.
-      params: the trainable parameters; see `learn.trainable`.
-      opt_state: the optimizer's.
+        step: int32, the batches (SFT) or rollouts (GRPO) trained on; further updates on a rollout
+            count in the optimizer's own state alone.
+        params: the trainable parameters; see `learn.trainable`.
     """
 
     step: Int[Array, ""]
@@ -46,18 +45,18 @@ class OptimizerConfig:
     """Settings of AdamW (arXiv 1711.05101), its schedule and its clip.
 
     Attributes:
-      lr: peak learning rate.
-      schedule: "constant", or "cosine" down to `final` times the peak at the last update.
-      warmup: updates of linear warm-up.
-      final: last rate of the cosine as a share of the peak.
-      b1: decay of the gradients' first moment.
-      b2: decay of the gradients' second moment.
-      eps: added to the root of the second moment.
-      weight_decay: of matrices, times the learning rate.
-      clip_norm: gradients of a greater global norm are scaled down to it.
+        lr: peak learning rate.
+        schedule: "constant", or "cosine" down to `final` times the peak at the last update.
+        warmup: updates of linear warm-up.
+        final: last rate of the cosine as a share of the peak.
+        b1: decay of the gradients' first moment.
+        b2: decay of the gradients' second moment.
+        eps: added to the root of the second moment.
+        weight_decay: of matrices, times the learning rate.
+        clip_norm: gradients of a greater global norm are scaled down to it.
 
     Raises:
-      FieldError: a field is out of its bounds.
+        FieldError: a field is out of its bounds.
     """
 
     lr: float = above(0)
@@ -126,9 +125,7 @@ def init_sharded(model: Qwen25VL, key: PRNGKeyArray, like: Params) -> Params:
     """Returns parameters from scratch, each made on the devices that will hold it.
 
     Args:
-      model: the model.
-      key: of the random numbers.
-      like: the leaves to return, all or some, of `jax.ShapeDtypeStruct` with shardings.
+        like: the leaves to return, all or a part, as `jax.ShapeDtypeStruct` with shardings.
     """
 
     def pick(params: Params, like: Params) -> Params:
@@ -151,21 +148,18 @@ def apply_gradients(
 ) -> tuple[Params, optax.OptState, dict[str, Array]]:
     """Applies an update, or skips it and leaves parameters and optimizer state bit for bit.
 
-    It is skipped where the gradients' global norm is not finite, or their inputs are not sound.
+    It is skipped where the gradients' global norm is not finite, or `sound` is False.
     Both are known before anything is written, so that the new state still takes the old one's
     place in memory. Whether parameters overflow is known only afterwards, by `param_norm`: a copy
     of them until then would double their memory, and the cause would be a setting such as a huge
     learning rate, which skipping does not mend.
 
     Args:
-      state: before the update.
-      grads: of `state.params`.
-      optimizer: whose state it is.
-      sound: False skips the update, too.
+        sound: whether what the gradients were computed from is finite.
 
     Returns:
-      New parameters, new optimizer state, and metrics: `grad_norm`, before the clip; `param_norm`,
-      of the parameters returned; `skipped_updates`, 1 or 0.
+        New parameters, new optimizer state, and metrics: `grad_norm`, before the clip;
+        `param_norm`, of the parameters returned; `skipped_updates`, 1 or 0.
     """
     norm = optax.tree.norm(grads)
     applies = jnp.isfinite(norm) & sound

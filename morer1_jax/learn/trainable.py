@@ -25,14 +25,14 @@ class TrainableParts:
     """Shares of the learning rate by part of the model; a share of 0 freezes the part.
 
     Attributes:
-      vision: share of the vision tower.
-      merger: share of the merger between tower and decoder.
-      language: share of the decoder with embedding and head, or of its adapters.
-      frozen_dtype: dtype that frozen parameters are held in.
-      lora: adapters that train in place of the decoder; of rank 0: the decoder itself trains.
+        vision: share of the vision tower.
+        merger: share of the merger between tower and decoder.
+        language: share of the decoder with embedding and head, or of its adapters.
+        frozen_dtype: dtype that frozen parameters are held in.
+        lora: adapters that train in place of the decoder; of rank 0: the decoder itself trains.
 
     Raises:
-      FieldError: a share is negative, nothing trains, or adapters have no share.
+        FieldError: a share is negative, nothing trains, or adapters have no share.
     """
 
     vision: float = at_least(0, 1.0)
@@ -88,9 +88,8 @@ def select(
     """Returns the tree of those leaves whose paths meet the predicate, without empty branches.
 
     Args:
-      params: a tree, or a branch of it.
-      predicate: takes the path from the root.
-      path: of `params` from the root.
+        params: a tree, or the branch of it at `path` from the root.
+        predicate: takes a leaf's path from the root.
     """
     tree = {}
     for key, value in params.items():

@@ -98,17 +98,13 @@ class XLA:
         prompt_mask: Bool[Array, "b p"],
         completion_mask: Bool[Array, "b g t"],
     ) -> Queries:
-        """Attends to the prompt's keys, held once a group, and to the completion's own.
-
-        One softmax runs over both, so that the two outputs need no merge.
-        """
+        """Attends to the prompt's keys, held once a group, and to the completion's own."""
         p = prompt_mask.shape[1]
         b, g, t = completion_mask.shape
         e = q.shape[-1]
         prompt_k, prompt_v = k[:, :p], v[:, :p]
         own_k, own_v = (x[:, p:].reshape(b, g, t, -1, e) for x in (k, v))
-        # The prompt by itself. Causality alone hides padding on the right, but it may be on the
-        # left.
+        # The prompt by itself. Causality alone hides padding on the right, but not on the left.
         causal = causal_mask(p)
         prompt_out = causal_attention(
             q[:, :p],
@@ -124,9 +120,11 @@ class XLA:
         own_k, own_v = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (own_k, own_v))
         to_prompt = scaled_scores("bkgrte,bkpe->bkgrtp", queries, prompt_k)
         to_own = scaled_scores("bkgrte,bkgue->bkgrtu", queries, own_k)
-        causal = completion_mask[:, :, None, :] & causal_mask(t)
+        own_visible = completion_mask[:, :, None, :] & causal_mask(t)
         to_prompt = jnp.where(prompt_mask[:, None, None, None, None], to_prompt, HIDDEN_SCORE)
-        to_own = jnp.where(causal[:, None, :, None], to_own, HIDDEN_SCORE)
+        to_own = jnp.where(own_visible[:, None, :, None], to_own, HIDDEN_SCORE)
+
+        # Their outputs, from one softmax over both scores.
         weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
         weights = weights.astype(q.dtype)
         out = einsum("bkgrtp,bkpe->bkgrte", weights[..., :p], prompt_v)
@@ -150,7 +148,6 @@ class PackedCausal:
 
     Attributes:
         segment_ids: 0 is padding, which sees only padding and is seen by nothing else.
-        kernels: what computes it.
     """
 
     segment_ids: Int[Array, "b s"]
@@ -167,12 +164,7 @@ class SharedPrefix:
 
     Prompt tokens are causal among themselves; a completion's tokens see the whole valid prompt
     and their own completion causally.  Equals running each [prompt | completion] by itself,
-    in value and gradient, without scores between completions.
-
-    Attributes:
-        prompt_mask: the prompts' valid tokens.
-        completion_mask: the completions' valid tokens.
-        kernels: what computes it.
+    in value and gradient, without scores between completions.  Masks are True for valid tokens.
     """
 
     prompt_mask: Bool[Array, "b p"]
@@ -211,9 +203,6 @@ def causal_attention(
     would hide are never computed.
 
     Args:
-        q: queries of whole rows.
-        k: keys of whole rows.
-        v: values of whole rows.
         visible: returns the mask between a block of queries and a block of keys, causality
             included.
     """
@@ -237,13 +226,7 @@ def _group_heads(q: Float[Array, "*s h e"], kv_heads: int) -> Float[Array, "*s k
 
 
 def scaled_scores(axes: str, q: Array, k: Array) -> Array:
-    """Returns float32 products of queries and keys, divided by the root of the head size.
-
-    Args:
-        axes: of `einsum`.
-        q: queries, the head size last.
-        k: keys.
-    """
+    """Returns float32 products of queries and keys, divided by the root of `q`'s last axis."""
     scale = q.shape[-1] ** -0.5
     return einsum(axes, q, k, preferred_element_type=jnp.float32) * scale
 

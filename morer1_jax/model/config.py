@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from morer1_jax.bounds import above, at_least, check_bounds, derived
+from morer1_jax.bounds import above, at_least, check_bounds, derived, one_of
 from morer1_jax.errors import FieldError
 from morer1_jax.model import hf_config, vision_layout
 from morer1_jax.model.attention import XLA, Kernels
 
 DType = Literal["float32", "bfloat16"]  # Not float16, in which activations overflow.
-_REMATS = ("none", "full", "dots")
+Remat = Literal["none", "full", "dots"]
 AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
 # `transformers`' defaults, for configs that leave them out.
 DEFAULT_IDS = {
@@ -100,7 +100,7 @@ class VisionConfig:
         Host code asks this before it reads a pixel; nothing is traced.
 
         Args:
-            grids: (1, rows, columns) in patches of each image; none for a sample without images.
+            grids: (1, rows, columns) in patches of each image; empty for a sample without images.
 
         Raises:
             LayoutError: a grid is a video or not divisible by `spatial_merge_size`.
@@ -273,12 +273,12 @@ class LoRA:
     """Low-rank adapters beside linear maps of every decoder layer (arXiv 2106.09685, 4.1).
 
     Attributes:
-        rank: of an adapter; 0: there are none.
+        rank: rank of each adapter; 0 means no adapters.
         alpha: an adapter's output is scaled by alpha / rank.
-        targets: the maps that have one, of `LORA_TARGETS`.
+        targets: the maps that have an adapter, of `LORA_TARGETS`.
 
     Raises:
-        FieldError: a number is out of its range, or a target is unknown or none is there.
+        FieldError: a number is out of its range, a target is unknown, or `targets` is empty.
     """
 
     rank: int = at_least(0, 0)
@@ -307,46 +307,41 @@ class Runtime:
     """How a run computes; none of it changes the model beyond rounding.
 
     Attributes:
-        param_dtype: dtype the parameters are held in.
         dtype: dtype of activations and matrix products; norms, rotary and softmax use float32.
             Float32 products are exact on every platform (`model.products`), and on accelerators
             take several times as long as bfloat16's.
         remat: what is saved of a layer for the backward pass, which computes the rest again:
             "none" saves all activations, "full" only the layer's input, "dots" also the results of
             linear maps, each with its bias and adapter.
-        scan_unroll: layers in one step of the forward scan (from the layer count on: no scan); 1
-            with rematerialisation: of layers that share a step, or stand outside of the loop, XLA
-            merges the recomputation with the first one, and saves little memory.
+        scan_unroll: layers in one step of the forward scan; at the layer count or above there is no
+            scan. Must be 1 with rematerialisation: XLA merges the recomputation of layers that
+            share a step with their first computation, which saves little memory.
         decode_unroll: whether one-token decoding is a plain loop over layers whose parameters are
             copied apart beforehand, not a scan. On a CPU it is much faster; elsewhere kernels read
             a layer's slice where it lies, and the copy is a second model in memory.
-        attention: which kernels a run chooses; see `run.kernels`.
+        attention: name of the kernels; "auto" chooses by device (see `run.kernels`).
         kernels: what computes attention over whole sequences.
 
     Raises:
-        FieldError: a value is not one of those allowed, or `remat` and `scan_unroll` exclude each
-            other.
+        FieldError: a value is out of its bounds, or `scan_unroll` is above 1 with `remat`.
     """
 
-    param_dtype: DType = "float32"
-    dtype: DType = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    param_dtype: DType = one_of(DType, "float32")
+    dtype: DType = one_of(DType, "float32")
+    remat: Remat = one_of(Remat, "none")
     scan_unroll: int = at_least(1, 1)
     decode_unroll: bool = False
-    attention: AttentionChoice = "auto"
+    attention: AttentionChoice = one_of(AttentionChoice, "auto")
     kernels: Kernels = derived(XLA())
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        for key in ("param_dtype", "dtype"):
-            _one_of(key, getattr(self, key), get_args(DType))
-        _one_of("remat", self.remat, _REMATS)
         if self.remat != "none" and self.scan_unroll != 1:
             raise FieldError(
                 "scan_unroll",
-                f"expected 1 with remat = {self.remat!r}, found {self.scan_unroll}; of layers that "
-                "share a step of the scan XLA merges the recomputation with the first one, and "
-                "saves little memory",
+                f"expected 1 with remat = {self.remat!r}, found {self.scan_unroll}; layers that "
+                "share a step of the scan save little memory, since XLA merges their recomputation "
+                "with the first computation",
             )
 
 
@@ -355,16 +350,16 @@ class ImageConfig:
     """How pixels become patches.
 
     Attributes:
-      min_pixels: least pixels of an image, which is scaled up to it, its shape nearly kept.
-      max_pixels: most pixels of an image, which is scaled down to it, its shape nearly kept.
-      crop_margin: share of the box's width and height that is added on each side of the crop.
-      crop_least: least width and height of the crop in the photo's pixels; a smaller box grows
-        around its centre.
-      patch_size: the vision tower's, in pixels.
-      merge_size: the vision tower's `spatial_merge_size`.
-      temporal_patch_size: the vision tower's, in frames.
-      image_mean: mean of each channel, with levels from 0 to 1; by default CLIP's.
-      image_std: standard deviation of each channel, with levels from 0 to 1; by default CLIP's.
+        min_pixels: an image with fewer is scaled up to as many, its aspect ratio nearly kept.
+        max_pixels: an image with more is scaled down to as many, its aspect ratio nearly kept.
+        crop_margin: share of the box's width and height that is added on each side of the crop.
+        crop_least: least width and height of the crop in the photo's pixels; a smaller box grows
+            around its centre.
+        patch_size: the vision tower's, in pixels.
+        merge_size: the vision tower's `spatial_merge_size`.
+        temporal_patch_size: the vision tower's, in frames.
+        image_mean: mean of each channel, with levels from 0 to 1; by default CLIP's.
+        image_std: standard deviation of each channel, with levels from 0 to 1; by default CLIP's.
     """
 
     min_pixels: int = 56 * 56

@@ -1,8 +1,8 @@
 """What only XLA's compiler for CPUs needs.
 
 Left to itself it computes cosines and sines again in every layer, and transposes a layer's largest
-arrays for the gradient of its kernel. On other platforms `cos_sin` is its plain form;
-`linear_product` differs from its own in the order of axes alone.
+arrays for the gradient of its kernel. On other platforms `cos_sin` calls cosine and sine alone;
+`linear_product` computes its gradient with other orders of axes than JAX's rule does.
 """
 
 from __future__ import annotations
@@ -52,12 +52,10 @@ def linear_product(
     larger of the two, which takes about as long as the product itself.
 
     Args:
-        x: activations, of any number of leading axes.
         kernel: [*contracted axes, *features].
         dims: dimension numbers of `dot_general`.
         precision: Flax's, which it passes and leaves empty; not read, since the operands' dtype
             decides (`model.products`).
-        preferred_element_type: dtype of the result.
     """
     del precision
     return dot_general(x, kernel, dims, preferred_element_type)

@@ -23,7 +23,7 @@ class CuDNN:
     """`attention.Kernels` by `jax.nn.dot_product_attention`, for queries of 16 bits.
 
     Attributes:
-      implementation: "xla" computes the same masks and products on any platform, for tests.
+        implementation: "xla" computes the same masks and products on any platform, for tests.
     """
 
     implementation: Literal["cudnn", "xla"] = "cudnn"

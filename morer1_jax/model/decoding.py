@@ -29,10 +29,8 @@ class LayerKV:
     token's slice in place; as a scan's input and output they would be copied every token.
 
     Attributes:
-        prompt_k: rotated keys of the prompts.
-        prompt_v: values of the prompts.
-        k: rotated keys of the completions, zero where no token has been written.
-        v: values of the completions, zero where no token has been written.
+        prompt_k: keys of the prompts, rotated.
+        k: keys of the completions, rotated; zero, like `v`, where no token has been written.
         layer: int32, the current layer of the stack; None where there is one layer.
     """
 
@@ -74,7 +72,6 @@ class KVCache:
 
     Attributes:
         layers: stacked, or one entry a layer.
-        prompt_mask: the prompts' valid tokens.
         index: int32, the completion place that the next token is written to, the same for every
             sample.
     """
@@ -109,9 +106,8 @@ def init_cache(
 
     Args:
         prompt_kv: of `forward(..., keep_kv=True)` for the prompts.
-        prompt_mask: the prompts' valid tokens.
-        group: samples of each prompt.
-        length: tokens of each completion that there is room for.
+        group: samples of each prompt, g.
+        length: tokens of each completion that there is room for, t.
         stacked: whether layers are stacked, for a scan, or apart, for a plain loop.
     """
     k, v = prompt_kv
@@ -135,7 +131,6 @@ class Cached:
     """The pattern of one new token of each of g samples; `q`, `k`, `v` carry g in place of s.
 
     Attributes:
-        prompt_mask: the prompts' valid tokens.
         index: int32, the token's place in its completion.
     """
 
@@ -151,7 +146,7 @@ class Cached:
     ) -> tuple[Float[Array, "b g h e"], LayerKV]:
         """Writes the token's keys and values at `index`, then attends from it.
 
-        It sees the valid prompt, and its own completion up to and including itself.
+        It sees the valid tokens of the prompt, and its own completion up to and including itself.
         """
         b, g, _, e = q.shape
         kv_heads = k.shape[-2]

@@ -74,10 +74,9 @@ def text_flops(text: TextConfig, tokens: float, pairs: float, logits: float) -> 
     """Returns the FLOPs of the decoder's forward pass.
 
     Args:
-      text: the decoder's sizes.
-      tokens: number of tokens.
-      pairs: number of pairs of a token and one that it sees, itself included.
-      logits: number of tokens whose logits are computed.
+        tokens: number of tokens.
+        pairs: number of pairs of a token and one that it sees, itself included.
+        logits: number of tokens whose logits are computed.
     """
     of_tokens = tokens * linear_flops(text) + logits * logit_flops(text)
     return of_tokens + pairs * attention_flops(text)
@@ -89,10 +88,9 @@ def vision_flops(
     """Returns the FLOPs of the tower's and the merger's forward pass.
 
     Args:
-      vision: the tower's sizes.
-      patches: number of patches.
-      window_pairs: number of pairs of patches in the same window.
-      image_pairs: number of pairs of patches in the same image.
+        patches: number of patches.
+        window_pairs: number of pairs of patches in the same window, each with itself included.
+        image_pairs: number of pairs of patches in the same image, each with itself included.
     """
     full = len(vision.fullatt_block_indexes)
     pairs = full * image_pairs + (vision.depth - full) * window_pairs
@@ -103,12 +101,7 @@ def vision_flops(
 
 
 def batch_vision_flops(vision: VisionConfig, images: VisionBatch | FeatureBatch) -> float:
-    """Returns the FLOPs of encoding a batch's images once, padding left out.
-
-    Args:
-      vision: the tower's sizes.
-      images: of the batch; features, which no tower encodes, cost nothing.
-    """
+    """Returns the FLOPs of encoding a batch's images once, padding left out; 0 for features."""
     if isinstance(images, FeatureBatch):
         return 0.0
     image_sizes, window_sizes = (_count_slots(ids) for ids in (images.image_ids, images.part_ids))
@@ -133,9 +126,8 @@ def row_flops(config: ModelConfig, length: int, slots: int) -> float:
     which hardly differ between shapes, are left out.
 
     Args:
-      config: the model's.
-      length: tokens of the row.
-      slots: of its images, counted as in `ImageCost`.
+        length: tokens of the row.
+        slots: of its images, counted as in `ImageCost`.
     """
     text, vision = config.text, config.vision
     patches = slots * vision.window_patches

@@ -18,7 +18,7 @@ def text_fields(text: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a key, which the error names, is missing or asks for what is not implemented.
     """
     _only_silu("hidden_act", text)
-    # What the decoder does not do.
+    # Refuse what the decoder does not implement.
     if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
         raise ConfigError("use_sliding_window: sliding-window attention is not implemented")
     if text.get("attention_dropout"):
@@ -33,7 +33,7 @@ def text_fields(text: Mapping[str, Any]) -> dict[str, Any]:
     heads = _required(text, "num_attention_heads")
     if text.get("head_dim") not in (None, _required(text, "hidden_size") // heads):
         raise ConfigError(
-            f"head_dim: expected hidden_size/num_attention_heads, found {text['head_dim']}"
+            f"head_dim: expected hidden_size / num_attention_heads, found {text['head_dim']}"
         )
     return dict(
         vocab_size=_required(text, "vocab_size"),

@@ -82,7 +82,6 @@ class Decoder(nn.Module):
         Args:
             x: embeddings, in the runtime's dtype.
             positions: int32, of time, height and width (M-RoPE).
-            attend: the attention pattern.
             cache: the pattern's; a tuple, with an entry for each layer, makes the layers a plain
                 loop over parameters that are apart (`decoding.separate_layers`).
             keep_kv: whether to return keys and values; not where `cache` is a tuple.

@@ -39,13 +39,11 @@ def dense(
     """Returns a linear map in `runtime.dtype`; its kernel is [*contracted axes, *features].
 
     Args:
-        features: output axes.
+        features: sizes of the output's new axes.
         runtime: dtypes of parameters and results.
         std: standard deviation of the kernel's initial values.
-        name: of the map; where it is among `lora`'s targets, an adapter stands beside the kernel.
+        name: where it is among `lora`'s targets, an adapter stands beside the kernel.
         axis: contracted axes of the input.
-        bias: whether a bias is added.
-        lora: the adapters of the model, if any.
     """
     plain = {
         "axis": axis,
@@ -111,12 +109,9 @@ class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`.
 
     Attributes:
-        hidden: width of the model.
-        features: width between.
+        hidden: width of input and output.
+        features: width between gate and down.
         std: standard deviation of the kernels' initial values.
-        runtime: dtypes of parameters and results.
-        bias: whether the maps have biases.
-        lora: the adapters of the model, if any.
     """
 
     hidden: int
@@ -153,8 +148,6 @@ def rematerialised(
     """Returns `layer` under the runtime's rematerialisation policy.
 
     Args:
-        layer: the module.
-        runtime: whose `remat` is the policy.
         in_scan: whether a loop of at least two steps repeats the layer.
     """
     if runtime.remat == "none":
@@ -170,8 +163,6 @@ def scanned(layer: type[nn.Module], length: int, inputs: int, unroll: int = 1) -
     outputs are stacked.
 
     Args:
-        layer: the module.
-        length: number of repeats.
         inputs: number of the layer's inputs beside the carry.
         unroll: repeats in one step of the loop.
     """
@@ -193,7 +184,6 @@ def merged_kernel(layer: Params, lora: LoRA) -> jax.Array:
 
     Args:
         layer: `kernel`, `lora_a` and `lora_b` of the map, stacked over layers [l, …].
-        lora: the adapters' config.
     """
     kernel, down, up = layer["kernel"], layer["lora_a"], layer["lora_b"]
     layers, rank = kernel.shape[0], down.shape[-1]

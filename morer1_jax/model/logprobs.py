@@ -33,23 +33,19 @@ def token_logprobs(
     temperature: float | Float[Array, ""] = 1.0,
     chunk: int = 128,
 ) -> LogprobsAndEntropies:
-    """Returns the log-probability of each target and the entropy of its distribution.
+    """Returns each target's log-probability and its distribution's entropy, float32 in nats.
 
     There is a gradient with respect to `hidden` and `head`, none with respect to `temperature`.
 
     Args:
         hidden: hidden states that predict the targets.
         head: the output embedding.
-        targets: int32 ids.
         counted: places to compute; the others (prompts, padding) get 0 for both numbers, and no
             logits but to fill the last chunk. None: all.
         allowed: ids that the distribution is over; None: all. The log-probability of another target
             is about -1e30, finite so that a mask can remove it.
         temperature: logits are divided by it, before ids are left out.
         chunk: places of each row whose logits exist at once, forward and backward.
-
-    Returns:
-        Two float32 arrays in nats.
     """
     b, s, _ = hidden.shape
     chunk = min(chunk, s)
@@ -71,9 +67,9 @@ def token_logprobs(
         chunked(hidden), head, chunked(targets), chunked(counted_in_order), allowed, temperature
     )
     # Back in the order of the row.
-    back = jnp.argsort(order, axis=1)
+    row_order = jnp.argsort(order, axis=1)
     logprob, entropy = (
-        jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :s], back, axis=1)
+        jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :s], row_order, axis=1)
         for x in results
     )
     return jnp.where(counted, logprob, 0.0), jnp.where(counted, entropy, 0.0)
@@ -103,7 +99,7 @@ def _forward_chunks(
 ) -> tuple[Array, Array, Array]:
     """Returns log-probabilities, entropies and log-normalisers."""
 
-    def computed(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
+    def compute(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         logits = _logits(hidden, head, allowed, temperature)
         largest = jnp.max(logits, axis=-1)
         weights = jnp.exp(logits - largest[..., None])
@@ -114,11 +110,11 @@ def _forward_chunks(
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - normaliser, entropy, normaliser
 
-    def skipped(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
+    def skip(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         return (jnp.zeros(targets.shape, jnp.float32),) * 3
 
     return jax.lax.map(
-        lambda chunk: jax.lax.cond(jnp.any(chunk[2]), computed, skipped, *chunk[:2]),
+        lambda chunk: jax.lax.cond(jnp.any(chunk[2]), compute, skip, *chunk[:2]),
         (hidden, targets, counted),
     )
 
@@ -142,7 +138,8 @@ def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any,
         None if isinstance(x, SymbolicZero) else x.astype(jnp.float32) for x in cotangents
     )
 
-    def computed(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
+    # One chunk: the gradients of its logits, then of its hidden states and of the head.
+    def compute(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
         hidden = chunk["hidden"]
         logits = _logits(hidden, head, allowed, temperature)
         logprobs = logits - chunk["normaliser"][..., None]
@@ -164,9 +161,10 @@ def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any,
             )
         return head_sum, hidden_grad
 
-    def skipped(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
+    def skip(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
         return head_sum, jnp.zeros_like(chunk["hidden"])
 
+    # All chunks in turn, with the head's gradient as their running sum.
     chunks = {
         "hidden": hidden,
         "targets": targets,
@@ -178,7 +176,7 @@ def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any,
     }
     head_sum, hidden_grad = jax.lax.scan(
         lambda head_sum, chunk: jax.lax.cond(
-            jnp.any(chunk["counted"]), computed, skipped, head_sum, chunk
+            jnp.any(chunk["counted"]), compute, skip, head_sum, chunk
         ),
         None if head_trains is None else jnp.zeros(head.shape[::-1], jnp.float32),
         chunks,

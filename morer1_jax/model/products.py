@@ -26,7 +26,7 @@ def einsum(axes: str, *operands: Array, **options: Any) -> Array:
 
 
 def dot_general(x: Array, y: Array, dims: tuple, preferred: Any = None) -> Array:
-    """Computes `jax.lax.dot_general` with a result of dtype `preferred`; its gradients likewise."""
+    """Computes `jax.lax.dot_general` with a result of dtype `preferred`; gradients are as exact."""
     return jax.lax.dot_general(
         x, y, dims, precision=precision(x, y), preferred_element_type=preferred
     )
@@ -37,9 +37,6 @@ def exact(run: Callable[..., Array]) -> Callable[..., Array]:
 
     For library code that sets no precision. A context around the call alone would not reach the
     rules of gradients, which are traced after it has ended.
-
-    Args:
-        run: a function of arrays.
     """
 
     @jax.custom_vjp

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
+from morer1_jax.bounds import above, at_least, check_bounds
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.layers import Params
 from morer1_jax.model.vision import VisionInputs
@@ -24,22 +25,18 @@ class ScoreConfig:
     """How log-probabilities are computed.
 
     Attributes:
-      temperature: logits are divided by it before normalisation; the sampler's own.
-      chunk: places of a sequence whose logits exist at once.
+        temperature: logits are divided by it before normalisation; the sampler's own.
+        chunk: places of a sequence whose logits exist at once.
 
     Raises:
-      ValueError: `temperature` is not above 0, or `chunk` is not at least 1.
+        FieldError: a field is out of its bounds.
     """
 
-    temperature: float = 1.0
-    chunk: int = 128
+    temperature: float = above(0, 1.0)
+    chunk: int = at_least(1, 128)
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.chunk < 1:
-            raise ValueError(
-                f"temperature and chunk: expected above 0 and at least 1, found "
-                f"{self.temperature} and {self.chunk}"
-            )
+        check_bounds(self)
 
 
 def vision_inputs(vision: VisionBatch) -> VisionInputs | None:
@@ -65,9 +62,9 @@ def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float
 def sequence_logprobs(
     model: Qwen25VL, params: Params, batch: SequenceBatch, config: ScoreConfig
 ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-    """Returns the log-probability of each target and the entropy of its distribution.
+    """Returns each target's log-probability and its distribution's entropy.
 
-    Two float32 arrays in nats, 0 where a target has no weight.
+    Both are float32 in nats, 0 where a target has no weight.
     """
 
     def run(module: Qwen25VL) -> tuple[Array, Array]:
@@ -90,23 +87,17 @@ def group_logprobs(
     allowed: Bool[Array, " v"],
     config: ScoreConfig,
 ) -> tuple[Float[Array, "b g t"], Float[Array, "b g t"]]:
-    """Returns the log-probability of each completion token and the entropy of its distribution.
+    """Returns each completion token's log-probability and its distribution's entropy.
 
-    The prompt, its images too, runs once for its group: the row is
-    `[prompt | completion 1 | … | completion G]`, exact in value and gradient (Prefix Grouper, arXiv
-    2506.05433).
+    Both are float32 in nats, 0 where `mask` is False. The prompt, its images too, runs once for its
+    group: the row is `[prompt | completion 1 | … | completion g]`, exact in value and gradient
+    (Prefix Grouper, arXiv 2506.05433).
 
     Args:
-      model: the model.
-      params: the whole tree.
-      prompts: one a row.
-      completions: int32 ids of the sampled tokens; any id may stand where `mask` is False.
-      mask: True for the tokens of a completion, end-of-turn among them.
-      allowed: ids that can be sampled; the rest are left out of the distribution.
-      config: temperature and chunk.
-
-    Returns:
-      Two float32 arrays in nats, 0 where `mask` is False.
+        params: the whole tree.
+        completions: int32 ids of the sampled tokens; any id may stand where `mask` is False.
+        mask: True for the tokens of a completion, end-of-turn among them.
+        allowed: ids that can be sampled; the rest are left out of the distribution.
     """
     b, g, t = completions.shape
     s = prompts.tokens.shape[1]

@@ -24,10 +24,9 @@ class ShardedKernels:
     devices does all the work.
 
     Attributes:
-      kernels: those of one device.
-      mesh: the devices.
-      rows: the mesh's axes that rows are split over.
-      heads: the mesh's axis that heads are split over; None: they are not.
+        kernels: those of one device.
+        rows: the mesh's axes that rows are split over.
+        heads: the mesh's axis that heads are split over; None: they are not.
     """
 
     kernels: Kernels
@@ -69,11 +68,11 @@ class ShardedKernels:
         if devices > 1 and q.shape[2] % (copies * k.shape[2]) == 0:
             heads = self.heads
             k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-        x = P(rows, None, heads)
+        spec = P(rows, None, heads)
         return jax.shard_map(
             run,
             mesh=self.mesh,
-            in_specs=(x, x, x, *(P(rows) for _ in masks)),
-            out_specs=x,
+            in_specs=(spec, spec, spec, *(P(rows) for _ in masks)),
+            out_specs=spec,
             check_vma=False,  # Pallas's outputs do not declare over which axes they vary.
         )(q, k, v, *masks)

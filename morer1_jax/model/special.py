@@ -51,7 +51,7 @@ class SpecialIds:
         """Looks the ids up in a tokenizer.
 
         Raises:
-          DataError: the tokenizer lacks a token, so is not of this family.
+            DataError: the tokenizer lacks a token, so is not of this family.
         """
         names = (
             PAD,

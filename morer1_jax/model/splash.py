@@ -37,7 +37,7 @@ class Splash:
     the scores.
 
     Attributes:
-      interpret: whether the kernel runs in Pallas's interpreter, on any platform.
+        interpret: whether the kernel runs in Pallas's interpreter, on any platform.
     """
 
     interpret: bool = False
@@ -73,10 +73,10 @@ class Splash:
         ids: Int[Array, "b s"],
         mask: Callable[[int], splash.Mask],
     ) -> Queries:
-        """Attends among tokens of the same id under a static mask, by a padded length.
+        """Attends among tokens of the same id under a static mask.
 
-        A length that is not a multiple of a block's side is padded with tokens of a segment that
-        no token of the row is of.
+        A length that is not a multiple of a block's side is padded with tokens of an id of their
+        own.
         """
         _, length, _, e = q.shape
         block, padded = _blocks(length)
@@ -125,15 +125,15 @@ def _blocks(length: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _SharedPrefixMask(splash.Mask):
-    """Who sees whom in [prompt | completion 1 | … | completion g | padding].
+    """Which tokens see which in [prompt | completion 1 | … | completion g | padding].
 
     The kernel computes it from a query's entry of `q_sequence` and from a key's place.
 
     Attributes:
-      prompt: tokens of the prompt.
-      group: number of completions.
-      completion: tokens of each completion.
-      length: tokens of the row, padding included.
+        prompt: tokens of the prompt.
+        group: number of completions.
+        completion: tokens of each completion.
+        length: tokens of the row, padding included.
     """
 
     prompt: int

@@ -124,8 +124,8 @@ class VisionGroup(nn.Module):
         windowed, repeated = cfg.period - 1, cfg.depth > cfg.period
         if windowed:
             block = rematerialised(VisionBlock, run, in_scan=repeated or windowed > 1)
-            windows = scanned(block, windowed, inputs=3)(cfg, run, False, name="windowed")
-            x, _ = windows(x, rotary, image_ids, part_ids)
+            blocks = scanned(block, windowed, inputs=3)(cfg, run, False, name="windowed")
+            x, _ = blocks(x, rotary, image_ids, part_ids)
         block = rematerialised(VisionBlock, run, in_scan=repeated)
         return block(cfg, run, True, name="full")(x, rotary, image_ids, part_ids)
 

@@ -6,8 +6,8 @@ such partial windows of one sample share a window's slots where they fit. Which 
 slot, its rotary position, its image and its partial window are computed here, and which merged slot
 feeds which image token of the text.
 
-Ask through `VisionConfig.image_cost` and `VisionConfig.layout`: all that knows of windows is in
-this module, `model.vision` and `model.flops`.
+Host code calls `VisionConfig.image_cost` and `VisionConfig.layout`: only this module,
+`model.vision` and `model.flops` know of windows.
 """
 
 from __future__ import annotations
@@ -103,7 +103,6 @@ def count_windows(
     """Returns how many attention windows the images of one sample fill.
 
     Args:
-        grids: of the sample's images.
         patch_size: in pixels.
         merge_size: patches merged along each axis into one image token.
         window_size: in pixels.
@@ -174,8 +173,8 @@ def vision_layout(
     side = window_size // patch_size // merge_size
     units = _units(grids, merge_size, side)
     # The merged slot of each unit: its part's window and first slot there, and its rank.
-    counts = [len(grids)] if samples is None else samples
-    window_of, start_of, filled = _place_parts(units.part_sizes, counts, side * side)
+    images = [len(grids)] if samples is None else samples
+    window_of, start_of, filled = _place_parts(units.part_sizes, images, side * side)
     windows = filled if pad_to_windows is None else pad_to_windows
     if windows < filled:
         raise LayoutError(
@@ -205,7 +204,7 @@ def vision_layout(
     )
 
 
-# Begins concatenations, so that those over no images have a type.
+# Begins concatenations, so that those over no images have a dtype.
 _EMPTY = np.zeros(0, np.int64)
 
 
@@ -251,7 +250,6 @@ def _part_of_units(grid: Grid, merge_size: int, side: int) -> tuple[Int[np.ndarr
     """Returns the part of each merge unit, both counted line by line, and the units of a line.
 
     Args:
-        grid: of one image.
         merge_size: patches along a unit's edge.
         side: units along a window's edge.
     """

@@ -25,13 +25,7 @@ from morer1_jax.model.vision import VisionInputs, VisionTower
 
 
 class Qwen25VL(nn.Module):
-    """The whole model.  The module's docstring says how its verbs go together.
-
-    Attributes:
-        config: the architecture.
-        runtime: how it computes.
-        lora: adapters beside the decoder's maps; None: none.
-    """
+    """The whole model; the module's docstring says how its verbs go together."""
 
     config: ModelConfig
     runtime: Runtime = Runtime()
@@ -96,7 +90,6 @@ class Qwen25VL(nn.Module):
         """Runs one more token of each sample.
 
         Args:
-            x: the tokens' embeddings.
             positions: int32, of the tokens; text, so the same on all three axes.
             cache: of the tokens before.
 

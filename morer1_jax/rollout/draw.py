@@ -41,15 +41,15 @@ def draw_token(
     """Draws a token of each sample, normalised as the scorer does.
 
     Args:
-      logits: float32.
-      allowed: ids to draw from.
-      keys: of `sample_keys`; not read at temperature 0.
-      index: place in the completion, folded into the keys.
-      temperature: as in `SampleConfig`.
+        logits: float32.
+        allowed: ids to draw from.
+        keys: of `sample_keys`; not read at temperature 0.
+        index: place in the completion, folded into the keys.
+        temperature: as in `SampleConfig`.
 
     Returns:
-      int32 ids and their float32 log-probabilities in nats; of an id that is not allowed, drawn for
-      want of a finite logit, -inf.
+        int32 ids and their float32 log-probabilities in nats. Where no allowed id has a finite
+        logit, an id that is not allowed may be drawn; its log-probability is -inf.
     """
     # A softmax in parts: its weights serve the draw and the log-probability alike.
     scaled = logits / temperature if temperature else logits
@@ -71,8 +71,8 @@ def draw_token(
 def inverse_cdf(weights: Float[Array, "b g v"], uniform: Float[Array, "b g"]) -> Int[Array, "b g"]:
     """Returns the first id up to which the weights' share exceeds the uniform number.
 
-    One number a row in place of one an id, as Gumbel noise would take. The sum runs over blocks of
-    ids, then within the block that holds the id.
+    It takes one random number a row, where Gumbel noise would take one an id. The sum runs over
+    blocks of ids, then within the block that holds the id.
     """
     v = weights.shape[-1]
     blocks = jnp.pad(weights, ((0, 0), (0, 0), (0, -v % _CDF_BLOCK)))
@@ -90,7 +90,8 @@ def _first_beyond(
 ) -> tuple[Int[Array, "b g"], Float[Array, "b g"]]:
     """Returns the first place with a weight up to which the sum exceeds the target.
 
-    Where rounding leaves none, that is the last place with a weight. The sum before it comes too.
+    Where rounding leaves none, that is the last place with a weight. Also returns the sum before
+    that place.
     """
     total = jnp.cumsum(weights, axis=-1)
     has_weight = weights > 0

@@ -30,10 +30,9 @@ class ScoredRollout:
     """A rollout with its rewards.
 
     Attributes:
-      rollout: of the sampler.
-      reward_parts: the reward's parts before weighting, float32, by name.
-      reward: float32, their weighted sum.
-      advantages: float32, each reward relative to its group.
+        reward_parts: the reward's parts before weighting, float32, by name.
+        reward: float32, their weighted sum.
+        advantages: float32, each reward relative to its group.
     """
 
     rollout: Rollout
@@ -51,11 +50,8 @@ def make_rollout(
     `rewards/{part}/{mean,std}`, `completions/{mean,min,max}_length`, `completions/clipped_ratio`.
 
     Args:
-      model: the model.
-      config: how completions are sampled.
-      reward: weights of the reward's parts.
-      scale_rewards: whose deviation advantages are divided by; see `reward.advantages`.
-      seed: of the sampling noise, together with `step`.
+        scale_rewards: whose deviation advantages are divided by; see `reward.advantages`.
+        seed: of the sampling noise, together with `step`.
     """
 
     def rollout(
@@ -82,8 +78,7 @@ def rollout_metrics(scored: ScoredRollout, all_equal: Bool[Array, " b"]) -> Metr
     All are numbers but `completions/lengths`, [b, g].
 
     Args:
-      scored: the rollout.
-      all_equal: which groups' rewards are all equal.
+        all_equal: which groups' rewards are all equal.
     """
     lengths = jnp.sum(scored.rollout.mask, axis=-1)
     metrics = {

@@ -1,4 +1,4 @@
-"""Rewards and group advantages, computed on the device from the rollout and what it reads as.
+"""Rewards and group advantages, computed on the device from a rollout and what its automaton read.
 
 Reward = weighted sum of format (the tags and six steps are there), effort (the steps are long
 enough) and accuracy (the label is right), as in MORE-R1 (arXiv 2603.09478). The paper's weights and
@@ -26,14 +26,11 @@ class RewardConfig:
     """Weights of the reward's parts, and the effort's ramp.
 
     Attributes:
-      format: weight of the format part.
-      effort: weight of the effort part.
-      accuracy: weight of the accuracy part.
-      effort_from: bytes of reasoning, white space apart, up to which the effort part is 0.
-      effort_to: bytes of reasoning from which on the effort part is 1; it is linear between.
+        effort_from: bytes of reasoning, white space apart, up to which the effort part is 0.
+        effort_to: bytes of reasoning from which on the effort part is 1; it is linear between.
 
     Raises:
-      FieldError: a field is out of its bounds, or `effort_to` is not above `effort_from`.
+        FieldError: a field is out of its bounds, or `effort_to` is not above `effort_from`.
     """
 
     format: float = at_least(0, 0.2)
@@ -57,9 +54,7 @@ def reward_parts(
     """Returns the parts before weighting, float32 from 0 to 1, by their names in `REWARD_PARTS`.
 
     Args:
-      rollout: of the sampler.
-      gold: int32, the right label's id of each prompt.
-      config: the effort's ramp.
+        gold: int32, the right label's id of each prompt.
     """
     span = config.effort_to - config.effort_from
     return {
@@ -82,27 +77,27 @@ def advantages(
     """Returns each sample's reward less its group's mean, divided by a standard deviation.
 
     Args:
-      reward: float32.
-      scale: whose deviation: the group's own (GRPO, arXiv 2402.03300, section 4.1.1), the batch's,
-        or none (Dr. GRPO, arXiv 2503.20783).
-      eps: added to the deviation.
+        reward: float32.
+        scale: whose deviation: the group's own (GRPO, arXiv 2402.03300, section 4.1.1), the
+            batch's, or none (Dr. GRPO, arXiv 2503.20783).
+        eps: added to the deviation.
 
     Returns:
-      Advantages, exactly 0 in a group whose rewards are all equal; and which groups those are.
+        Advantages, exactly 0 in a group whose rewards are all equal; and which groups those are.
 
     Raises:
-      ValueError: `scale` is unknown.
+        ValueError: `scale` is unknown.
     """
-    equal = jnp.all(reward == reward[:, :1], axis=1)
+    all_equal = jnp.all(reward == reward[:, :1], axis=1)
     # A mean of equal numbers can differ from them in the last bit.
-    centred = jnp.where(equal[:, None], 0.0, reward - jnp.mean(reward, axis=1, keepdims=True))
+    centred = jnp.where(all_equal[:, None], 0.0, reward - jnp.mean(reward, axis=1, keepdims=True))
     if scale == "group":
         centred = centred / (deviation(reward, axis=1)[:, None] + eps)
     elif scale == "batch":
         centred = centred / (deviation(reward) + eps)
     elif scale != "none":
         raise ValueError(f"scale_rewards: expected 'group', 'batch' or 'none', found {scale!r}")
-    return centred, equal
+    return centred, all_equal
 
 
 def deviation(values: Float[Array, "b g"], axis: int | None = None) -> Array:

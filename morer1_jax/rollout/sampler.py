@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from morer1_jax.batch import PromptBatch
+from morer1_jax.bounds import at_least, check_bounds
 from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import KVCache, init_cache, separate_layers
@@ -37,29 +37,25 @@ class SampleConfig:
     """How completions are sampled.
 
     Attributes:
-      group: samples of each prompt.
-      length: most tokens of a completion, end-of-turn among them.
-      temperature: logits are divided by it; 0 takes the likeliest token (greedy).
-      end_of_turn: the id that ends a completion.
-      guided: whether only those tokens are permitted after which the rest of the length suffices
-        to end in *format*.
+        group: samples of each prompt.
+        length: most tokens of a completion, end-of-turn among them.
+        temperature: logits are divided by it; 0 takes the likeliest token (greedy).
+        end_of_turn: the id that ends a completion.
+        guided: whether only those tokens are permitted after which the rest of the length suffices
+            to end in *format*.
 
     Raises:
-      ValueError: a number is out of its range.
+        FieldError: a field is out of its bounds.
     """
 
-    group: int
-    length: int
-    temperature: float
+    group: int = at_least(1)
+    length: int = at_least(1)
+    temperature: float = at_least(0)
     end_of_turn: int
     guided: bool = False
 
     def __post_init__(self) -> None:
-        if self.group < 1 or self.length < 1 or not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"group, length and temperature: expected at least 1, at least 1 and a finite "
-                f"number from 0, found {self.group}, {self.length} and {self.temperature}"
-            )
+        check_bounds(self)
 
 
 @struct.dataclass
@@ -67,14 +63,14 @@ class Rollout:
     """Completions of a batch of prompts, and what the automaton read in them.
 
     Attributes:
-      tokens: int32 ids; meaningless where `mask` is False.
-      mask: True up to and including end-of-turn.
-      logprobs: float32, the log-probability with which each token was sampled, in nats; not finite
-        where the model's logits were not.
-      ended: False if the completion was cut off at the length limit.
-      format: whether tags and steps are there; see `task.answer`.
-      answer: int32, the label's id, or -1 without a readable answer.
-      effort: int32, bytes of reasoning, white space apart.
+        tokens: int32 ids; meaningless where `mask` is False.
+        mask: True up to and including end-of-turn.
+        logprobs: float32, the log-probability with which each token was sampled, in nats; not
+            finite where the model's logits were not.
+        ended: False if the completion was cut off at the length limit.
+        format: whether tags and steps are there; see `task.answer`.
+        answer: int32, the label's id, or -1 without a readable answer.
+        effort: int32, bytes of reasoning, white space apart.
     """
 
     tokens: Int[Array, "b g t"]
@@ -91,16 +87,16 @@ class LoopState:
     """The decode loop's state before the token at place `index` is sampled.
 
     Attributes:
-      index: int32, the place of the next token, the same for every sample.
-      cache: keys and values of the prompts, and of the completions up to place `index - 2`: those
-        of the last token are written when the next one is decoded.
-      tokens: int32; 0 from `index` on, and after a sample has ended.
-      mask: True up to and including end-of-turn.
-      logprobs: float32, in nats; 0 where `mask` is False.
-      ended: whether a sample's end-of-turn has been sampled.
-      steps_state: int16, the automaton's state that follows *format*; see `data.grammar`.
-      answer_state: int16, the automaton's state that follows the label.
-      effort: int32, bytes of reasoning so far.
+        index: int32, the place of the next token, the same for every sample.
+        cache: keys and values of the prompts, and of the completions up to place `index - 2`: those
+            of the last token are written when the next one is decoded.
+        tokens: int32; 0 from `index` on, and after a sample has ended.
+        mask: True up to and including end-of-turn.
+        logprobs: float32, in nats; 0 where `mask` is False.
+        ended: whether a sample's end-of-turn has been sampled.
+        steps_state: int16, state of the automaton that reads *format*; see `data.grammar`.
+        answer_state: int16, state of the automaton that reads the label.
+        effort: int32, bytes of reasoning so far.
     """
 
     index: Int[Array, ""]
@@ -117,12 +113,11 @@ class LoopState:
 def allowed_ids(special: SpecialIds, tokenizer_size: int, rows: int) -> Bool[np.ndarray, " v"]:
     """Returns the ids that may be sampled.
 
-    Those are none of padding, image, vision and video, and no row of the embedding without a token.
+    Padding, image, vision and video may not, nor rows of the embedding without a token.
 
     Args:
-      special: ids of the tokenizer's special tokens.
-      tokenizer_size: number of ids the tokenizer has.
-      rows: rows of the embedding, at least as many.
+        tokenizer_size: number of ids the tokenizer has.
+        rows: rows of the embedding, at least as many.
     """
     allowed = np.arange(rows) < tokenizer_size
     allowed[list(special.never_sampled)] = False
@@ -132,21 +127,14 @@ def allowed_ids(special: SpecialIds, tokenizer_size: int, rows: int) -> Bool[np.
 def sample_keys(
     seed: int, step: Int[Array, ""], fact: Int[Array, " b"], group: int
 ) -> Key[Array, "b g"]:
-    """Returns a key for each (fact, sample) of a step.
-
-    Args:
-      seed: of the run.
-      step: of the run; another one gives other noise.
-      fact: each prompt's fact, as in `PromptBatch`.
-      group: samples of each prompt.
-    """
+    """Returns a key for each (fact, sample) of a run's step; `fact` is that of `PromptBatch`."""
     # Folded one number at a time, so that a key depends on nothing else of the batch.
     base = jax.random.fold_in(jax.random.key(seed), step)
 
-    def one(fact: Array, sample: Array) -> Array:
+    def sample_key(fact: Array, sample: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(base, fact), sample)
 
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(fact, jnp.arange(group))
+    return jax.vmap(jax.vmap(sample_key, (None, 0)), (0, None))(fact, jnp.arange(group))
 
 
 def sample(
@@ -161,13 +149,13 @@ def sample(
     """Samples `config.group` completions of each prompt.
 
     Args:
-      model: whose `runtime.decode_unroll` says how layers are decoded.
-      params: the whole tree.
-      prompts: with images or their features.
-      grammar: tables over the model's vocabulary.
-      allowed: of `allowed_ids`.
-      keys: of `sample_keys`; not read when greedy.
-      config: its numbers are part of the compiled program.
+        model: whose `runtime.decode_unroll` says how layers are decoded.
+        params: the whole tree.
+        prompts: with images or their features.
+        grammar: tables over the model's vocabulary.
+        allowed: of `allowed_ids`.
+        keys: of `sample_keys`; not read when greedy.
+        config: static, a part of the compiled program.
     """
     lengths = cache_lengths(config.length)
     decode_params = separate_layers(params) if model.runtime.decode_unroll else params
@@ -205,8 +193,8 @@ def prefill(
     """Runs the prompts, images too, once for their groups.
 
     Returns:
-      The hidden state that predicts each sample's first token, and a cache that holds the prompts
-      and has room for `length` tokens of each completion.
+        The hidden state that predicts each sample's first token, and a cache that holds the prompts
+        and has room for `length` tokens of each completion.
     """
 
     def run(module: Qwen25VL) -> tuple[Array, KVCache]:
@@ -228,10 +216,9 @@ def first_state(
     """Returns the state before any token is sampled; the automata start in state 0.
 
     Args:
-      cache: of the prompts.
-      grammar: whose states' dtypes are taken.
-      rows: (b, g).
-      length: t.
+        grammar: whose states' dtypes are taken.
+        rows: (b, g).
+        length: t.
     """
     return LoopState(
         index=jnp.zeros((), jnp.int32),
@@ -247,7 +234,7 @@ def first_state(
 
 
 def unfinished(state: LoopState, length: int) -> Bool[Array, ""]:
-    """Returns whether a sample has yet to end and there is room for another of `length` tokens."""
+    """Returns whether a sample has not ended and its `length` tokens are not all sampled."""
     return (state.index < length) & ~jnp.all(state.ended)
 
 
@@ -257,13 +244,12 @@ def decode_last_token(
     """Runs the token sampled last, and writes its keys and values to the cache.
 
     Args:
-      model: as in `sample`.
-      params: with the decoder's layers apart where `runtime.decode_unroll` is set.
-      state: with at least one token.
-      first_position: M-RoPE position of each prompt's first completion token, on all three axes.
+        params: with the decoder's layers apart where `runtime.decode_unroll` is set.
+        state: with at least one token.
+        first_position: M-RoPE position of each prompt's first completion token, on all three axes.
 
     Returns:
-      The state with that cache, and the hidden state that predicts each sample's next token.
+        The state with that cache, and the hidden state that predicts each sample's next token.
     """
     last = state.index - 1
     token = jax.lax.dynamic_index_in_dim(state.tokens, last, axis=-1, keepdims=False)
@@ -290,7 +276,7 @@ def append_token(
 
     A sample that has ended gets id 0, which counts for nothing.
     """
-    # The token.
+    # The token, of those allowed and, if guided, permitted by the length left.
     permitted = allowed
     if config.guided:
         tokens_left = config.length - state.index - 1
@@ -307,6 +293,7 @@ def append_token(
     steps_state = grammar.steps_next[token_class, state.steps_state]
     answer_state = grammar.answer_next[token_class, state.answer_state]
 
+    # Into the state; what belongs to a sample that has ended stays as it is.
     def written(values: Array, value: Array) -> Array:
         return jax.lax.dynamic_update_slice(values, value[..., None], (0, 0, state.index))
 
