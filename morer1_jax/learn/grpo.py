@@ -173,33 +173,33 @@ def grpo_gradients(
         frozen: the model's other parameters; see `learn.trainable`.
     """
 
-    def micro_gradients(part: GroupBatch) -> tuple[Params, Metrics]:
+    def micro_gradients(micro_batch: GroupBatch) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[Array, Metrics]:
             new, entropy = group_logprobs(
                 model,
                 join(params, frozen or {}),
-                part.prompts,
-                part.tokens,
-                part.mask,
+                micro_batch.prompts,
+                micro_batch.tokens,
+                micro_batch.mask,
                 allowed,
                 score,
             )
             # Places beyond a completion's end hold no token: their numbers, which can be so large
             # that a ratio of them is infinite, are kept out of losses and metrics.
             new, old, reference, sampler = (
-                None if x is None else jnp.where(part.mask, x, 0.0)
-                for x in (new, part.old, part.reference, part.sampler)
+                None if x is None else jnp.where(micro_batch.mask, x, 0.0)
+                for x in (new, micro_batch.old, micro_batch.reference, micro_batch.sampler)
             )
             # In the first update on a rollout the old parameters are the new ones.
             old = jax.lax.stop_gradient(new) if old is None else old
             losses, diagnostics = token_losses(
-                new, old, sampler, reference, part.advantages, config
+                new, old, sampler, reference, micro_batch.advantages, config
             )
             # Sums over tokens, which micro-batches add up; `_means` divides them.
             difference = old - sampler
-            counted = (part.weights > 0).astype(jnp.float32)
+            counted = (micro_batch.weights > 0).astype(jnp.float32)
             sums = {
-                "loss": jnp.sum(losses * part.weights),
+                "loss": jnp.sum(losses * micro_batch.weights),
                 "tokens": jnp.sum(counted),
                 "entropy": jnp.sum(entropy * counted),
                 "difference": jnp.sum(jnp.abs(difference) * counted),
@@ -215,11 +215,11 @@ def grpo_gradients(
     return grads, _means(sums)
 
 
-def _combine(total: tuple[Params, Metrics], part: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+def _combine(total: tuple[Params, Metrics], sums: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
     """Adds a micro-batch's sums to the total, but takes the maximum of `difference_max`."""
-    grads, sums = add(total, part)
-    largest = jnp.maximum(total[1]["difference_max"], part[1]["difference_max"])
-    return grads, sums | {"difference_max": largest}
+    grads, metrics = add(total, sums)
+    largest = jnp.maximum(total[1]["difference_max"], sums[1]["difference_max"])
+    return grads, metrics | {"difference_max": largest}
 
 
 def combined_metrics(updates: Sequence[Metrics]) -> Metrics:

@@ -56,9 +56,9 @@ def sft_gradients(
     # Summed over the whole batch beforehand, so that a micro-batch's loss is a plain sum.
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
-    def micro_gradients(part: SequenceBatch) -> tuple[Params, dict[str, Array]]:
+    def micro_gradients(micro_batch: SequenceBatch) -> tuple[Params, dict[str, Array]]:
         def loss(params: Params) -> tuple[Array, dict[str, Array]]:
-            sums = sft_sums(model, join(params, frozen or {}), part, config)
+            sums = sft_sums(model, join(params, frozen or {}), micro_batch, config)
             return sums["loss"] / total, sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)

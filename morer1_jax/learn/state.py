@@ -75,13 +75,13 @@ class OptimizerConfig:
     def learning_rate(self, updates: int) -> optax.Schedule:
         """Returns the learning rate by number of updates done, for a run of `updates`."""
         if self.schedule == "constant":
-            rest = optax.constant_schedule(self.lr)
+            after_warmup = optax.constant_schedule(self.lr)
         else:
             length = max(updates - 1 - self.warmup, 1)
-            rest = optax.cosine_decay_schedule(self.lr, length, alpha=self.final)
+            after_warmup = optax.cosine_decay_schedule(self.lr, length, alpha=self.final)
         # From lr / (warmup + 1) on: at a rate of 0 the first update would change nothing.
-        ramp = optax.linear_schedule(self.lr / (self.warmup + 1), self.lr, max(self.warmup, 1))
-        return optax.join_schedules([ramp, rest], [self.warmup])
+        warmup = optax.linear_schedule(self.lr / (self.warmup + 1), self.lr, max(self.warmup, 1))
+        return optax.join_schedules([warmup, after_warmup], [self.warmup])
 
     def build(self, updates: int, parts: TrainableParts = ALL) -> optax.GradientTransformation:
         """Returns the optax transformation for a run of `updates` of the trainable parameters."""

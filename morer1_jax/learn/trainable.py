@@ -104,10 +104,10 @@ def select(
 
 def join(trained: Params, frozen: Params) -> Params:
     """Merges two trees that `split` has made, without copying."""
-    both = {**frozen, **trained}
+    merged = {**frozen, **trained}
     return {
         key: join(trained[key], frozen[key]) if key in trained and key in frozen else value
-        for key, value in both.items()
+        for key, value in merged.items()
     }
 
 

@@ -26,18 +26,20 @@ def cos_sin(
     an optimization barrier too; but it does not look into branches.
     """
 
-    def both(angles: Array) -> tuple[Array, Array]:
+    def cos_and_sin(angles: Array) -> tuple[Array, Array]:
         return jnp.cos(angles), jnp.sin(angles)
 
     if not angles.size:
-        return both(angles)
+        return cos_and_sin(angles)
 
     def branch(angles: Array) -> tuple[Array, Array]:
         # A condition that always holds, but that the compiler does not know to.
         first = angles[(0,) * angles.ndim]
-        return jax.lax.cond(jnp.isfinite(first), both, lambda angles: (angles, angles), angles)
+        return jax.lax.cond(
+            jnp.isfinite(first), cos_and_sin, lambda angles: (angles, angles), angles
+        )
 
-    return jax.lax.platform_dependent(angles, cpu=branch, default=both)
+    return jax.lax.platform_dependent(angles, cpu=branch, default=cos_and_sin)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
