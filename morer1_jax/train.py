@@ -38,14 +38,14 @@ from morer1_jax.run.trial import check_saves
 from morer1_jax.stages.disk import check_room
 from morer1_jax.stages.marker import MARKER
 from morer1_jax.stages.table import BY_NAME, STAGES, Stage, stages_to_run
-from morer1_jax.stages.workdir import Progress
+from morer1_jax.stages.workdir import WorkdirStatus
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run writes everything; by default runs/ and the config's name."
 )
 
-# What a run has in its workdir before the first step; the config first, which binds it.
+# Files and folders of a workdir before the first step; the config, which binds it, comes first.
 _BEGUN = (CONFIG_FILE, "data.json", "tokenizer", "synthesise", "data")
 
 
@@ -68,35 +68,35 @@ def train(config: Any, workdir: Path) -> None:
 
 def _train(setup: Setup, stages: Sequence[Stage]) -> None:
     """Runs stages in a workdir that this process has locked."""
-    workdir, progress = setup.workdir, Progress.of(setup.settings, setup.workdir)
+    workdir, status = setup.workdir, WorkdirStatus.of(setup.settings, setup.workdir)
 
-    # Find whatever is wrong before a step is spent; the data may have to be made for that.
+    # Find all errors before a step is spent; that may need the data to be made first.
     with _start(workdir):
         tree, writes = to_tree(setup.settings), jax.process_index() == 0
-        bind(tree, workdir, write=writes, bound=progress.why_bound)
-        progress.check_steps()
-        _check_order(setup, progress, stages)
+        bind(tree, workdir, write=writes, bound=status.why_bound)
+        status.check_steps()
+        _check_order(setup, status, stages)
         first = list(itertools.takewhile(lambda stage: stage.makes_data, stages))
         rest = stages[len(first) :]
         for stage in first:
-            _run_stage(stage, setup, progress)
-        unfinished = [stage for stage in rest if not progress.done(stage)]
-        run = _open(setup, progress, stages, unfinished) if unfinished else None
-    # What nothing brings back goes once nothing refuses the command any more.
-    progress.drop_states(goes_on=[stage.name for stage in unfinished])
+            _run_stage(stage, setup, status)
+        unfinished = [stage for stage in rest if not status.done(stage)]
+        run = _open(setup, status, stages, unfinished) if unfinished else None
+    # Delete states only once nothing can refuse the command any more.
+    status.drop_states(goes_on=[stage.name for stage in unfinished])
 
     # Run the stages.
     if run is not None and any(stage.reads_images(setup.settings) for stage in unfinished):
         run = with_features(run)
     for stage in rest:
-        _run_stage(stage, setup if stage.makes_data else run, progress)
-        progress.drop_states()
+        _run_stage(stage, setup if stage.makes_data else run, status)
+        status.drop_states()
 
 
 def _open(
-    setup: Setup, progress: Progress, stages: Sequence[Stage], unfinished: Sequence[Stage]
+    setup: Setup, status: WorkdirStatus, stages: Sequence[Stage], unfinished: Sequence[Stage]
 ) -> Run:
-    """Opens what the stages share, and checks what they read and what they will write."""
+    """Opens what the stages share; checks what they read, and the room for what they write."""
     settings = setup.settings
     run = open_run(
         setup,
@@ -105,21 +105,21 @@ def _open(
     )
     for stage in unfinished:
         stage.check(run)
-    check_room(run, progress, unfinished)
+    check_room(run, status, unfinished)
     check_saves(setup.workdir)
     return run
 
 
-def _run_stage(stage: Stage, run: Setup | Run | None, progress: Progress) -> None:
+def _run_stage(stage: Stage, run: Setup | Run | None, status: WorkdirStatus) -> None:
     """Runs a stage unless it is done, and marks it as done with the seconds it took."""
-    if progress.done(stage):
+    if status.done(stage):
         print(f"stage {stage.name}: done before")
         return
     print(f"stage {stage.name}", flush=True)
     before = time.perf_counter()
     stage.run(run)
     seconds = time.perf_counter() - before
-    progress.finish(stage, {"seconds": round(seconds, 1)})
+    status.finish(stage, {"seconds": round(seconds, 1)})
     print(f"stage {stage.name}: {seconds:.0f} s", flush=True)
 
 
@@ -127,8 +127,8 @@ def _run_stage(stage: Stage, run: Setup | Run | None, progress: Progress) -> Non
 def _start(workdir: Path) -> Iterator[None]:
     """Undoes what the block made in the workdir if it fails or is interrupted, and nothing else.
 
-    Otherwise the command could not be corrected: the workdir would belong to the one that failed.
-    What binds the workdir is as it was before.
+    Otherwise the command could not be corrected, since the workdir would be bound to the config of
+    the one that failed.
     """
     new = [workdir / name for name in _BEGUN if not (workdir / name).exists()]
     binds = [
@@ -141,7 +141,7 @@ def _start(workdir: Path) -> Iterator[None]:
     except BaseException:
         for path in new:
             remove(path)
-        with contextlib.suppress(OSError):  # Of a full disk; then what it has is as good.
+        with contextlib.suppress(OSError):  # On a full disk the new text stays, which is valid.
             for path, text in before.items():
                 if path.read_bytes() != text:
                     atomic_write(path, text)
@@ -170,22 +170,20 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _check_order(setup: Setup, progress: Progress, stages: Sequence[Stage]) -> None:
+def _check_order(setup: Setup, status: WorkdirStatus, stages: Sequence[Stage]) -> None:
     """Checks that what each stage needs is done, or made by a stage before it.
 
     Raises:
-      ConfigError: a stage comes before one that it needs.
+      ConfigError: a stage comes before another that it needs.
     """
     has_data = setup.settings.data.folder is not None or setup.data.exists()
     for place, stage in enumerate(stages):
-        if stage.makes_data or progress.done(stage):
+        if stage.makes_data or status.done(stage):
             continue
-        before = [one.name for one in stages[:place]]
-        needed = [] if has_data else [one.name for one in STAGES if one.makes_data]
+        before = [earlier.name for earlier in stages[:place]]
+        needed = [] if has_data else [maker.name for maker in STAGES if maker.makes_data]
         needed += stage.needs(setup.settings)
-        missing = [
-            name for name in needed if name not in before and not progress.done(BY_NAME[name])
-        ]
+        missing = [name for name in needed if name not in before and not status.done(BY_NAME[name])]
         if not missing:
             continue
         ways = f"--config.stages={','.join([*missing, stage.name])} runs them in order"

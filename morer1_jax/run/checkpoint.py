@@ -57,11 +57,10 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
-        """Opens the folder; the first save makes it.
+        """Opens the folder, which the first save makes.
 
         Args:
-          folder: where the checkpoints are.
-          keep: how many of the newest checkpoints stay; older ones are deleted after a newer one is
+          keep: number of newest checkpoints that stay; older ones are deleted once a newer one is
             whole.
 
         Raises:
@@ -83,7 +82,7 @@ class Checkpointer:
         Args:
           step: the last step that the state has taken.
           state: a tree of `jax.Array`.
-          extra: what the host must remember: JSON values by name, floats finite.
+          extra: state of the host: JSON values by name, floats finite.
 
         Raises:
           CheckpointError: a checkpoint of this or a later step exists.
@@ -112,16 +111,19 @@ class Checkpointer:
             return False
         path = _step_path(self._best_folder, step)
         self._write(path, step, params, {"metric": float(metric)})
-        for other in _steps(self._best_folder) if _is_first() else ():
-            if other != step:
-                remove(_step_path(self._best_folder, other))
+        for saved_step in _steps(self._best_folder) if _is_first() else ():
+            if saved_step != step:
+                remove(_step_path(self._best_folder, saved_step))
         return True
 
     def surplus(self, keep: int) -> list[Path]:
-        """Returns all states but the newest `keep`, and what killed saves left; the best stay."""
+        """Returns folders of all states but the newest `keep`, and those that killed saves left.
+
+        The best parameters are never among them.
+        """
         paths = {step: _step_path(self.folder, step) for step in _steps(self.folder)}
         whole = [step for step, path in paths.items() if read_manifest(path)]
-        # One newer than all whole ones may be whole, but its manifest damaged.
+        # A folder newer than all whole ones stays: perhaps only its manifest is damaged.
         states = [
             path
             for step, path in paths.items()
@@ -130,7 +132,7 @@ class Checkpointer:
         return [*self.folder.glob(".step_*.tmp"), *states]
 
     def drop(self, keep: int) -> None:
-        """Deletes the surplus."""
+        """Deletes what `surplus` returns."""
         for path in self.surplus(keep) if _is_first() else ():
             shutil.rmtree(path) if path.suffix else remove(path)
 
@@ -164,8 +166,8 @@ class Checkpointer:
 
         Args:
           step: the step it was saved at; the latest if None.
-          like: the tree to restore, of `jax.ShapeDtypeStruct`, each with its sharding (which need
-            not be the one it was saved under); without a sharding, onto the first local device.
+          like: the tree to restore, of `jax.ShapeDtypeStruct`. A leaf's sharding may differ from
+            the one it was saved under; without one, it goes to the first local device.
 
         Returns:
           The state and the `extra` it was saved with.
@@ -185,7 +187,7 @@ class Checkpointer:
     def restore_best(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Restores what `save_best` saved, as `restore` does; `extra` holds `metric`.
 
-        If a run replaces it meanwhile, the better one is restored.
+        If another process replaces it meanwhile, the new best is restored.
         """
         attempts = _ATTEMPTS
         while True:
@@ -197,12 +199,12 @@ class Checkpointer:
             path = _step_path(self._best_folder, best[0])
             try:
                 return self._read(path, like)
-            except Exception:  # Orbax has no class of its own for what is gone.
+            except Exception:  # Orbax has no class of its own for a missing file.
                 if not attempts or (path.exists() and self.best() == best):
                     raise
 
     def _write(self, path: Path, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-        # Whatever cannot be saved is refused before anything is written.
+        # Refuse what cannot be saved before anything is written.
         leaves = _leaves(state)
         for name, leaf in leaves.items():
             if not isinstance(leaf, jax.Array):
@@ -213,12 +215,12 @@ class Checkpointer:
                 f"{path}: {bad}: expected finite values, found NaN or infinity; step {step} is not "
                 "saved, the checkpoints before it are kept"
             )
-        # What a killed save left goes first, to make room.
+        # Delete what killed saves left, to make room.
         first = _is_first()
         if first:
             for unfinished in path.parent.glob(".step_*.tmp"):
                 shutil.rmtree(unfinished)
-            remove(path)  # Not whole: of a whole one the callers know.
+            remove(path)  # Not whole: the callers refuse to overwrite a whole one.
         # All processes write into the hidden folder; the first adds the manifest and renames it.
         with atomic_dir(path) if first else contextlib.nullcontext(temporary_path(path)) as folder:
             with _full_disk_named(path), plain_path(folder) as plain:
@@ -236,7 +238,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"{path}: expected a whole checkpoint, found none; choose another step"
             )
-        # The same leaves, then the same bytes.
+        # Compare leaves, then the files' bytes.
         leaves, saved = _leaves(like), manifest["leaves"]
         for name in sorted(leaves.keys() | saved.keys()):
             expected = describe(leaves[name]) if name in leaves else "no such leaf"
@@ -247,6 +249,7 @@ class Checkpointer:
                     "belongs to another model or optimizer"
                 )
         verify(path, manifest["files"])
+        # Read the arrays onto the devices that `like` names.
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         targets = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
@@ -259,6 +262,7 @@ class Checkpointer:
                     item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
                 ),
             )
+        # Versions before `save` refused such values may have saved them.
         if (bad := first_not_finite(arrays)) is not None:
             remedy = f"delete {path} to go on from the one before it"
             if path.parent.name == "best":  # There is none before it.
@@ -271,10 +275,10 @@ class Checkpointer:
 
 
 def _check_saved(path: Path, expected: Mapping[str, str], saved: Mapping[str, Any]) -> None:
-    """Checks that orbax finds every leaf where it says that it has saved it.
+    """Checks that orbax's own metadata of the files list every leaf.
 
     Raises:
-      CheckpointError: a leaf is missing or another.
+      CheckpointError: a leaf is missing, or has another shape or dtype.
     """
     for name, description in expected.items():
         found = describe(saved[name]) if name in saved else "nothing"
@@ -308,7 +312,7 @@ def _steps(folder: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _full_disk_named(path: Path) -> Iterator[None]:
-    """Turns a full disk into one error with a file's name; orbax's threads log it, too."""
+    """Turns a full disk into one error with a file's name; hides the log of orbax's threads."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "_SignalingThread" not in str(record.msg)

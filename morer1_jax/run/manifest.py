@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: digests of its files, written and, at a restore, verified.
+"""Writes, reads and verifies a checkpoint's manifest, which holds the digests of its files.
 
 Orbax restores a file with a changed byte without an error, so the digests are written and verified
 here.  A folder with a valid manifest is a whole checkpoint.
@@ -21,14 +21,14 @@ from morer1_jax.files import named, write_json
 
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
-# What orbax merges all processes' arrays into, last of all; without it none can be read.
+# Orbax merges all processes' arrays into this file last of all; without it none can be read.
 _MERGED = f"{ARRAYS}/manifest.ocdbt"
 _FORMAT = 1
 _DIGEST_THREADS = 8
 
 
 class CheckpointError(DataError):
-    """A checkpoint that is damaged, missing or of another structure; the message is one line."""
+    """A damaged or missing checkpoint, or one of another structure; the message is one line."""
 
 
 def describe(leaf: Any) -> str:
@@ -37,7 +37,7 @@ def describe(leaf: Any) -> str:
 
 
 def manifest_body(step: int, extra: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a manifest without the digests of the files, as it will be read back.
+    """Returns a manifest's body without the files' digests, as JSON reads it back.
 
     Raises:
       ValueError: a value of `extra` is not JSON, or not finite.
@@ -52,7 +52,7 @@ def manifest_body(step: int, extra: Mapping[str, Any], leaves: Mapping[str, Any]
 
 
 def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
-    """Writes the manifest of a folder that holds all its other files."""
+    """Writes the manifest of a folder in which every other file is already written."""
     names = sorted(
         os.path.relpath(os.path.join(parent, name), folder)
         for parent, _, files in os.walk(folder)
@@ -66,8 +66,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """Returns the body of a checkpoint's manifest; None if the checkpoint is not whole.
 
     Raises:
-      OSError: the manifest cannot be read now, which says nothing of the checkpoint; the error has
-        the file's name.
+      OSError: the file system fails, so that the checkpoint may be whole; the error has the file's
+        name.
       CheckpointError: another version of this package wrote it, in another format.
     """
     try:
@@ -86,19 +86,19 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def verify(path: Path, digests: Mapping[str, str]) -> None:
-    """Compares every file with its digest; the processes share the work and the verdict.
+    """Compares every file with its digest; each process reads a share, and all agree on the result.
 
     Args:
-      path: the checkpoint's folder.
-      digests: SHA-256 by the file's path in the folder.
+      digests: SHA-256 by the file's path in the checkpoint's folder.
 
     Raises:
       CheckpointError: a file is missing or differs.
     """
     names = sorted(digests)
-    mine = names[jax.process_index() :: jax.process_count()]
-    bad = [n for n, d in zip(mine, _file_digests(path, mine), strict=True) if d != digests[n]]
-    first_bad = names.index(bad[0]) if bad else len(names)
+    own_names = names[jax.process_index() :: jax.process_count()]
+    own_digests = zip(own_names, _file_digests(path, own_names), strict=True)
+    bad_names = [name for name, digest in own_digests if digest != digests[name]]
+    first_bad = names.index(bad_names[0]) if bad_names else len(names)
     if jax.process_count() > 1:
         first_bad = int(multihost_utils.process_allgather(np.int32(first_bad)).min())
     if first_bad < len(names):

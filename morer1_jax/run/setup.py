@@ -1,8 +1,9 @@
-"""Opens and checks what the stages of a run share, in reading order, before a step is spent."""
+"""Opens and checks what the stages of a run share, before a step is spent."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from morer1_jax.weights.processor import read_images
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a command line names, before any of the dataset is read.
+    """What a config names, before any of the dataset is read.
 
     Attributes:
       data: the dataset's folder, local or in a bucket (`gs://…`).
@@ -49,12 +50,12 @@ class Setup:
 
     @property
     def tokenizer(self) -> Path:
-        """The folder of the run's tokenizer, and of whatever a checkpoint has beside tensors."""
+        """The folder of the run's tokenizer and of a checkpoint's other files beside tensors."""
         return self.workdir / "tokenizer"
 
     @property
     def trains_tokenizer(self) -> bool:
-        """Whether the tokenizer is still to be trained, on the training facts and the reasoning."""
+        """Whether a tokenizer must be trained, on the training facts and the reasoning."""
         return self.checkpoint is None and not self.tokenizer.exists()
 
 
@@ -68,7 +69,6 @@ class Run:
       images: how photos and crops become patches, everywhere in the run.
       reader: facts as the model proper sees them; with kept features, once these are encoded.
       sizes: what each fact takes of a row, by its id; with its written reasoning, if it has any.
-      greedy: asks for the likeliest answer; compiled once for all stages.
     """
 
     settings: Settings
@@ -78,11 +78,16 @@ class Run:
     images: ImageConfig
     reader: SampleReader
     sizes: Mapping[str, SampleSize]
-    greedy: BatchSampler
+
+    @functools.cached_property
+    def greedy(self) -> BatchSampler:
+        """Samples the likeliest answer to any fact; compiled once for all stages."""
+        sizes = list(self.sizes.values())
+        return greedy_sampler(self.settings, self.trainee.policy, self.reader, sizes)
 
     @property
     def loop_options(self) -> dict[str, Any]:
-        """What every training's loop is told beside its own settings; see `loop.train`."""
+        """The options of `loop.train` that are equal for all trainings."""
         data = self.settings.data
         return {
             "workers": data.workers,
@@ -92,7 +97,7 @@ class Run:
 
 
 def open_setup(settings: Settings, workdir: Path) -> Setup:
-    """Finds the dataset's folder and looks at the checkpoint; writes nothing.
+    """Resolves the dataset's folder and opens the checkpoint; writes nothing.
 
     Raises:
       ConfigError, WeightsError: the checkpoint is missing, damaged, or would be rounded.
@@ -124,6 +129,7 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
       DataError: a photo that cannot be read, a fact that does not fit its bucket, or data that is
         not what the run began with.
     """
+    # Settings, data and tokenizer.
     settings, checkpoint = setup.settings, setup.checkpoint
     _check_batches(settings)
     if settings.data.keep_features:
@@ -134,6 +140,7 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
         reasoning_needed=reasoning_needed or setup.trains_tokenizer,
     )
     tokenizer = open_tokenizer(setup, dataset)
+    # The model, and the reader of what it sees.
     trainee = open_trainee(settings, tokenizer, dataset.ontology, checkpoint)
     vision = trainee.policy.model.config.vision
     images = image_config(settings.data, vision, checkpoint)
@@ -145,19 +152,20 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
     reader = SampleReader(
         tokenizer, dataset.ontology, ImageReader(setup.data, images), vision, limits
     )
-    # Every fact is measured, so that one that does not fit is found before a step is spent.
+    # Measure every fact, so that one that does not fit is found before a step is spent.
     sizes = reader.sizes(dataset.facts, dataset.photo_sizes, dataset.reasoning)
     for view in blind_views:
-        # What stands for a hidden title may be longer than a short one.
+        # The text in place of a hidden title may be longer than a short title.
         if view.photo:
             blind = reader.showing(view, limits.completion)
             blind.sizes(dataset.facts, dataset.photo_sizes, {})
+    # Compare with the data and the features that the workdir began with.
     _bind_data(setup, dataset)
     if settings.data.keep_features:
         origin = features_origin(settings, dataset, images, checkpoint)
         check_features(setup.workdir, vision, origin)
     if checkpoint is not None:
-        _say_other_limits(images, vision, checkpoint)
+        _print_other_limits(images, vision, checkpoint)
     return Run(
         settings=settings,
         workdir=setup.workdir,
@@ -166,14 +174,13 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
         images=images,
         reader=reader,
         sizes={fact.id: size for fact, size in zip(dataset.facts, sizes, strict=True)},
-        greedy=greedy_sampler(settings, trainee.policy, reader, sizes),
     )
 
 
 def with_features(run: Run) -> Run:
-    """Returns the run with kept features of all images, if its config wants them.
+    """Returns the run with kept features of all images, if its config sets `keep_features`.
 
-    They are encoded now if they are not there yet.
+    Encodes them if they are missing.
     """
     settings = run.settings
     if not settings.data.keep_features:
@@ -182,15 +189,13 @@ def with_features(run: Run) -> Run:
     features = open_features(
         run.workdir, origin, run.dataset, run.trainee, run.reader, settings.data.workers
     )
-    reader = dataclasses.replace(run.reader, features=features)
-    greedy = greedy_sampler(settings, run.trainee.policy, reader, list(run.sizes.values()))
-    return dataclasses.replace(run, reader=reader, greedy=greedy)
+    return dataclasses.replace(run, reader=dataclasses.replace(run.reader, features=features))
 
 
 def open_tokenizer(setup: Setup, dataset: Dataset) -> PreTrainedTokenizerFast:
     """Loads the run's tokenizer: the checkpoint's, or one trained on the training facts' texts.
 
-    It is kept in the workdir, with whatever else the checkpoint has beside its tensors.
+    The workdir keeps it, with the checkpoint's other files beside its tensors.
     """
     folder = setup.tokenizer
     if not folder.exists():
@@ -207,7 +212,7 @@ def image_config(
 ) -> ImageConfig:
     """Returns how photos and crops become patches.
 
-    Pixel limits and crop are the config's, the rest is as the checkpoint's processor has it.
+    Pixel limits and crop are the config's, the rest is the checkpoint's processor's.
     """
     keys = ("min_pixels", "max_pixels", "crop_margin", "crop_least")
     chosen = {key: getattr(data, key) for key in keys}
@@ -221,7 +226,7 @@ def image_config(
     return dataclasses.replace(read_images(checkpoint.local_files, vision), **chosen)
 
 
-def _say_other_limits(
+def _print_other_limits(
     images: ImageConfig, vision: VisionConfig, checkpoint: published.Checkpoint
 ) -> None:
     """Prints pixel limits in which the config differs from the checkpoint's processor."""
@@ -247,7 +252,7 @@ def _check_batches(settings: Settings) -> None:
 
 
 def _bind_data(setup: Setup, dataset: Dataset) -> None:
-    """Keeps digests of the data, so that a run goes on with the same data only."""
+    """Stores digests of the data, or checks that they are those stored when the run began."""
     digest_by_name = {**dataset.digests, **digests.of_tokenizer(setup.tokenizer)}
     if setup.checkpoint is not None:
         digest_by_name["model.path"] = setup.checkpoint.digest

@@ -1,1 +1,1 @@
-"""The stages of a run, a file each; the table of them; how far a workdir is; the disk's room."""
+"""The stages of a run, one per file; their table; a workdir's status; the disk's room."""

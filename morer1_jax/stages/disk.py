@@ -1,4 +1,4 @@
-"""The disk: what a run writes at most, compared with what is free before its first step."""
+"""Checks before the first step that what a run writes at most fits the free disk."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from morer1_jax.run.features import features_shape
 from morer1_jax.run.setup import Run
 from morer1_jax.run.trainee import Trainee
 from morer1_jax.stages.table import Stage, Training
-from morer1_jax.stages.workdir import Progress, trainings
+from morer1_jax.stages.workdir import WorkdirStatus, trainings
 
-# Bytes of all that is not counted one by one: logs, scores, the page.
+# Bytes for all that is not counted one by one: logs, scores, the report page.
 _OTHERS = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class _Space:
-    """What one training keeps, in bytes.
+    """Room on the disk that one training needs.
 
     Attributes:
-      state: of a checkpoint: parameters that train and the optimizer's state.
-      best: of the best parameters.
+      state: bytes of a checkpoint: parameters that train and the optimizer's state.
+      best: bytes of the best parameters.
       keep: number of checkpoints that stay while it trains.
-      present: of what is on the disk already and stays until its first save.
-      present_states: number of checkpoints among that.
-      present_best: whether the best parameters are among that.
+      present: bytes that are on the disk already and stay until its first save.
+      present_states: number of checkpoints among these.
+      present_best: whether the best parameters are among these.
       saves: number of checkpoints that it will make.
     """
 
@@ -49,7 +49,7 @@ class _Space:
 
     @property
     def peak(self) -> int:
-        """Bytes while it trains: what is new is whole before what is old is deleted."""
+        """Bytes at most while it trains; a new checkpoint is whole before an old one is deleted."""
         if not self.saves:
             return self.present
         total = self.present_states + self.saves
@@ -63,18 +63,18 @@ class _Space:
 
     @property
     def left(self) -> int:
-        """Bytes when it has ended, as long as its stage has not."""
+        """Bytes after it has ended, until its stage ends and deletes states."""
         return min(self.keep, self.present_states + self.saves) * self.state + self.best
 
 
-def check_room(run: Run, progress: Progress, stages: Sequence[Stage]) -> None:
+def check_room(run: Run, status: WorkdirStatus, stages: Sequence[Stage]) -> None:
     """Checks that what the stages will write fits the disk.
 
     Args:
       stages: those that will run, in order.
 
     Raises:
-      ConfigError: it does not.
+      ConfigError: the disk has less room.
     """
     keys = [
         f"{stage.name}.keep_checkpoints"
@@ -82,15 +82,15 @@ def check_room(run: Run, progress: Progress, stages: Sequence[Stage]) -> None:
         if hasattr(getattr(run.settings, stage.name, None), "keep_checkpoints")
     ]
     lower = f"lower {' or '.join(keys)}, " if keys else ""
-    needed = needed_bytes(run.trainee, progress, stages) + _features_bytes(run) + _OTHERS
+    needed = needed_bytes(run.trainee, status, stages) + _features_bytes(run) + _OTHERS
     check_free(run.workdir, needed, f"{lower}make room, or name another --workdir")
 
 
 def check_free(path: Path, needed: int, ways: str) -> None:
-    """Compares the bytes that will be written at `path` with those that are free there.
+    """Checks that `needed` bytes are free on the disk of `path`, which need not exist.
 
     Raises:
-      ConfigError: they are too few; it ends in `ways`.
+      ConfigError: fewer are free; the message ends in `ways`.
     """
     path = Path(path).absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -102,22 +102,22 @@ def check_free(path: Path, needed: int, ways: str) -> None:
         )
 
 
-def needed_bytes(trainee: Trainee, progress: Progress, stages: Sequence[Stage]) -> int:
-    """Returns what checkpoints need at most at any time, beyond what is written already.
+def needed_bytes(trainee: Trainee, status: WorkdirStatus, stages: Sequence[Stage]) -> int:
+    """Returns the bytes that checkpoints need at most at any time, beyond those on the disk.
 
-    What `Progress.drop_states` deletes goes before anything is written, and after each stage.
+    `WorkdirStatus.drop_states` runs before anything is written, and after each stage.
     """
     # Bytes of each training's folder: as it is, and once what no stage goes on from is deleted.
-    by_name = {stage.name: training for stage, training in trainings(progress.settings)}
-    folders = {name: _folders(progress, name, training) for name, training in by_name.items()}
-    surplus = progress.surplus([stage.name for stage in stages])
+    by_name = {stage.name: training for stage, training in trainings(status.settings)}
+    folders = {name: _folders(status, name, training) for name, training in by_name.items()}
+    surplus = status.surplus([stage.name for stage in stages])
     before = {folder: bytes_in(folder) for name in by_name for folder in folders[name]}
     sizes = {
         folder: size - sum(bytes_in(path) for path in surplus if path.is_relative_to(folder))
         for folder, size in before.items()
     }
     # Stage by stage: the peak while it trains, and what is left of all stages that are done.
-    done_stages = [stage for stage, _ in trainings(progress.settings) if progress.is_done(stage)]
+    done_stages = [stage for stage, _ in trainings(status.settings) if status.is_done(stage)]
     peak = 0
     for place, stage in enumerate(stages):
         if stage.name in by_name:
@@ -129,33 +129,33 @@ def needed_bytes(trainee: Trainee, progress: Progress, stages: Sequence[Stage]) 
         begun_names = [begun.name for begun in stages[: place + 1]]
         for done_stage in done_stages:
             state, best = _sizes(trainee, by_name[done_stage.name])
-            left = best + state * progress.kept_when_done(done_stage, begun_names)
+            left = best + state * status.kept_when_done(done_stage, begun_names)
             sizes |= {folder: min(sizes[folder], left) for folder in folders[done_stage.name]}
     return max(0, peak - sum(before.values()))
 
 
 def _features_bytes(run: Run) -> int:
-    """Returns what kept features will take, if they are still to be encoded."""
+    """Returns the bytes of kept features that are still to be encoded."""
     folder = run.workdir / "features"
     if not run.settings.data.keep_features or folder.exists():
         return 0
     shape, dtype = features_shape(run.dataset, run.trainee, run.reader)
-    # What a killed encoding has left goes first.
+    # Files that a killed encoding left are deleted first.
     return math.prod(shape) * np.dtype(dtype).itemsize - bytes_in(temporary_path(folder))
 
 
-def _folders(progress: Progress, name: str, training: Training) -> list[Path]:
-    """Returns the folders of a stage's trainings, as checkpoints name theirs."""
-    return [(progress.workdir / name / folder).absolute() for folder in training.folders]
+def _folders(status: WorkdirStatus, name: str, training: Training) -> list[Path]:
+    """Returns the folders of a stage's trainings, absolute as `Checkpointer.folder` is."""
+    return [(status.workdir / name / folder).absolute() for folder in training.folders]
 
 
 def _space(
     trainee: Trainee, training: Training, folder: Path, size: int, surplus: Sequence[Path]
 ) -> _Space:
-    """Returns what a training keeps in its folder, whose size is `size` without the surplus."""
+    """Returns the room that a training needs; its folder has `size` bytes without the surplus."""
     checkpoints, every = Checkpointer(folder / "checkpoints"), training.save_every
     state, best = _sizes(trainee, training)
-    # Of as many steps as time allows any number: more than are kept.
+    # Where time decides the number of steps, assume more saves than are kept.
     saves = training.keep_checkpoints + 1
     if training.steps is not None:
         saves = max(0, -(-training.steps // every) - (checkpoints.latest() or 0) // every)
@@ -171,13 +171,13 @@ def _space(
 
 
 def _sizes(trainee: Trainee, training: Training) -> tuple[int, int]:
-    """Returns bytes of a state and of the best parameters."""
+    """Returns the bytes of a state and of the best parameters."""
     state = trainee.like_state(training.optimizer.build(1, trainee.trainable))
     return tree_bytes(state), tree_bytes(trainee.like)
 
 
 def tree_bytes(tree: Any) -> int:
-    """Returns the bytes of all arrays of a tree, or of what stands for them."""
+    """Returns the bytes of all arrays of a tree, which may be `jax.ShapeDtypeStruct`."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

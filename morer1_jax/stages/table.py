@@ -1,4 +1,4 @@
-"""The table of stages: what each runs, what must be done before it, what it depends on."""
+"""Lists the stages: what each runs, which stages come before it, which keys it depends on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DATA = ("seed", "world", "data")
 _MODEL = (*_DATA, "model", "tune", "runtime", "score")
 _SFT = (*_MODEL, "sft")
 _GRPO = (*_SFT, "rate", "grpo")
-# Pools follow from the pass rates that are kept, so that rating does not depend on them.
+# Pools are derived from stored pass rates, so that rating does not depend on these keys.
 _POOLS = ("rate.easy_from", "rate.never")
 
 
@@ -34,12 +34,12 @@ class Training:
     """What a stage trains, as far as checkpoints and the disk are concerned.
 
     Attributes:
-      steps: of each training; None: as many as time allows.
-      schedule: of its learning rate; where it is constant, more steps go on from where it ended.
+      steps: number of each training's steps; None: as many as time allows.
+      schedule: of the learning rate; where it is constant, the steps may grow after the stage.
       save_every: steps between checkpoints.
-      keep_checkpoints: that stay while it trains.
-      optimizer: whose state is in a checkpoint.
-      folders: of its trainings, one after another, in the stage's folder.
+      keep_checkpoints: number of checkpoints that stay while it trains.
+      optimizer: its state is in each checkpoint.
+      folders: of the stage's trainings, in their order, relative to the stage's folder.
     """
 
     steps: int | None
@@ -52,14 +52,14 @@ class Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a workdir keeps and goes on with.
+    """A part of a workdir that later commands use again.
 
     Attributes:
       name: of its folder in the workdir.
-      depends: prefixes of the config's keys that it depends on; with these equal it may serve
-        another run.
+      depends: prefixes of the config's keys that it depends on.
       free: prefixes of keys below these that it does not depend on.
-      signs: files that are there as soon as some of it is; what a stage trains has checkpoints.
+      signs: files of which one exists as soon as it has begun; empty for a stage that trains, whose
+        checkpoints tell.
     """
 
     name: str
@@ -70,20 +70,21 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(Output):
-    """One row of the table; `name` is also that in `config.stages` and of the stage's metrics.
+    """One row of the table; `config.stages` and the stage's metrics use the same `name`.
 
     Attributes:
-      run: does the stage's work in a `Run`; the stage that makes the data is given the `Setup`.
-      needs: stages whose output it takes.
+      run: does the stage's work in a `Run`; takes the `Setup` instead if `makes_data`.
+      needs: names of stages whose output it reads.
       training: what it trains; None: nothing.
       reads_reasoning: whether it learns from written reasoning.
-      reads_images: whether a model of it is shown images, so that kept features are needed.
-      blind_views: views of the facts that its models are shown beside the whole one.
-      check: looks at what it will read, before any stage is run.
-      scores: what it has scored on the test split; `report.tables.NAMES` has their titles.
-      rank: of the models of a workdir, the highest is meant if none is named; 0: there is none.
-      makes_data: whether it makes what a `Run` is opened from.
-      repeats: whether it is run each time, on whatever is there.
+      reads_images: whether its models see images, so that kept features are needed.
+      blind_views: views of the facts that its models see beside the whole one.
+      check: checks what it will read, before any stage runs.
+      scores: names of the systems it scores on the test split; `report.tables.NAMES` has their
+        titles.
+      rank: of its model; a workdir stands for the model of the highest rank. 0: no model.
+      makes_data: whether it makes the data that a `Run` is opened from.
+      repeats: whether it runs each time, on all models that the workdir has.
     """
 
     run: Callable[[Any], None]
@@ -196,7 +197,7 @@ STAGES = (
         repeats=True,
     ),
 )
-# No stage: whichever comes first encodes the images.
+# Not a stage: the first stage that reads images encodes them.
 KEPT_FEATURES = Output(name="features", depends=lambda settings: _MODEL, signs=("features",))
 BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -205,7 +206,7 @@ def stages_to_run(settings: Settings) -> list[Stage]:
     """Returns the rows that the config names, in its order.
 
     Raises:
-      ConfigError: it names others.
+      ConfigError: it names an unknown stage.
     """
     names = settings.stages.split(",")
     if unknown := [name for name in names if name not in BY_NAME]:

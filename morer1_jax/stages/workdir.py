@@ -1,8 +1,8 @@
-"""How far a workdir's stages are, and which keys of the config that binds.
+"""Tells how far a workdir's stages are, and which keys of the config can no longer change.
 
-A key may change until a stage that depends on it has begun. Then another value is refused, but of
-keys on which no number depends beyond rounding (`OPERATIONAL`), and of a stage's own steps
-where its learning rate is constant: more of them go on from where it ended.
+A key may change until a stage that depends on it has begun. After that another value is refused,
+with two exceptions: keys on which no number depends beyond rounding (`OPERATIONAL`), and the steps
+of a stage whose learning rate is constant, which may grow: training goes on from where it ended.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from morer1_jax.stages.table import KEPT_FEATURES, STAGES, Output, Stage, Traini
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """The stages of a workdir under a config.
+class WorkdirStatus:
+    """How far the stages of a workdir are, under a config.
 
     Attributes:
-      config: the whole, by dotted keys.
-      settings: the same, typed.
+      config: the whole config, by dotted keys.
+      settings: the same config, typed.
     """
 
     config: Mapping[str, Any]
@@ -35,65 +35,66 @@ class Progress:
     workdir: Path
 
     @classmethod
-    def of(cls, settings: Settings, workdir: Path) -> Progress:
-        """Returns the progress of a workdir under a config."""
+    def of(cls, settings: Settings, workdir: Path) -> WorkdirStatus:
+        """Returns the status of a workdir under a config."""
         return cls(flatten(to_tree(settings)), settings, workdir)
 
     # Which stages are done.
 
     def done(self, stage: Stage) -> bool:
-        """Returns whether a stage's output is whole, and as much as is asked for.
+        """Returns whether a stage's output is whole, and has as many steps as the config.
 
         Raises:
-          ConfigError: it is whole, but was made under another config, or the marker cannot be read.
+          ConfigError: the output is of another config, or the marker cannot be read.
         """
         folder, steps_key = self.workdir / stage.name, self.steps_that_may_grow(stage)
         marker = None if stage.repeats else read_marker(folder)
         if marker is None:
             return False
-        # Keys that bind no more may have been others.
-        here, prefixes = self.depends(stage), stage.depends(self.settings)
-        there = {
+        # Leave out the marker's keys that the stage no longer depends on.
+        current, prefixes = self.depends(stage), stage.depends(self.settings)
+        marked = {
             key: value
             for key, value in marker["config"].items()
             if matches(key, prefixes) and not matches(key, (*OPERATIONAL, *stage.free))
         }
-        grown = {} if steps_key is None else {steps_key: there.get(steps_key)}
-        if changed := "; ".join(differences(there, here | grown)):
+        # Compare all keys but the steps that may grow.
+        marked_steps = {} if steps_key is None else {steps_key: marked.get(steps_key)}
+        if changed := "; ".join(differences(marked, current | marked_steps)):
             raise ConfigError(
                 f"{folder}: expected stage {stage.name} of this config, found that of another "
                 f"({changed}); use a new --workdir, or delete this folder to run the stage again"
             )
-        return steps_key is None or there.get(steps_key) == here[steps_key]
+        return steps_key is None or marked.get(steps_key) == current[steps_key]
 
     def finish(self, stage: Stage, results: Mapping[str, Any]) -> None:
-        """Marks a stage's output as whole: the last thing that is done of it."""
+        """Marks a stage's output as whole; called last of all."""
         write_marker(self.workdir / stage.name, self.depends(stage), results)
 
     def begun(self, output: Output) -> bool:
-        """Returns whether there is something that the stage, or a later one, would go on with."""
+        """Returns whether the workdir has anything that this or a later stage would go on from."""
         if output.signs:
             return any((self.workdir / sign).exists() for sign in output.signs)
-        saved = self.checkpoints(output)
-        kept = any(c.latest() is not None or c.best() is not None for c in saved)
-        return kept or (self.workdir / output.name / MARKER).exists()
+        checkpoints = self.checkpoints(output)
+        has_saved = any(c.latest() is not None or c.best() is not None for c in checkpoints)
+        return has_saved or (self.workdir / output.name / MARKER).exists()
 
-    # Which keys are bound.
+    # Which keys can no longer change.
 
     def depends(self, output: Output) -> dict[str, Any]:
-        """Returns the keys that an output depends on, a stage's own steps among them."""
+        """Returns the keys, with values, that an output depends on; a stage's steps included."""
         free = (*OPERATIONAL, *output.free)
         return identity(self.config, output.depends(self.settings), free)
 
     def steps_that_may_grow(self, stage: Stage) -> str | None:
-        """Returns the key of a stage's steps where each step is the same however many there are."""
+        """Returns the key of a stage's steps if they may grow: no step depends on their number."""
         training = stage.training(self.settings)
         if training is None or training.schedule != "constant" or training.steps is None:
             return None
         return f"{stage.name}.steps"
 
     def why_bound(self, key: str) -> str | None:
-        """Says which stages that have begun depend on a key; None if it may change."""
+        """Returns which begun stages depend on a key, as a sentence; None if it may change."""
         names = [output.name for output in self._dependants(key) if self.begun(output)]
         if not names:
             return None
@@ -104,7 +105,7 @@ class Progress:
         )
 
     def _dependants(self, key: str) -> list[Output]:
-        """Returns what depends on a key."""
+        """Returns the outputs, begun or not, that depend on a key."""
         return [
             output
             for output in (*STAGES, KEPT_FEATURES)
@@ -114,23 +115,25 @@ class Progress:
         ]
 
     def check_steps(self) -> None:
-        """Checks that no stage is to end before where it is, or to go on from what is gone.
+        """Checks, for each stage whose steps may grow, that their new number can be trained to.
 
         Raises:
-          ConfigError: one is.
+          ConfigError: a stage has passed that step, or must go on from a state that is deleted.
         """
         for stage in STAGES:
             if (key := self.steps_that_may_grow(stage)) is not None:
                 self._check_steps(stage, key, self.config[key])
 
     def _check_steps(self, stage: Stage, key: str, steps: int) -> None:
-        folder, kept = self.workdir / stage.name, self.checkpoints(stage)
+        # Where the stage is: the step it ended at, if it is done, and those it has saved.
+        folder, trained = self.workdir / stage.name, self.checkpoints(stage)
         marker = read_marker(folder)
         ended = None if marker is None else marker["config"].get(key)
-        saved = [checkpoints.latest() for checkpoints in kept]
-        # Of what was trained since, a validation may have been kept without its state.
-        bests = [best[0] for checkpoints in kept if (best := checkpoints.best()) is not None]
+        saved = [checkpoints.latest() for checkpoints in trained]
+        # The best parameters may be of a later step than the newest state.
+        bests = [best[0] for checkpoints in trained if (best := checkpoints.best()) is not None]
         reached = max([*bests, *(step for step in saved if step is not None)], default=0)
+        # It can end neither before that, nor go on without a state, nor end there unvalidated.
         if (least := max(reached, ended or 0)) > steps:
             raise ConfigError(
                 f"config.{key}: expected at least {least}, the step that {folder} is at, found "
@@ -141,7 +144,7 @@ class Progress:
                 f"config.{key}: expected {ended}, where {folder} ended and left no optimizer's "
                 f"state, found {steps}; set it back, or use a new --workdir"
             )
-        if reached == steps and marker is None and any(c.best() is None for c in kept):
+        if reached == steps and marker is None and any(c.best() is None for c in trained):
             raise ConfigError(
                 f"config.{key}: expected at least {steps + 1}, since {folder} has passed step "
                 f"{steps} without a validation, found {steps}; raise it"
@@ -150,35 +153,36 @@ class Progress:
     # Which checkpoints stay.
 
     def checkpoints(self, output: Output) -> list[Checkpointer]:
-        """Returns the checkpoints of a stage that trains; of the baselines there are several."""
-        folder = self.workdir / output.name
-        folders = [folder, *sorted(folder.iterdir())] if folder.is_dir() else []
-        folders = [one / "checkpoints" for one in folders if (one / "checkpoints").is_dir()]
-        return [Checkpointer(one) for one in folders]
+        """Returns the checkpoints of each of a stage's trainings; the baselines have several."""
+        stage = self.workdir / output.name
+        trainings = [stage, *sorted(stage.iterdir())] if stage.is_dir() else []
+        folders = [training / "checkpoints" for training in trainings]
+        return [Checkpointer(folder) for folder in folders if folder.is_dir()]
 
     def drop_states(self, goes_on: Collection[str] = ()) -> None:
-        """Deletes what no stage can go on from any more: the states of stages that are done.
+        """Deletes the states of stages that are done, but the number that `kept_when_done` keeps.
 
-        The best parameters stay; of states `kept_when_done`.
+        The best parameters stay.
 
         Args:
-          goes_on: names of stages that are not done and will go on: states beyond those they keep
-            go too.
+          goes_on: names of stages that are not done and will go on; their states beyond
+            `keep_checkpoints` are deleted too.
         """
         for checkpoints, keep in self._kept(goes_on):
             checkpoints.drop(keep)
 
     def surplus(self, goes_on: Collection[str] = ()) -> list[Path]:
-        """Returns what `drop_states` would delete."""
-        return [path for one, keep in self._kept(goes_on) for path in one.surplus(keep)]
+        """Returns the paths that `drop_states` would delete."""
+        kept = self._kept(goes_on)
+        return [path for checkpoints, keep in kept for path in checkpoints.surplus(keep)]
 
     def kept_when_done(self, stage: Stage, later: Collection[str] = ()) -> int:
-        """Returns how many states stay of a stage that is done: one where more steps may be wanted.
+        """Returns how many states of a stage that is done stay: 1 if its steps may still grow.
 
-        That is until a later stage has begun with what was trained.
+        They may until a later stage has begun with what was trained.
 
         Args:
-          later: names of stages to be taken as begun, beside those that have.
+          later: names of stages to count as begun, beside those that have.
         """
         key = self.steps_that_may_grow(stage)
         dependants = [] if key is None else self._dependants(key)
@@ -189,11 +193,11 @@ class Progress:
         """Returns whether a stage is done under this config, and not under another."""
         try:
             return self.done(stage)
-        except ConfigError:  # Has been said where it matters.
+        except ConfigError:  # `done` raises it where the stage is to run.
             return False
 
     def _kept(self, goes_on: Collection[str]) -> Iterator[tuple[Checkpointer, int]]:
-        """Yields checkpoints with the number of states that are to stay of them, at most."""
+        """Yields checkpoints with the highest number of states that stay of them."""
         for stage, training in trainings(self.settings):
             done = self.is_done(stage)
             for checkpoints in self.checkpoints(stage):
@@ -204,7 +208,7 @@ class Progress:
 
 
 def trainings(settings: Settings) -> Iterator[tuple[Stage, Training]]:
-    """Yields the stages that train, with what each trains."""
+    """Yields each stage that trains with what it trains."""
     for stage in STAGES:
         if (training := stage.training(settings)) is not None:
             yield stage, training

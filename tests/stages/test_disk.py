@@ -20,7 +20,7 @@ from morer1_jax.run.setup import open_run, open_setup
 from morer1_jax.run.trainee import open_trainee
 from morer1_jax.stages import disk
 from morer1_jax.stages.table import BY_NAME
-from morer1_jax.stages.workdir import Progress
+from morer1_jax.stages.workdir import WorkdirStatus
 from morer1_jax.task import more
 
 ROOT = Path(__file__).parents[2]
@@ -35,13 +35,13 @@ def config(small_world):
 
 
 class Case:
-    """A run's model and its progress under a config."""
+    """A run's model and its status under a config."""
 
     def __init__(self, config, workdir):
         self.settings = settings(config)
         data, tokenizer = Path(config.data.folder), load_tokenizer(TOKENIZER[0])
         self.trainee = open_trainee(self.settings, tokenizer, more.read_ontology(data), None)
-        self.progress = Progress.of(self.settings, workdir)
+        self.status = WorkdirStatus.of(self.settings, workdir)
 
 
 TOKENIZER = []
@@ -66,7 +66,7 @@ def sizes(case):
 
 
 def needed(case, *names):
-    return disk.needed_bytes(case.trainee, case.progress, [BY_NAME[name] for name in names])
+    return disk.needed_bytes(case.trainee, case.status, [BY_NAME[name] for name in names])
 
 
 def put(workdir, name, steps, case=None, best=True):
@@ -120,7 +120,7 @@ def test_a_finished_stages_states_are_room(config, tmp_path, monkeypatch):
     case = Case(config, Path("run"))
     state, best = sizes(case)
     put(Path("run"), "sft", [1, 2, 3, 4, 5], case)
-    case.progress.finish(BY_NAME["sft"], {})
+    case.status.finish(BY_NAME["sft"], {})
     there = disk.bytes_in(Path("run/sft"))
     assert there == pytest.approx(5 * state + best, rel=0.05)
     assert needed(case, "rate", "grpo") == 0
@@ -130,8 +130,8 @@ def test_a_finished_stages_states_are_room(config, tmp_path, monkeypatch):
     kept = disk.bytes_in(Path("run/sft/checkpoints/best"))
     expected = kept + 8 * state + best - there
     assert needed(case, "rate", "grpo") == pytest.approx(expected, abs=5000)  # The marker.
-    assert case.progress.surplus()
-    case.progress.drop_states()
+    assert case.status.surplus()
+    case.status.drop_states()
     assert disk.bytes_in(Path("run/sft/checkpoints")) == kept
 
 
@@ -145,7 +145,7 @@ def test_fewer_checkpoints_than_are_there_make_room(config, tmp_path):
     case = Case(config, tmp_path)
     # Three states go, and one is new.
     assert needed(case, "sft") == 0
-    case.progress.drop_states(goes_on=["sft"])
+    case.status.drop_states(goes_on=["sft"])
     assert checkpoints.latest() == 30
     assert disk.bytes_in(tmp_path / "sft") == pytest.approx(2 * state + best, rel=0.05)
     assert needed(case, "sft") == pytest.approx(state, rel=0.05)
@@ -158,7 +158,7 @@ def test_what_a_kill_left_beyond_what_is_kept_goes_first(config, tmp_path):
     (half := tmp_path / "sft" / "checkpoints" / ".step_00000024.tmp").mkdir()
     (half / "x").write_bytes(bytes(state // 2))
     assert needed(case, "sft") == 0
-    case.progress.drop_states(goes_on=["sft"])
+    case.status.drop_states(goes_on=["sft"])
     names = {path.name for path in half.parent.iterdir()}
     assert names == {"step_00000012", "step_00000018", "best"}
     assert needed(case, "sft") == pytest.approx(state, rel=0.05)
@@ -210,17 +210,17 @@ def test_7b_grpo_is_counted_as_large_as_it_is(tmp_path, small_world):
 
 def test_too_little_room_is_named_before_the_first_step(config, tmp_path, monkeypatch):
     run = opened(config, tmp_path / "run")
-    progress = Progress.of(run.settings, run.workdir)
-    most = disk.needed_bytes(run.trainee, progress, [BY_NAME["sft"]]) + disk._OTHERS
+    status = WorkdirStatus.of(run.settings, run.workdir)
+    most = disk.needed_bytes(run.trainee, status, [BY_NAME["sft"]]) + disk._OTHERS
 
     def free(count):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=count))
 
     free(most)
-    disk.check_room(run, progress, [BY_NAME["sft"]])
+    disk.check_room(run, status, [BY_NAME["sft"]])
     free(most - 1)
     with pytest.raises(ConfigError) as error:
-        disk.check_room(run, progress, [BY_NAME["sft"]])
+        disk.check_room(run, status, [BY_NAME["sft"]])
     message = str(error.value)
     assert message.startswith(
         f"{tmp_path / 'run'}: expected {most / 1e6:,.1f} MB free, the most that will be "

@@ -13,7 +13,7 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.stages.marker import write_marker
 from morer1_jax.stages.table import BY_NAME, STAGES
-from morer1_jax.stages.workdir import Progress
+from morer1_jax.stages.workdir import WorkdirStatus
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
@@ -66,8 +66,8 @@ def config():
     return read_config(TINY)
 
 
-def progress(config, workdir):
-    return Progress.of(settings(config), workdir)
+def status(config, workdir):
+    return WorkdirStatus.of(settings(config), workdir)
 
 
 def test_each_key_binds_or_is_free_on_purpose(config, tmp_path):
@@ -76,7 +76,7 @@ def test_each_key_binds_or_is_free_on_purpose(config, tmp_path):
     assert there == {*FREE, *BINDING}
     assert {key for key in there if matches(key, OPERATIONAL)} == set(FREE)
     # What binds binds some stage: else a change of it would go unnoticed.
-    under = progress(config, tmp_path)
+    under = status(config, tmp_path)
     assert set(BINDING) == {key for stage in STAGES for key in under.depends(stage)}
 
 
@@ -92,18 +92,18 @@ def save(workdir, name, step=4, best=True):
 
 def finish(config, workdir, name):
     save(workdir, name, config[name].steps)
-    progress(config, workdir).finish(BY_NAME[name], {"seconds": 1.0})
+    status(config, workdir).finish(BY_NAME[name], {"seconds": 1.0})
 
 
 def rated(config, workdir):
     (workdir / "rate").mkdir()
     (workdir / "rate" / "ratings.jsonl").write_text("")
-    progress(config, workdir).finish(BY_NAME["rate"], {"seconds": 1.0})
+    status(config, workdir).finish(BY_NAME["rate"], {"seconds": 1.0})
 
 
 def test_a_key_binds_from_when_a_stage_that_depends_on_it_has_begun(config, tmp_path):
     def why(key):
-        return progress(config, tmp_path).why_bound(key)
+        return status(config, tmp_path).why_bound(key)
 
     assert why("seed") is why("sft.batch") is None
     (tmp_path / "data.json").write_text("{}")
@@ -128,9 +128,9 @@ def test_a_key_binds_from_when_a_stage_that_depends_on_it_has_begun(config, tmp_
 def test_a_rating_that_was_begun_binds_what_it_depends_on(config, tmp_path):
     (tmp_path / "rate").mkdir()
     (tmp_path / "rate" / "ratings.jsonl.unfinished").write_text('{"batch": 8}\n')
-    assert progress(config, tmp_path).why_bound("rate.temperature") == "rate depends on it"
-    assert progress(config, tmp_path).why_bound("rate.batch") is None
-    assert progress(config, tmp_path).why_bound("rate.easy_from") is None
+    assert status(config, tmp_path).why_bound("rate.temperature") == "rate depends on it"
+    assert status(config, tmp_path).why_bound("rate.batch") is None
+    assert status(config, tmp_path).why_bound("rate.easy_from") is None
 
 
 @pytest.mark.parametrize("name", ["sft", "grpo", "baselines"])
@@ -138,34 +138,34 @@ def test_steps_may_change_where_the_learning_rate_is_constant(config, tmp_path, 
     key = f"{name}.steps"
     save(tmp_path, f"{name}/photo_hidden" if name == "baselines" else name)
     config[name].optimizer.schedule = "cosine"
-    assert progress(config, tmp_path).why_bound(key) == (
+    assert status(config, tmp_path).why_bound(key) == (
         f"{name} depends on it: the learning rate's cosine ends with the last step"
     )
     config[name].optimizer.schedule = "constant"
-    assert progress(config, tmp_path).why_bound(key) is None
-    assert progress(config, tmp_path).why_bound(f"{name}.optimizer.schedule")
+    assert status(config, tmp_path).why_bound(key) is None
+    assert status(config, tmp_path).why_bound(f"{name}.optimizer.schedule")
 
 
 def test_steps_that_a_later_stage_has_used_stay(config, tmp_path):
     config.sft.optimizer.schedule = "constant"
     save(tmp_path, "sft")
     rated(config, tmp_path)
-    assert progress(config, tmp_path).why_bound("sft.steps") == "rate depends on it"
+    assert status(config, tmp_path).why_bound("sft.steps") == "rate depends on it"
 
 
 def test_a_stage_that_is_done_goes_on_when_its_steps_are_raised(config, tmp_path):
     config.grpo.optimizer.schedule = "constant"
     finish(config, tmp_path, "grpo")
-    assert progress(config, tmp_path).done(BY_NAME["grpo"])
-    progress(config, tmp_path).check_steps()
+    assert status(config, tmp_path).done(BY_NAME["grpo"])
+    status(config, tmp_path).check_steps()
     config.grpo.steps += 2
-    assert not progress(config, tmp_path).done(BY_NAME["grpo"])
-    progress(config, tmp_path).check_steps()
+    assert not status(config, tmp_path).done(BY_NAME["grpo"])
+    status(config, tmp_path).check_steps()
     config.grpo.steps -= 3
     with pytest.raises(
         ConfigError, match=r"config\.grpo\.steps: expected at least 8, .* found 7; "
     ):
-        progress(config, tmp_path).check_steps()
+        status(config, tmp_path).check_steps()
 
 
 def test_steps_are_not_lowered_below_the_best(config, tmp_path):
@@ -178,10 +178,10 @@ def test_steps_are_not_lowered_below_the_best(config, tmp_path):
     for steps in (20, 29):
         config.sft.steps = steps
         with pytest.raises(ConfigError, match=rf"steps: expected at least 30, .* found {steps}; "):
-            progress(config, tmp_path).check_steps()
+            status(config, tmp_path).check_steps()
     config.sft.steps = 30
-    progress(config, tmp_path).check_steps()
-    assert not progress(config, tmp_path).done(BY_NAME["sft"])
+    status(config, tmp_path).check_steps()
+    assert not status(config, tmp_path).done(BY_NAME["sft"])
 
 
 def test_steps_of_a_stage_that_was_killed_are_not_lowered_below_its_best(config, tmp_path):
@@ -191,19 +191,19 @@ def test_steps_of_a_stage_that_was_killed_are_not_lowered_below_its_best(config,
     checkpoints.save_best(30, {"w": jnp.ones(3)}, 2.0)
     config.baselines.steps = 26
     with pytest.raises(ConfigError, match=r"baselines\.steps: expected at least 30, .* found 26; "):
-        progress(config, tmp_path).check_steps()
+        status(config, tmp_path).check_steps()
     config.baselines.steps = 31
-    progress(config, tmp_path).check_steps()
+    status(config, tmp_path).check_steps()
 
 
 def test_steps_are_not_raised_from_a_state_that_is_gone(config, tmp_path):
     config.grpo.optimizer.schedule = "constant"
     finish(config, tmp_path, "grpo")
     Checkpointer(tmp_path / "grpo" / "checkpoints").drop(keep=0)
-    progress(config, tmp_path).check_steps()
+    status(config, tmp_path).check_steps()
     config.grpo.steps += 2
     with pytest.raises(ConfigError, match=r"expected 8, .* left no optimizer's state, found 10;"):
-        progress(config, tmp_path).check_steps()
+        status(config, tmp_path).check_steps()
 
 
 def test_steps_are_not_lowered_to_one_that_was_not_validated(config, tmp_path):
@@ -213,9 +213,9 @@ def test_steps_are_not_lowered_to_one_that_was_not_validated(config, tmp_path):
     with pytest.raises(
         ConfigError, match=r"expected at least 7, .* without a validation, found 6;"
     ):
-        progress(config, tmp_path).check_steps()
+        status(config, tmp_path).check_steps()
     config.sft.steps = 7
-    progress(config, tmp_path).check_steps()
+    status(config, tmp_path).check_steps()
 
 
 def states(workdir, name):
@@ -226,23 +226,23 @@ def test_states_go_when_nothing_can_go_on_from_them(config, tmp_path):
     config.sft.optimizer.schedule = "cosine"
     config.baselines.optimizer.schedule = config.grpo.optimizer.schedule = "constant"
     save(tmp_path, "sft", 36)
-    progress(config, tmp_path).drop_states()  # Not done yet.
+    status(config, tmp_path).drop_states()  # Not done yet.
     assert states(tmp_path, "sft") == ["step_00000036"]
     finish(config, tmp_path, "sft")
     # What a killed deletion leaves.
     (tmp_path / "sft/checkpoints/.step_00000030.tmp/arrays").mkdir(parents=True)
-    progress(config, tmp_path).drop_states()
+    status(config, tmp_path).drop_states()
     assert [path.name for path in (tmp_path / "sft/checkpoints").iterdir()] == ["best"]
     checkpoints = Checkpointer(tmp_path / "sft" / "checkpoints")
     like = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
     assert checkpoints.restore_best(like)[0]["w"].tolist() == [1, 1, 1]
     save(tmp_path, "grpo", 6)
     finish(config, tmp_path, "grpo")
-    progress(config, tmp_path).drop_states()
+    status(config, tmp_path).drop_states()
     # More steps may be asked for.
     assert states(tmp_path, "grpo") == ["step_00000008"]
     save(tmp_path, "control", 3)
-    progress(config, tmp_path).drop_states()
+    status(config, tmp_path).drop_states()
     assert states(tmp_path, "grpo") == []
     assert states(tmp_path, "control") == ["step_00000003"]
 
@@ -255,15 +255,15 @@ def test_a_marker_of_an_earlier_version_is_refused_in_one_line(config, tmp_path)
     with pytest.raises(
         ConfigError, match=r"DONE\.json: .*another version.* new --workdir"
     ) as error:
-        progress(config, tmp_path).done(BY_NAME["sft"])
+        status(config, tmp_path).done(BY_NAME["sft"])
     assert "\n" not in str(error.value)
 
 
 def test_a_marker_passes_over_keys_that_bind_no_more(config, tmp_path):
     """Keys that have become free, and keys that the stage depended on before."""
-    there = progress(config, tmp_path).depends(BY_NAME["sft"])
+    there = status(config, tmp_path).depends(BY_NAME["sft"])
     write_marker(tmp_path / "sft", there | {"sft.micro_batches": 3, "grpo.steps": 1}, {})
-    assert progress(config, tmp_path).done(BY_NAME["sft"])
+    assert status(config, tmp_path).done(BY_NAME["sft"])
 
 
 def test_a_stage_made_under_another_config_is_an_error(config, tmp_path):
@@ -272,25 +272,25 @@ def test_a_stage_made_under_another_config_is_an_error(config, tmp_path):
     with pytest.raises(
         ConfigError, match=r"of another \(sft\.optimizer\.lr: expected .*, found 0\.01"
     ):
-        progress(config, tmp_path).done(BY_NAME["sft"])
-    assert not progress(config, tmp_path).is_done(BY_NAME["sft"])
+        status(config, tmp_path).done(BY_NAME["sft"])
+    assert not status(config, tmp_path).is_done(BY_NAME["sft"])
 
 
 def test_a_control_of_its_own_length_depends_on_nothing_of_grpo(config, tmp_path):
     config.control.steps = None
     save(tmp_path, "control")
-    assert progress(config, tmp_path).why_bound("grpo.group") == "control depends on it"
+    assert status(config, tmp_path).why_bound("grpo.group") == "control depends on it"
     config.control.steps = 8
-    assert progress(config, tmp_path).why_bound("grpo.group") is None
-    assert progress(config, tmp_path).why_bound("sft.batch") == "control depends on it"
+    assert status(config, tmp_path).why_bound("grpo.group") is None
+    assert status(config, tmp_path).why_bound("sft.batch") == "control depends on it"
 
 
 def test_a_control_done_before_that_was_so_is_still_done(config, tmp_path):
     """Its marker has keys of rating and GRPO, too."""
     config.control.steps = 8
-    keys = identity(progress(config, tmp_path).config, ("seed", "world", "data", "model", "tune"))
-    keys |= identity(progress(config, tmp_path).config, ("runtime", "score", "sft", "control"))
-    keys |= identity(progress(config, tmp_path).config, ("rate", "grpo"))
+    keys = identity(status(config, tmp_path).config, ("seed", "world", "data", "model", "tune"))
+    keys |= identity(status(config, tmp_path).config, ("runtime", "score", "sft", "control"))
+    keys |= identity(status(config, tmp_path).config, ("rate", "grpo"))
     write_marker(tmp_path / "control", keys, {"seconds": 1.0})
     config.grpo.group = 4
-    assert progress(config, tmp_path).done(BY_NAME["control"])
+    assert status(config, tmp_path).done(BY_NAME["control"])
