@@ -28,18 +28,18 @@ from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 
-# The step of the noise of what is asked here: no training step's, so that GRPO does not begin with
-# the very samples by which its facts were rated.
+# The step in the seed of the noise. No training step has it, so that GRPO does not begin with the
+# very samples by which its facts were rated.
 _NOISE_STEP = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model said of a fact.
+    """A model's answer to a fact.
 
     Attributes:
-      fact: its id.
-      label: the label read off the answer; None if it could not be read.
+      fact: the fact's id.
+      label: the answer's label; None if unreadable.
       text: the whole completion, decoded for display.
       format, effort: as `task.answer` defines them.
     """
@@ -55,17 +55,17 @@ class BatchSampler:
     """Samples answers to any number of facts, batch by batch, by one compiled program.
 
     Args:
-      reader: what the model sees of a fact; a blind baseline's leaves something out.
-      batch: facts at once; as many more as the mesh needs to split them evenly.
-      group: answers to each.
+      reader: makes a fact's prompt; a blind baseline's hides the photo or the title.
+      batch: facts at once, rounded up to a multiple of the parts that the mesh splits rows into.
+      group: answers to each fact.
       temperature: 0 for the likeliest answer.
-      guided: whether only tokens that still lead to a readable answer may be drawn.
+      guided: whether to draw only tokens that can still lead to a readable answer.
       seed: of the noise.
       workers: threads that prepare batches.
-      shape: of the prompts; None: as the reader's limits allow.
+      shape: of the prompts; None: the reader's limits.
 
     Raises:
-      ConfigError: a guided answer cannot be as short as the reader's limit.
+      ConfigError: the shortest guided answer is longer than the reader's limit.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class BatchSampler:
 
     @property
     def ontology(self) -> Ontology:
-        """The labels that answers are read as."""
+        """The labels that an answer may have."""
         return self._policy.ontology
 
     def sample(
@@ -122,21 +122,21 @@ class BatchSampler:
 
         Args:
           params: of the whole model.
-          desc: what the progress bar says.
-          start: facts that are passed over, a multiple of the batch.
+          desc: text before the progress bar.
+          start: number of facts to skip, a multiple of the batch.
 
         Raises:
-          NotFiniteError: an answer was drawn from what are no probabilities.
+          NotFiniteError: a token of an answer has a log-probability that is not finite.
         """
         policy, size, collator = self._policy, self.batch, Collator.of(self._reader)
 
         def make(number: int) -> PromptBatch:
             places = list(range(number * size, min((number + 1) * size, len(facts))))
-            # The last batch is filled up to the compiled size; the filling is not yielded.
+            # The last batch repeats its last fact up to the compiled size; it is yielded once.
             places += places[-1:] * (size - len(places))
-            mine = this_host().rows(places)
-            samples = [self._reader.read(facts[place]) for place in mine]
-            return collator.prompts(samples, mine, self.shape)
+            host_places = this_host().rows(places)
+            samples = [self._reader.read(facts[place]) for place in host_places]
+            return collator.prompts(samples, host_places, self.shape)
 
         count = -(-len(facts) // size)
         with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
@@ -173,10 +173,10 @@ class BatchSampler:
 def greedy_sampler(
     settings: Settings, policy: Policy, reader: SampleReader, sizes: Sequence[SampleSize]
 ) -> BatchSampler:
-    """Returns a sampler of the likeliest answers, as evaluation and validation want it.
+    """Returns a sampler of the likeliest answers, for evaluation and validation.
 
     Args:
-      sizes: of all facts that may be asked, each of which its prompts have room for.
+      sizes: of all facts it will be given; its prompts have room for each of them.
     """
     return BatchSampler(
         policy,
@@ -192,9 +192,9 @@ def greedy_sampler(
 def validator(
     sampler: BatchSampler, trainee: Trainee, facts: Sequence[Fact]
 ) -> Callable[[Params], Validation]:
-    """Returns a function from parameters that train to their scores on the facts.
+    """Returns a function from the parameters that train to their scores on the facts, in percent.
 
-    Scores are in percent: accuracy, micro and macro F1, unreadable answers.
+    The scores are accuracy, micro F1, macro F1 and the share of unreadable answers.
     """
 
     def validate(params: Params) -> Validation:

@@ -1,4 +1,4 @@
-"""Encodes every photo and crop once, to be kept, where neither tower nor merger trains."""
+"""Encodes every photo and crop once and keeps the features, where no vision part trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from morer1_jax.weights.published import Checkpoint
 
 # Images encoded at once, for each part of the mesh that rows are split over.
 _ROWS = 8
-# Of a workdir, where the store is.
+# The store's folder in a workdir.
 _FOLDER = "features"
 
 
@@ -72,10 +72,10 @@ def check_features(workdir: Path, vision: VisionConfig, origin: Mapping[str, str
     """Checks that kept features, if there are any, are those of this run.
 
     Args:
-      origin: as `features_origin` gives it.
+      origin: from `features_origin`.
 
     Raises:
-      DataError: they are of other photos, of another model, or do not say.
+      DataError: they have no digests, or are of other photos or of another model.
     """
     if (workdir / _FOLDER).exists():
         _check_origin(FeatureStore(workdir / _FOLDER, vision), origin)
@@ -89,15 +89,14 @@ def open_features(
     reader: SampleReader,
     workers: int,
 ) -> FeatureStore:
-    """Opens the run's features, of all facts of all splits; encodes them if they are not there yet.
+    """Opens the run's features, of all facts of all splits; encodes them if they are missing.
 
     Args:
-      origin: as `features_origin` gives it.
-      reader: of the facts' photos.
+      origin: from `features_origin`.
       workers: threads that read photos ahead.
 
     Raises:
-      DataError: those that are there are of other photos, of another model, or do not say.
+      DataError: kept features have no digests, or are of other photos or of another model.
       NotFiniteError: the tower's output is not finite.
     """
     folder = workdir / _FOLDER
@@ -111,9 +110,9 @@ def open_features(
 
 def _check_origin(store: FeatureStore, origin: Mapping[str, str]) -> None:
     if changed := differences(store.made_of, origin):
-        others = f"others ({changed})" if store.made_of else "no digests of what they were made of"
+        found = f"others ({changed})" if store.made_of else "no digests of what they were made of"
         raise DataError(
-            f"{store.folder}: expected features of this run's photos and model, found {others}; "
+            f"{store.folder}: expected features of this run's photos and model, found {found}; "
             "delete the folder, and they are encoded anew"
         )
 
@@ -121,7 +120,7 @@ def _check_origin(store: FeatureStore, origin: Mapping[str, str]) -> None:
 def features_shape(
     dataset: Dataset, trainee: Trainee, reader: SampleReader
 ) -> tuple[tuple[int, int], str]:
-    """Returns shape [tokens, d] and dtype of all the features of a run."""
+    """Returns the shape [tokens, d] and the dtype of a run's features."""
     model = trainee.policy.model
     tokens = _distinct_images(dataset, reader).tokens
     return (tokens, model.config.text.hidden_size), model.runtime.dtype
@@ -133,8 +132,8 @@ class _Images:
 
     Attributes:
       images: each once, as (fact, 0 for its photo or 1 for its crop).
-      places: where the features of each fact's images stand, by fact's id.
-      tokens: of all images.
+      places: place of the features of each fact's photo and crop, by the fact's id.
+      tokens: number of all images' tokens.
     """
 
     images: list[tuple[Fact, int]]
@@ -166,7 +165,7 @@ def _encode(
     reader: SampleReader,
     workers: int,
 ) -> None:
-    # The tower alone, compiled for one number of rows.
+    # Compile the tower alone, for one number of rows.
     policy, every = trainee.policy, _distinct_images(dataset, reader)
     images, model = every.images, policy.model
     tower = VisionTower(model.config.vision, model.runtime)
@@ -177,7 +176,8 @@ def _encode(
     )
     params = trainee.frozen["vision"]
     rows = _ROWS * meshes.batch_parts(policy.mesh)
-    # Whole from the start: where the disk then were full, writing to memory would end the process.
+    # Reserve the file's room first: a disk that is full later would kill a process that writes to
+    # mapped memory.
     width, dtype = model.config.text.hidden_size, model.runtime.dtype
     allocate(folder / FEATURES, every.tokens * width * np.dtype(dtype).itemsize)
     out = np.memmap(folder / FEATURES, np.dtype(dtype), "r+", shape=(every.tokens, width))
@@ -185,7 +185,7 @@ def _encode(
 
     def make(number: int) -> tuple[VisionBatch, list[np.ndarray]]:
         chunk = images[number * rows : (number + 1) * rows]
-        # The last batch is filled up to the compiled size.
+        # The last batch repeats its last image up to the compiled size.
         images_of_rows = [
             collator.image(reader.photos.patches(fact, which), reader.limits.slots)
             for fact, which in chunk + chunk[-1:] * (rows - len(chunk))
@@ -195,6 +195,7 @@ def _encode(
         )
         return patches, [token_slots for _, token_slots in images_of_rows]
 
+    # Encode batch by batch, and write the features of real rows in their order.
     count = -(-len(images) // rows)
     with progress(desc="encode images", total=len(images), unit="image") as bar:
         batches = load_ahead(make, 0, count, workers=workers)

@@ -1,8 +1,8 @@
-"""Finds NaN and infinity in arrays, answers and updates, and says so in errors.
+"""Finds NaN and infinity in arrays, answers and updates, and raises errors that name them.
 
-Numbers that are NaN or infinite never go away again: a checkpoint of them is worth nothing, and
-what is read off them looks like an answer. So they are looked for wherever numbers come in, are
-kept, or become a label.
+NaN and infinity spread to whatever is computed from them: a checkpoint that has them is useless,
+and tokens sampled from them still look like an answer. So arrays are checked wherever numbers are
+read, saved, or become a label.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SKIPPED, IN_A_ROW = "skipped_updates", "skipped_in_a_row"
 def first_not_finite(leaves: Mapping[str, jax.Array]) -> str | None:
     """Returns the name of the first array with a value that is not finite, or None.
 
-    Integers, and keys, are passed over. In a run of several processes all must call it at once.
+    Integers and random keys are skipped. In a run of several processes all must call it at once.
     """
-    # Arrays of one program must lie on the same devices.
+    # One program takes only arrays that are on the same devices.
     groups: dict[Any, list[str]] = {}
     for name, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -52,8 +52,8 @@ def ways(dtype: str, *others: str) -> str:
     """Returns what a user can do about numbers that are not finite, for an error.
 
     Args:
-      dtype: that they were computed in; float32 is named where it is another.
-      others: what else may help.
+      dtype: that they were computed in; unless it is float32, float32 is suggested.
+      others: further suggestions, which come first.
     """
     wider = "compute in float32 (runtime.dtype; of a folder, tools/convert.py --dtype=float32)"
     return ", or ".join((*others, *(() if dtype == "float32" else (wider,))))
@@ -65,9 +65,9 @@ def check_drawn(fact: str, rollout: Rollout, dtype: str) -> None:
     Sampling returns a token even where no probability is finite, and it may well be a label's.
 
     Args:
-      fact: its id, for the message.
-      rollout: the fact's answers, NumPy arrays without the batch's axis.
-      dtype: the one the model computed in.
+      fact: the fact's id.
+      rollout: the fact's answers, NumPy arrays without the batch axis.
+      dtype: that the model computed in.
 
     Raises:
       NotFiniteError: a log-probability is not finite.
@@ -97,13 +97,13 @@ def check_scores(stage: str, step: int, scores: Mapping[str, float]) -> None:
 
 
 class SkippedUpdates:
-    """Counts a training's skipped updates, and says when it must end.
+    """Counts a training's skipped updates, and ends it when too many are skipped in a row.
 
-    The loop is steps ahead of the device, so metrics are put in as they are promised, by `add`, and
-    looked at later, by `read`.
+    The host is steps ahead of the device: `add` takes metrics that may still be being computed, and
+    `read` looks at them later.
 
     Attributes:
-      row: steps in a row whose updates were all skipped, of those that were read.
+      row: number of steps in a row, up to the last one read, whose updates were all skipped.
     """
 
     def __init__(
@@ -117,16 +117,16 @@ class SkippedUpdates:
         updates: int = 1,
         dtype: str = "float32",
     ) -> None:
-        """Begins, or goes on.
+        """Starts counting, or goes on from a checkpoint.
 
         Args:
-          stage: for messages.
-          steps: of the whole training.
-          latest: gives the step of the newest checkpoint.
-          write: takes a line for the user.
-          extra: what `extra` gave for the checkpoint that training goes on from.
-          updates: of a step.
-          dtype: that they are computed in.
+          stage: name for messages.
+          steps: number of steps of the whole training.
+          latest: returns the step of the newest checkpoint.
+          write: shows a line to the user.
+          extra: result of `extra` in the checkpoint that training goes on from; {} at the start.
+          updates: number of updates in a step.
+          dtype: that updates are computed in.
         """
         self._updates, self._dtype = updates, dtype
         self._stage, self._latest, self._write = stage, latest, write
@@ -136,12 +136,13 @@ class SkippedUpdates:
         self._error: NotFiniteError | None = None
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Puts in the metrics of a step, possibly still being computed."""
+        """Adds the metrics of a step, which may still be being computed."""
         self._unread.append((step, metrics))
 
     def read(self, step: int) -> None:
-        """Looks at the steps up to this one; waits for those that are not computed."""
+        """Reads the metrics of all steps up to this one; waits for those not yet computed."""
         while self._unread and self._unread[0][0] <= step:
+            # Count what was skipped; after an error the count alone goes on.
             at, metrics = self._unread.popleft()
             skipped, norm = (float(metrics.get(name, 0)) for name in (SKIPPED, "param_norm"))
             self._count += int(skipped)
@@ -149,40 +150,43 @@ class SkippedUpdates:
             broken = not math.isfinite(norm)
             if self._error is not None or not (skipped or broken):
                 continue
-            what = f"{self._stage} step {at}: {_not_finite_metric(metrics)}"
+            # Warn of a skipped update; keep the error, for `check`, where training must end.
+            problem = f"{self._stage} step {at}: {_not_finite_metric(metrics)}"
             if not broken:
-                many = f"{skipped:.0f} of its {self._updates} updates are"
-                self._write(f"{what}; {'its update is' if self._updates == 1 else many} skipped")
+                several = f"{skipped:.0f} of its {self._updates} updates are"
+                updates = "its update is" if self._updates == 1 else several
+                self._write(f"{problem}; {updates} skipped")
             if broken or self.row >= self._patience:
-                many = "" if broken else f", as in each of {self.row} steps in a row"
+                repeated = "" if broken else f", as in each of {self.row} steps in a row"
                 saved = self._latest()
-                kept = "none" if saved is None else f"of step {saved}"
+                checkpoint = "none" if saved is None else f"of step {saved}"
                 self._error = NotFiniteError(
-                    f"{what}{many}; the last finite checkpoint: {kept}; with a new --workdir, "
+                    f"{problem}{repeated}; the last finite checkpoint: {checkpoint}; with a new "
+                    "--workdir, "
                     + ways(self._dtype, "lower the stage's optimizer.lr or lengthen its warmup")
                 )
 
     def take(self) -> int:
-        """Returns the updates skipped since the last call."""
+        """Returns the number of updates skipped since the last call."""
         count, self._count = self._count, 0
         return count
 
     def check(self) -> None:
-        """Ends a training that has skipped too many in a row, or has lost its parameters.
+        """Ends a training that has skipped too many updates in a row, or has lost its parameters.
 
         Raises:
-          NotFiniteError: step, metric, last finite checkpoint and what to do.
+          NotFiniteError: naming step, metric and last finite checkpoint.
         """
         if self._error is not None:
             raise self._error
 
     def extra(self) -> dict[str, int]:
-        """Returns what a checkpoint must remember: else a resumed run would count less."""
+        """Returns the counts, for a checkpoint, so that a resumed run goes on counting."""
         return {SKIPPED: self._count, IN_A_ROW: self.row}
 
 
 def _not_finite_metric(metrics: Mapping[str, Any]) -> str:
-    """Describes the first metric that is not finite: parameters first, then what they cause."""
+    """Describes the first metric that is not finite: norm of the parameters, loss, then others."""
     numbers = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
     first = dict.fromkeys(("param_norm", "loss", "grad_norm")) | numbers
     for name in first:

@@ -1,4 +1,4 @@
-"""What one kind of training does: the functions that the train loop calls."""
+"""The functions by which a kind of training (SFT, GRPO) differs, for the train loop to call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Metrics = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Scores by name, and the name of the one by which the best checkpoint is chosen."""
+    """Scores by name; the best checkpoint is the one with the highest score `decisive`."""
 
     scores: dict[str, float]
     decisive: str
@@ -24,23 +24,23 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What one kind of training does.
+    """The functions and facts by which a kind of training differs.
 
     Attributes:
-      batch: makes the arrays of a step, on the host; a pure function of the step, which worker
-        processes are sent a copy of.
+      batch: makes the arrays of a step, on the host; a pure function of the step's index, which
+        is copied to worker processes.
       begin: makes the state that training starts from; not called if there is a checkpoint, so
-        that no state is held beside the one restored.
+        that no state is in memory beside the one restored.
       like: the state's shapes, dtypes and shardings.
       step: `(state, batch, step) -> (state, metrics)`, metrics possibly still being computed;
         those that are arrays with axes are for `work` and are not logged.
       validate: `params -> Validation`, of the parameters that train.
-      work: `(batch, metrics) -> Work`, asked of each step once the next one has begun; its
-        `NotFiniteError` gets the step's name.
-      timer: that `step` tells what it starts.
-      resume: told the step training is taken up at, before anything is written.
-      shown: metrics to show beside the progress bar.
-      updates: of a step, each of which may be skipped.
+      work: `(batch, metrics) -> Work`, called for each step once the next one has begun; the loop
+        adds the step's number to its `NotFiniteError`.
+      timer: notes the programs that `step` starts.
+      resume: called with the checkpoint's step (None at the start) before anything is written.
+      shown: names of metrics to show beside the progress bar.
+      updates: number of updates in a step, each of which may be skipped.
       dtype: that a step computes in.
     """
 

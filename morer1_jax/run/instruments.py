@@ -1,8 +1,7 @@
-"""Instruments of the train loop: what each step took and did, logged once the next one has begun.
+"""Times, counts and logs the steps of the train loop, each once the next one has begun.
 
-The host runs ahead of the device. So a step is logged while the next one keeps the device busy,
-phases are timed by a thread that waits for them, and a skipped update is looked for some steps
-later.
+The host runs ahead of the device. So a step is logged while the next one keeps the device busy, a
+thread waits for phases to time them, and skipped updates are looked for some steps later.
 """
 
 from __future__ import annotations
@@ -26,26 +25,24 @@ from morer1_jax.run.hooks import Hooks, Metrics, Validation
 from morer1_jax.run.log import MetricLog
 from morer1_jax.run.throughput import Work, throughput
 
-# What JAX calls the event; its duration is the compiler's, or the persistent cache's.
+# JAX's name of the event, whose duration is the compiler's or the persistent cache's.
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
 class Instruments:
     """Times, counts and logs the steps of a training and shows its progress; a context manager.
 
-    Metrics have the step's own numbers, and `step_time`: seconds a step since the last record,
-    validation and saving left out; `time/…`, what of it each of the step's programs took, and
-    `time/host` what none of them did; what was done in that time, as `throughput` has it;
-    `compilations` of steps so far; `skipped_updates`, all since the last record.
+    A record has the step's own metrics and, of the steps since the last record:
+    `step_time`, mean seconds of a step, without validation and saving; `time/<program>`, the part
+    of it that each of the step's programs took, and `time/host`, the rest; the rates of
+    `throughput`; `skipped_updates`, their number. `compilations` counts those of all steps so far.
 
     Args:
       name: of the training, for messages.
-      hooks: the training's.
-      settings: how long it is, and how often it logs.
-      log: takes the metrics of every `log_every`-th step, and of the last.
-      checkpoints: whose newest is named when a training must end.
-      start: steps done before.
-      extra: what `extra` gave for the checkpoint that training goes on from.
+      log: gets the metrics of every `log_every`-th step, and of the last.
+      checkpoints: errors that end the training name the newest of them.
+      start: number of steps done before.
+      extra: result of `SkippedUpdates.extra` in the checkpoint that training goes on from.
 
     Attributes:
       bar: the progress bar.
@@ -90,25 +87,25 @@ class Instruments:
 
     @contextlib.contextmanager
     def step(self, step: int, batch: Any) -> Iterator[None]:
-        """Watches the start of a step's programs."""
+        """Warns if the block, which starts a step's programs, compiles a known shape again."""
         self._hooks.timer.step(step)
-        with self._compilations.step(batch) as again:
+        with self._compilations.step(batch) as repeated_seconds:
             yield
-        if again:
+        if repeated_seconds:
             self.bar.write(
                 f"{self._name} step {step}: compiled again for a batch of shapes that were seen "
-                f"before ({sum(again):.1f} s); every step should compile once a shape"
+                f"before ({sum(repeated_seconds):.1f} s); every step should compile once a shape"
             )
 
     def add(self, step: int, batch: Any, metrics: Metrics) -> None:
-        """Takes the metrics of a step that was started, and settles the one before it."""
+        """Adds a step that was started, and settles the one before it."""
         self.settle()
         self._pending = step, batch, metrics
         self.skipped.add(step, metrics)
 
     @contextlib.contextmanager
     def pause(self, step: int, state: Any) -> Iterator[None]:
-        """Waits until the state of a step is computed; what is done meanwhile is not timed.
+        """Waits until the state of a step is computed; the time of the block is not counted.
 
         Raises:
           NotFiniteError: too many updates in a row were skipped.
@@ -134,12 +131,12 @@ class Instruments:
         try:
             self._work += self._hooks.work(batch, metrics)
         except NotFiniteError as error:
-            # Of numbers that are not finite the step before may be the cause.
+            # The cause may be the step before, whose error then comes first.
             self.skipped.read(step)
             self.skipped.check()
             raise NotFiniteError(f"{self._name} step {step}: {error}") from None
         if step % self._settings.log_every and step != self._settings.steps:
-            # The host is hardly ever further ahead than this, so that it does not wait here.
+            # A step this far back is nearly always computed, so that the host does not wait.
             self.skipped.read(step - PATIENCE)
             self.skipped.check()
             return
@@ -149,7 +146,7 @@ class Instruments:
         self.skipped.check()
 
     def log_validation(self, step: int, validation: Validation) -> float:
-        """Logs a validation's scores; returns the one that decides.
+        """Logs a validation's scores and returns the decisive one.
 
         Raises:
           NotFiniteError: a score is not finite.
@@ -186,8 +183,8 @@ class Profiler:
       name: of the training, for messages.
       folder: where the trace is written.
       steps: the first and the last step of the trace; () for none.
-      start: steps done before; a trace of steps that were begun before has what is left of them.
-      last: the training's last step, with which a trace ends.
+      start: number of steps done before, which the trace leaves out.
+      last: the training's last step, with which the trace ends at the latest.
     """
 
     def __init__(
@@ -232,16 +229,16 @@ class CompileWatch:
     def __init__(self) -> None:
         self.count = 0
         self._seconds: list[float] | None = None
-        self._seen: set[Any] = set()
+        self._known_shapes: set[Any] = set()
 
     def __enter__(self) -> CompileWatch:
-        monitoring.register_event_duration_secs_listener(self._heard)
+        monitoring.register_event_duration_secs_listener(self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        monitoring.unregister_event_duration_listener(self._heard)
+        monitoring.unregister_event_duration_listener(self._record)
 
-    def _heard(self, event: str, seconds: float, **_: Any) -> None:
+    def _record(self, event: str, seconds: float, **_: Any) -> None:
         if event == _COMPILATION and self._seconds is not None:
             self.count += 1
             self._seconds.append(seconds)
@@ -251,25 +248,25 @@ class CompileWatch:
         """Records the compilations of one step.
 
         Yields:
-          A list which, once the step is over, has the seconds of each compilation of a step whose
-          batch had shapes that were seen before.
+          A list that at the end has the seconds of each compilation, if an earlier step's batch had
+          the same shapes.
         """
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
-        again: list[float] = []
+        repeated_seconds: list[float] = []
         self._seconds = []
         try:
-            yield again
+            yield repeated_seconds
         finally:
-            if shapes in self._seen:
-                again += self._seconds
-            self._seen.add(shapes)
+            if shapes in self._known_shapes:
+                repeated_seconds += self._seconds
+            self._known_shapes.add(shapes)
             self._seconds = None
 
 
 class StopWatch:
-    """Seconds a step, where steps are computed while the host is ahead of them.
+    """Measures the mean seconds of a step while the host runs ahead of the device.
 
-    Only what was waited for has a time, so it is asked for once a step is known to be computed.
+    Call its methods only once the step is known to be computed.
     """
 
     def __init__(self, step: int) -> None:
@@ -278,17 +275,17 @@ class StopWatch:
         self._since: float | None = None
 
     def go_on(self) -> None:
-        """Counts from now on."""
+        """Starts counting."""
         self._since = time.perf_counter()
 
     def pause(self) -> None:
-        """Stops counting; every step so far is computed."""
+        """Stops counting; all steps so far must be computed."""
         if self._since is not None:
             self._seconds += time.perf_counter() - self._since
         self._since = None
 
     def seconds_a_step(self, step: int) -> float:
-        """Returns the mean since the last call; `step` has just been computed."""
+        """Returns the mean since the last call; `step` must have just been computed."""
         running = self._since is not None
         self.pause()
         mean = self._seconds / (step - self._step)

@@ -26,7 +26,7 @@ def choose(
       head_sizes: of the model's attentions.
 
     Raises:
-      ConfigError: the mesh's devices, the dtype or the heads cannot do what is asked.
+      ConfigError: the mesh's devices, the dtype or the heads do not fit the kernels named.
     """
     platform, unfit = mesh.devices.flat[0].platform, _unfit_for_cudnn(dtype, head_sizes, mesh)
     if attention == "auto":
@@ -37,7 +37,7 @@ def choose(
     if attention == "splash":
         if platform != "tpu":
             raise _refusal(attention, f"a TPU, found a mesh of {_kind(mesh)} devices")
-        # Of JAX's experimental modules: nobody but TPUs depends on it.
+        # Imported here: it uses an experimental module of JAX, on which only TPUs should depend.
         from morer1_jax.model.splash import Splash
 
         kernels: Kernels = Splash()
@@ -52,7 +52,7 @@ def choose(
 
 
 def _unfit_for_cudnn(dtype: str, head_sizes: Sequence[int], mesh: Mesh) -> str | None:
-    """Returns what cuDNN needs and what was found instead; None if it can run."""
+    """Returns what cuDNN needs and what there is instead, for an error; None if it can run."""
     device = mesh.devices.flat[0]
     nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
     if not nvidia or float(device.compute_capability) < 8.0:

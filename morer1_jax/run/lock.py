@@ -1,7 +1,7 @@
 """Locks a folder or a file for one writing process at a time.
 
-The lock is the system's, on an open file, so it ends with its process however that dies; the file
-that a killed process leaves blocks nobody. Readers take no lock.
+The operating system locks an open file, so a lock ends with its process however that dies, and the
+file that a killed process leaves blocks nobody. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from morer1_jax.errors import ConfigError
 LOCK = ".lock"
 # Errors of file systems without locks.
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_COMMAND = 200  # characters of the holder's command that are shown
+_COMMAND = 200  # most characters of the holder's command that are shown
 # Flags that are shown: the paths that a command reads and writes. Others may be secret, or long.
 _SHOWN = re.compile(r"--?(workdir|out|config|checkpoint|data|data_dir|folder|json|jsonl|reasoning)")
 _held: set[int] = set()
@@ -42,14 +42,14 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextlib.contextmanager
 def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None]:
-    """Keeps other processes that share the file system's locks from writing to `path` in the block.
+    """Keeps other processes that hold `path` with this function from writing to it in the block.
 
-    On a file system without locks a warning is printed, and nobody is kept away.
+    On a file system without locks it prints a warning and locks nothing.
 
     Args:
       path: the file or folder to write.
-      folder: whether it is a folder that the lock file may be put into; the folder is made if it is
-        missing, and removed if it is empty at the end. Else the lock file is put beside `path`.
+      folder: whether the lock file is put into `path`, a folder, which is made if it is missing and
+        removed if it is empty at the end; else the lock file is put beside `path`.
 
     Raises:
       ConfigError: another process, which the message names, holds the lock; or `path` is the root.
@@ -79,12 +79,14 @@ def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None
 def _take(lock: Path, path: Path) -> int:
     """Returns the descriptor of the lock's file, locked until it is closed."""
     while True:
+        # Open the file, which its last holder may be removing, with a folder that it made.
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # Another process removed the folder that it had made.
+        except FileNotFoundError:
             continue
         try:
+            # Lock it, without waiting.
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -100,20 +102,21 @@ def _take(lock: Path, path: Path) -> int:
                     "writes into it",
                     file=sys.stderr,
                 )
+            # A lock counts only if the file still has its name.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), os.stat(lock)):
                     return file
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # Its holder has removed the file since it was opened here.
+        os.close(file)
 
 
 def _sign(file: int, path: Path) -> None:
-    """Writes this process into the lock's file.
+    """Writes host, process and command into the lock's file.
 
-    Warns of a holder on another host that did not end in order: some file systems lock each host by
-    itself, so it may still run.
+    Warns if the file still names a process on another host: some file systems lock only within a
+    host, so that process may still run.
     """
     previous = _read(file)
     if previous and previous["host"] != socket.gethostname():

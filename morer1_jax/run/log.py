@@ -31,12 +31,11 @@ class RecordLog:
         """Opens the file, if it exists, and drops a last line that was cut off.
 
         Args:
-          path: the file.
-          stage: the stage whose records are written.
+          stage: name of the stage whose records are written.
           writer: whether this process writes; by default, whether it is the first.
 
         Raises:
-          DataError: a line of the file is not such a record.
+          DataError: a line of the file is not a record.
         """
         self.path = Path(path)
         self.stage = stage
@@ -46,11 +45,7 @@ class RecordLog:
             self._keep_until(math.inf)
 
     def resume_at(self, step: int | None) -> None:
-        """Drops this stage's records of steps after `step`; all of them if None.
-
-        Args:
-          step: the step of the checkpoint that the run resumes from.
-        """
+        """Drops this stage's records of steps after `step`, a checkpoint's; all of them if None."""
         if self.writer:
             self._keep_until(-math.inf if step is None else step)
 
@@ -61,12 +56,12 @@ class RecordLog:
         `not_finite`.
 
         Args:
-          step: the step, which increases within each kind.
+          step: higher than the last one of this kind.
           records: JSON values by name, a record a line.
-          kind: the kind of the records, such as `train`.
+          kind: such as `train` or `valid`.
 
         Raises:
-          ValueError: the step was written already.
+          ValueError: the step, or a later one, was written already; or a record has a reserved key.
         """
         if not self.writer:
             return
@@ -191,7 +186,7 @@ class _Events:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        # By default it names files by the second, and overwrites one of the same second.
+        # By default the name has only the second, and a file of the same second is overwritten.
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed = time.monotonic()
         if purge_step is not None:

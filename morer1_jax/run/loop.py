@@ -1,4 +1,4 @@
-"""The train loop: batches in, steps, logs, validation, checkpoints; the same for SFT and GRPO."""
+"""The train loop of SFT and GRPO: batches, steps, logs, validation, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def train(
     """Trains to `settings.steps`, from the newest whole checkpoint if there is one.
 
     Checkpoints are in `workdir/name/checkpoints`, the best parameters by validation beside them;
-    metrics go to `workdir/metrics.jsonl`, as `Instruments` has them. A run that is killed and
-    started again ends with the same parameters, and with every logged step in the log once. While
-    updates are skipped in a row nothing is saved, except at the end.
+    metrics go to `workdir/metrics.jsonl`, see `Instruments`. A run that is killed and started again
+    ends with the same parameters, and with every logged step in the log once. While updates are
+    skipped in a row nothing is saved, except at the end.
 
     Args:
-      workers, kind: what prepares the batches; see `load_ahead`.
-      profile: the first and the last step that a trace is written of, into
-        `workdir/profile/name`, for TensorBoard or Perfetto.
+      workers, kind: number and kind of the workers that prepare batches; see `load_ahead`.
+      profile: the first and the last step of a trace for TensorBoard or Perfetto, written into
+        `workdir/profile/name`; () for none.
 
     Returns:
       The checkpointer, which knows the best parameters.
@@ -42,7 +42,7 @@ def train(
     Raises:
       NotFiniteError: too many updates in a row were skipped, or a score is not finite.
     """
-    # Take training up where it was, and take back what was logged beyond.
+    # Restore the newest state, and drop the records of later steps from the logs.
     checkpoints = Checkpointer(workdir / name / "checkpoints", keep=settings.keep_checkpoints)
     log, saved = MetricLog(workdir, name), checkpoints.latest()
     log.resume_at(saved)
@@ -50,6 +50,7 @@ def train(
     state, extra = (hooks.begin(), {}) if saved is None else checkpoints.restore(saved, hooks.like)
     start, steps = saved or 0, settings.steps
 
+    # Run step after step; the host waits for the device only to validate or to save.
     batches = load_ahead(hooks.batch, start, steps, workers=workers, kind=kind)
     instruments = Instruments(name, hooks, settings, log, checkpoints, start, extra)
     profiler = Profiler(name, workdir / "profile" / name, profile, start=start, last=steps)

@@ -1,4 +1,4 @@
-"""Settings of the host's memory allocator for steps on the CPU."""
+"""Sets the host's memory allocator for steps on the CPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> bool:
     """Makes the C library keep freed memory instead of returning it, where JAX uses the CPU alone.
 
-    Each step there allocates gigabytes at once and frees them, which by default the system then has
-    to map and clear again, page by page: about a tenth of a step. Call it before JAX makes its
-    threads.
+    A step there allocates and frees gigabytes, which the system by default maps and clears again,
+    page by page: about a tenth of the step's time. Call it before JAX makes its threads.
 
     Returns:
-      Whether the setting was made: only with glibc, and without an accelerator.
+      Whether it was set: only with glibc, and without an accelerator.
     """
     if not _cpu_alone() or platform.libc_ver()[0] != "glibc":
         return False

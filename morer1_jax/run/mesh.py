@@ -1,7 +1,7 @@
-"""The device mesh, and which axis of it each array is split over.
+"""Makes the device mesh, and decides over which of its axes each array is split.
 
-Parameters are split by the end of their path.  A rule speaks of an array's trailing axes only, so
-that the same rule serves one layer and layers stacked along leading axes by `nn.scan`.
+Parameters are split by the end of their path.  A rule names an array's trailing axes only, so that
+it fits both one layer and layers stacked along leading axes by `nn.scan`.
 """
 
 import math
@@ -52,12 +52,13 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     """Makes a mesh over all `devices` (by default every device of every process).
 
     Args:
-      axes: name to size, outermost first; at most one size may be -1, "whatever is left".
+      axes: sizes by name, outermost first; at most one may be -1, for all remaining devices.
 
     Raises:
       ConfigError: a size that is neither positive nor -1, two of -1, or sizes that do not fit the
         number of devices.
     """
+    # Each size by itself.
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     sizes = dict(axes)
@@ -70,6 +71,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
             f"mesh: expected at most one size of -1, found {' and '.join(free)}; give all but one "
             "a size"
         )
+    # Their product, which also gives the size that is left open.
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     shown = " × ".join(f"{name} {size}" for name, size in sizes.items() if size != -1)
     if free:
@@ -92,15 +94,15 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:
-    """Returns a leaf's path as 'a/b/c', for any mix of dicts, dataclasses and tuples."""
+    """Returns a leaf's path as 'a/b/c', through dicts, dataclasses and tuples alike."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
-    """Returns how the parameter at `path` is split: by the first rule that matches.
+    """Returns how the parameter at `path` is split, by the first rule that matches.
 
-    An axis of the array that its mesh axis does not divide is not split, nor is one whose mesh
-    axis the mesh lacks.  A parameter that no rule matches is replicated.
+    An axis whose size is no multiple of its mesh axis, or whose mesh axis does not exist, is not
+    split.  A parameter that no rule matches is replicated.
 
     Raises:
       ValueError: the parameter has fewer axes than its rule names.
@@ -118,14 +120,7 @@ def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
 
 
 def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
-    """Returns the sharding of every parameter.
-
-    Args:
-      params: a tree of arrays or `jax.ShapeDtypeStruct`.
-
-    Returns:
-      The same tree, of `NamedSharding`.
-    """
+    """Returns the tree of `NamedSharding` of parameters (arrays or `jax.ShapeDtypeStruct`)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(mesh, path_name(path), leaf.shape)),
         params,
@@ -133,18 +128,15 @@ def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
 
 
 def state_shardings(mesh: Mesh, state: PyTree, params: PyTree) -> PyTree:
-    """Returns the sharding of every leaf of a training state.
+    """Returns the tree of `NamedSharding` of a training state.
 
-    A leaf follows the parameter whose path its own path ends in, if the shapes are equal, as those
-    of an optimizer's moments are; where several do, the longest path.  Every other leaf (counters,
+    A leaf whose path ends in a parameter's path (the longest, if several fit) and that has its
+    shape, as an optimizer's moments do, is split like that parameter.  Every other leaf (counters,
     factored moments) is replicated.
 
     Args:
       state: any tree of arrays or `jax.ShapeDtypeStruct`; dataclasses and optax states included.
       params: the tree of the parameters alone.
-
-    Returns:
-      The same tree as `state`, of `NamedSharding`.
     """
     shapes = {
         path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -167,18 +159,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Returns into how many parts the rows of a batch are split."""
+    """Returns the number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES if name in mesh.shape)
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Puts a batch on the mesh.
+    """Puts a batch on the mesh: returns global arrays, rows split by `batch_sharding`.
 
     Args:
       batch: a tree of NumPy arrays, the rows of the global batch that belong to this process.
-
-    Returns:
-      The same tree of global arrays, rows split by `batch_sharding`.
 
     Raises:
       ConfigError: an array without rows, or whose rows do not divide over the mesh.
@@ -203,7 +192,7 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def like(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Returns shapes, dtypes and shardings of a tree's arrays, for a checkpoint to be read into."""
+    """Returns a tree's shapes and dtypes with shardings, as `Checkpointer.restore` takes them."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -222,10 +211,10 @@ def program(
     """Compiles a function for the mesh, for each shape it is called with.
 
     Args:
-      takes: of each argument the sharding, or a tree of them, or of arrays (or of shapes) that lie
-        as the argument will.
-      gives: the same of what the function returns.
-      donate: numbers of the arguments whose memory the results may take.
+      takes: for each argument its sharding, a tree of shardings, or a tree of arrays (or of
+        `jax.ShapeDtypeStruct`) that have them.
+      gives: the same for the results.
+      donate: indices of the arguments whose memory the results may take.
     """
 
     def shardings(leaf: Any) -> Any:
@@ -236,7 +225,7 @@ def program(
 
 
 def this_host() -> Host:
-    """Returns this process as the host that prepares its rows of every batch."""
+    """Returns this process as a `Host`, which prepares its own rows of every batch."""
     return Host(jax.process_index(), jax.process_count())
 
 

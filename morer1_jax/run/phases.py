@@ -14,9 +14,9 @@ import jax
 class PhaseTimer:
     """Times programs that run one after another; a context manager.
 
-    The host runs ahead of the device, so a thread waits for each program's result and notes when
-    it is there. A phase lasts from when it was handed over, or from the end of the one before if
-    that is later, until then.
+    The host runs ahead of the device, so a thread waits for each program's result. A phase begins
+    when its program is started, or when the phase before it ends if that is later; it ends when the
+    result is computed.
     """
 
     def __init__(self) -> None:
@@ -37,26 +37,26 @@ class PhaseTimer:
         self._thread.join()
 
     def step(self, number: int) -> None:
-        """Begins a step: phases are its own until the next one."""
+        """Begins a step, to which phases belong until the next call."""
         self._step = number
 
     def phase(self, name: str, result: Any) -> None:
         """Notes that a program was started.
 
         Args:
-          result: arrays that it makes, which no later program is given to write over.
+          result: arrays that it returns and that are not donated to a later program.
         """
         with self._ended:
             self._open[self._step] += 1
         self._jobs.put((self._step, name, time.perf_counter(), result))
 
     def take(self, step: int) -> dict[str, float]:
-        """Returns seconds of each phase, summed over the steps since the last call, up to this one.
+        """Returns seconds by phase, summed over the steps from the last call up to this step.
 
         Waits until they have ended.
 
         Raises:
-          RuntimeError: the timer was not entered, or left.
+          RuntimeError: the timer is not inside its `with` block.
         """
         if not self._thread.is_alive():
             raise RuntimeError("PhaseTimer: expected to be inside its context, found outside of it")
@@ -77,7 +77,7 @@ class PhaseTimer:
             failed = False
             try:
                 jax.block_until_ready(result)
-            except Exception:  # The step that asks for it raises it, too.
+            except Exception:  # The train loop raises it too when it reads the result.
                 failed = True
             with self._ended:
                 self._open[step] -= 1

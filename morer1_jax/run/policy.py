@@ -1,4 +1,4 @@
-"""A model that can be asked: with its tokenizer and labels, on a mesh; no data, no workdir."""
+"""A model with its tokenizer and labels, on a mesh; it knows no dataset and no workdir."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from morer1_jax.task.ontology import Ontology
 
 
 class Policy:
-    """What sampling, scoring and training of one model share.
+    """A model with all that sampling, scoring and training share.
 
     Raises:
       DataError: a label that the tokenizer cannot write.
 
     Attributes:
-      special: ids of the tokens that are treated apart.
-      replicated: the sharding of what every device holds whole.
-      rows: the sharding of anything whose leading axis is a batch's rows.
+      special: ids of the special tokens.
+      replicated: the sharding of arrays that every device has whole.
+      rows: the sharding of arrays whose leading axis is a batch's rows.
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class Policy:
 
     @functools.cached_property
     def grammar(self) -> GrammarTables:
-        """The answer's automata over this vocabulary, on the mesh."""
+        """The automata of a readable answer over this vocabulary, on the mesh."""
         pieces = token_bytes(self.tokenizer, self.model.config.text.vocab_size)
         return jax.device_put(build_tables(pieces, self.ontology.labels), self.replicated)
 
     @functools.cached_property
     def allowed(self) -> jax.Array:
-        """Which ids may be sampled, on the mesh."""
+        """Whether each id may be sampled: bool [v], on the mesh."""
         rows = self.model.config.text.vocab_size
         return jax.device_put(
             jnp.asarray(allowed_ids(self.special, len(self.tokenizer), rows)), self.replicated
         )
 
     def put(self, batch: Any) -> Any:
-        """Puts a host's rows of a batch onto the mesh."""
+        """Puts this host's rows of a batch on the mesh; see `put_batch`."""
         return meshes.put_batch(batch, self.mesh)

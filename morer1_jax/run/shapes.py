@@ -1,4 +1,4 @@
-"""Chooses the shapes of a run's batches: `data.shapes` with the run's model, mesh and draws."""
+"""Chooses the shapes of a run's batches by `data.shapes`, from its model, mesh and draws."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from morer1_jax.run.setup import Run
 
 
 def row_cost(config: ModelConfig) -> Cost:
-    """Returns what a row costs: FLOPs of a forward pass, padding included."""
+    """Returns a function from a row's shape to the FLOPs of its forward pass, padding included."""
     return lambda shape: row_flops(config, shape.length, shape.slots)
 
 
@@ -30,11 +30,11 @@ def sequence_plan(
 ) -> RowPlan:
     """Chooses how the samples of each step become rows.
 
-    The plan sees all steps, so that none has more rows, or a larger sample, than there is room for,
-    and no row is as long as a sample that is never drawn. A run of more steps has another plan.
+    The plan is made from all steps, so that every step's samples fit, and rows are no longer than
+    the drawn samples need. Another number of steps has another plan.
 
     Args:
-      sizes: of the facts that `draw` points into.
+      sizes: of the facts that `draw` indexes.
     """
     policy, data = run.trainee.policy, run.settings.data
     return plan_rows(
@@ -49,10 +49,10 @@ def sequence_plan(
 def prompt_shapes(
     run: Run, sizes: Sequence[SampleSize], draw: Draw, steps: int
 ) -> tuple[Shape, ...]:
-    """Chooses shapes of batches of prompts; the last holds any of them.
+    """Chooses shapes of batches of prompts, of which the last has room for any fact.
 
     Args:
-      sizes: of the facts that `draw` points into.
+      sizes: of the facts that `draw` indexes.
     """
     data = run.settings.data
     return plan_prompts(

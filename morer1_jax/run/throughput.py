@@ -14,10 +14,10 @@ from morer1_jax.model.flops import batch_vision_flops, peak_flops, text_flops
 
 
 class Work(NamedTuple):
-    """Of one step, or of several.
+    """The work of one step, or of several.
 
     Attributes:
-      tokens: of text and images that were trained on, or sampled and trained on; no padding.
+      tokens: number of tokens of text and images trained on (in GRPO sampled, too); no padding.
       flops: see `model.flops`.
     """
 
@@ -29,9 +29,10 @@ class Work(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """Forward passes that a training step is worth.
+    """The cost of a training step, in forward passes.
 
-    1 for the forward pass, 1 for the gradient that passes through, 1 for that of the parameters.
+    1 for the forward pass, 1 for the gradient with respect to the inputs, 1 for that with respect
+    to the parameters.
     """
 
     text: int
@@ -41,8 +42,8 @@ class Passes(NamedTuple):
     def of(cls, parts: TrainableParts) -> Passes:
         """Returns the passes of a step that trains these parts.
 
-        Adapters' own products are too small to count. A tower behind which only the decoder trains
-        has no backward pass.
+        The adapters' own products are too small to count. The tower has no backward pass if only
+        the decoder trains.
         """
         through = parts.vision > 0 or parts.merger > 0
         whole = parts.language > 0 and parts.adapters is None
@@ -75,16 +76,17 @@ def group_work(
     """Returns the work of a step of GRPO, each prompt computed once for its group.
 
     Args:
-      lengths: [b, g], tokens of the completions.
-      scored: passes that only take log-probabilities, of a reference or of old parameters.
-      updates: on the rollout.
+      lengths: [b, g], number of tokens of each completion.
+      scored: number of passes for log-probabilities alone, of a reference or of old parameters.
+      updates: number of updates on the rollout.
     """
+    # Tokens, and pairs of tokens that attend to each other.
     prompt = np.asarray(prompts.mask).sum(axis=1).astype(np.int64)
     lengths = np.asarray(lengths, np.int64)
     pairs = (prompt * (prompt + 1) // 2).sum()
     pairs += (lengths * prompt[:, None] + lengths * (lengths + 1) // 2).sum()
     tokens = prompt.sum() + lengths.sum()
-    # The rollout's is the same work as one forward pass: each token passes once.
+    # A rollout costs the same as one forward pass, since each token passes once.
     text = text_flops(config.text, tokens, pairs, lengths.sum())
     vision = batch_vision_flops(config.vision, prompts.vision)
     flops = (1 + scored + updates * passes.text) * text

@@ -31,7 +31,7 @@ _ROWS = 64
 
 
 class Trainee:
-    """A model whose parameters are split into those that train and those that are frozen.
+    """A policy whose parameters are split into those that train and those that are frozen.
 
     Attributes:
       policy: the model with its tokenizer and labels, on the mesh.
@@ -62,21 +62,21 @@ class Trainee:
     def frozen(self) -> Params:
         """The frozen parameters, on the mesh.
 
-        Made when first used, since that takes minutes of a large model: whatever else is wrong with
-        a run is found before. They are held once, for all stages.
+        Made or read when first used, since that takes minutes for a large model: other errors of a
+        run are found before. All stages share them.
         """
         return self._starting_params(self.like_frozen, stream=0)
 
     def init_params(self, stream: int) -> Params:
-        """Makes the parameters that train, as training starts.
+        """Makes the parameters that train as they are at the start of training.
 
         Args:
-          stream: tells the random numbers of one model of the run from another's.
+          stream: separates the random numbers of the run's models.
         """
         return self._starting_params(self.like, stream)
 
     def _starting_params(self, like: Params, stream: int) -> Params:
-        """Makes parameters: from the checkpoint what it has, the rest at random."""
+        """Reads the parameters that the checkpoint has, and initialises the others at random."""
         random, loaded = like, {}
         if self.checkpoint is not None:
             random = select(like, lambda path: path[-1] in ADAPTER)
@@ -86,11 +86,7 @@ class Trainee:
         return join(params, self.checkpoint.load(loaded)) if loaded else params
 
     def best_params(self, folder: Path) -> Params:
-        """Reads the best parameters that a stage trained, by validation: those that train.
-
-        Args:
-          folder: the stage's, in a workdir.
-        """
+        """Reads a training's best parameters by validation, those that train, from its folder."""
         return Checkpointer(folder / "checkpoints").restore_best(self.like)[0]
 
     def whole(self, params: Params) -> Params:
@@ -106,7 +102,7 @@ class Trainee:
     def new_state(self, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
         """Makes a state at step 0 around a copy of `params`, on the mesh.
 
-        A copy, because a train step gives its state's buffers away and `params` may be needed on.
+        A copy, because a train step donates its state's buffers and `params` may still be needed.
         """
         make = jax.jit(
             lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer),
@@ -144,7 +140,7 @@ def open_trainee(
 def _model_config(
     sizes: ModelSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Checkpoint | None
 ) -> ModelConfig:
-    """Returns the checkpoint's sizes, or the config's of a model from scratch."""
+    """Returns the checkpoint's sizes or, for a model from scratch, the config's."""
     if checkpoint is not None:
         config = checkpoint.config_with(tokenizer)
     else:

@@ -17,12 +17,12 @@ from morer1_jax.run.manifest import CheckpointError
 def check_saves(workdir: Path) -> None:
     """Saves a small checkpoint, reads it back and deletes it.
 
-    A path or a disk that cannot hold checkpoints is found before the work is done.
+    So a path or a disk that cannot hold checkpoints is found before the work is done.
 
     Raises:
       CheckpointError: the small checkpoint could not be saved or read back.
     """
-    trial = workdir / ".checkpoint-to-try-it-out"  # As long as any stage's path.
+    trial = workdir / ".checkpoint-to-try-it-out"  # Path at least as long as any stage's.
     state = {"a": jnp.arange(3.0), "b": {"c": jnp.ones((2, 2), jnp.bfloat16)}}
     shutil.rmtree(trial, ignore_errors=True)  # A killed run may have left it.
     try:
