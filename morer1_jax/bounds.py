@@ -1,4 +1,4 @@
-"""Bounds of a dataclass's fields: declared beside each field, checked when an object is made.
+"""Declares bounds of a dataclass's fields, which are checked when an object is made.
 
     steps: int = at_least(1, 200)
 
@@ -18,28 +18,28 @@ _DERIVED = "derived"
 
 
 def at_least(low: float, default: Any = dataclasses.MISSING) -> Any:
-    """Returns a field whose number is `low` or more, and finite; or None, if its type says so."""
+    """Returns a field for a finite number of at least `low`, or for None if its type allows it."""
     return _bounded(default, f"at least {low:g}", lambda value: low <= value < math.inf)
 
 
 def above(low: float, default: Any = dataclasses.MISSING) -> Any:
-    """Returns a field whose number is more than `low`, and finite; or None, if its type says so."""
+    """Returns a field for a finite number above `low`, or for None if its type allows it."""
     return _bounded(default, f"above {low:g}", lambda value: low < value < math.inf)
 
 
 def between(low: float, high: float, default: Any = dataclasses.MISSING) -> Any:
-    """Returns a field whose number is from `low` to `high`."""
+    """Returns a field for a number from `low` to `high`, both included."""
     return _bounded(default, f"from {low:g} to {high:g}", lambda value: low <= value <= high)
 
 
 def one_of(choices: Any, default: Any = dataclasses.MISSING) -> Any:
-    """Returns a field that holds one of a `Literal` type's values."""
+    """Returns a field for one of the values of `choices`, a `Literal` type."""
     values = typing.get_args(choices)
     return _bounded(default, f"one of {', '.join(values)}", values.__contains__)
 
 
 def derived(default: Any = dataclasses.MISSING, **options: Any) -> Any:
-    """Returns a field that follows from others, so that no config has it as a key."""
+    """Returns a field that is computed from others, so that no config has it as a key."""
     return dataclasses.field(default=default, metadata={_DERIVED: True}, **options)
 
 
@@ -49,15 +49,15 @@ def is_derived(field: dataclasses.Field) -> bool:
 
 
 def words(field: dataclasses.Field) -> str:
-    """Returns what a field's bound is called, such as "at least 1"; "" without one."""
+    """Returns a field's bound in words, such as "at least 1"; "" without one."""
     return field.metadata.get("words", "")
 
 
 def check_bounds(instance: Any) -> None:
-    """Checks an object's fields against the bounds they were declared with.
+    """Checks an object's fields against their bounds.
 
     Raises:
-      FieldError: the first that is out of its bound.
+      FieldError: a field is out of its bound; the first is named.
     """
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)

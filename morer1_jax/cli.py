@@ -26,16 +26,16 @@ def run_main(
     *,
     interrupted: str = "interrupted",
 ) -> None:
-    """Parses the absl flags, runs `main` and exits, telling the user's errors from the program's.
+    """Parses the absl flags and runs `main`; prints the user's errors in one line.
 
-    `ConfigError`, `DataError`, an error of the system about a file, a full disk however a library
-    reports it, and errors in the flags (an unknown `--config.` key, a value of the wrong type, a
-    missing config file) become one line on stderr and exit code 2. So does Ctrl-C, with exit code
-    130. Everything else keeps its traceback, errors inside a config file included. Libraries' logs
-    are shown from warnings on, unless `--verbosity` is given.
+    `ConfigError`, `DataError`, the system's errors about a file, a full disk as any library reports
+    it, and errors in the flags (an unknown `--config.` key, a value of the wrong type, a missing
+    config file) become one line on stderr and exit code 2. So does Ctrl-C, with exit code 130. All
+    others keep their traceback, including errors inside a config file. Libraries' logs are shown
+    from warnings on, unless `--verbosity` is given.
 
     Args:
-      main: a function of the command line without its flags: the program's name alone.
+      main: takes the command line without its flags: the program's name alone.
       argv: the command line; by default `sys.argv`.
       interrupted: the message after Ctrl-C.
     """
@@ -45,6 +45,7 @@ def run_main(
             logging.set_verbosity(logging.WARNING)  # orbax reports every file it touches
         return main(rest)
 
+    # Each kind of error has its own line and exit code.
     with unfailing_output():
         try:
             argv = list(sys.argv if argv is None else argv)
@@ -67,7 +68,7 @@ def run_main(
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An `argparse` parser whose errors `run_main` knows; flags cannot be abbreviated."""
+    """An `argparse` parser that raises ConfigError, for `run_main`; flags cannot be abbreviated."""
 
     def __init__(self, description: str) -> None:
         """Makes a parser without flags; `description` is the command's help."""
@@ -88,10 +89,10 @@ def _exit(code: int, line: str) -> NoReturn:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    # Config files first: absl would report a missing one with a traceback.
+    # Check config files first: absl would report a missing one with a traceback.
     sources = _config_sources(argv)
     for name, source in sources.items():
-        # A shell leaves `~` as it is after a `=`.
+        # Expand `~`, which a shell does not expand after a `=`.
         flag = re.compile(rf"^(--?{name}=)(~.*)", re.DOTALL)
         argv = [flag.sub(lambda m: m[1] + os.path.expanduser(m[2]), arg) for arg in argv]
         path = os.path.expanduser(source.split(":", 1)[0])
@@ -104,6 +105,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise ConfigError(f"--{name}={path}: no such file; give the path of a config file")
         if not path.endswith(".py"):
             raise ConfigError(f"--{name}={path}: expected a Python file such as configs/demo.py")
+    # Parse the flags; errors of config_flags are traced back to the key that is unknown.
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -112,7 +114,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise RuntimeError(str(error)) from error
         raise ConfigError(one_line(error)) from None
     except (AttributeError, KeyError):
-        # What config_flags raises for an override of a key that does not exist.
+        # config_flags raises these for an override of a key that does not exist.
         for name, source in sources.items():
             _check_overrides(name, source, argv)
         raise
@@ -131,7 +133,7 @@ def _config_sources(argv: Sequence[str]) -> dict[str, str]:
                 for arg, following in zip(argv, [*argv[1:], ""], strict=True)
                 if (match := re.fullmatch(rf"--?{name}(?:=(.*))?", arg))
             ]
-            if values[-1]:  # The last one on the command line holds.
+            if values[-1]:  # The last one on the command line counts.
                 sources[name] = values[-1]
     return sources
 
@@ -147,18 +149,18 @@ def _check_overrides(name: str, source: str, argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def needs_extra(extra: str, otherwise: str = "") -> Iterator[None]:
-    """Turns an import that fails in the block into a line that says what to install.
+    """Turns a failed import in the block into an error that says what to install.
 
     Args:
       extra: the extra of `pyproject.toml` that has the packages.
-      otherwise: what the user can do instead, if anything.
+      otherwise: an alternative for the user, if there is one.
 
     Raises:
       ConfigError: a package is missing, or cannot be imported.
     """
     try:
         yield
-    # Packages that import their parts late raise RuntimeError for a part's missing package.
+    # Packages with lazy imports raise RuntimeError for a missing package.
     except (ImportError, RuntimeError) as error:
         ways = f"pip install 'morer1-jax[{extra}]'" + (f", or {otherwise}" if otherwise else "")
         raise ConfigError(f"{error}; {ways}") from None
@@ -174,6 +176,6 @@ def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
-    """Returns an error's hint at a known key that is spelt nearly so, or ""."""
+    """Returns a hint at the known key with the most similar spelling, for an error; or ""."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

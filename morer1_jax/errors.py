@@ -1,4 +1,4 @@
-"""The errors that a user can put right: each message is one line that says what to do."""
+"""The errors that a user can correct; each message is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ class ConfigError(ValueError):
 
 
 class FieldError(ConfigError):
-    """A field of a dataclass that holds what it may not; who knows where it is from adds the place.
+    """An invalid value of a dataclass's field; the caller that knows the file adds the place.
 
     Attributes:
-      field: the field's name, dotted if it is that of a field's own.
-      problem: what was expected and what was found.
+      field: the field's name; dotted, such as `a.b`, for a field of a field.
+      problem: "expected …, found …".
     """
 
     def __init__(self, field: str, problem: str) -> None:
@@ -21,7 +21,7 @@ class FieldError(ConfigError):
 
 
 class DataError(ValueError):
-    """Bad data.  The message is one line: the place, what was expected, what was found."""
+    """Invalid data; the message names the place, what was expected and what was found."""
 
 
 class WeightsError(DataError):

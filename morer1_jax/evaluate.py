@@ -78,10 +78,10 @@ def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
 
 
 def _check_out(out: Path, split: str, name: str) -> None:
-    """Checks that the page is of one split, and each of its names of one system.
+    """Checks that all scores in the folder are of one split, and that the name is new.
 
     Raises:
-      ConfigError: the folder has answers to another split's facts, or scores of this name.
+      ConfigError: the folder has answers for another split's facts, or scores of this name.
     """
     if not name or name != Path(name).name:
         raise ConfigError(

@@ -1,11 +1,10 @@
-"""Reading text, JSON and JSON lines, and writing files whole.
+"""Reads text, JSON and JSON lines, and writes files whole or not at all.
 
-Text is UTF-8 whatever the locale; a byte-order mark before it is no part of it.
+Text is UTF-8 in any locale; a byte-order mark before it is dropped.
 
-A reader, or a run that was killed, never meets half of a file: everything is first written beside
-its destination under a hidden temporary name, flushed to the disk, and only then renamed.  A
-temporary name is a function of the destination, so what a killed process leaves behind is
-overwritten by the next attempt and never accumulates.
+No reader meets half of a file, not even after a crash: everything is first written beside its
+destination under a hidden temporary name, flushed to the disk, and only then renamed.  That name is
+a function of the destination, so the next attempt overwrites what a killed process left.
 """
 
 import codecs
@@ -32,7 +31,7 @@ T = TypeVar("T")
 
 
 def read_text(path: epath.PathLike) -> str:
-    """Returns the text of a UTF-8 file, local or in a bucket, without a byte-order mark before it.
+    """Returns the text of a UTF-8 file, local or in a bucket, without a byte-order mark.
 
     Line ends are left as they are.
 
@@ -51,7 +50,7 @@ def _read_bytes(path: epath.PathLike) -> bytes:
 
 
 def _decode(path: epath.PathLike, data: bytes) -> str:
-    # Without a mark, too, one of the first two bytes of UTF-16 is mostly zero.
+    # UTF-16 without a mark mostly has a zero among its first two bytes.
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
         raise DataError(f"{path}: expected UTF-8 text, found UTF-16 or no text; save it as UTF-8")
     data = data.removeprefix(codecs.BOM_UTF8)
@@ -67,16 +66,16 @@ def _decode(path: epath.PathLike, data: bytes) -> str:
 def read_lines(
     path: epath.PathLike, expected: str, remedy: str, *, partial: bool = False
 ) -> list[str]:
-    """Returns the lines of a text file without their ends and without blank ones at the end.
+    """Returns the lines of a text file without their ends and without blank lines at the end.
 
-    Lines end at newlines only, for text may hold U+2028 and the like.
+    Lines end only at newlines, since text may contain U+2028 and the like.
 
     Args:
-      path: the file, local or in a bucket.
-      expected: what the file should hold, which errors name.
-      remedy: what the user should do about an error.
-      partial: whether a last line without a newline, which a killed writer leaves, is dropped;
-        blank lines at the end are kept then.
+      path: local or in a bucket.
+      expected: what the file should contain, for errors.
+      remedy: what the user should do, for errors.
+      partial: whether to drop a last line without a newline, which a killed writer leaves; blank
+        lines at the end are then kept.
 
     Raises:
       DataError: the file is missing, cannot be read or is not UTF-8.
@@ -102,14 +101,14 @@ def read_json(
     """Returns the JSON object of a file.
 
     Args:
-      path: the file, local or in a bucket.
-      remedy: what the user should do about an error.
-      expected: what the file should hold, which errors name.
-      error: the class of the error that is raised.
-      kind: the class of the result, made from the pairs of its keys and values in file order.
+      path: local or in a bucket.
+      remedy: what the user should do, for errors.
+      expected: what the file should contain, for errors.
+      error: class of the errors.
+      kind: class of the result, called with the pairs of keys and values in file order.
 
     Raises:
-      DataError: the file is missing, cannot be read or holds something else; of class `error`.
+      DataError: the file is missing, cannot be read or is not a JSON object; of class `error`.
     """
     try:
         value = json.loads(read_text(path), object_pairs_hook=kind)
@@ -132,17 +131,17 @@ def read_jsonl(
     partial: bool = False,
     skip_blank: bool = False,
 ) -> list[T]:
-    """Returns what `parse` makes of each line's JSON value.
+    """Returns the item that `parse` makes of each line.
 
     Args:
-      path: the file, local or in a bucket.
-      parse: makes an item of a line's number, counted from 1, and its value.  It raises DataError
-        or ConfigError with a message of its own, which gets the line's place; and KeyError,
-        TypeError or ValueError if the value is not as expected.
-      expected: what a line should hold, which errors name.
-      remedy: what the user should do about an error.
-      partial: whether a last line without a newline, which a killed writer leaves, is dropped.
-      skip_blank: whether blank lines are passed over; else they are malformed.
+      path: local or in a bucket.
+      parse: `(number, value) -> item`, of a line's number, from 1, and its JSON value.  It raises
+        DataError or ConfigError with a message of its own, to which the line's place is added, and
+        KeyError, TypeError or ValueError if the value is not as `expected`.
+      expected: what a line should contain, for errors.
+      remedy: what the user should do, for errors.
+      partial: whether to drop a last line without a newline, which a killed writer leaves.
+      skip_blank: whether to skip blank lines; else they are malformed.
 
     Raises:
       DataError: the file cannot be read, or a line is malformed; the message names file and line.
@@ -184,9 +183,7 @@ def write_jsonl(
     """Writes JSON values, one a line, whole or not at all.
 
     Args:
-      path: the file.
-      values: the lines' values.
-      ascii_only: whether other letters are escaped, so that no reader ends a line at U+2028.
+      ascii_only: whether to escape other characters, so that no reader ends a line at U+2028.
     """
     lines = (json.dumps(value, ensure_ascii=ascii_only) + "\n" for value in values)
     atomic_write(path, "".join(lines))
@@ -204,8 +201,7 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
     Nothing is made or changed; missing parent folders are made by the writer.
 
     Args:
-      path: the file or folder to write.
-      folder: whether it is a folder.
+      folder: whether `path` is to be a folder, and not a file.
 
     Raises:
       OSError: `path` is a folder instead of a file or the other way round, or nothing may be
@@ -218,7 +214,7 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
         raise OSError(errno.EEXIST, problem, str(path))
     nearest = next(p for p in (path, *path.parents) if p.exists() and (p != path or folder))
     try:
-        # Permissions do not tell: root has all of them, of a read-only file system too.
+        # Permissions do not tell: root has all of them, even on a read-only file system.
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
@@ -259,7 +255,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 def remove(path: str | os.PathLike[str]) -> None:
     """Deletes a file or a folder, if it exists.
 
-    A folder is renamed first, so that a process killed meanwhile leaves no half of it.
+    A folder is renamed first, so that a process that is killed leaves no half of it.
     """
     path, trash = Path(path), temporary_path(path)
     if not os.path.lexists(path):
@@ -276,7 +272,7 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Adds the file's name to the system's errors in the block: those of writing lack it."""
+    """Adds the file's name to the system's errors in the block: those of writes have none."""
     try:
         yield
     except OSError as error:
@@ -300,24 +296,21 @@ def allocate(path: str | os.PathLike[str], size: int) -> None:
 
 # No room on the disk, in the quota, or for a file of this size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What is left of them in the errors of libraries that are not written in Python.
+# Libraries not written in Python report them only in the text of their errors.
 _FULL_TEXT = re.compile("|".join(re.escape(os.strerror(number)) for number in _FULL))
 
 
 def full_disk(error: BaseException) -> tuple[str | None, str] | None:
-    """Returns the file that found no room (None if unknown) and why.
+    """Returns the file that had no room (None if unknown) and the reason.
 
-    The error, its causes and the members of groups are searched.
-
-    Returns:
-      None if no full disk is among them.
+    Searches the error, its causes and the members of groups; returns None if none is a full disk.
     """
     result: tuple[str | None, str] | None = None
     visited: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
         current = pending.pop(0)
-        if current is None or any(current is other for other in visited):
+        if current is None or any(current is known for known in visited):
             continue
         visited.append(current)
         pending += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]

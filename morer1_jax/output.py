@@ -1,4 +1,4 @@
-"""Standard output and error that never end the program that writes to them."""
+"""Makes standard output and error streams that raise no errors."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def unfailing_output() -> Iterator[None]:
     """Makes writing to `sys.stdout` and `sys.stderr` raise no error in the block.
 
     Characters that their encoding lacks are escaped. A stream that can no longer be written (the
-    pipe to a `head` that has ended, a terminal that is gone, a file on a full disk) or was never
-    open is replaced by /dev/null.
+    pipe to a `head` that has ended, a closed terminal, a file on a full disk) or that was closed
+    from the start is replaced by /dev/null.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _UnfailingStream(sys.stdout, 1), _UnfailingStream(sys.stderr, 2)
@@ -51,7 +51,7 @@ class _UnfailingStream:
         if stream is None:
             try:
                 os.fstat(number)
-            except OSError:  # Else the next file to be opened gets what libraries print.
+            except OSError:  # Otherwise libraries would print into the next file that is opened.
                 _redirect_to_null(number)
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):

@@ -1,4 +1,4 @@
-"""Paths as users write them: of this machine, in a bucket, or a name on the hub."""
+"""Reads paths as users write them: local, in a bucket, or a name on the hub."""
 
 import contextlib
 import difflib
@@ -15,18 +15,18 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_NAME = re.compile(
     r"\.(jsonl?|parquet|csv|tsv|txt|arrow|zip|tar|gz|bz2|xz|zst|safetensors|bin|pth?|gguf|py|ya?ml)$"
 )
-# The beginning of a URL, also as `Path` writes it; a folder of such a name is not meant.
+# The beginning of a URL, also as `Path` writes it.
 _URL = re.compile(r"[A-Za-z][\w+.-]*:/")
-# Paths that mean the same to a file system, a glob and a URL.
+# Paths that have the same meaning as a file's name, as a glob and as a URL.
 _PLAIN = re.compile(r"(/[\w.,=+@-]+)+", re.ASCII)
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Returns a path of this machine's file systems as a user wrote it, `~` as in a shell.
+    """Returns a user's path on this machine's file systems, with `~` expanded as in a shell.
 
     Args:
-      path: the path.
-      name: the flag or key whose value it is, which errors name.
+      path: the user's text.
+      name: the flag or key whose value it is, for errors.
 
     Raises:
       OSError: the path is empty, not UTF-8, or a URL; the error has `filename`, and its `strerror`
@@ -49,13 +49,14 @@ def any_path(path: str | os.PathLike[str], name: str) -> epath.Path:
 
 
 def expand_home(text: str, name: str) -> str:
-    """Returns the text of a local path with `~` as in a shell.
+    """Returns the text of a local path with `~` expanded as in a shell.
 
-    The result is a fixed point: a folder whose own name begins with `~` is named from the root.
+    The result never begins with `~`, so that nothing expands it twice: a folder whose own name
+    does is returned as an absolute path.
 
     Args:
       text: the path.
-      name: the flag or key whose value it is, which errors name.
+      name: the flag or key whose value it is, for errors.
 
     Raises:
       OSError: the path is empty or not UTF-8, as in `local_path`.
@@ -82,8 +83,8 @@ def _path_error(name: str, text: str, problem: str) -> OSError:
 def plain_path(path: Path) -> Iterator[Path]:
     """Yields a path to a file or folder that libraries take literally, for the block alone.
 
-    Orbax and datasets glob the paths they are given, tensorstore and fsspec find URLs in them: a
-    bracket, a backslash or a colon leads elsewhere, or silently nowhere.
+    Orbax and datasets glob paths, tensorstore and fsspec parse them as URLs: with a bracket, a
+    backslash or a colon they open another file, or silently none.
 
     Args:
       path: an absolute path.
@@ -103,8 +104,8 @@ def plain_path(path: Path) -> Iterator[Path]:
 def is_hub_name(path: str) -> bool:
     """Returns whether a path is a name on the hub (`owner/name`) and not a mistyped local path.
 
-    It is a file's if it ends as files do, and local if its folder exists or one of nearly the same
-    name holds the rest of it.
+    A path is local if it ends in a file's suffix, if its parent folder exists, or if a path of a
+    similar name exists.
     """
     local = Path(path)
     if not _HUB_NAME.fullmatch(path) or _FILE_NAME.search(path):
@@ -113,18 +114,18 @@ def is_hub_name(path: str) -> bool:
 
 
 def did_you_mean(path: str) -> str:
-    """Returns an error's hint at a path of nearly this name, `; is it runs/demo?`, or ""."""
+    """Returns a hint at an existing path of a similar name (`; is it runs/demo?`), or ""."""
     similar = _similar_path(path)
     return f"; is it {similar}?" if similar else ""
 
 
 def _similar_path(path: str) -> Path | None:
-    local, above = Path(path), Path(path).parent
-    similar = [local.with_name(name) for name in _similar_names(local.name, above)]
+    local, parent = Path(path), Path(path).parent
+    similar = [local.with_name(name) for name in _similar_names(local.name, parent)]
     similar += [
-        above.with_name(name) / local.name for name in _similar_names(above.name, above.parent)
+        parent.with_name(name) / local.name for name in _similar_names(parent.name, parent.parent)
     ]
-    return next((other for other in similar if other.exists()), None)
+    return next((candidate for candidate in similar if candidate.exists()), None)
 
 
 def _similar_names(name: str, folder: Path) -> list[str]:
@@ -135,11 +136,11 @@ def _similar_names(name: str, folder: Path) -> list[str]:
 
 
 def hub_hint(path: str, kind: str = "") -> str:
-    """Returns an error's hint at why a name was not looked for on the hub, or "".
+    """Returns a hint at why a name was not looked for on the hub, for an error; or "".
 
     Args:
       path: a local path that does not exist.
-      kind: the option of `hf download` for the kind of the repository.
+      kind: option of `hf download` for the repository's kind, followed by a space.
     """
     if not _HUB_NAME.fullmatch(path) or path.startswith(".") or _FILE_NAME.search(path):
         return ""

@@ -1,10 +1,10 @@
-r"""Answers one question (photo, box, title, entity) or many: reasoning by steps, and label.
+r"""Answers one question (photo, box, title, entity) or many, with reasoning steps and a label.
 
     python -m morer1_jax.predict --checkpoint=runs/demo --image=photo.jpg \
         --box=0.52,0.4,0.2,0.6 --title="Heat and Celtics Are Tied Up" --entity=Heat
 
 `--box` is x centre, y centre, width and height, as fractions of the photo.
-`--jsonl=questions.jsonl` asks about many, a line each:
+`--jsonl=questions.jsonl` answers many, a line each:
 {"image": …, "box": […], "title": …, "entity": …}
 """
 
@@ -42,7 +42,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _IMAGE = flags.DEFINE_string("image", None, "The photo.")
 _BOX = flags.DEFINE_list("box", None, "x centre, y centre, width, height; fractions of the photo.")
 _TITLE = flags.DEFINE_string("title", None, "The news item's title.")
-_ENTITY = flags.DEFINE_string("entity", None, "The entity, as the title has it.")
+_ENTITY = flags.DEFINE_string("entity", None, "The entity, as written in the title.")
 _JSONL = flags.DEFINE_string("jsonl", None, "A file of questions instead, a JSON object a line.")
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object a line instead of text.")
 _PICTURE = flags.DEFINE_string("picture", None, "Where to write the photo with its box.")

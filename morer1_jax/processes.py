@@ -1,7 +1,7 @@
 """Refuses to run as one of several processes, which is not supported yet.
 
-Processes that a launcher starts side by side do not know of one another before
-`jax.distributed.initialize`: each takes itself for the only one, and all write the same files.
+Without `jax.distributed.initialize` each process that a launcher starts takes itself for the only
+one, and all would write the same files.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jax
 
 from morer1_jax.errors import ConfigError
 
-# The number of processes by Slurm (of srun's step; a job that has room for several tasks may start
-# one), Open MPI, MPICH and Intel MPI, MVAPICH, torchrun, JAX's own, and slices of TPUs.
+# The number of processes according to Slurm (of srun's step, since a job of several tasks may start
+# only one), Open MPI, MPICH and Intel MPI, MVAPICH, torchrun, JAX itself, and slices of TPUs.
 _COUNTS = (
     "SLURM_STEP_NUM_TASKS",
     "OMPI_COMM_WORLD_SIZE",
@@ -44,11 +44,11 @@ def check_alone(*, devices: bool = True, environment: Mapping[str, str] | None =
     """Checks that this process is the only one of its command.
 
     Args:
-      devices: whether to ask JAX too, which takes hold of the devices.
+      devices: whether to ask JAX too, which then reserves the devices.
       environment: the launcher's variables; this process's by default.
 
     Raises:
-      ConfigError: there are several; the message names the evidence.
+      ConfigError: there are several; the message names the variable that tells so.
     """
     for name, value, count in _process_counts(os.environ if environment is None else environment):
         if count > 1:
@@ -61,7 +61,7 @@ def check_alone(*, devices: bool = True, environment: Mapping[str, str] | None =
 
 
 def _process_counts(environment: Mapping[str, str]) -> Iterator[tuple[str, str, int]]:
-    """Yields the name and value of a launcher's variables, and the least count they imply."""
+    """Yields name and value of each launcher's variable, and the fewest processes it implies."""
     for name in (*_COUNTS, *_NUMBERS, *_LISTS):
         value = environment.get(name, "").strip()
         if name in _LISTS:

@@ -1,4 +1,4 @@
-"""Progress bars, with rates; in a log file a line now and then."""
+"""Makes progress bars with rates; in a log file they are a line every 30 s."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def progress(
 ) -> tqdm:
     """Returns a progress bar on stderr with counts, time left and rate, in the first process only.
 
-    On a terminal it is redrawn in place; in a file it is a line now and then.
+    On a terminal it is redrawn in place; in a file it is a line every `_FILE_INTERVAL`.
 
     Args:
       iterable: the items to count; without it, call `update(n)` and `close()`, or use the bar as a
         context manager.
       desc: the text before the bar.
       total: the number of items; by default the iterable's length.
-      initial: items done before, when a run is resumed.
+      initial: number of items done before, when a run is resumed.
       unit: an item's name.
     """
     terminal = sys.stderr.isatty()

@@ -1,1 +1,1 @@
-"""A trained or published model: opened, asked, exported."""
+"""Opens, queries and exports a trained or published model."""

@@ -26,12 +26,12 @@ TOKENIZER = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
-# Of the config the model began with: what ours does not know. Whatever else it had might be
-# another library's or another release's, such as how it was quantised.
+# Keys of the starting model's config that our config does not have and the export keeps. Its other
+# keys might be another library's or another release's, such as those of quantisation.
 _KEPT = ("bos_token_id", "vision_token_id")
 _KEPT_VISION = ("spatial_patch_size",)
-# The oldest release that reads the folder. Above 4.57.2, or without one, releases from 4.57.3 on
-# take a large vocabulary for one of Mistral's that is broken, and tell people to change it.
+# The oldest release of transformers that reads the folder. If a config names a release above
+# 4.57.2, or none, releases from 4.57.3 on warn that a large vocabulary is Mistral's broken one.
 _RELEASE = "4.51.3"
 # Qwen2.5-VL's conversation, as `task.prompt` writes it.
 _TEMPLATE = """\
@@ -66,16 +66,16 @@ def export(
     length, for our own commands.
 
     Args:
-      folder: where to; must not exist. It becomes whole or does not become.
+      folder: must not exist; after an error it does not exist either.
       dtype: of the tensors; None: the model's own.
 
     Raises:
-      FileExistsError: the folder is there already.
+      FileExistsError: the folder exists.
       ConfigError: the disk has no room for the tensors.
     """
     dtypes = dtype or loaded.dtypes
     needed = weights.tensor_bytes(loaded.model.config, dtypes)
-    # What a killed export has left goes first.
+    # Files that a killed export left are deleted first.
     needed -= bytes_in(temporary_path(folder))
     check_free(Path(folder), needed, "make room, or name another --out")
     with atomic_dir(folder) as partial:
@@ -100,21 +100,22 @@ def _write_config(
     path: Path, config: ModelConfig, special: SpecialIds, dtypes: str | Mapping[str, str]
 ) -> None:
     """Writes the config in the published, flat form; releases before 4.52 read no other."""
+    # Our config, with the keys that are kept from the starting model's.
     theirs, ours = read_json(path, needed=False), config.to_hf()
     text = theirs.get("text_config") or theirs
     kept = {key: text[key] for key in _KEPT if text.get(key) is not None}
     vision = theirs.get("vision_config") or {}
     ours["vision_config"] |= {key: vision[key] for key in _KEPT_VISION if key in vision}
-    # 5.4 multiplies the time of photos, too, by what is meant for videos, which no answer is about.
+    # Release 5.4 multiplies photos' time positions, too, by this rate, which is meant for videos.
     ours["vision_config"]["tokens_per_second"] = 1
     if not isinstance(dtypes, str):
-        # Of several, the one that most tensors have, as `transformers` would load them.
+        # The dtype of most tensors: `transformers` would load all tensors in it.
         dtypes = Counter(dtypes.values()).most_common(1)[0][0]
-    # What a model of other sizes would take by default is no token of a small vocabulary.
+    # The default ids of bos and eos may lie outside a small vocabulary.
     ids = {"bos_token_id": None, "eos_token_id": special.end_of_turn}
-    # Of the dtype's two names each release reads one.
-    said = {"dtype": dtypes, "torch_dtype": dtypes, "transformers_version": _RELEASE}
-    write_json(path, ours | ids | kept | said)
+    # Each release reads one of the dtype's two names.
+    release = {"dtype": dtypes, "torch_dtype": dtypes, "transformers_version": _RELEASE}
+    write_json(path, ours | ids | kept | release)
 
 
 def _write_generation(path: Path, loaded: LoadedModel, special: SpecialIds, tokens: int) -> None:
@@ -132,6 +133,7 @@ def _write_generation(path: Path, loaded: LoadedModel, special: SpecialIds, toke
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Writes a tokenizer's config that older releases read too, and the chat template."""
+    # The config, with keys and classes as older releases name them.
     described = read_json(folder / TOKENIZER, needed=False)
     described.pop("backend", None)
     if described.get("tokenizer_class") == "TokenizersBackend":
@@ -140,10 +142,11 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     if isinstance(extra := described.get("extra_special_tokens"), list):
         del described["extra_special_tokens"]
         described["additional_special_tokens"] = extra
-    whole = read_json(folder / PROCESSOR, needed=False)
+    # The chat template, which releases keep in different files; the text is the same in all.
+    processor = read_json(folder / PROCESSOR, needed=False)
     templates = [
         described.pop("chat_template", None),
-        whole.pop("chat_template", None),
+        processor.pop("chat_template", None),
         read_json(folder / _OLD_TEMPLATE, needed=False).get("chat_template"),
         read_text(folder / TEMPLATE) if (folder / TEMPLATE).exists() else None,
     ]
@@ -152,19 +155,18 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         print("chat template: not that of the conversation trained on; replaced by ours")
         templates = []
     template = templates[-1] if templates else _TEMPLATE
-    # One text wherever a release may look.
     write_json(folder / TOKENIZER, described | {"chat_template": template})
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
     (folder / _OLD_TEMPLATE).unlink(missing_ok=True)
-    if whole:
-        write_json(folder / PROCESSOR, whole)
+    if processor:
+        write_json(folder / PROCESSOR, processor)
 
 
 def _writes_ours(template: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Returns whether a chat template writes the conversation trained on, answer included."""
     question, answer = "Is it {{ red }}?\nEntity: Heat", "<think>\nStep 1: a\n</think>\n<answer>"
     images = [{"type": "image"}] * 2
-    asked = [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
+    prompt = [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
     system = [{"role": "system", "content": "You are a helpful assistant."}]
     expected = conversation(question, 2)
 
@@ -175,14 +177,14 @@ def _writes_ours(template: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
 
     try:
         return all(
-            written(before + asked, True) == expected
-            and written([*before, *asked, {"role": "assistant", "content": answer}], False)
+            written(before + prompt, True) == expected
+            and written([*before, *prompt, {"role": "assistant", "content": answer}], False)
             == f"{expected}{answer}{END_OF_TURN}\n"
             for before in ([], system)
         )
     except ImportError:
         raise
-    except Exception:  # A template is a program, and fails as it likes.
+    except Exception:  # A template is a program, which may raise anything.
         return False
 
 

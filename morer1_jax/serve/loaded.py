@@ -1,4 +1,4 @@
-"""Opens a model by its path: a published folder, or what a run of this package trained."""
+"""Opens a model by its path: a published folder, or a training run's workdir or stage."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from morer1_jax.weights import published as weights
 from morer1_jax.weights.folder import check_kind, read_json
 from morer1_jax.weights.processor import read_images
 
-# Ours, beside a published folder's own files: what the model was trained with and they do not say.
+# Our own files in a published folder: crop and answer's length as in training, and the labels.
 TASK = "more_r1.json"
 LABELS = "rel2id.json"
-# Stages whose models may be opened, the one that is meant if none is named first.
+# Stages whose models can be opened; a workdir stands for the first that it has.
 _BY_RANK = [s.name for s in sorted(STAGES, key=lambda stage: -stage.rank) if s.rank]
-# Parameters are split, so that a model that was trained fits where it is asked.
+# Parameters are split over all devices, so that a large model fits.
 _MESH = {"data": 1, "fsdp": -1, "tensor": 1}
 # A prompt of photo, crop and question has some hundred tokens; buckets are rounded up to this.
 _ROUND = 16
@@ -61,13 +61,12 @@ class LoadedModel:
       load: reads the parameters; see `params`.
       images: pixel limits and crop as in training.
       completion: most tokens of an answer, as in training.
-      source: the folder of its tokenizer and whatever else is published beside tensors.
-      tokenizer: the one that is there.
-      dtypes: what its tensors are saved in, one or by name.
-      ontology: the labels it answers with; None if they are not known.
-      digest: tells it from another model.
-      checkpoint: the one it is, or was trained from, if any; what was copied from a bucket lasts as
-        long.
+      source: the folder of its tokenizer and of other files that are published beside tensors.
+      dtypes: of the saved tensors: one for all, or by tensor's name.
+      ontology: the labels it answers with; None if unknown.
+      digest: differs between models.
+      checkpoint: the published one that it is or was trained from, if any; the local copy of a
+        bucket's files lives as long as this object.
     """
 
     model: Qwen25VL
@@ -86,17 +85,17 @@ class LoadedModel:
     def params(self) -> Params:
         """The whole model's parameters, adapters among them, on the mesh.
 
-        Read when first used: what else is wrong with the checkpoint, or with what it is asked, is
-        found before that.
+        Read when first used, so that other errors of checkpoint and input are found before.
         """
         return self.load()
 
     @functools.cached_property
     def policy(self) -> Policy:
-        """The model as it can be asked.
+        """The model with tokenizer and labels, on the mesh.
 
         Raises:
-          ConfigError: its labels are not known.
+          ConfigError: its labels are unknown.
+          WeightsError: the tokenizer has more tokens than the model has embeddings.
         """
         if self.ontology is None:
             raise ConfigError(
@@ -117,12 +116,12 @@ class LoadedModel:
         photo_sizes: Mapping[str, tuple[int, int]],
         photo_path: PhotoPath = more.photo_path,
     ) -> SampleReader:
-        """Returns a reader whose limits are those of these facts.
+        """Returns a reader whose limits fit these facts.
 
         Args:
           data: the dataset's folder.
           photo_sizes: (width, height) of the photos, by `Fact.photo`.
-          photo_path: where in the folder a fact's photo is.
+          photo_path: `(data, fact) -> path` of the fact's photo.
         """
         reader = SampleReader(
             self.policy.tokenizer,
@@ -140,17 +139,18 @@ class LoadedModel:
 def open_model(
     path: str, *, labels: Path | None = None, completion: int | None = None
 ) -> LoadedModel:
-    """Opens a checkpoint, on all devices there are.
+    """Opens a checkpoint, on all devices.
 
     Args:
-      path: a published folder (local, a bucket's or a hub name); a run's workdir, of which the best
-        parameters of its last stage are taken; or one of its stages, such as `runs/demo/sft`.
-      labels: the `rel2id.json` to answer from; None: the one that is there.
+      path: a published folder (local, in a bucket, or a name on the hub); a run's workdir, for the
+        best parameters of its last stage; or one of its stages, such as `runs/demo/sft`.
+      labels: the `rel2id.json` to answer from; None: the checkpoint's or the run's.
       completion: most tokens of an answer; None: as in training.
 
     Raises:
-      ConfigError, WeightsError, CheckpointError, DataError: what is missing or does not fit.
+      ConfigError, WeightsError, CheckpointError, DataError: a file is missing or does not fit.
     """
+    # A run's stage, else what must be a published folder.
     ontology = None if labels is None else read_ontology_file(any_path(labels, "--labels"))
     if "://" not in path:
         path = expand_home(path, "--checkpoint")
@@ -189,10 +189,10 @@ def _stage(path: Path) -> Path | None:
 
 
 def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> LoadedModel:
-    """Opens what a stage of a run trained."""
+    """Opens the model that a stage of a run trained."""
+    # The run's config, for this machine's devices instead of those it was trained on.
     workdir = stage.parent
     config = read_json(workdir / RUN_CONFIG, needed=False)
-    # It was trained on devices that need not be here.
     config["mesh"] = _MESH
     if isinstance(runtime := config.get("runtime"), dict):
         runtime["attention"] = "auto"
@@ -201,7 +201,8 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     except ConfigError as error:
         raise ConfigError(f"{workdir / RUN_CONFIG}: {error}") from None
     folder, data, checkpoint = setup.tokenizer, setup.settings.data, setup.checkpoint
-    if not folder.is_dir():  # A run would make another one.
+    # The model with the run's own tokenizer: a new one would number tokens differently.
+    if not folder.is_dir():
         raise WeightsError(
             f"{folder}: expected the run's tokenizer, found no such folder; copy the run's workdir "
             "anew"
@@ -233,7 +234,7 @@ def _digest(stage: Path) -> str:
 
 
 def _task(path: Path) -> dict[str, Any]:
-    """Reads crop and answer length that the model was trained with, as far as the file has them.
+    """Reads the crop and the answer's length of training, as far as the file exists and has them.
 
     Raises:
       WeightsError: a value is of another type or out of its bounds.

@@ -1,4 +1,4 @@
-"""Asks a model about photos that belong to no dataset."""
+"""Answers questions about photos that belong to no dataset."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def question(number: int, fields: Mapping[str, Any], folder: Path) -> Fact:
     """Makes a fact without a known label, from its photo, box, title and entity.
 
     Args:
-      number: which question it is, from 1; its id is `question:<number>`. Errors leave it to the
-        caller to say where the question is from.
+      number: of the question, from 1; its id is `question:<number>`. Errors do not name it: the
+        caller adds the place.
       fields: `image`, a path; `box`, four fractions of the photo (x centre, y centre, width,
         height); `title`; `entity`, as the title has it.
       folder: what a relative path starts from.
@@ -40,6 +40,7 @@ def question(number: int, fields: Mapping[str, Any], folder: Path) -> Fact:
       DataError: a key is missing, unknown or of another type, the box is empty or leaves the photo,
         there is no photo, or the entity is not in the title.
     """
+    # Keys and their types.
     if missing := [key for key in _KEYS if key not in fields]:
         raise DataError(f"expected the keys {', '.join(_KEYS)}, found no {', '.join(missing)}")
     if unknown := sorted(fields.keys() - set(_KEYS)):
@@ -54,6 +55,7 @@ def question(number: int, fields: Mapping[str, Any], folder: Path) -> Fact:
             )
     if not isinstance(fields["box"], list | tuple):
         raise DataError(f"box: expected four numbers, found {fields['box']!r}")
+    # The photo, the box, and the entity's place in the title.
     path = next((p for p in _alike(folder / fields["image"]) if p.is_file()), None)
     if path is None:
         raise DataError(
@@ -67,29 +69,29 @@ def question(number: int, fields: Mapping[str, Any], folder: Path) -> Fact:
 
 
 def _alike(path: Path) -> Iterator[Path]:
-    """Yields the path, and paths that are there under another Unicode form of its name.
+    """Yields the path, then existing paths whose name is the same in another Unicode form.
 
-    Systems choose the form each for itself, and level by level.
+    Each system chooses its own form, and each folder on the way may have another.
     """
     yield path
-    above = [Path(path.anchor)]
+    folders = [Path(path.anchor)]
     for part in path.parts[bool(path.anchor) :]:
-        below = []
-        for folder in above:
-            below += [folder / part] if (folder / part).exists() else []
+        alike = []
+        for folder in folders:
+            alike += [folder / part] if (folder / part).exists() else []
             try:
                 names = sorted(os.listdir(folder))
-            except OSError:  # Not a folder, or one whose names are not for us to see.
+            except OSError:  # Not a folder, or one that this user may not list.
                 continue
-            alike = [name for name in names if composed(name) == composed(part) and name != part]
-            below += [folder / name for name in alike]
-        above = below
-    yield from above
+            same = [name for name in names if composed(name) == composed(part) and name != part]
+            alike += [folder / name for name in same]
+        folders = alike
+    yield from folders
 
 
 def _words(title: str, entity: str) -> tuple[tuple[str, ...], tuple[int, int]]:
     """Returns the title's words and the [start, end) of the entity's first place among them."""
-    # A word ends where the entity does, whatever mark may follow: 'Heat,' is 'Heat' and ','.
+    # The entity ends a word even before punctuation: 'Heat,' becomes 'Heat' and ','.
     pattern = r"\s+".join(re.escape(word) for word in entity.split())
     match = re.search(rf"(?<!\w){pattern}(?!\w)", title)
     if match is None:
@@ -128,7 +130,7 @@ def predict(
 
     Args:
       batch: questions at once.
-      guided: whether only tokens that lead to a readable answer may be chosen.
+      guided: whether to choose only tokens that can still lead to a readable answer.
     """
     sizes = more.photo_sizes(facts, Path(), photo_path=photo_path)
     reader = loaded.reader(Path(), facts, sizes, photo_path=photo_path)
@@ -139,7 +141,7 @@ def predict(
 
 
 def photo_path(folder: Path, fact: Fact) -> Path:
-    """Returns where a question's photo is: a question names it by its path."""
+    """Returns the path of a question's photo, which its `image` is."""
     return folder / fact.image
 
 
@@ -159,7 +161,7 @@ def as_text(answer: Answer) -> str:
 
 
 def as_json(fact: Fact, answer: Answer) -> str:
-    """Formats question, label (null if unreadable), steps and whole text as a line of JSON."""
+    """Formats question, label (null if unreadable), steps and text as a line of JSON."""
     return json.dumps(
         {
             "image": fact.image,

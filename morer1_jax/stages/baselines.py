@@ -1,7 +1,8 @@
-"""The stage `baselines`: what can be scored without looking, or without reading.
+"""The stage `baselines`: scores that need no photo, or no title.
 
 Two blind models (photo hidden, title hidden) of the same architecture learn, from scratch, to give
-the label directly, of the facts that SFT learns from or of all; a third baseline counts.
+the label directly, on the facts that SFT learns from or on all. A third baseline always answers the
+most common label.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ BLIND = {"photo_hidden": View(photo=False), "title_hidden": View(title=False)}
 
 def run_baselines(run: Run) -> None:
     """Trains and scores the blind models, and scores the majority label."""
+    # Direct answers as targets, and SFT's settings for them.
     config, dataset, trainee = run.settings.baselines, run.dataset, run.trainee
     targets = {
         fact.id: direct_answer(fact.label)
@@ -39,6 +41,7 @@ def run_baselines(run: Run) -> None:
         keep_checkpoints=1,
         optimizer=config.optimizer,
     )
+    # Train and score one model after the other.
     for stream, (name, view) in enumerate(BLIND.items(), start=1):
         reader = run.reader.showing(view, longest)
         sizes = reader.sizes(dataset.facts, dataset.photo_sizes, {})
@@ -53,7 +56,7 @@ def run_baselines(run: Run) -> None:
             reader=reader,
             sampler=sampler,
         )
-        # Not named: one model's parameters go before the next one trains.
+        # Bound to no name, so that one model's parameters are freed before the next one trains.
         folder = run.workdir / "baselines" / name
         evaluate(run, name, trainee.whole(trainee.best_params(folder)), sampler)
     evaluate_majority(run)

@@ -1,7 +1,7 @@
-"""The stage `control`: SFT that goes on from its best checkpoint for as long as GRPO took.
+"""The stage `control`: SFT goes on from its best checkpoint for as long as GRPO took.
 
-Or for as many steps as the config says. What GRPO gains over this is not owed to the time it was
-given. Rating the facts is part of the method's price, so its time counts as GRPO's.
+Or for as many steps as the config sets. GRPO's gain over this control is not due to its longer
+training. The time of rating the facts counts as GRPO's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from morer1_jax.stages.sft import train_sft
 
 
 def run_control(run: Run) -> None:
-    """Goes on with SFT at its last learning rate, constant; validated and kept like SFT."""
+    """Goes on with SFT at its last learning rate, constant; validates and saves as SFT does."""
     sft = run.settings.sft
     rate = float(sft.optimizer.learning_rate(sft.steps)(sft.steps))
     optimizer = dataclasses.replace(sft.optimizer, lr=rate, schedule="constant", warmup=0)
@@ -36,9 +36,9 @@ def run_control(run: Run) -> None:
 
 
 def _affordable_steps(run: Run) -> int:
-    """Returns the steps of SFT that fit the time that rating and GRPO took."""
+    """Returns the number of steps of SFT that fit the time that rating and GRPO took."""
     rating_seconds = read_results(run.workdir / "rate")["seconds"]
-    # Medians leave out the steps that compiled, of which a resumed run has several.
+    # Medians, since steps that compile take longer, and a resumed run has several of them.
     grpo_step_seconds = statistics.median(_step_seconds(run.workdir, "grpo"))
     sft_step_seconds = statistics.median(_step_seconds(run.workdir, "sft"))
     seconds = rating_seconds + run.settings.grpo.steps * grpo_step_seconds

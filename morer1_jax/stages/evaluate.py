@@ -20,15 +20,15 @@ from morer1_jax.task.ontology import Ontology
 
 
 def run_evaluate(run: Run, models: Sequence[str]) -> None:
-    """Scores whatever models the workdir has, prints the table, writes the report page.
+    """Scores the models that the workdir has, prints the table, writes the report page.
 
     Args:
-      models: the stages that train them.
+      models: names of the stages that train models.
     """
     for name in models:
         folder = run.workdir / name
         if (folder / MARKER).exists():
-            # Not named: one model's parameters go before the next one's are read.
+            # Bound to no name, so that one model's parameters are freed before the next are read.
             evaluate(run, name, run.trainee.whole(run.trainee.best_params(folder)), run.greedy)
     print(metrics.format_table(read_scores(run.workdir)))
     print(f"report: {write_report(run.workdir, run.dataset.folder)}")
@@ -42,10 +42,10 @@ def evaluate(run: Run, name: str, params: Params, sampler: BatchSampler) -> dict
 
 
 def evaluate_majority(run: Run) -> dict[str, Any]:
-    """Scores the most common training label other than `none`: the majority that has an F1.
+    """Scores the most common training label other than `none`.
 
-    Predicting `none` throughout gives the better accuracy and no F1 at all; its accuracy is the
-    share of `none`, which the table shows in its own right.
+    Always answering `none` gives a higher accuracy but no F1; that accuracy is the share of `none`,
+    which the table shows separately.
     """
     counts = Counter(fact.label for fact in run.dataset.splits["train"])
     del counts["none"]

@@ -32,7 +32,7 @@ from morer1_jax.stages.grpo_step import make_grpo_step, make_programs
 from morer1_jax.stages.rate import pool_again, starting_params
 from morer1_jax.task.fact import Fact
 
-# What to change where no fact was rated so: pools follow from the pass rates that are there.
+# What to change where a pool is empty; pools are derived again from stored pass rates.
 _WAYS = {
     "easy": "lower rate.easy_from = {easy_from:g}, draw hard facts alone (grpo.mix.start=0, "
     "grpo.mix.end=0), or do not mix (grpo.mixing=False); or train SFT longer (sft.steps) in a new "
@@ -51,13 +51,13 @@ def run_grpo(run: Run) -> None:
     """
     grpo, trainee, policy = run.settings.grpo, run.trainee, run.trainee.policy
     facts = run.dataset.splits["train"]
-    # The facts of each step, from pools that must not change once training has begun.
+    # Choose the facts of each step, from pools that must not change once training has begun.
     pools = _pools(run)
     draw = _schedule(run, pools)
     _bind_ratings(run)
     sizes = [run.sizes[fact.id] for fact in facts]
     shapes = prompt_shapes(run, sizes, draw, grpo.steps)
-    # The step's programs.
+    # Compile the step's programs.
     transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.trainable)
     like, timer = trainee.like_state(transform), PhaseTimer()
     reference = starting_params(run) if grpo.loss.beta else None
@@ -72,6 +72,7 @@ def run_grpo(run: Run) -> None:
         seed=run.settings.seed,
     )
     grpo_step = make_grpo_step(programs, policy, grpo, trainee.frozen, reference, timer)
+    # The step: its facts' shares by pool join the metrics, and its completions the records.
     records, easy = RecordLog(run.workdir / "rollouts.jsonl", "grpo"), set(pools["easy"])
 
     def train_step(
@@ -88,7 +89,7 @@ def run_grpo(run: Run) -> None:
 
     hooks = Hooks(
         batch=PromptFeed(run.reader, facts, draw, this_host(), sizes, shapes),
-        # The update gives its state away, and the reference must outlive it: `new_state` copies.
+        # The update donates its state, and the reference must outlive it: `new_state` copies.
         begin=lambda: trainee.new_state(
             starting_params(run) if reference is None else reference, transform
         ),
@@ -106,9 +107,9 @@ def run_grpo(run: Run) -> None:
 
 
 def _work_of(run: Run) -> Callable[[PromptBatch, Metrics], Work]:
-    """Returns a function from a step's batch and metrics to what was done in it.
+    """Returns a function from a step's batch and metrics to its work.
 
-    It raises NotFiniteError of a rollout that was not trained on; see `_check_finite`.
+    It raises NotFiniteError for a rollout that was not trained on; see `_check_finite`.
     """
     grpo, model = run.settings.grpo, run.trainee.policy.model
     passes = Passes.of(run.trainee.trainable)
@@ -125,17 +126,17 @@ def _work_of(run: Run) -> Callable[[PromptBatch, Metrics], Work]:
 
 
 def _check_finite(facts: Sequence[Fact], not_finite: np.ndarray, dtype: str) -> None:
-    """Checks that a rollout is of finite numbers; one that is not was not trained on.
+    """Checks that a rollout's numbers are finite; a rollout whose are not was not trained on.
 
     Args:
-      not_finite: as `make_grpo_update` gives it.
+      not_finite: from `make_grpo_update`.
 
     Raises:
-      NotFiniteError: naming the first fact of a group that is not.
+      NotFiniteError: naming the fact of the first group with a number that is not finite.
     """
     bad = not_finite[not_finite >= 0]
     if bad.size:
-        # A fact that a batch has twice has other noise, and so another number, the second time.
+        # A fact's second place in a batch has a number beyond the facts', so its noise differs.
         raise NotFiniteError(
             f"fact {facts[bad[0] % len(facts)].id}: expected finite advantages and "
             "log-probabilities of sampled tokens (by the sampler, the old parameters or the "
@@ -160,14 +161,14 @@ def _pools(run: Run) -> dict[str, list[int]]:
 
 
 def _bind_ratings(run: Run) -> None:
-    """Keeps a digest of the pass rates, so that training goes on with the same pools only."""
+    """Stores a digest of the pass rates, or checks that it is the one stored at the start."""
     path = run.workdir / "rate" / FILE
     rates = (f"{rating.fact} {rating.pass_rate}" for rating in read_ratings(path))
     bind(run.workdir / "grpo" / "data.json", {f"rate/{FILE}": of_lines(rates)}, run.workdir)
 
 
 def _schedule(run: Run, pools: dict[str, list[int]]) -> Draw:
-    """Returns which facts each step draws."""
+    """Returns a function from a step to the indices of the facts it draws."""
     grpo, seed = run.settings.grpo, run.settings.seed
     easy, hard = pools["easy"], pools["hard"]
     try:
@@ -189,7 +190,7 @@ def _what_to_change(pool: str, rate: RateSettings) -> str:
 
 
 def _records(run: Run, facts: Sequence[Fact], scored: ScoredRollout) -> Iterator[dict[str, Any]]:
-    """Yields what `rollouts.jsonl` keeps of a rollout: each completion with what it earned."""
+    """Yields a rollout's records for `rollouts.jsonl`: each completion with its rewards."""
     labels, rollout = run.dataset.ontology.labels, scored.rollout
     decode = run.trainee.policy.tokenizer.decode
     for row, fact in enumerate(facts):

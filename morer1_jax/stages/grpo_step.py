@@ -34,7 +34,7 @@ class Programs(NamedTuple):
       rollout: `(params, prompts, grammar, allowed, step) -> (scored, metrics)`; see `make_rollout`.
       score: `(params, prompts, tokens, mask, allowed) -> logprobs`, float32 [b, g, t].
       weigh: `(mask, ended) -> weights`, each token's share of the loss.
-      update: `(state, frozen, batch, allowed) -> (state, metrics)`; gives the state's memory away.
+      update: `(state, frozen, batch, allowed) -> (state, metrics)`; the state is donated.
       finish: `(step, metrics of each update) -> (step + 1, their means)`.
     """
 
@@ -57,17 +57,17 @@ def make_programs(
     seed: int,
     end_of_turn: int | None = None,
 ) -> Programs:
-    """Returns the programs of a step, with what they take and give laid out on the mesh.
+    """Returns the programs of a step, with the shardings of their arguments and results.
 
     Args:
       like: the train state's shapes and shardings.
       transform: the optimizer.
-      frozen: parameters that do not train, or their shapes.
-      score_config: how log-probabilities are taken.
+      frozen: parameters that do not train, or their shapes and shardings.
       length: most tokens of a completion.
       seed: of the sampling noise.
       end_of_turn: the id that ends a completion; None: the tokenizer's.
     """
+    # What the programs compute.
     model, loss = policy.model, settings.loss
     sampling = SampleConfig(
         group=settings.group,
@@ -81,6 +81,7 @@ def make_programs(
     ) -> jax.Array:
         return group_logprobs(model, params, prompts, tokens, mask, allowed, score_config)[0]
 
+    # Compile them for the mesh.
     params, rows, whole = policy.param_shardings, policy.rows, policy.replicated
     return Programs(
         rollout=program(
@@ -89,7 +90,7 @@ def make_programs(
             gives=(rows, whole),
         ),
         score=program(score, takes=(params, rows, rows, rows, whole), gives=rows),
-        # Small programs, too: outside of one each operation is compiled by itself.
+        # A program even for this: otherwise each operation is compiled by itself.
         weigh=program(
             lambda mask, ended: token_weights(mask, ended, loss), takes=(rows, rows), gives=rows
         ),
@@ -114,15 +115,15 @@ def make_grpo_step(
     reference: Params | None,
     timer: PhaseTimer,
 ) -> GRPOStep:
-    """Returns a rollout and the updates on it: `step(state, prompts, number)`.
+    """Returns the function `step(state, prompts, number)`: a rollout, then the updates on it.
 
-    It returns the new state, metrics (an update's are means over the rollout's updates, see
-    `combined_metrics`) and the rollout with what it earned.
+    It returns the new state, metrics (those of updates are means over the rollout's updates, see
+    `combined_metrics`) and the rollout with its rewards.
 
     Args:
       frozen: parameters that do not train.
-      reference: those that the KL is taken to, of the parameters that train; None where beta is 0.
-      timer: told of `rollout`, `score` and `update` as they are started.
+      reference: trainable parameters of the policy that the KL is taken to; None where beta is 0.
+      timer: notes the phases `rollout`, `score` and `update` as they are started.
     """
 
     def step(

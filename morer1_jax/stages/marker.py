@@ -1,4 +1,4 @@
-"""The file that says that a stage's output is whole.
+"""Writes and reads the file that marks a stage's output as whole.
 
 A stage writes all its output first and its marker last, so that a stage that was killed is run
 again.
@@ -17,11 +17,11 @@ MARKER = "DONE.json"
 
 
 def write_marker(folder: Path, config: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Marks a stage's output as whole: the last thing a stage does.
+    """Marks a stage's output as whole; called last of all.
 
     Args:
-      folder: the stage's, in a workdir.
-      config: the keys that the output depends on, with their values.
+      folder: the stage's folder in a workdir.
+      config: values of the keys that the output depends on, by dotted key.
       results: JSON values for later stages.
     """
     marker = {"stage": folder.name, "config": dict(config), "results": dict(results)}
@@ -29,13 +29,10 @@ def write_marker(folder: Path, config: Mapping[str, Any], results: Mapping[str, 
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """Reads the marker of a stage's folder; None if there is none.
-
-    Returns:
-      `stage`, `config` and `results`, as `write_marker` was given them.
+    """Returns `stage`, `config` and `results` of a stage's marker; None if there is none.
 
     Raises:
-      ConfigError: the file is something else.
+      ConfigError: the file is not a marker, or another version's.
     """
     path, expected = folder / MARKER, "a stage's marker"
     if not path.exists():
@@ -43,7 +40,7 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     remedy = f"use a new --workdir, or delete it to run stage {folder.name} again"
     marker = read_json(path, remedy, expected=expected, error=ConfigError)
     if not all(isinstance(marker.get(key), dict) for key in ("config", "results")):
-        # Those of an earlier version had a digest in place of the config's keys.
+        # Markers of an earlier version had a digest in place of the config's keys.
         raise ConfigError(
             f"{path}: expected {expected}, found another version's; use a new --workdir"
         )
@@ -51,7 +48,7 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Reads what a stage that is done left for later ones.
+    """Returns the results that a stage left for later ones.
 
     Raises:
       ConfigError: the stage is not done.

@@ -1,4 +1,4 @@
-"""The stage `rate`: how often the starting model solves each training fact, easy or hard.
+"""The stage `rate`: measures how often the starting model solves each training fact.
 
 Writes `rate/ratings.jsonl`, a line a fact: its id, its pass rate, and its pool, `easy`, `hard`
 or `dropped`.
@@ -25,12 +25,12 @@ from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.setup import Run
 from morer1_jax.task.fact import Fact
 
-# Of what an unfinished rating was begun with, that which may differ when it goes on.
+# Entries of an unfinished rating's first line that may differ when it goes on.
 _FREE = ("batch", "out", "easy_from", "never")
 
 
 def run_rate(run: Run) -> None:
-    """Rates every training fact with the starting model, or takes the ratings that are there."""
+    """Rates every training fact with the starting model, or uses ratings that exist."""
     config, out, facts = run.settings.rate, run.workdir / "rate" / FILE, run.dataset.splits["train"]
     if config.file is not None:
         _write(out, _ratings_of(_file(config), facts, config))
@@ -51,17 +51,17 @@ def run_rate(run: Run) -> None:
 
 
 def starting_params(run: Run) -> Params:
-    """Makes the trainable parameters that are rated and that GRPO starts from."""
+    """Returns the trainable parameters that rating and GRPO start from."""
     if run.settings.rate.begin == "sft":
         return run.trainee.best_params(run.workdir / "sft")
     return run.trainee.init_params(0)
 
 
 def check_start(run: Run) -> None:
-    """Checks that there is what is rated and what GRPO starts from.
+    """Checks that the config has the model that rating and GRPO start from.
 
     Raises:
-      ConfigError: the config names a checkpoint that it does not have.
+      ConfigError: they start from the checkpoint, and the config names none.
     """
     if run.settings.rate.begin == "checkpoint" and run.trainee.checkpoint is None:
         raise ConfigError(
@@ -71,7 +71,7 @@ def check_start(run: Run) -> None:
 
 
 def classify(pass_rate: float, config: RateSettings) -> str:
-    """Returns `easy` from `easy_from` on, else `hard`; `dropped` if never solved and so set."""
+    """Returns `easy` from `easy_from` on, else `hard`; `dropped` at 0 if `never` is `drop`."""
     if pass_rate >= config.easy_from:
         return "easy"
     return "dropped" if pass_rate == 0 and config.never == "drop" else "hard"
@@ -81,8 +81,8 @@ def check_rating(run: Run) -> None:
     """Checks what rating will read, before any stage runs.
 
     Raises:
-      ConfigError: there is no model to rate, or an earlier version began to rate.
-      DataError: the ratings that the config names are not those of its facts.
+      ConfigError: there is no model to rate, or the unfinished rating is an earlier version's.
+      DataError: the file of ratings that the config names has other facts.
     """
     check_start(run)
     if (path := run.workdir / "rate" / "ratings.unfinished").exists():
@@ -103,23 +103,25 @@ def rate(
     out: Path,
     identity: Mapping[str, Any] | None = None,
 ) -> None:
-    """Rates facts, writes `out` and prints a histogram; if it was killed it goes on where it was.
+    """Rates facts, writes `out` and prints a histogram; goes on from an unfinished rating.
 
     Args:
       sampler: draws `config.samples` answers to a fact.
       params: of the whole model.
-      identity: what the pass rates depend on.
+      identity: JSON values, by name, that the pass rates depend on.
 
     Raises:
-      ConfigError: an unfinished rating depends on something else; it stays as it is.
+      ConfigError: the unfinished rating has another `identity`; it stays as it is.
     """
+    # Read what a killed rating has done.
     unfinished = unfinished_path(out)
     head = json.loads(json.dumps({"batch": sampler.batch, "out": out.name, **(identity or {})}))
     ratings = _pooled(_read_unfinished(unfinished, head), config)
-    # Whole batches, so that each fact is asked in the company it would have had. Under another
-    # batch those rated so far stay: noise is a fact's own, company changes rounding alone.
+    # Keep whole batches, so that each fact is in the batch it would be in without interruption.
+    # Those of another size stay: noise is a fact's own, the rest of its batch changes rounding alone.
     ratings = ratings[: len(ratings) // sampler.batch * sampler.batch]
     write_jsonl(unfinished, [head, *map(dataclasses.asdict, ratings)])
+    # Rate the other facts, each written at once.
     with named(unfinished), open(unfinished, "a", buffering=1, encoding="utf-8") as file:
         for fact, completions in sampler.sample(params, facts, "rate", start=len(ratings)):
             is_right = completions.answer == sampler.ontology.ids[fact.label]
@@ -132,16 +134,16 @@ def rate(
 
 
 def pool_again(path: Path, config: RateSettings) -> list[Rating]:
-    """Puts rated facts into the config's pools; writes and prints them if they were in others."""
-    before = read_ratings(path)
-    ratings = _pooled(before, config)
-    if ratings != before:
+    """Puts rated facts into the config's pools; writes and prints them if a pool has changed."""
+    written = read_ratings(path)
+    ratings = _pooled(written, config)
+    if ratings != written:
         _write(path, ratings)
     return ratings
 
 
 def unfinished_path(out: Path) -> Path:
-    """Returns where a rating is kept until it is whole: of the output, and of no other file."""
+    """Returns the file that keeps a rating until it is whole and `out` is written."""
     return out.with_name(f"{out.name}.unfinished")
 
 
@@ -161,7 +163,7 @@ def _file(config: RateSettings) -> Path:
 
 
 def _whole(out: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating] | None:
-    """Reads the ratings of a stage that was killed after its last fact, before it was marked."""
+    """Reads ratings that are whole though the stage was killed before its marker; None if not."""
     if not out.exists() or unfinished_path(out).exists():
         return None
     try:
@@ -172,7 +174,7 @@ def _whole(out: Path, facts: Sequence[Fact], config: RateSettings) -> list[Ratin
 
 
 def _ratings_of(path: Path, facts: Sequence[Fact], config: RateSettings) -> list[Rating]:
-    """Reads ratings of exactly these facts, in their order; the pools are the config's."""
+    """Reads ratings of exactly these facts, in their order, and sets the config's pools."""
     ratings = {rating.fact: rating for rating in read_ratings(path)}
     ids = {fact.id for fact in facts}
     if ratings.keys() != ids:
@@ -186,10 +188,10 @@ def _ratings_of(path: Path, facts: Sequence[Fact], config: RateSettings) -> list
 
 
 def _read_unfinished(path: Path, head: Mapping[str, Any]) -> list[Rating]:
-    """Reads the ratings of a run that was killed, and that had the same head but for the batch.
+    """Reads an unfinished rating, whose first line must be `head`, apart from keys in `_FREE`.
 
     Raises:
-      ConfigError: it had another.
+      ConfigError: its first line differs.
     """
 
     def parse(number: int, value: Any) -> Rating | None:
@@ -206,13 +208,13 @@ def _read_unfinished(path: Path, head: Mapping[str, Any]) -> list[Rating]:
     return read_jsonl(path, parse, EXPECTED, remedy, partial=True)[1:] if path.exists() else []
 
 
-def _changed(there: Any, here: Mapping[str, Any]) -> list[str]:
-    """Returns in what pass rates depend on two heads differ; numbers and names with both values."""
-    if not isinstance(there, dict):
+def _changed(found: Any, expected: Mapping[str, Any]) -> list[str]:
+    """Returns the names in which two first lines differ, apart from `_FREE`; numbers with both."""
+    if not isinstance(found, dict):
         return ["first line"]
     changed = []
-    for name in sorted((there.keys() | here.keys()) - {*_FREE}):
-        values = [there.get(name), here.get(name)]
+    for name in sorted((found.keys() | expected.keys()) - {*_FREE}):
+        values = [found.get(name), expected.get(name)]
         if values[0] != values[1]:
             short = all(value is None or isinstance(value, int | float) for value in values)
             changed.append(f"{name} (expected {values[1]}, found {values[0]})" if short else name)

@@ -1,4 +1,4 @@
-"""The SFT stage, whose training also serves the blind baselines and the control."""
+"""The stage `sft`, whose training the blind baselines and the control use too."""
 
 from __future__ import annotations
 
@@ -51,27 +51,24 @@ def train_sft(
     reader: SampleReader | None = None,
     sampler: BatchSampler | None = None,
 ) -> Checkpointer:
-    """Trains on targets, validating by greedy answers.
+    """Trains on targets, validates by greedy answers, and keeps the best parameters by micro F1.
 
     Args:
       name: of the stage's folder and of its metrics.
-      targets: what the assistant says, by training fact's id.
-      params: makes those that train as they are at the start; not called where training goes on.
-      stream: tells this training's shuffles from another's of the same run.
+      targets: the assistant's text, by the training fact's id.
+      params: makes the parameters that train, as at the start; not called where training goes on.
+      stream: separates this training's shuffles from those of the run's other trainings.
       reader, sampler: what the model sees of a fact, and what validates; None: the run's.
-
-    Returns:
-      The checkpointer, which knows the best parameters by validation micro F1.
     """
     trainee, policy = run.trainee, run.trainee.policy
     reader, sampler = reader or run.reader, sampler or run.greedy
-    # Which samples each step sees, and the rows they become.
+    # Choose the samples of each step, and the rows they become.
     facts = [fact for fact in run.dataset.splits["train"] if fact.id in targets]
     pool = Pool("training", np.arange(len(facts)), (run.settings.seed, 10, stream))
     draw = functools.partial(pool.batch, size=settings.batch)
     sizes = reader.sizes(facts, run.dataset.photo_sizes, targets)
     plan = sequence_plan(run, sizes, draw, settings.steps, settings.micro_batches)
-    # The step's program, and what it reads: frozen parameters are loaded before a step is timed.
+    # Compile the step's program; frozen parameters are loaded before a step is timed.
     frozen = trainee.frozen
     # Plain cross-entropy: the temperature is that of GRPO's sampling.
     transform = settings.optimizer.build(settings.steps, trainee.trainable)

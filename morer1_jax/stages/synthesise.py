@@ -8,7 +8,7 @@ from morer1_jax.world.synthesise import synthesise
 
 
 def run_synthesise(setup: Setup) -> None:
-    """Writes the dataset, unless the config points to one, and the run's tokenizer."""
+    """Writes the dataset, unless the config names one, and the run's tokenizer."""
     settings = setup.settings
     if settings.data.folder is None and not setup.data.exists():
         synthesise(setup.data, settings.world, settings.seed)
