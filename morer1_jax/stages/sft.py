@@ -18,7 +18,6 @@ from morer1_jax.learn.state import TrainState
 from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.run.batch_sampler import BatchSampler, validator
-from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.hooks import Hooks
 from morer1_jax.run.loop import train
 from morer1_jax.run.mesh import program, this_host
@@ -50,7 +49,7 @@ def train_sft(
     stream: int,
     reader: SampleReader | None = None,
     sampler: BatchSampler | None = None,
-) -> Checkpointer:
+) -> None:
     """Trains on targets, validates by greedy answers, and keeps the best parameters by micro F1.
 
     Args:
@@ -98,4 +97,4 @@ def train_sft(
         timer=timer,
         dtype=policy.model.runtime.dtype,
     )
-    return train(name, run.workdir, hooks, settings, **run.loop_options)
+    train(name, run.workdir, hooks, settings, **run.loop_options)
