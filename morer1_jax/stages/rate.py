@@ -118,7 +118,7 @@ def rate(
     head = json.loads(json.dumps({"batch": sampler.batch, "out": out.name, **(identity or {})}))
     ratings = _pooled(_read_unfinished(unfinished, head), config)
     # Keep whole batches, so that each fact is in the batch it would be in without interruption.
-    # Those of another size stay: noise is a fact's own, other facts beside it change rounding alone.
+    # Those of another size stay: noise is a fact's own; the rest of a batch changes rounding alone.
     ratings = ratings[: len(ratings) // sampler.batch * sampler.batch]
     write_jsonl(unfinished, [head, *map(dataclasses.asdict, ratings)])
     # Rate the other facts, each written at once.
