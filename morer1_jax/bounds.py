@@ -57,12 +57,14 @@ def check_bounds(instance: Any) -> None:
     """Checks an object's fields against their bounds.
 
     Raises:
-      FieldError: a field is out of its bound; the first is named.
+        FieldError: a field is out of its bound; the first is named.
     """
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if words(field) and value is not None and not field.metadata["holds"](value):
-            raise FieldError(field.name, f"expected {words(field)}, found {value!r}")
+            is_infinite = isinstance(value, float) and not math.isfinite(value)
+            bound = f"a finite number {words(field)}" if is_infinite else words(field)
+            raise FieldError(field.name, f"expected {bound}, found {value!r}")
 
 
 def _bounded(default: Any, bound: str, holds: Any) -> Any:

@@ -35,9 +35,9 @@ def run_main(
     from warnings on, unless `--verbosity` is given.
 
     Args:
-      main: takes the command line without its flags: the program's name alone.
-      argv: the command line; by default `sys.argv`.
-      interrupted: the message after Ctrl-C.
+        main: takes the command line without its flags: the program's name alone.
+        argv: the command line; by default `sys.argv`.
+        interrupted: the message after Ctrl-C.
     """
 
     def quiet_main(rest: list[str]) -> Any:
@@ -152,11 +152,11 @@ def needs_extra(extra: str, otherwise: str = "") -> Iterator[None]:
     """Turns a failed import in the block into an error that says what to install.
 
     Args:
-      extra: the extra of `pyproject.toml` that has the packages.
-      otherwise: an alternative for the user, if there is one.
+        extra: the extra of `pyproject.toml` that has the packages.
+        otherwise: an alternative for the user, if there is one.
 
     Raises:
-      ConfigError: a package is missing, or cannot be imported.
+        ConfigError: a package is missing, or cannot be imported.
     """
     try:
         yield

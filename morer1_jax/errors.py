@@ -11,8 +11,8 @@ class FieldError(ConfigError):
     """An invalid value of a dataclass's field; the caller that knows the file adds the place.
 
     Attributes:
-      field: the field's name; dotted, such as `a.b`, for a field of a field.
-      problem: "expected …, found …".
+        field: the field's name; dotted, such as `a.b`, for a field of a field.
+        problem: "expected …, found …".
     """
 
     def __init__(self, field: str, problem: str) -> None:
@@ -44,7 +44,7 @@ class ErrorList:
         """Keeps an error.
 
         Raises:
-          DataError: naming all errors so far, if the list is full.
+            DataError: naming all errors so far, if the list is full.
         """
         self._errors.append(error)
         if len(self._errors) == self._max_errors:
@@ -54,7 +54,7 @@ class ErrorList:
         """Ends the pass.
 
         Raises:
-          DataError: naming all errors in one line, if there is any.
+            DataError: naming all errors in one line, if there is any.
         """
         if len(self._errors) == 1:
             raise self._errors[0]

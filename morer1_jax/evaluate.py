@@ -81,7 +81,7 @@ def _check_out(out: Path, split: str, name: str) -> None:
     """Checks that all scores in the folder are of one split, and that the name is new.
 
     Raises:
-      ConfigError: the folder has answers for another split's facts, or scores of this name.
+        ConfigError: the folder has answers for another split's facts, or scores of this name.
     """
     if not name or name != Path(name).name:
         raise ConfigError(

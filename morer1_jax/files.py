@@ -36,8 +36,8 @@ def read_text(path: epath.PathLike) -> str:
     Line ends are left as they are.
 
     Raises:
-      OSError: the file cannot be read.
-      DataError: the file is not UTF-8, or the bucket's client is not installed.
+        OSError: the file cannot be read.
+        DataError: the file is not UTF-8, or the bucket's client is not installed.
     """
     return _decode(path, _read_bytes(path))
 
@@ -71,14 +71,14 @@ def read_lines(
     Lines end only at newlines, since text may contain U+2028 and the like.
 
     Args:
-      path: local or in a bucket.
-      expected: what the file should contain, for errors.
-      remedy: what the user should do, for errors.
-      partial: whether to drop a last line without a newline, which a killed writer leaves; blank
-        lines at the end are then kept.
+        path: local or in a bucket.
+        expected: what the file should contain, for errors.
+        remedy: what the user should do, for errors.
+        partial: whether to drop a last line without a newline, which a killed writer leaves; blank
+            lines at the end are then kept.
 
     Raises:
-      DataError: the file is missing, cannot be read or is not UTF-8.
+        DataError: the file is missing, cannot be read or is not UTF-8.
     """
     try:
         data = _read_bytes(path)
@@ -101,14 +101,14 @@ def read_json(
     """Returns the JSON object of a file.
 
     Args:
-      path: local or in a bucket.
-      remedy: what the user should do, for errors.
-      expected: what the file should contain, for errors.
-      error: class of the errors.
-      kind: class of the result, called with the pairs of keys and values in file order.
+        path: local or in a bucket.
+        remedy: what the user should do, for errors.
+        expected: what the file should contain, for errors.
+        error: class of the errors.
+        kind: class of the result, called with the pairs of keys and values in file order.
 
     Raises:
-      DataError: the file is missing, cannot be read or is not a JSON object; of class `error`.
+        DataError: the file is missing, cannot be read or is not a JSON object; of class `error`.
     """
     try:
         value = json.loads(read_text(path), object_pairs_hook=kind)
@@ -134,18 +134,18 @@ def read_jsonl(
     """Returns the item that `parse` makes of each line.
 
     Args:
-      path: local or in a bucket.
-      parse: `(number, value) -> item`, of a line's number, from 1, and its JSON value.  It raises
-        DataError or ConfigError with a message of its own, to which the line's place is added, and
-        KeyError, TypeError or ValueError if the value is not as `expected`.
-      expected: what a line should contain, for errors.
-      remedy: what the user should do, for errors.
-      partial: whether to drop a last line without a newline, which a killed writer leaves.
-      skip_blank: whether to skip blank lines; else they are malformed.
+        path: local or in a bucket.
+        parse: `(number, value) -> item`, of a line's number, from 1, and its JSON value.  It raises
+            DataError or ConfigError with a message of its own, to which the line's place is added,
+            and KeyError, TypeError or ValueError if the value is not as `expected`.
+        expected: what a line should contain, for errors.
+        remedy: what the user should do, for errors.
+        partial: whether to drop a last line without a newline, which a killed writer leaves.
+        skip_blank: whether to skip blank lines; else they are malformed.
 
     Raises:
-      DataError: the file cannot be read, or a line is malformed; the message names file and line.
-      ConfigError: raised by `parse`.
+        DataError: the file cannot be read, or a line is malformed; the message names file and line.
+        ConfigError: raised by `parse`.
     """
     items = []
     lines = read_lines(path, f"{expected} a line", remedy, partial=partial)
@@ -171,7 +171,7 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
     """Writes a JSON value whole or not at all, with `indent` spaces a level; all on a line if None.
 
     Raises:
-      ValueError: a number is not finite.
+        ValueError: a number is not finite.
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     atomic_write(path, text + "\n")
@@ -183,7 +183,7 @@ def write_jsonl(
     """Writes JSON values, one a line, whole or not at all.
 
     Args:
-      ascii_only: whether to escape other characters, so that no reader ends a line at U+2028.
+        ascii_only: whether to escape other characters, so that no reader ends a line at U+2028.
     """
     lines = (json.dumps(value, ensure_ascii=ascii_only) + "\n" for value in values)
     atomic_write(path, "".join(lines))
@@ -201,11 +201,11 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
     Nothing is made or changed; missing parent folders are made by the writer.
 
     Args:
-      folder: whether `path` is to be a folder, and not a file.
+        folder: whether `path` is to be a folder, and not a file.
 
     Raises:
-      OSError: `path` is a folder instead of a file or the other way round, or nothing may be
-        written there; the error has `filename`, and its `strerror` says what to do.
+        OSError: `path` is a folder instead of a file or the other way round, or nothing may be
+            written there; the error has `filename`, and its `strerror` says what to do.
     """
     path = Path(path)
     kinds = ("a file", "a folder")
@@ -285,7 +285,7 @@ def allocate(path: str | os.PathLike[str], size: int) -> None:
     """Makes a file of `size` bytes and reserves their room on the disk.
 
     Raises:
-      OSError: the disk has no room; the error has the file's name.
+        OSError: the disk has no room; the error has the file's name.
     """
     with named(path), open(path, "wb") as file:
         if hasattr(os, "posix_fallocate") and size:
@@ -331,7 +331,7 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     After an error nothing is left.  Missing parent folders are made.
 
     Raises:
-      FileExistsError: `path` exists and is not an empty folder.
+        FileExistsError: `path` exists and is not an empty folder.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -16,7 +16,7 @@ def check_text(arguments: Iterable[str]) -> None:
     """Checks that a command line is text that can be printed.
 
     Raises:
-      ConfigError: an argument is not UTF-8.
+        ConfigError: an argument is not UTF-8.
     """
     for argument in arguments:
         try:

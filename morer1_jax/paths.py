@@ -25,12 +25,12 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
     """Returns a user's path on this machine's file systems, with `~` expanded as in a shell.
 
     Args:
-      path: the user's text.
-      name: the flag or key whose value it is, for errors.
+        path: the user's text.
+        name: the flag or key whose value it is, for errors.
 
     Raises:
-      OSError: the path is empty, not UTF-8, or a URL; the error has `filename`, and its `strerror`
-        says what to do.
+        OSError: the path is empty, not UTF-8, or a URL; the error has `filename`, and its
+            `strerror` says what to do.
     """
     text = os.fspath(path)
     if _URL.match(text):
@@ -55,11 +55,11 @@ def expand_home(text: str, name: str) -> str:
     does is returned as an absolute path.
 
     Args:
-      text: the path.
-      name: the flag or key whose value it is, for errors.
+        text: the path.
+        name: the flag or key whose value it is, for errors.
 
     Raises:
-      OSError: the path is empty or not UTF-8, as in `local_path`.
+        OSError: the path is empty or not UTF-8, as in `local_path`.
     """
     if not text.strip() or "\0" in text:
         raise _path_error(name, text, "expected a path, found none; name one")
@@ -87,7 +87,7 @@ def plain_path(path: Path) -> Iterator[Path]:
     backslash or a colon they open another file, or silently none.
 
     Args:
-      path: an absolute path.
+        path: an absolute path.
     """
     if _PLAIN.fullmatch(str(path)):
         yield path
@@ -139,8 +139,8 @@ def hub_hint(path: str, kind: str = "") -> str:
     """Returns a hint at why a name was not looked for on the hub, for an error; or "".
 
     Args:
-      path: a local path that does not exist.
-      kind: option of `hf download` for the repository's kind, followed by a space.
+        path: a local path that does not exist.
+        kind: option of `hf download` for the repository's kind, followed by a space.
     """
     if not _HUB_NAME.fullmatch(path) or path.startswith(".") or _FILE_NAME.search(path):
         return ""

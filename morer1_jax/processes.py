@@ -44,11 +44,11 @@ def check_alone(*, devices: bool = True, environment: Mapping[str, str] | None =
     """Checks that this process is the only one of its command.
 
     Args:
-      devices: whether to ask JAX too, which then reserves the devices.
-      environment: the launcher's variables; this process's by default.
+        devices: whether to ask JAX too, which then reserves the devices.
+        environment: the launcher's variables; this process's by default.
 
     Raises:
-      ConfigError: there are several; the message names the variable that tells so.
+        ConfigError: there are several; the message names the variable that tells so.
     """
     for name, value, count in _process_counts(os.environ if environment is None else environment):
         if count > 1:

@@ -26,12 +26,12 @@ def progress(
     On a terminal it is redrawn in place; in a file it is a line every `_FILE_INTERVAL`.
 
     Args:
-      iterable: the items to count; without it, call `update(n)` and `close()`, or use the bar as a
-        context manager.
-      desc: the text before the bar.
-      total: the number of items; by default the iterable's length.
-      initial: number of items done before, when a run is resumed.
-      unit: an item's name.
+        iterable: the items to count; without it, call `update(n)` and `close()`, or use the bar as
+            a context manager.
+        desc: the text before the bar.
+        total: the number of items; by default the iterable's length.
+        initial: number of items done before, when a run is resumed.
+        unit: an item's name.
     """
     terminal = sys.stderr.isatty()
     line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"

@@ -53,8 +53,8 @@ def train(config: Any, workdir: Path) -> None:
     """Runs the config's stages in a workdir.
 
     Raises:
-      ConfigError, DataError, OSError: what the user can put right, in one line. What is found
-        before the first step leaves the workdir as it was, so that another config may follow.
+        ConfigError, DataError, OSError: what the user can put right, in one line. What is found
+            before the first step leaves the workdir as it was, so that another config may follow.
     """
     check_alone()
     workdir = local_path(workdir, "--workdir")
@@ -174,7 +174,7 @@ def _check_order(setup: Setup, status: WorkdirStatus, stages: Sequence[Stage]) -
     """Checks that what each stage needs is done, or made by a stage before it.
 
     Raises:
-      ConfigError: a stage comes before another that it needs.
+        ConfigError: a stage comes before another that it needs.
     """
     has_data = setup.settings.data.folder is not None or setup.data.exists()
     for place, stage in enumerate(stages):

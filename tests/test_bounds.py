@@ -46,11 +46,11 @@ def test_what_is_within_its_bounds_is_kept(values):
     ("name", "value", "problem"),
     [
         ("rows", 0, "expected at least 1, found 0"),
-        ("rows", math.inf, "expected at least 1, found inf"),
+        ("rows", math.inf, "expected a finite number at least 1, found inf"),
         ("rate", 0.0, "expected above 0, found 0.0"),
-        ("rate", math.nan, "expected above 0, found nan"),
+        ("rate", math.nan, "expected a finite number above 0, found nan"),
         ("share", 1.5, "expected from 0 to 1, found 1.5"),
-        ("share", math.nan, "expected from 0 to 1, found nan"),
+        ("share", math.nan, "expected a finite number from 0 to 1, found nan"),
         ("colour", "green", "expected one of red, blue, found 'green'"),
     ],
 )

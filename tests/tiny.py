@@ -181,8 +181,9 @@ def chain_params(strength, end=0.0):
     """Parameters under which the logits depend on the last token alone and favour a good answer.
 
     Args:
-      strength: logit of the well-formed answer's next token (shared by the labels); others have 0.
-      end: logit of end-of-turn everywhere else.
+        strength: logit of the well-formed answer's next token (shared by the labels); others have
+            0.
+        end: logit of end-of-turn everywhere else.
     """
     logits = np.zeros((ROWS, ROWS), np.float32)
     logits[:, END] = end

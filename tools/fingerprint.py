@@ -82,11 +82,11 @@ def fingerprint(checkout: Path, folder: Path) -> dict[str, str]:
     """Runs a checkout's code and returns digests by name.
 
     Args:
-      checkout: a clone of this repository, at any commit.
-      folder: an empty folder for the runs to write to.
+        checkout: a clone of this repository, at any commit.
+        folder: an empty folder for the runs to write to.
 
     Raises:
-      ConfigError: a command of the checkout failed.
+        ConfigError: a command of the checkout failed.
     """
     digests = {}
     for name, overrides in (("tiny", _TINY), ("demo", _DEMO)):

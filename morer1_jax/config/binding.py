@@ -63,7 +63,7 @@ def flatten(config: Tree) -> dict[str, Any]:
     """Returns dotted key to value, sorted, tuples as lists: exactly what a JSON file gives back.
 
     Raises:
-      ConfigError: a value that JSON cannot hold.
+        ConfigError: a value that JSON cannot hold.
     """
 
     def walk(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
@@ -119,12 +119,12 @@ def bind(
     difference in any other key is an error that leaves the workdir as it was.
 
     Args:
-      config: the whole, with every key.
-      write: whether this process keeps the file; in a run of several, only the first does.
-      bound: says why a key may not change, or None if it may; by default all are bound.
+        config: the whole, with every key.
+        write: whether this process keeps the file; in a run of several, only the first does.
+        bound: says why a key may not change, or None if it may; by default all are bound.
 
     Raises:
-      ConfigError: keys of the run's identity differ, or the workdir's file cannot be read.
+        ConfigError: keys of the run's identity differ, or the workdir's file cannot be read.
     """
     path, here = Path(workdir) / FILE, flatten(config)
     there = None

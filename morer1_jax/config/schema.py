@@ -28,11 +28,11 @@ def build(kind: type[T], config: ConfigDict | Mapping[str, Any], *, whole: bool 
     """Checks a config against the dataclass `kind`, and builds it.
 
     Args:
-      whole: whether every key must be there, as in the file that a workdir keeps.
+        whole: whether every key must be there, as in the file that a workdir keeps.
 
     Raises:
-      ConfigError: an unknown key, a value of another type or out of its bounds, or a key that is
-        missing from a whole config; the message names the dotted key.
+        ConfigError: an unknown key, a value of another type or out of its bounds, or a key that is
+            missing from a whole config; the message names the dotted key.
     """
     tree, keys = config.to_dict() if isinstance(config, ConfigDict) else config, list(_keys(kind))
     built = _build(kind(), tree, "", keys)
@@ -92,7 +92,7 @@ def _build(base: T, node: Any, prefix: str, known: list[str]) -> T:
     """Returns a branch with a config's values in place of `base`'s.
 
     Args:
-      known: all keys of the config, for suggestions.
+        known: all keys of the config, for suggestions.
     """
     if not isinstance(node, Mapping):
         raise ConfigError(f"config.{prefix[:-1]}: expected a branch of keys, found {_show(node)}")

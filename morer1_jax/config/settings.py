@@ -32,24 +32,24 @@ class DataSettings:
     """Where the facts are, and the fixed shapes they are brought into.
 
     Attributes:
-      folder: a dataset in MORE's released form; None: the synthetic one in the workdir.
-      reasoning: what SFT learns from, if not the folder's `reasoning.jsonl`: a JSONL or Parquet
-        file or a dataset on the hub; see `data.reasoning`.
-      vocabulary: size of the tokenizer that is trained on the training split's texts (the bytes and
-        the special tokens among them); a checkpoint brings its own.
-      prompt_length, completion_length: most tokens of a fact, vision and end-of-turn tokens among
-        them.
-      windows: most attention windows of the vision tower that a fact's images may fill; a photo of
-        640 × 480 fills 25.
-      round_to: rows of tokens have a multiple of this length, as TPU kernels want it.
-      shapes: programs that one kind of step may have, each for batches of another size; what sizes
-        is chosen from the data (`data.shapes`).
-      min_pixels, max_pixels, crop_margin, crop_least: see `model.config.ImageConfig`.
-      keep_features: whether every image is encoded once and its features kept on disk; only where
-        neither vision tower nor merger trains.
-      workers: what prepares batches ahead of time, on each host.
-      worker_kind: "thread", or "process" where photos are large and cores are many: training's
-        batches then come from processes, which take some seconds to start.
+        folder: a dataset in MORE's released form; None: the synthetic one in the workdir.
+        reasoning: what SFT learns from, if not the folder's `reasoning.jsonl`: a JSONL or Parquet
+            file or a dataset on the hub; see `data.reasoning`.
+        vocabulary: size of the tokenizer that is trained on the training split's texts (the bytes
+            and the special tokens among them); a checkpoint brings its own.
+        prompt_length, completion_length: most tokens of a fact, vision and end-of-turn tokens among
+            them.
+        windows: most attention windows of the vision tower that a fact's images may fill; a photo
+            of 640 × 480 fills 25.
+        round_to: rows of tokens have a multiple of this length, as TPU kernels want it.
+        shapes: programs that one kind of step may have, each for batches of another size; what
+            sizes is chosen from the data (`data.shapes`).
+        min_pixels, max_pixels, crop_margin, crop_least: see `model.config.ImageConfig`.
+        keep_features: whether every image is encoded once and its features kept on disk; only where
+            neither vision tower nor merger trains.
+        workers: what prepares batches ahead of time, on each host.
+        worker_kind: "thread", or "process" where photos are large and cores are many: training's
+            batches then come from processes, which take some seconds to start.
     """
 
     folder: str | None = None
@@ -82,9 +82,9 @@ class ModelSettings:
     """The model.
 
     Attributes:
-      path: a published checkpoint to begin with: a folder, a bucket's folder (`gs://…`) or a name
-        on the hub; None: from scratch.
-      text, vision: sizes of a model from scratch; a checkpoint has its own.
+        path: a published checkpoint to begin with: a folder, a bucket's folder (`gs://…`) or a name
+            on the hub; None: from scratch.
+        text, vision: sizes of a model from scratch; a checkpoint has its own.
     """
 
     path: str | None = None
@@ -119,8 +119,8 @@ class LoopSettings:
     """How long a training is, and how often it does what; all counted in steps.
 
     Attributes:
-      eval_every: steps between greedy validations; the best checkpoint by micro F1 is kept.
-      keep_checkpoints: that stay while it trains.
+        eval_every: steps between greedy validations; the best checkpoint by micro F1 is kept.
+        keep_checkpoints: that stay while it trains.
     """
 
     steps: int = at_least(1, 200)
@@ -141,10 +141,10 @@ class SFTSettings(LoopSettings):
     """Supervised fine-tuning.
 
     Attributes:
-      batch: samples a step.
-      micro_batches: parts of a batch whose activations exist at once.
-      eval_facts: facts of the validation split that are asked; if it changes midway, the best is
-        found among scores on different facts.
+        batch: samples a step.
+        micro_batches: parts of a batch whose activations exist at once.
+        eval_facts: facts of the validation split that are asked; if it changes midway, the best is
+            found among scores on different facts.
     """
 
     batch: int = at_least(1, 64)
@@ -158,10 +158,10 @@ class BaselineSettings:
     """Blind baselines: the same model trained to give the label without photo, or without title.
 
     Attributes:
-      facts: whose labels are trained on: "written", those SFT learns from, or "all" of the training
-        split, which GRPO learns from.
-      steps, batch: of training.
-      eval_every: steps between validations; the best by micro F1 is scored.
+        facts: whose labels are trained on: "written", those SFT learns from, or "all" of the
+            training split, which GRPO learns from.
+        steps, batch: of training.
+        eval_every: steps between validations; the best by micro F1 is scored.
     """
 
     facts: Literal["written", "all"] = "written"
@@ -180,16 +180,17 @@ class RateSettings:
     """Rating difficulty by sampling the starting model.
 
     Attributes:
-      begin: whose answers are rated, and what GRPO begins with: "sft", what that stage trained, or
-        "checkpoint", `model.path` as it is.
-      file: ratings made before, as `tools/rate_difficulty.py` writes them; None: they are made now.
-      samples: k, answers drawn to each training fact; as many as GRPO draws, since a fact is easy
-        if its group mostly is right.
-      batch: facts at once.
-      temperature: of sampling; 0 for the likeliest answer.
-      easy_from: pass rate from which a fact is easy.
-      never: what becomes of facts never solved: "hard" keeps them, "drop" leaves them out.
-        Both may change after rating, until GRPO has begun: pools follow from the pass rates.
+        begin: whose answers are rated, and what GRPO begins with: "sft", what that stage trained,
+            or "checkpoint", `model.path` as it is.
+        file: ratings made before, as `tools/rate_difficulty.py` writes them; None: they are made
+            now.
+        samples: k, answers drawn to each training fact; as many as GRPO draws, since a fact is easy
+            if its group mostly is right.
+        batch: facts at once.
+        temperature: of sampling; 0 for the likeliest answer.
+        easy_from: pass rate from which a fact is easy.
+        never: what becomes of facts never solved: "hard" keeps them, "drop" leaves them out. Both
+            may change after rating, until GRPO has begun: pools follow from the pass rates.
     """
 
     begin: Literal["sft", "checkpoint"] = "sft"
@@ -211,14 +212,14 @@ class GRPOSettings(LoopSettings):
     """GRPO with Progressive Sample-Mixing; a step is a rollout.
 
     Attributes:
-      prompts: facts a rollout.
-      group: samples a fact, which are compared.
-      updates: optimizer updates on each rollout; 1 is on-policy, without old log-probabilities.
-      micro_batches: parts of a rollout whose activations exist at once.
-      temperature: of sampling and scoring.
-      scale_rewards: what advantages are divided by; see `rollout.reward.advantages`.
-      mixing: False draws from all facts alike, rated easy or hard (an ablation).
-      rollouts_every: steps between records in `rollouts.jsonl`.
+        prompts: facts a rollout.
+        group: samples a fact, which are compared.
+        updates: optimizer updates on each rollout; 1 is on-policy, without old log-probabilities.
+        micro_batches: parts of a rollout whose activations exist at once.
+        temperature: of sampling and scoring.
+        scale_rewards: what advantages are divided by; see `rollout.reward.advantages`.
+        mixing: False draws from all facts alike, rated easy or hard (an ablation).
+        rollouts_every: steps between records in `rollouts.jsonl`.
     """
 
     eval_every: int = at_least(1, 20)
@@ -285,9 +286,9 @@ class Settings:
     """The whole config.
 
     Attributes:
-      seed: of everything random.
-      stages: comma-separated, run in that order; one whose output is whole is passed. Which there
-        are is said by `stages.table`, which also checks these.
+        seed: of everything random.
+        stages: comma-separated, run in that order; one whose output is whole is passed. Which there
+            are is said by `stages.table`, which also checks these.
     """
 
     seed: int = at_least(0, 0)

@@ -23,9 +23,9 @@ class Collator:
     """Lays samples out in rows.
 
     Args:
-      special: ids that padding and images have in the text.
-      vision: the tower that the images are for.
-      features: the store that samples' images are read from; None: they are patches.
+        special: ids that padding and images have in the text.
+        vision: the tower that the images are for.
+        features: the store that samples' images are read from; None: they are patches.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Collator:
         """Lays prompts out, one to a row; targets are left out.
 
         Args:
-          noise_ids: the key of each row's sampling noise.
+            noise_ids: the key of each row's sampling noise.
 
         Raises:
-          DataError: a sample exceeds the shape; the message names it and the config's keys.
+            DataError: a sample exceeds the shape; the message names it and the config's keys.
         """
         rows = []
         for sample, noise_id in zip(samples, noise_ids, strict=True):
@@ -75,7 +75,7 @@ class Collator:
         """Lays prompts and targets out, the samples of a row one after another; a row may be empty.
 
         Raises:
-          DataError: a row exceeds the shape; the message names its facts and the config's keys.
+            DataError: a row exceeds the shape; the message names its facts and the config's keys.
         """
         return stack([self._sequence(samples, shape) for samples in rows])
 
@@ -83,7 +83,7 @@ class Collator:
         """Lays one image out alone, in a row without its axis.
 
         Returns:
-          The patches, and the merged slots of the image's tokens in their order.
+            The patches, and the merged slots of the image's tokens in their order.
         """
         placed = self._layout([image], slots)
         return self._vision(placed, [image]), placed.token_slots

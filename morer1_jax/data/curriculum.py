@@ -25,7 +25,7 @@ class EmptyPoolError(DataError):
     """A pool without facts.
 
     Attributes:
-      pool: the pool's name.
+        pool: the pool's name.
     """
 
     def __init__(self, pool: str) -> None:
@@ -44,12 +44,12 @@ class Pool:
         """Makes a pool.
 
         Args:
-          name: the pool's name, for errors.
-          items: indices of facts; their order matters.
-          seed: numbers that identify this pool's shuffles.
+            name: the pool's name, for errors.
+            items: indices of facts; their order matters.
+            seed: numbers that identify this pool's shuffles.
 
         Raises:
-          EmptyPoolError: there are no items.
+            EmptyPoolError: there are no items.
         """
         if not len(items):
             raise EmptyPoolError(name)
@@ -81,9 +81,9 @@ class MixConfig:
     """The share of easy facts over a run.
 
     Attributes:
-      start, end: share of easy facts in the first batch and from `until` on.
-      until: the step from which the share is `end`.
-      shape: the way between: "linear", "cosine" (slow at both ends) or "step" (halfway).
+        start, end: share of easy facts in the first batch and from `until` on.
+        until: the step from which the share is `end`.
+        shape: the way between: "linear", "cosine" (slow at both ends) or "step" (halfway).
     """
 
     start: float = between(0, 1, 0.5)
@@ -124,15 +124,15 @@ class Mixer:
         """Makes the batches of a run.
 
         Args:
-          easy: indices of the easy facts.
-          hard: indices of the hard facts.
-          config: the schedule.
-          batch: facts a batch.
-          steps: steps of the run.
-          seed: the seed of the shuffles.
+            easy: indices of the easy facts.
+            hard: indices of the hard facts.
+            config: the schedule.
+            batch: facts a batch.
+            steps: steps of the run.
+            seed: the seed of the shuffles.
 
         Raises:
-          EmptyPoolError: a pool that the schedule draws from is empty.
+            EmptyPoolError: a pool that the schedule draws from is empty.
         """
         counts = np.asarray([config.easy_count(step, batch) for step in range(steps)])
         self._batch = batch

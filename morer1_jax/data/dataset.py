@@ -23,12 +23,13 @@ class Dataset:
     """The facts of all splits, in memory but for their photos' pixels.
 
     Attributes:
-      folder: local, or in a bucket (`gs://…`).
-      ontology: the labels.
-      splits: the facts of `train`, `valid` and `test`, in file order.
-      reasoning: written reasoning and answer, by training fact's id; {} where none was read.
-      photos: size and digest of every photo, by `Fact.photo`; {} where they were not read.
-      digests: SHA-256 of all that the facts, the reasoning and the photos were read from, by name.
+        folder: local, or in a bucket (`gs://…`).
+        ontology: the labels.
+        splits: the facts of `train`, `valid` and `test`, in file order.
+        reasoning: written reasoning and answer, by training fact's id; {} where none was read.
+        photos: size and digest of every photo, by `Fact.photo`; {} where they were not read.
+        digests: SHA-256 of all that the facts, the reasoning and the photos were read from, by
+            name.
     """
 
     folder: Path
@@ -64,14 +65,14 @@ def open_dataset(
     """Reads and checks a dataset; decodes every photo once, so that a bad one is found now.
 
     Args:
-      folder: the dataset's.
-      reasoning: where the written reasoning is (see `read_reasoning_dataset`); None: the folder's
-        `reasoning.jsonl`.
-      reasoning_needed: False leaves the reasoning out if none is there.
-      photos: False leaves them unread.
+        folder: the dataset's.
+        reasoning: where the written reasoning is (see `read_reasoning_dataset`); None: the folder's
+            `reasoning.jsonl`.
+        reasoning_needed: False leaves the reasoning out if none is there.
+        photos: False leaves them unread.
 
     Raises:
-      DataError: a file, a fact, a text of reasoning or a photo that is missing or wrong.
+        DataError: a file, a fact, a text of reasoning or a photo that is missing or wrong.
     """
     ontology = more.read_ontology(folder)
     splits = {split: more.read_split(folder, split, ontology) for split in more.SPLITS}

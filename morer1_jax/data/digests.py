@@ -32,12 +32,12 @@ def bind(path: Path, digests: Mapping[str, str], source: object) -> None:
     Digests of a kind that the file lacks are added without comparison.
 
     Args:
-      path: the file of digests.
-      digests: the digests now, by name.
-      source: what errors call the place that the names are in.
+        path: the file of digests.
+        digests: the digests now, by name.
+        source: what errors call the place that the names are in.
 
     Raises:
-      DataError: a digest differs, is missing or is new; the message names it and what to do.
+        DataError: a digest differs, is missing or is new; the message names it and what to do.
     """
     before = read_json(path, "use a new --workdir") if path.exists() else {}
     kinds = {_kind(name) for name in before}

@@ -29,14 +29,14 @@ class FeatureStore:
     """Reads features of the images of facts from disk, as they are asked for.
 
     Args:
-      vision: the tower that made them.
+        vision: the tower that made them.
 
     Attributes:
-      made_of: digests of the photos and of all else the features depend on, by name; empty if an
-        earlier version made them.
+        made_of: digests of the photos and of all else the features depend on, by name; empty if an
+            earlier version made them.
 
     Raises:
-      DataError: the folder is not whole.
+        DataError: the folder is not whole.
     """
 
     def __init__(self, folder: Path, vision: VisionConfig) -> None:
@@ -66,7 +66,7 @@ class FeatureStore:
         """Reads features [tokens, d] of a fact's photo and crop, and their grids, as if patches.
 
         Raises:
-          DataError: the fact is not among those that were encoded.
+            DataError: the fact is not among those that were encoded.
         """
         places = self._places.get(fact.id)
         if places is None:

@@ -35,7 +35,7 @@ class Host:
         """The rows of a global batch that this process prepares.
 
         Raises:
-          DataError: the rows do not divide among the processes.
+            DataError: the rows do not divide among the processes.
         """
         if len(rows) % self.count:
             raise DataError(f"a batch of {len(rows)} rows does not divide among {self.count} hosts")
@@ -48,9 +48,9 @@ class SequenceFeed:
     """Makes a step's batch of samples to learn from, packed into rows: `feed(step)`.
 
     Attributes:
-      facts: what `draw` points into.
-      targets: what the assistant says, by fact's id.
-      sizes: of each fact, by which all hosts pack alike.
+        facts: what `draw` points into.
+        targets: what the assistant says, by fact's id.
+        sizes: of each fact, by which all hosts pack alike.
     """
 
     reader: SampleReader
@@ -77,9 +77,9 @@ class PromptFeed:
     """Makes a step's batch of prompts to sample from, a fact each: `feed(step)`.
 
     Attributes:
-      facts: what `draw` points into.
-      sizes: of each fact.
-      shapes: that a batch may have; it takes the smallest that holds it.
+        facts: what `draw` points into.
+        sizes: of each fact.
+        shapes: that a batch may have; it takes the smallest that holds it.
     """
 
     reader: SampleReader
@@ -105,8 +105,8 @@ def noise_ids(drawn: Int[np.ndarray, " b"], total: int) -> Int[np.ndarray, " b"]
     same completions twice.
 
     Args:
-      drawn: indices of the rows' facts.
-      total: number of facts that indices may point to.
+        drawn: indices of the rows' facts.
+        total: number of facts that indices may point to.
     """
     before = [np.count_nonzero(drawn[:row] == fact) for row, fact in enumerate(drawn)]
     return drawn + total * np.asarray(before, drawn.dtype)

@@ -31,8 +31,8 @@ class Patches:
     """The images of one sample, one after another.
 
     Attributes:
-      values: float32 [patches, channels * temporal * patch * patch], in the processor's order.
-      grids: (1, rows, columns) of each image, in patches.
+        values: float32 [patches, channels * temporal * patch * patch], in the processor's order.
+        grids: (1, rows, columns) of each image, in patches.
     """
 
     values: np.ndarray
@@ -46,7 +46,7 @@ def crop_box(box: Box, size: tuple[int, int], config: ImageConfig) -> tuple[int,
     it can wherever the processor takes the photo's own shape.
 
     Args:
-      box: (x centre, y centre, width, height), fractions of the photo.
+        box: (x centre, y centre, width, height), fractions of the photo.
     """
     least = config.crop_least
     for _ in range(2):
@@ -107,10 +107,10 @@ class ImageReader:
         """Returns photo and crop as patches, or one of the two.
 
         Args:
-          photo: as `open_photo` gives it.
-          box: (x centre, y centre, width, height), fractions of the photo.
-          name: what errors call the photo.
-          which: the photo (0) or the crop (1) alone; None: both.
+            photo: as `open_photo` gives it.
+            box: (x centre, y centre, width, height), fractions of the photo.
+            name: what errors call the photo.
+            which: the photo (0) or the crop (1) alone; None: both.
         """
         grids = self._grids(box, photo.size, name)
         crop = photo.crop(crop_box(box, photo.size, self.config))

@@ -42,16 +42,16 @@ def load_ahead(
     Close the iterator to stop the workers before it is exhausted.
 
     Args:
-      make: a pure function of the step; for processes, one that can be pickled.
-      start: the first step.
-      stop: the step after the last.
-      workers: threads or processes that call it.
-      ahead: batches made ahead at most, or one a worker if that is more.
-      kind: what the workers are.
+        make: a pure function of the step; for processes, one that can be pickled.
+        start: the first step.
+        stop: the step after the last.
+        workers: threads or processes that call it.
+        ahead: batches made ahead at most, or one a worker if that is more.
+        kind: what the workers are.
 
     Raises:
-      Exception: whatever `make` raises, when its batch's turn comes.
-      RuntimeError: a worker process was killed.
+        Exception: whatever `make` raises, when its batch's turn comes.
+        RuntimeError: a worker process was killed.
     """
     if stop <= start:
         return

@@ -108,15 +108,15 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
     A build that was cut off after its facts is completed with its photos.
 
     Args:
-      folder: the folder, local or in a bucket.
-      data_dir: the folder of `more/facts` and `more/photos`.
+        folder: the folder, local or in a bucket.
+        data_dir: the folder of `more/facts` and `more/photos`.
 
     Returns:
-      The folders of the two, as `tfds.builder_from_directory` takes them.
+        The folders of the two, as `tfds.builder_from_directory` takes them.
 
     Raises:
-      DataError: the folder has a fault, or the dataset exists already.
-      OSError: nothing can be written to `data_dir`.
+        DataError: the folder has a fault, or the dataset exists already.
+        OSError: nothing can be written to `data_dir`.
     """
     if "://" not in os.fspath(data_dir):
         check_writable(data_dir, folder=True)
@@ -148,7 +148,7 @@ def read_facts(data_dir: epath.PathLike, split: str) -> list[Fact]:
     """Returns the facts of a split, equal to those of `more.read_split`.
 
     Raises:
-      DataError: there is no such dataset or split.
+        DataError: there is no such dataset or split.
     """
     path = epath.Path(data_dir) / MORE.name / FACTS / str(MORE.VERSION)
     try:

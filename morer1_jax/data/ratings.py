@@ -30,7 +30,7 @@ def read_ratings(path: Path) -> list[Rating]:
     """Reads a file of ratings.
 
     Raises:
-      DataError: the file is missing or empty, a line is not a rating, or a fact occurs twice.
+        DataError: the file is missing or empty, a line is not a rating, or a fact occurs twice.
     """
     rated: set[str] = set()
 

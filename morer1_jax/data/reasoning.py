@@ -26,18 +26,19 @@ def read_reasoning_dataset(
     """Reads rows of `fact` (an id, `train:12`) and `text`.
 
     Args:
-      source: a JSONL or Parquet file, local or in a bucket; or a dataset as
-        `datasets.load_dataset` takes it, a folder or a name on the hub (`owner/name`); or a glob.
-      facts: all facts that reasoning may be about.
-      ontology: the labels.
-      split: the dataset's split; a file has `train` alone.
+        source: a JSONL or Parquet file, local or in a bucket; or a dataset as
+            `datasets.load_dataset` takes it, a folder or a name on the hub (`owner/name`); or a
+            glob.
+        facts: all facts that reasoning may be about.
+        ontology: the labels.
+        split: the dataset's split; a file has `train` alone.
 
     Returns:
-      Fact id to text, in the rows' order.
+        Fact id to text, in the rows' order.
 
     Raises:
-      DataError: there is no such file, the `datasets` library is not installed, the source cannot
-        be loaded or is empty, or a row is malformed (counted from 0; see `check_reasoning`).
+        DataError: there is no such file, the `datasets` library is not installed, the source cannot
+            be loaded or is empty, or a row is malformed (counted from 0; see `check_reasoning`).
     """
     local = "://" not in source
     if local:

@@ -29,9 +29,9 @@ class Limits:
     """The most that one fact may take.
 
     Attributes:
-      prompt: tokens of a prompt, vision tokens among them.
-      completion: tokens of a completion, end-of-turn among them.
-      slots: places of its images in the vision tower's layout; 0 where no image is shown.
+        prompt: tokens of a prompt, vision tokens among them.
+        completion: tokens of a completion, end-of-turn among them.
+        slots: places of its images in the vision tower's layout; 0 where no image is shown.
     """
 
     prompt: int
@@ -52,10 +52,10 @@ class Sample:
     """One fact before it is padded.
 
     Attributes:
-      name: the fact's id, for errors.
-      prompt, target: int32 ids; the target ends in end-of-turn, or is empty.
-      images: patches, or kept features, with the images' grids.
-      gold: id of the right label.
+        name: the fact's id, for errors.
+        prompt, target: int32 ids; the target ends in end-of-turn, or is empty.
+        images: patches, or kept features, with the images' grids.
+        gold: id of the right label.
     """
 
     name: str
@@ -70,14 +70,14 @@ class SampleReader:
     """Reads facts as samples.
 
     Attributes:
-      tokenizer: of the Qwen2.5-VL family.
-      ontology: the labels of the prompt and of `gold`.
-      photos: where the photos are, and how they become patches.
-      vision: the tower that the images are for.
-      limits: what a fact may take at most.
-      view: what of the fact is shown.
-      features: kept ones of all images, in place of their pixels.
-      special: ids of the tokens that are treated apart.
+        tokenizer: of the Qwen2.5-VL family.
+        ontology: the labels of the prompt and of `gold`.
+        photos: where the photos are, and how they become patches.
+        vision: the tower that the images are for.
+        limits: what a fact may take at most.
+        view: what of the fact is shown.
+        features: kept ones of all images, in place of their pixels.
+        special: ids of the tokens that are treated apart.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -96,7 +96,7 @@ class SampleReader:
         """Returns a reader of the same facts that shows another view of them.
 
         Args:
-          completion: most tokens of an answer.
+            completion: most tokens of an answer.
         """
         slots = self.limits.slots if view.photo else 0
         limits = dataclasses.replace(self.limits, completion=completion, slots=slots)
@@ -107,10 +107,10 @@ class SampleReader:
         """Reads a fact's images and tokenizes its prompt.
 
         Args:
-          target: what the assistant says; None where that is sampled.
+            target: what the assistant says; None where that is sampled.
 
         Raises:
-          DataError: the fact exceeds its limits, or a photo cannot be read.
+            DataError: the fact exceeds its limits, or a photo cannot be read.
         """
         if not self.view.photo:
             images = Patches(np.zeros((0, self.vision.patch_dim), np.float32), ())
@@ -139,11 +139,11 @@ class SampleReader:
         """Returns what a fact will take of a row, without reading its photo.
 
         Args:
-          photo_size: (width, height) in pixels.
-          target: what the assistant says, if that is known.
+            photo_size: (width, height) in pixels.
+            target: what the assistant says, if that is known.
 
         Raises:
-          DataError: the processor refuses the photo's shape.
+            DataError: the processor refuses the photo's shape.
         """
         return self._size(fact, self.grids(fact, photo_size), target)
 
@@ -156,12 +156,13 @@ class SampleReader:
         """Returns what each fact will take of a row; finds every one that exceeds its limits.
 
         Args:
-          photo_sizes: (width, height) of each photo by `Fact.photo`.
-          targets: what the assistant says, by fact's id, where that is known.
+            photo_sizes: (width, height) of each photo by `Fact.photo`.
+            targets: what the assistant says, by fact's id, where that is known.
 
         Raises:
-          DataError: up to 20 photos of a shape that the processor refuses, each with the first fact
-            that shows it; or the first fact whose prompt, target or images exceed the limits.
+            DataError: up to 20 photos of a shape that the processor refuses, each with the first
+                fact that shows it; or the first fact whose prompt, target or images exceed the
+                limits.
         """
         sizes, faults, refused_photos = [], ErrorList(), set()
         for fact in facts:

@@ -24,8 +24,8 @@ class SampleSize(NamedTuple):
     """What one sample takes of a row.
 
     Attributes:
-      prompt, target: tokens.
-      slots: of its images in the vision tower's layout.
+        prompt, target: tokens.
+        slots: of its images in the vision tower's layout.
     """
 
     prompt: int
@@ -61,11 +61,11 @@ def pack(sizes: Sequence[SampleSize], shape: Shape) -> list[list[int]]:
     """Puts samples into as few rows as best-fit decreasing finds.
 
     Args:
-      sizes: of the samples, each of which fits a row by itself.
-      shape: of a row.
+        sizes: of the samples, each of which fits a row by itself.
+        shape: of a row.
 
     Returns:
-      For each row the places of its samples in `sizes`, in order.
+        For each row the places of its samples in `sizes`, in order.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].tokens, i))
     rows: list[list[int]] = []
@@ -92,9 +92,9 @@ class RowPlan:
     """How the samples of a step become rows.
 
     Attributes:
-      shape: of every row.
-      counts: numbers of rows that a batch may have, increasing.
-      multiple: any other number of rows is rounded up to this; so are `counts`.
+        shape: of every row.
+        counts: numbers of rows that a batch may have, increasing.
+        multiple: any other number of rows is rounded up to this; so are `counts`.
     """
 
     shape: Shape
@@ -120,11 +120,11 @@ def plan_rows(
     """Chooses the rows that cost least on these batches.
 
     Args:
-      draws: the samples of every step: a row holds any of them, and no step has more rows than
-        `counts` foresee.
-      multiple: rows of a batch come in multiples of this, for a mesh or micro-batches.
-      round_to: a row's tokens are a multiple of this.
-      max_counts: numbers of rows, each of which is a program of its own.
+        draws: the samples of every step: a row holds any of them, and no step has more rows than
+            `counts` foresee.
+        multiple: rows of a batch come in multiples of this, for a mesh or micro-batches.
+        round_to: a row's tokens are a multiple of this.
+        max_counts: numbers of rows, each of which is a program of its own.
     """
     draws = [list(draw) for draw in draws]
     every_size = list(itertools.chain(*draws))
@@ -162,10 +162,10 @@ def plan_prompts(
     """Chooses shapes of batches of one prompt a row, which cost least on these batches.
 
     Args:
-      draws: the prompts of each step.
-      largest: what any prompt may take; the last shape holds it.
-      round_to: a row's tokens are a multiple of this.
-      max_shapes: each is a program of its own.
+        draws: the prompts of each step.
+        largest: what any prompt may take; the last shape holds it.
+        round_to: a row's tokens are a multiple of this.
+        max_shapes: each is a program of its own.
     """
     last = largest.rounded(round_to)
     shapes_of_draws = [widest(draw).rounded(round_to) for draw in draws]
@@ -190,7 +190,7 @@ def smallest(shapes: Sequence[Shape], content: Shape) -> Shape:
     """Returns the first of the shapes that holds the content.
 
     Raises:
-      ValueError: none does.
+        ValueError: none does.
     """
     for shape in shapes:
         if shape.holds(content):

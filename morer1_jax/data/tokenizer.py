@@ -33,7 +33,7 @@ def check_labels(tokenizer: PreTrainedTokenizerFast, labels: Iterable[str]) -> N
     """Checks that the tokenizer writes every label as it is, or no answer could be read as it.
 
     Raises:
-      DataError: naming the first label that it changes.
+        DataError: naming the first label that it changes.
     """
     for label in labels:
         ids = tokenizer(label, add_special_tokens=False)["input_ids"]
@@ -51,9 +51,9 @@ def train_tokenizer(
     """Trains a byte-level BPE tokenizer with Qwen's special tokens, and saves it.
 
     Args:
-      texts: the text to learn merges from; special tokens in it are cut out.
-      vocabulary: number of tokens, the 256 bytes and the special ones included.
-      folder: the tokenizer's folder, which must not exist.
+        texts: the text to learn merges from; special tokens in it are cut out.
+        vocabulary: number of tokens, the 256 bytes and the special ones included.
+        folder: the tokenizer's folder, which must not exist.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -88,7 +88,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Loads a tokenizer folder.
 
     Raises:
-      DataError: the folder has no tokenizer, or it cannot be read.
+        DataError: the folder has no tokenizer, or it cannot be read.
     """
     if not any((Path(path) / name).exists() for name in _FILES):  # transformers would make one up.
         raise DataError(f"{path}: no tokenizer: none of {', '.join(_FILES)} found; copy it anew")

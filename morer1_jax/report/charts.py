@@ -64,11 +64,11 @@ class Chart:
     """A chart and what stands around it.
 
     Attributes:
-      drawing: the markup inside the `<svg>` of `macros.html`; empty if there is nothing to draw.
-      names: the legend, in the order of colours; empty if the chart needs none.
-      lines: whether the legend shows lines, not areas.
-      note: a sentence below the chart.
-      missing: why there is no drawing.
+        drawing: the markup inside the `<svg>` of `macros.html`; empty if there is nothing to draw.
+        names: the legend, in the order of colours; empty if the chart needs none.
+        lines: whether the legend shows lines, not areas.
+        note: a sentence below the chart.
+        missing: why there is no drawing.
     """
 
     title: str
@@ -139,13 +139,14 @@ def line_chart(
     """Draws values over steps.
 
     Args:
-      steps: increasing.
-      lines: at most four, by name, with a value for each step; NaN breaks a line. Not all are NaN.
-      unit: of the y axis.
-      smoothed: whether to draw the values light and their running mean strong, instead of a marker
-        on each value.
-      band: a lower and an upper bound of each value of the first line, drawn as a light area.
-      y_range: values that the y axis includes at least.
+        steps: increasing.
+        lines: at most four, by name, with a value for each step; NaN breaks a line. Not all are
+            NaN.
+        unit: of the y axis.
+        smoothed: whether to draw the values light and their running mean strong, instead of a
+            marker on each value.
+        band: a lower and an upper bound of each value of the first line, drawn as a light area.
+        y_range: values that the y axis includes at least.
     """
     # The lines, and their values for the hits.
     axes = _axes(steps, np.concatenate([*lines.values(), *(band or ()), y_range]), "step", unit)
@@ -174,9 +175,9 @@ def stacked_area(
     """Draws shares of a whole over steps.
 
     Args:
-      steps: increasing.
-      layers: by name, the lowest first: a share, 0 to 1, for each step.
-      unit: of the y axis.
+        steps: increasing.
+        layers: by name, the lowest first: a share, 0 to 1, for each step.
+        unit: of the y axis.
     """
     axes = _axes(steps, np.array([0, 1]), "step", unit)
     axes.set_axisbelow(False)
@@ -199,10 +200,10 @@ def histogram(
     """Draws counts as stacked bars.
 
     Args:
-      labels: of each bar, left to right.
-      counts: by name, the lowest first: a number for each bar.
-      x_label: what the bars' labels say.
-      unit: of the y axis.
+        labels: of each bar, left to right.
+        counts: by name, the lowest first: a number for each bar.
+        x_label: what the bars' labels say.
+        unit: of the y axis.
     """
     places = np.arange(len(labels)) + 0.5
     axes = _axes(np.array([0, len(labels)]), np.array([0, *sum(counts.values())]), x_label, unit)
@@ -255,9 +256,9 @@ def _hits(axes: Axes, xs: np.ndarray, texts: Sequence[Sequence[str]]) -> tuple[H
     """Returns strips that divide the chart halfway between neighbouring x.
 
     Args:
-      axes: of the chart, after everything is drawn.
-      xs: increasing.
-      texts: the first line of the text at each x, its second line, and so on.
+        axes: of the chart, after everything is drawn.
+        xs: increasing.
+        texts: the first line of the text at each x, its second line, and so on.
     """
     every = math.ceil(len(xs) / _MAX_HITS)
     places = axes.transData.transform([(x, 0) for x in xs[::every]])[:, 0]

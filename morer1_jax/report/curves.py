@@ -31,8 +31,8 @@ class Metrics:
     """What a run logged.
 
     Attributes:
-      records: by stage and kind, in order of steps.
-      unreadable: how many lines are no record, such as one cut off by a crash.
+        records: by stage and kind, in order of steps.
+        unreadable: how many lines are no record, such as one cut off by a crash.
     """
 
     records: Mapping[tuple[str, str], Records]
@@ -48,8 +48,8 @@ class Stage:
     """The learning curves of a stage; `curves.html` says which.
 
     Attributes:
-      key: the stage's name in the records.
-      name: what the report calls it.
+        key: the stage's name in the records.
+        name: what the report calls it.
     """
 
     key: str
@@ -85,11 +85,11 @@ class Stage:
         """Draws metrics over the steps; nothing if none is logged, or all are zero throughout.
 
         Args:
-          unit: of the y axis.
-          metrics: each key in the records, and its name in the chart, in the order of colours.
-          kind: of the records.
-          band: keys of a lower and an upper bound of the first metric.
-          y_range: values that the y axis includes at least.
+            unit: of the y axis.
+            metrics: each key in the records, and its name in the chart, in the order of colours.
+            kind: of the records.
+            band: keys of a lower and an upper bound of the first metric.
+            y_range: values that the y axis includes at least.
         """
         # The lines that have values, or why there is nothing to draw.
         records = self.metrics.get(self.key, kind)
@@ -150,7 +150,7 @@ def learning_curves(metrics: Metrics, names: Mapping[str, str]) -> Markup:
     """Returns SFT's and GRPO's charts, then the validation scores of all other trainings.
 
     Args:
-      names: what the report calls each stage.
+        names: what the report calls each stage.
     """
     trained = {stage for stage, kind in metrics.records if kind == "valid"} | {"sft", "grpo"}
     stages = {
@@ -181,7 +181,7 @@ def shares(metrics: Metrics) -> Chart:
     """Draws the shares of easy and hard facts over GRPO's steps.
 
     Raises:
-      DataError: GRPO did not log them.
+        DataError: GRPO did not log them.
     """
     records = metrics.get("grpo")
     layers = {name: _thinned(records, f"curriculum/{name}_share") for name in ("easy", "hard")}

@@ -45,13 +45,13 @@ def gallery_section(
     """Returns cards of the final model's answers, right and wrong ones.
 
     Args:
-      workdir: the run's, with the answers in its `eval/`.
-      split: the answers'.
-      count: maximum number of cards.
-      seed: of their choice.
+        workdir: the run's, with the answers in its `eval/`.
+        split: the answers'.
+        count: maximum number of cards.
+        seed: of their choice.
 
     Raises:
-      DataError: there are no answers of a trained model, or they or the dataset cannot be read.
+        DataError: there are no answers of a trained model, or they or the dataset cannot be read.
     """
     files = {p.name.removesuffix(_ANSWERS): p for p in (workdir / "eval").glob(f"*{_ANSWERS}")}
     # The answers of the model that the run trained last; without one, of a system that is not ours.
@@ -77,7 +77,7 @@ def read_answers(path: Path, facts: Sequence[Fact]) -> list[Pair]:
     """Reads what `stages.evaluate.write_scores` wrote, each answer with its fact.
 
     Raises:
-      DataError: the file cannot be read, a line is not an answer, or its fact is not in `facts`.
+        DataError: the file cannot be read, a line is not an answer, or its fact is not in `facts`.
     """
     by_id = {fact.id: fact for fact in facts}
 

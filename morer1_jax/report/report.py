@@ -40,12 +40,12 @@ def write_report(
     the same page.
 
     Args:
-      data: the dataset's folder.
-      split: the one that was scored.
-      sections: those of `SECTIONS` that the page has.
-      images: how photos are cropped; None: as the run's config says.
-      gallery: maximum number of facts shown with their photos.
-      seed: of the choice of these facts.
+        data: the dataset's folder.
+        split: the one that was scored.
+        sections: those of `SECTIONS` that the page has.
+        images: how photos are cropped; None: as the run's config says.
+        gallery: maximum number of facts shown with their photos.
+        seed: of the choice of these facts.
     """
     # What the workdir holds; what cannot be read is listed on the page.
     workdir, data = Path(workdir), epath.Path(data)

@@ -70,7 +70,7 @@ def score_section(scores: Scores) -> Markup:
     """Returns the tables of all systems.
 
     Raises:
-      DataError: there are no scores.
+        DataError: there are no scores.
     """
     if not scores:
         raise DataError("No scores in this workdir; run the stage `evaluate`.")
@@ -135,8 +135,8 @@ def _per_label(scores: Scores, systems: list[str]) -> tuple[list[dict[str, Any]]
     """Returns F1 and number of facts of each label that has facts, and how many have none.
 
     Args:
-      scores: of all systems.
-      systems: whose F1, in percent, are compared; the first says how many facts a label has.
+        scores: of all systems.
+        systems: whose F1, in percent, are compared; the first says how many facts a label has.
     """
     if not systems:
         return [], 0

@@ -38,10 +38,10 @@ class Answer:
     """A model's answer to a fact.
 
     Attributes:
-      fact: the fact's id.
-      label: the answer's label; None if unreadable.
-      text: the whole completion, decoded for display.
-      format, effort: as `task.answer` defines them.
+        fact: the fact's id.
+        label: the answer's label; None if unreadable.
+        text: the whole completion, decoded for display.
+        format, effort: as `task.answer` defines them.
     """
 
     fact: str
@@ -55,17 +55,17 @@ class BatchSampler:
     """Samples answers to any number of facts, batch by batch, by one compiled program.
 
     Args:
-      reader: makes a fact's prompt; a blind baseline's hides the photo or the title.
-      batch: facts at once, rounded up to a multiple of the parts that the mesh splits rows into.
-      group: answers to each fact.
-      temperature: 0 for the likeliest answer.
-      guided: whether to draw only tokens that can still lead to a readable answer.
-      seed: of the noise.
-      workers: threads that prepare batches.
-      shape: of the prompts; None: the reader's limits.
+        reader: makes a fact's prompt; a blind baseline's hides the photo or the title.
+        batch: facts at once, rounded up to a multiple of the parts that the mesh splits rows into.
+        group: answers to each fact.
+        temperature: 0 for the likeliest answer.
+        guided: whether to draw only tokens that can still lead to a readable answer.
+        seed: of the noise.
+        workers: threads that prepare batches.
+        shape: of the prompts; None: the reader's limits.
 
     Raises:
-      ConfigError: the shortest guided answer is longer than the reader's limit.
+        ConfigError: the shortest guided answer is longer than the reader's limit.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class BatchSampler:
         """Yields each fact with its completions, as NumPy arrays without the batch axis.
 
         Args:
-          params: of the whole model.
-          desc: text before the progress bar.
-          start: number of facts to skip, a multiple of the batch.
+            params: of the whole model.
+            desc: text before the progress bar.
+            start: number of facts to skip, a multiple of the batch.
 
         Raises:
-          NotFiniteError: a token of an answer has a log-probability that is not finite.
+            NotFiniteError: a token of an answer has a log-probability that is not finite.
         """
         policy, size, collator = self._policy, self.batch, Collator.of(self._reader)
 
@@ -176,7 +176,7 @@ def greedy_sampler(
     """Returns a sampler of the likeliest answers, for evaluation and validation.
 
     Args:
-      sizes: of all facts it will be given; its prompts have room for each of them.
+        sizes: of all facts it will be given; its prompts have room for each of them.
     """
     return BatchSampler(
         policy,

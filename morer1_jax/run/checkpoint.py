@@ -60,11 +60,11 @@ class Checkpointer:
         """Opens the folder, which the first save makes.
 
         Args:
-          keep: number of newest checkpoints that stay; older ones are deleted once a newer one is
-            whole.
+            keep: number of newest checkpoints that stay; older ones are deleted once a newer one is
+                whole.
 
         Raises:
-          ValueError: `keep` is below 1.
+            ValueError: `keep` is below 1.
         """
         if keep < 1:
             raise ValueError(f"keep: expected at least 1, found {keep}")
@@ -80,13 +80,13 @@ class Checkpointer:
         """Saves the state as of `step`.
 
         Args:
-          step: the last step that the state has taken.
-          state: a tree of `jax.Array`.
-          extra: state of the host: JSON values by name, floats finite.
+            step: the last step that the state has taken.
+            state: a tree of `jax.Array`.
+            extra: state of the host: JSON values by name, floats finite.
 
         Raises:
-          CheckpointError: a checkpoint of this or a later step exists.
-          NotFiniteError: a leaf has a value that is not finite; nothing is written.
+            CheckpointError: a checkpoint of this or a later step exists.
+            NotFiniteError: a leaf has a value that is not finite; nothing is written.
         """
         latest = self.latest()
         if latest is not None and step <= latest:
@@ -101,10 +101,10 @@ class Checkpointer:
         """Saves `params` if `metric` is the highest so far, and deletes the best before them.
 
         Returns:
-          Whether they were saved.  The earlier of equals stays; a NaN is never the highest.
+            Whether they were saved.  The earlier of equals stays; a NaN is never the highest.
 
         Raises:
-          NotFiniteError: a leaf has a value that is not finite; nothing is written.
+            NotFiniteError: a leaf has a value that is not finite; nothing is written.
         """
         best = self.best()
         if math.isnan(metric) or (best is not None and metric <= best[1]):
@@ -165,17 +165,17 @@ class Checkpointer:
         """Verifies a checkpoint's digests, then reads it.
 
         Args:
-          step: the step it was saved at; the latest if None.
-          like: the tree to restore, of `jax.ShapeDtypeStruct`. A leaf's sharding may differ from
-            the one it was saved under; without one, it goes to the first local device.
+            step: the step it was saved at; the latest if None.
+            like: the tree to restore, of `jax.ShapeDtypeStruct`. A leaf's sharding may differ from
+                the one it was saved under; without one, it goes to the first local device.
 
         Returns:
-          The state and the `extra` it was saved with.
+            The state and the `extra` it was saved with.
 
         Raises:
-          CheckpointError: no such checkpoint exists, a file differs from its digest, the tree
-            differs from `like` in a leaf, its shape or its dtype, or a leaf has a value that is
-            not finite, as older versions saved them.
+            CheckpointError: no such checkpoint exists, a file differs from its digest, the tree
+                differs from `like` in a leaf, its shape or its dtype, or a leaf has a value that is
+                not finite, as older versions saved them.
         """
         step = self.latest() if step is None else step
         if step is None:
@@ -278,7 +278,7 @@ def _check_saved(path: Path, expected: Mapping[str, str], saved: Mapping[str, An
     """Checks that orbax's own metadata of the files list every leaf.
 
     Raises:
-      CheckpointError: a leaf is missing, or has another shape or dtype.
+        CheckpointError: a leaf is missing, or has another shape or dtype.
     """
     for name, description in expected.items():
         found = describe(saved[name]) if name in saved else "nothing"

@@ -45,7 +45,7 @@ def check_frozen(parts: TrainableParts) -> None:
     """Checks that neither tower nor merger trains, since features of what trains go stale.
 
     Raises:
-      ConfigError: one of them trains.
+        ConfigError: one of them trains.
     """
     for name, share in (("vision", parts.vision), ("merger", parts.merger)):
         if share:
@@ -72,10 +72,10 @@ def check_features(workdir: Path, vision: VisionConfig, origin: Mapping[str, str
     """Checks that kept features, if there are any, are those of this run.
 
     Args:
-      origin: from `features_origin`.
+        origin: from `features_origin`.
 
     Raises:
-      DataError: they have no digests, or are of other photos or of another model.
+        DataError: they have no digests, or are of other photos or of another model.
     """
     if (workdir / _FOLDER).exists():
         _check_origin(FeatureStore(workdir / _FOLDER, vision), origin)
@@ -92,12 +92,12 @@ def open_features(
     """Opens the run's features, of all facts of all splits; encodes them if they are missing.
 
     Args:
-      origin: from `features_origin`.
-      workers: threads that read photos ahead.
+        origin: from `features_origin`.
+        workers: threads that read photos ahead.
 
     Raises:
-      DataError: kept features have no digests, or are of other photos or of another model.
-      NotFiniteError: the tower's output is not finite.
+        DataError: kept features have no digests, or are of other photos or of another model.
+        NotFiniteError: the tower's output is not finite.
     """
     folder = workdir / _FOLDER
     if not folder.exists():
@@ -131,9 +131,9 @@ class _Images:
     """The different images of a dataset.
 
     Attributes:
-      images: each once, as (fact, 0 for its photo or 1 for its crop).
-      places: place of the features of each fact's photo and crop, by the fact's id.
-      tokens: number of all images' tokens.
+        images: each once, as (fact, 0 for its photo or 1 for its crop).
+        places: place of the features of each fact's photo and crop, by the fact's id.
+        tokens: number of all images' tokens.
     """
 
     images: list[tuple[Fact, int]]

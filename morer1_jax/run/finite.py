@@ -52,8 +52,8 @@ def ways(dtype: str, *others: str) -> str:
     """Returns what a user can do about numbers that are not finite, for an error.
 
     Args:
-      dtype: that they were computed in; unless it is float32, float32 is suggested.
-      others: further suggestions, which come first.
+        dtype: that they were computed in; unless it is float32, float32 is suggested.
+        others: further suggestions, which come first.
     """
     wider = "compute in float32 (runtime.dtype; of a folder, tools/convert.py --dtype=float32)"
     return ", or ".join((*others, *(() if dtype == "float32" else (wider,))))
@@ -65,12 +65,12 @@ def check_drawn(fact: str, rollout: Rollout, dtype: str) -> None:
     Sampling returns a token even where no probability is finite, and it may well be a label's.
 
     Args:
-      fact: the fact's id.
-      rollout: the fact's answers, NumPy arrays without the batch axis.
-      dtype: that the model computed in.
+        fact: the fact's id.
+        rollout: the fact's answers, NumPy arrays without the batch axis.
+        dtype: that the model computed in.
 
     Raises:
-      NotFiniteError: a log-probability is not finite.
+        NotFiniteError: a log-probability is not finite.
     """
     bad = np.argwhere(~np.isfinite(rollout.logprobs) & rollout.mask)
     if len(bad):
@@ -86,7 +86,7 @@ def check_scores(stage: str, step: int, scores: Mapping[str, float]) -> None:
     """Checks that a validation's scores are finite, so that the best can be chosen.
 
     Raises:
-      NotFiniteError: one is not finite.
+        NotFiniteError: one is not finite.
     """
     for name, value in scores.items():
         if not math.isfinite(value):
@@ -103,7 +103,7 @@ class SkippedUpdates:
     `read` looks at them later.
 
     Attributes:
-      row: number of steps in a row, up to the last one read, whose updates were all skipped.
+        row: number of steps in a row, up to the last one read, whose updates were all skipped.
     """
 
     def __init__(
@@ -120,13 +120,13 @@ class SkippedUpdates:
         """Starts counting, or goes on from a checkpoint.
 
         Args:
-          stage: name for messages.
-          steps: number of steps of the whole training.
-          latest: returns the step of the newest checkpoint.
-          write: shows a line to the user.
-          extra: result of `extra` in the checkpoint that training goes on from; {} at the start.
-          updates: number of updates in a step.
-          dtype: that updates are computed in.
+            stage: name for messages.
+            steps: number of steps of the whole training.
+            latest: returns the step of the newest checkpoint.
+            write: shows a line to the user.
+            extra: result of `extra` in the checkpoint that training goes on from; {} at the start.
+            updates: number of updates in a step.
+            dtype: that updates are computed in.
         """
         self._updates, self._dtype = updates, dtype
         self._stage, self._latest, self._write = stage, latest, write
@@ -175,7 +175,7 @@ class SkippedUpdates:
         """Ends a training that has skipped too many updates in a row, or has lost its parameters.
 
         Raises:
-          NotFiniteError: naming step, metric and last finite checkpoint.
+            NotFiniteError: naming step, metric and last finite checkpoint.
         """
         if self._error is not None:
             raise self._error

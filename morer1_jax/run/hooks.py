@@ -27,21 +27,21 @@ class Hooks:
     """The functions and facts by which a kind of training differs.
 
     Attributes:
-      batch: makes the arrays of a step, on the host; a pure function of the step's index, which
-        is copied to worker processes.
-      begin: makes the state that training starts from; not called if there is a checkpoint, so
-        that no state is in memory beside the one restored.
-      like: the state's shapes, dtypes and shardings.
-      step: `(state, batch, step) -> (state, metrics)`, metrics possibly still being computed;
-        those that are arrays with axes are for `work` and are not logged.
-      validate: `params -> Validation`, of the parameters that train.
-      work: `(batch, metrics) -> Work`, called for each step once the next one has begun; the loop
-        adds the step's number to its `NotFiniteError`.
-      timer: notes the programs that `step` starts.
-      resume: called with the checkpoint's step (None at the start) before anything is written.
-      shown: names of metrics to show beside the progress bar.
-      updates: number of updates in a step, each of which may be skipped.
-      dtype: that a step computes in.
+        batch: makes the arrays of a step, on the host; a pure function of the step's index, which
+            is copied to worker processes.
+        begin: makes the state that training starts from; not called if there is a checkpoint, so
+            that no state is in memory beside the one restored.
+        like: the state's shapes, dtypes and shardings.
+        step: `(state, batch, step) -> (state, metrics)`, metrics possibly still being computed;
+            those that are arrays with axes are for `work` and are not logged.
+        validate: `params -> Validation`, of the parameters that train.
+        work: `(batch, metrics) -> Work`, called for each step once the next one has begun; the loop
+            adds the step's number to its `NotFiniteError`.
+        timer: notes the programs that `step` starts.
+        resume: called with the checkpoint's step (None at the start) before anything is written.
+        shown: names of metrics to show beside the progress bar.
+        updates: number of updates in a step, each of which may be skipped.
+        dtype: that a step computes in.
     """
 
     batch: Callable[[int], Any]

@@ -38,15 +38,15 @@ class Instruments:
     `throughput`; `skipped_updates`, their number. `compilations` counts those of all steps so far.
 
     Args:
-      name: of the training, for messages.
-      log: gets the metrics of every `log_every`-th step, and of the last.
-      checkpoints: errors that end the training name the newest of them.
-      start: number of steps done before.
-      extra: result of `SkippedUpdates.extra` in the checkpoint that training goes on from.
+        name: of the training, for messages.
+        log: gets the metrics of every `log_every`-th step, and of the last.
+        checkpoints: errors that end the training name the newest of them.
+        start: number of steps done before.
+        extra: result of `SkippedUpdates.extra` in the checkpoint that training goes on from.
 
     Attributes:
-      bar: the progress bar.
-      skipped: counts skipped updates.
+        bar: the progress bar.
+        skipped: counts skipped updates.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Instruments:
         """Waits until the state of a step is computed; the time of the block is not counted.
 
         Raises:
-          NotFiniteError: too many updates in a row were skipped.
+            NotFiniteError: too many updates in a row were skipped.
         """
         self.settle()
         jax.block_until_ready(state)
@@ -122,7 +122,7 @@ class Instruments:
         """Counts the pending step's work, and logs it if it is due.
 
         Raises:
-          NotFiniteError: its numbers are not finite, or too many updates in a row were skipped.
+            NotFiniteError: its numbers are not finite, or too many updates in a row were skipped.
         """
         if self._pending is None:
             return
@@ -149,7 +149,7 @@ class Instruments:
         """Logs a validation's scores and returns the decisive one.
 
         Raises:
-          NotFiniteError: a score is not finite.
+            NotFiniteError: a score is not finite.
         """
         scores, decisive = validation.scores, validation.decisive
         self._log.write(step, {f"validation/{k}": v for k, v in scores.items()}, kind="valid")
@@ -180,11 +180,11 @@ class Profiler:
     """Traces some steps for TensorBoard or Perfetto; a context manager.
 
     Args:
-      name: of the training, for messages.
-      folder: where the trace is written.
-      steps: the first and the last step of the trace; () for none.
-      start: number of steps done before, which the trace leaves out.
-      last: the training's last step, with which the trace ends at the latest.
+        name: of the training, for messages.
+        folder: where the trace is written.
+        steps: the first and the last step of the trace; () for none.
+        start: number of steps done before, which the trace leaves out.
+        last: the training's last step, with which the trace ends at the latest.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class CompileWatch:
     """Counts what steps compile; a context manager.
 
     Attributes:
-      count: programs compiled inside `step` so far.
+        count: programs compiled inside `step` so far.
     """
 
     def __init__(self) -> None:
@@ -248,8 +248,8 @@ class CompileWatch:
         """Records the compilations of one step.
 
         Yields:
-          A list that at the end has the seconds of each compilation, if an earlier step's batch had
-          the same shapes.
+            A list that at the end has the seconds of each compilation, if an earlier step's batch
+            had the same shapes.
         """
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
         repeated_seconds: list[float] = []

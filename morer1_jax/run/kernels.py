@@ -20,13 +20,13 @@ def choose(
     """Chooses attention's kernels on a mesh.
 
     Args:
-      attention: "auto": splash attention on TPUs; on NVIDIA's GPUs cuDNN's, if it can do `dtype`
-        and `head_sizes`; XLA's products elsewhere. Or one of them by name.
-      dtype: of activations.
-      head_sizes: of the model's attentions.
+        attention: "auto": splash attention on TPUs; on NVIDIA's GPUs cuDNN's, if it can do `dtype`
+            and `head_sizes`; XLA's products elsewhere. Or one of them by name.
+        dtype: of activations.
+        head_sizes: of the model's attentions.
 
     Raises:
-      ConfigError: the mesh's devices, the dtype or the heads do not fit the kernels named.
+        ConfigError: the mesh's devices, the dtype or the heads do not fit the kernels named.
     """
     platform, unfit = mesh.devices.flat[0].platform, _unfit_for_cudnn(dtype, head_sizes, mesh)
     if attention == "auto":

@@ -47,13 +47,14 @@ def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None
     On a file system without locks it prints a warning and locks nothing.
 
     Args:
-      path: the file or folder to write.
-      folder: whether the lock file is put into `path`, a folder, which is made if it is missing and
-        removed if it is empty at the end; else the lock file is put beside `path`.
+        path: the file or folder to write.
+        folder: whether the lock file is put into `path`, a folder, which is made if it is missing
+            and removed if it is empty at the end; else the lock file is put beside `path`.
 
     Raises:
-      ConfigError: another process, which the message names, holds the lock; or `path` is the root.
-      OSError: nothing can be written there.
+        ConfigError: another process, which the message names, holds the lock; or `path` is the
+            root.
+        OSError: nothing can be written there.
     """
     path = Path(path).resolve()
     if not folder and not path.name:

@@ -31,11 +31,11 @@ class RecordLog:
         """Opens the file, if it exists, and drops a last line that was cut off.
 
         Args:
-          stage: name of the stage whose records are written.
-          writer: whether this process writes; by default, whether it is the first.
+            stage: name of the stage whose records are written.
+            writer: whether this process writes; by default, whether it is the first.
 
         Raises:
-          DataError: a line of the file is not a record.
+            DataError: a line of the file is not a record.
         """
         self.path = Path(path)
         self.stage = stage
@@ -56,12 +56,13 @@ class RecordLog:
         `not_finite`.
 
         Args:
-          step: higher than the last one of this kind.
-          records: JSON values by name, a record a line.
-          kind: such as `train` or `valid`.
+            step: higher than the last one of this kind.
+            records: JSON values by name, a record a line.
+            kind: such as `train` or `valid`.
 
         Raises:
-          ValueError: the step, or a later one, was written already; or a record has a reserved key.
+            ValueError: the step, or a later one, was written already; or a record has a reserved
+                key.
         """
         if not self.writer:
             return

@@ -32,15 +32,15 @@ def train(
     skipped in a row nothing is saved, except at the end.
 
     Args:
-      workers, kind: number and kind of the workers that prepare batches; see `load_ahead`.
-      profile: the first and the last step of a trace for TensorBoard or Perfetto, written into
-        `workdir/profile/name`; () for none.
+        workers, kind: number and kind of the workers that prepare batches; see `load_ahead`.
+        profile: the first and the last step of a trace for TensorBoard or Perfetto, written into
+            `workdir/profile/name`; () for none.
 
     Returns:
-      The checkpointer, which knows the best parameters.
+        The checkpointer, which knows the best parameters.
 
     Raises:
-      NotFiniteError: too many updates in a row were skipped, or a score is not finite.
+        NotFiniteError: too many updates in a row were skipped, or a score is not finite.
     """
     # Restore the newest state, and drop the records of later steps from the logs.
     checkpoints = Checkpointer(workdir / name / "checkpoints", keep=settings.keep_checkpoints)

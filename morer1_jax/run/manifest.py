@@ -40,7 +40,7 @@ def manifest_body(step: int, extra: Mapping[str, Any], leaves: Mapping[str, Any]
     """Returns a manifest's body without the files' digests, as JSON reads it back.
 
     Raises:
-      ValueError: a value of `extra` is not JSON, or not finite.
+        ValueError: a value of `extra` is not JSON, or not finite.
     """
     body = {
         "format": _FORMAT,
@@ -66,9 +66,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """Returns the body of a checkpoint's manifest; None if the checkpoint is not whole.
 
     Raises:
-      OSError: the file system fails, so that the checkpoint may be whole; the error has the file's
-        name.
-      CheckpointError: another version of this package wrote it, in another format.
+        OSError: the file system fails, so that the checkpoint may be whole; the error has the
+            file's name.
+        CheckpointError: another version of this package wrote it, in another format.
     """
     try:
         with named(path / MANIFEST):
@@ -89,10 +89,10 @@ def verify(path: Path, digests: Mapping[str, str]) -> None:
     """Compares every file with its digest; each process reads a share, and all agree on the result.
 
     Args:
-      digests: SHA-256 by the file's path in the checkpoint's folder.
+        digests: SHA-256 by the file's path in the checkpoint's folder.
 
     Raises:
-      CheckpointError: a file is missing or differs.
+        CheckpointError: a file is missing or differs.
     """
     names = sorted(digests)
     own_names = names[jax.process_index() :: jax.process_count()]

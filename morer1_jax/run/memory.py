@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     page by page: about a tenth of the step's time. Call it before JAX makes its threads.
 
     Returns:
-      Whether it was set: only with glibc, and without an accelerator.
+        Whether it was set: only with glibc, and without an accelerator.
     """
     if not _cpu_alone() or platform.libc_ver()[0] != "glibc":
         return False

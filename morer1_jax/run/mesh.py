@@ -52,11 +52,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     """Makes a mesh over all `devices` (by default every device of every process).
 
     Args:
-      axes: sizes by name, outermost first; at most one may be -1, for all remaining devices.
+        axes: sizes by name, outermost first; at most one may be -1, for all remaining devices.
 
     Raises:
-      ConfigError: a size that is neither positive nor -1, two of -1, or sizes that do not fit the
-        number of devices.
+        ConfigError: a size that is neither positive nor -1, two of -1, or sizes that do not fit the
+            number of devices.
     """
     # Each size by itself.
     devices = jax.devices() if devices is None else devices
@@ -105,7 +105,7 @@ def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
     split.  A parameter that no rule matches is replicated.
 
     Raises:
-      ValueError: the parameter has fewer axes than its rule names.
+        ValueError: the parameter has fewer axes than its rule names.
     """
     rules = (spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})$", path))
     trailing = tuple(next(rules, P()))
@@ -135,8 +135,8 @@ def state_shardings(mesh: Mesh, state: PyTree, params: PyTree) -> PyTree:
     factored moments) is replicated.
 
     Args:
-      state: any tree of arrays or `jax.ShapeDtypeStruct`; dataclasses and optax states included.
-      params: the tree of the parameters alone.
+        state: any tree of arrays or `jax.ShapeDtypeStruct`; dataclasses and optax states included.
+        params: the tree of the parameters alone.
     """
     shapes = {
         path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -167,10 +167,10 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Puts a batch on the mesh: returns global arrays, rows split by `batch_sharding`.
 
     Args:
-      batch: a tree of NumPy arrays, the rows of the global batch that belong to this process.
+        batch: a tree of NumPy arrays, the rows of the global batch that belong to this process.
 
     Raises:
-      ConfigError: an array without rows, or whose rows do not divide over the mesh.
+        ConfigError: an array without rows, or whose rows do not divide over the mesh.
     """
     sharding = batch_sharding(mesh)
     total = batch_parts(mesh)
@@ -211,10 +211,10 @@ def program(
     """Compiles a function for the mesh, for each shape it is called with.
 
     Args:
-      takes: for each argument its sharding, a tree of shardings, or a tree of arrays (or of
-        `jax.ShapeDtypeStruct`) that have them.
-      gives: the same for the results.
-      donate: indices of the arguments whose memory the results may take.
+        takes: for each argument its sharding, a tree of shardings, or a tree of arrays (or of
+            `jax.ShapeDtypeStruct`) that have them.
+        gives: the same for the results.
+        donate: indices of the arguments whose memory the results may take.
     """
 
     def shardings(leaf: Any) -> Any:

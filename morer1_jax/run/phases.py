@@ -44,7 +44,7 @@ class PhaseTimer:
         """Notes that a program was started.
 
         Args:
-          result: arrays that it returns and that are not donated to a later program.
+            result: arrays that it returns and that are not donated to a later program.
         """
         with self._ended:
             self._open[self._step] += 1
@@ -56,7 +56,7 @@ class PhaseTimer:
         Waits until they have ended.
 
         Raises:
-          RuntimeError: the timer is not inside its `with` block.
+            RuntimeError: the timer is not inside its `with` block.
         """
         if not self._thread.is_alive():
             raise RuntimeError("PhaseTimer: expected to be inside its context, found outside of it")

@@ -25,12 +25,12 @@ class Policy:
     """A model with all that sampling, scoring and training share.
 
     Raises:
-      DataError: a label that the tokenizer cannot write.
+        DataError: a label that the tokenizer cannot write.
 
     Attributes:
-      special: ids of the special tokens.
-      replicated: the sharding of arrays that every device has whole.
-      rows: the sharding of arrays whose leading axis is a batch's rows.
+        special: ids of the special tokens.
+        replicated: the sharding of arrays that every device has whole.
+        rows: the sharding of arrays whose leading axis is a batch's rows.
     """
 
     def __init__(

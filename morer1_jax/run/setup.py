@@ -39,8 +39,8 @@ class Setup:
     """What a config names, before any of the dataset is read.
 
     Attributes:
-      data: the dataset's folder, local or in a bucket (`gs://…`).
-      checkpoint: the published checkpoint that the run starts from; None: from scratch.
+        data: the dataset's folder, local or in a bucket (`gs://…`).
+        checkpoint: the published checkpoint that the run starts from; None: from scratch.
     """
 
     settings: Settings
@@ -64,11 +64,11 @@ class Run:
     """What the stages share.
 
     Attributes:
-      dataset: facts, labels, reasoning and photos.
-      trainee: the model, what of it trains and what is frozen.
-      images: how photos and crops become patches, everywhere in the run.
-      reader: facts as the model proper sees them; with kept features, once these are encoded.
-      sizes: what each fact takes of a row, by its id; with its written reasoning, if it has any.
+        dataset: facts, labels, reasoning and photos.
+        trainee: the model, what of it trains and what is frozen.
+        images: how photos and crops become patches, everywhere in the run.
+        reader: facts as the model proper sees them; with kept features, once these are encoded.
+        sizes: what each fact takes of a row, by its id; with its written reasoning, if it has any.
     """
 
     settings: Settings
@@ -100,7 +100,7 @@ def open_setup(settings: Settings, workdir: Path) -> Setup:
     """Resolves the dataset's folder and opens the checkpoint; writes nothing.
 
     Raises:
-      ConfigError, WeightsError: the checkpoint is missing, damaged, or would be rounded.
+        ConfigError, WeightsError: the checkpoint is missing, damaged, or would be rounded.
     """
     folder, path = settings.data.folder, settings.model.path
     data = workdir / "data" if folder is None else any_path(folder, "config.data.folder")
@@ -121,13 +121,13 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
     Writes the run's tokenizer and the digests of its data into the workdir, where they are missing.
 
     Args:
-      reasoning_needed: whether a stage learns from written reasoning.
-      blind_views: of the baselines that will be trained.
+        reasoning_needed: whether a stage learns from written reasoning.
+        blind_views: of the baselines that will be trained.
 
     Raises:
-      ConfigError: a batch whose rows do not divide over the mesh, or sizes that do not fit.
-      DataError: a photo that cannot be read, a fact that does not fit its bucket, or data that is
-        not what the run began with.
+        ConfigError: a batch whose rows do not divide over the mesh, or sizes that do not fit.
+        DataError: a photo that cannot be read, a fact that does not fit its bucket, or data that is
+            not what the run began with.
     """
     # Settings, data and tokenizer.
     settings, checkpoint = setup.settings, setup.checkpoint

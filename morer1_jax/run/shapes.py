@@ -34,7 +34,7 @@ def sequence_plan(
     the drawn samples need. Another number of steps has another plan.
 
     Args:
-      sizes: of the facts that `draw` indexes.
+        sizes: of the facts that `draw` indexes.
     """
     policy, data = run.trainee.policy, run.settings.data
     return plan_rows(
@@ -52,7 +52,7 @@ def prompt_shapes(
     """Chooses shapes of batches of prompts, of which the last has room for any fact.
 
     Args:
-      sizes: of the facts that `draw` indexes.
+        sizes: of the facts that `draw` indexes.
     """
     data = run.settings.data
     return plan_prompts(

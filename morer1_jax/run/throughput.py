@@ -17,8 +17,8 @@ class Work(NamedTuple):
     """The work of one step, or of several.
 
     Attributes:
-      tokens: number of tokens of text and images trained on (in GRPO sampled, too); no padding.
-      flops: see `model.flops`.
+        tokens: number of tokens of text and images trained on (in GRPO sampled, too); no padding.
+        flops: see `model.flops`.
     """
 
     tokens: float
@@ -76,9 +76,9 @@ def group_work(
     """Returns the work of a step of GRPO, each prompt computed once for its group.
 
     Args:
-      lengths: [b, g], number of tokens of each completion.
-      scored: number of passes for log-probabilities alone, of a reference or of old parameters.
-      updates: number of updates on the rollout.
+        lengths: [b, g], number of tokens of each completion.
+        scored: number of passes for log-probabilities alone, of a reference or of old parameters.
+        updates: number of updates on the rollout.
     """
     # Tokens, and pairs of tokens that attend to each other.
     prompt = np.asarray(prompts.mask).sum(axis=1).astype(np.int64)

@@ -34,11 +34,11 @@ class Trainee:
     """A policy whose parameters are split into those that train and those that are frozen.
 
     Attributes:
-      policy: the model with its tokenizer and labels, on the mesh.
-      trainable: which parts train.
-      checkpoint: the published checkpoint that training starts from; None: from scratch.
-      like: shapes, dtypes and shardings of the parameters that train.
-      like_frozen: those of the parameters that do not.
+        policy: the model with its tokenizer and labels, on the mesh.
+        trainable: which parts train.
+        checkpoint: the published checkpoint that training starts from; None: from scratch.
+        like: shapes, dtypes and shardings of the parameters that train.
+        like_frozen: those of the parameters that do not.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Trainee:
         """Makes the parameters that train as they are at the start of training.
 
         Args:
-          stream: separates the random numbers of the run's models.
+            stream: separates the random numbers of the run's models.
         """
         return self._starting_params(self.like, stream)
 
@@ -120,8 +120,8 @@ def open_trainee(
     """Builds a run's model on its mesh; makes and reads no parameters.
 
     Raises:
-      ConfigError: sizes, devices, kernels or tokenizer do not fit each other.
-      DataError: a label that the tokenizer cannot write.
+        ConfigError: sizes, devices, kernels or tokenizer do not fit each other.
+        DataError: a label that the tokenizer cannot write.
     """
     mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
     config = _model_config(settings.model, tokenizer, checkpoint)

@@ -20,7 +20,7 @@ def check_saves(workdir: Path) -> None:
     So a path or a disk that cannot hold checkpoints is found before the work is done.
 
     Raises:
-      CheckpointError: the small checkpoint could not be saved or read back.
+        CheckpointError: the small checkpoint could not be saved or read back.
     """
     trial = workdir / ".checkpoint-to-try-it-out"  # Path at least as long as any stage's.
     state = {"a": jnp.arange(3.0), "b": {"c": jnp.ones((2, 2), jnp.bfloat16)}}

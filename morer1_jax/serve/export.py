@@ -66,12 +66,12 @@ def export(
     length, for our own commands.
 
     Args:
-      folder: must not exist; after an error it does not exist either.
-      dtype: of the tensors; None: the model's own.
+        folder: must not exist; after an error it does not exist either.
+        dtype: of the tensors; None: the model's own.
 
     Raises:
-      FileExistsError: the folder exists.
-      ConfigError: the disk has no room for the tensors.
+        FileExistsError: the folder exists.
+        ConfigError: the disk has no room for the tensors.
     """
     dtypes = dtype or loaded.dtypes
     needed = weights.tensor_bytes(loaded.model.config, dtypes)

@@ -58,15 +58,15 @@ class LoadedModel:
     """A model with what is needed to sample answers from it.
 
     Attributes:
-      load: reads the parameters; see `params`.
-      images: pixel limits and crop as in training.
-      completion: most tokens of an answer, as in training.
-      source: the folder of its tokenizer and of other files that are published beside tensors.
-      dtypes: of the saved tensors: one for all, or by tensor's name.
-      ontology: the labels it answers with; None if unknown.
-      digest: differs between models.
-      checkpoint: the published one that it is or was trained from, if any; the local copy of a
-        bucket's files lives as long as this object.
+        load: reads the parameters; see `params`.
+        images: pixel limits and crop as in training.
+        completion: most tokens of an answer, as in training.
+        source: the folder of its tokenizer and of other files that are published beside tensors.
+        dtypes: of the saved tensors: one for all, or by tensor's name.
+        ontology: the labels it answers with; None if unknown.
+        digest: differs between models.
+        checkpoint: the published one that it is or was trained from, if any; the local copy of a
+            bucket's files lives as long as this object.
     """
 
     model: Qwen25VL
@@ -94,8 +94,8 @@ class LoadedModel:
         """The model with tokenizer and labels, on the mesh.
 
         Raises:
-          ConfigError: its labels are unknown.
-          WeightsError: the tokenizer has more tokens than the model has embeddings.
+            ConfigError: its labels are unknown.
+            WeightsError: the tokenizer has more tokens than the model has embeddings.
         """
         if self.ontology is None:
             raise ConfigError(
@@ -119,9 +119,9 @@ class LoadedModel:
         """Returns a reader whose limits fit these facts.
 
         Args:
-          data: the dataset's folder.
-          photo_sizes: (width, height) of the photos, by `Fact.photo`.
-          photo_path: `(data, fact) -> path` of the fact's photo.
+            data: the dataset's folder.
+            photo_sizes: (width, height) of the photos, by `Fact.photo`.
+            photo_path: `(data, fact) -> path` of the fact's photo.
         """
         reader = SampleReader(
             self.policy.tokenizer,
@@ -142,13 +142,13 @@ def open_model(
     """Opens a checkpoint, on all devices.
 
     Args:
-      path: a published folder (local, in a bucket, or a name on the hub); a run's workdir, for the
-        best parameters of its last stage; or one of its stages, such as `runs/demo/sft`.
-      labels: the `rel2id.json` to answer from; None: the checkpoint's or the run's.
-      completion: most tokens of an answer; None: as in training.
+        path: a published folder (local, in a bucket, or a name on the hub); a run's workdir, for
+            the best parameters of its last stage; or one of its stages, such as `runs/demo/sft`.
+        labels: the `rel2id.json` to answer from; None: the checkpoint's or the run's.
+        completion: most tokens of an answer; None: as in training.
 
     Raises:
-      ConfigError, WeightsError, CheckpointError, DataError: a file is missing or does not fit.
+        ConfigError, WeightsError, CheckpointError, DataError: a file is missing or does not fit.
     """
     # A run's stage, else what must be a published folder.
     ontology = None if labels is None else read_ontology_file(any_path(labels, "--labels"))
@@ -237,7 +237,7 @@ def _task(path: Path) -> dict[str, Any]:
     """Reads the crop and the answer's length of training, as far as the file exists and has them.
 
     Raises:
-      WeightsError: a value is of another type or out of its bounds.
+        WeightsError: a value is of another type or out of its bounds.
     """
     task = read_json(path, needed=False)
     for key, kinds, least in (

@@ -30,15 +30,15 @@ def question(number: int, fields: Mapping[str, Any], folder: Path) -> Fact:
     """Makes a fact without a known label, from its photo, box, title and entity.
 
     Args:
-      number: of the question, from 1; its id is `question:<number>`. Errors do not name it: the
-        caller adds the place.
-      fields: `image`, a path; `box`, four fractions of the photo (x centre, y centre, width,
-        height); `title`; `entity`, as the title has it.
-      folder: what a relative path starts from.
+        number: of the question, from 1; its id is `question:<number>`. Errors do not name it: the
+            caller adds the place.
+        fields: `image`, a path; `box`, four fractions of the photo (x centre, y centre, width,
+            height); `title`; `entity`, as the title has it.
+        folder: what a relative path starts from.
 
     Raises:
-      DataError: a key is missing, unknown or of another type, the box is empty or leaves the photo,
-        there is no photo, or the entity is not in the title.
+        DataError: a key is missing, unknown or of another type, the box is empty or leaves the
+            photo, there is no photo, or the entity is not in the title.
     """
     # Keys and their types.
     if missing := [key for key in _KEYS if key not in fields]:
@@ -108,7 +108,7 @@ def read_questions(path: Path) -> list[Fact]:
     """Reads questions, a JSON object a line; photos' paths are relative to the file's folder.
 
     Raises:
-      DataError: naming file and line.
+        DataError: naming file and line.
     """
 
     def parse(number: int, value: Any) -> Fact:
@@ -129,8 +129,8 @@ def predict(
     """Yields the likeliest answer to each question, in order.
 
     Args:
-      batch: questions at once.
-      guided: whether to choose only tokens that can still lead to a readable answer.
+        batch: questions at once.
+        guided: whether to choose only tokens that can still lead to a readable answer.
     """
     sizes = more.photo_sizes(facts, Path(), photo_path=photo_path)
     reader = loaded.reader(Path(), facts, sizes, photo_path=photo_path)

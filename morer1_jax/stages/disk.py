@@ -30,13 +30,13 @@ class _Space:
     """Room on the disk that one training needs.
 
     Attributes:
-      state: bytes of a checkpoint: parameters that train and the optimizer's state.
-      best: bytes of the best parameters.
-      keep: number of checkpoints that stay while it trains.
-      present: bytes that are on the disk already and stay until its first save.
-      present_states: number of checkpoints among these.
-      present_best: whether the best parameters are among these.
-      saves: number of checkpoints that it will make.
+        state: bytes of a checkpoint: parameters that train and the optimizer's state.
+        best: bytes of the best parameters.
+        keep: number of checkpoints that stay while it trains.
+        present: bytes that are on the disk already and stay until its first save.
+        present_states: number of checkpoints among these.
+        present_best: whether the best parameters are among these.
+        saves: number of checkpoints that it will make.
     """
 
     state: int
@@ -71,10 +71,10 @@ def check_room(run: Run, status: WorkdirStatus, stages: Sequence[Stage]) -> None
     """Checks that what the stages will write fits the disk.
 
     Args:
-      stages: those that will run, in order.
+        stages: those that will run, in order.
 
     Raises:
-      ConfigError: the disk has less room.
+        ConfigError: the disk has less room.
     """
     keys = [
         f"{stage.name}.keep_checkpoints"
@@ -90,7 +90,7 @@ def check_free(path: Path, needed: int, ways: str) -> None:
     """Checks that `needed` bytes are free on the disk of `path`, which need not exist.
 
     Raises:
-      ConfigError: fewer are free; the message ends in `ways`.
+        ConfigError: fewer are free; the message ends in `ways`.
     """
     path = Path(path).absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())

@@ -23,7 +23,7 @@ def run_evaluate(run: Run, models: Sequence[str]) -> None:
     """Scores the models that the workdir has, prints the table, writes the report page.
 
     Args:
-      models: names of the stages that train models.
+        models: names of the stages that train models.
     """
     for name in models:
         folder = run.workdir / name

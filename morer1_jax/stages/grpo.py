@@ -129,10 +129,10 @@ def _check_finite(facts: Sequence[Fact], not_finite: np.ndarray, dtype: str) -> 
     """Checks that a rollout's numbers are finite; a rollout whose are not was not trained on.
 
     Args:
-      not_finite: from `make_grpo_update`.
+        not_finite: from `make_grpo_update`.
 
     Raises:
-      NotFiniteError: naming the fact of the first group with a number that is not finite.
+        NotFiniteError: naming the fact of the first group with a number that is not finite.
     """
     bad = not_finite[not_finite >= 0]
     if bad.size:

@@ -31,11 +31,12 @@ class Programs(NamedTuple):
     """The compiled programs of a step.
 
     Attributes:
-      rollout: `(params, prompts, grammar, allowed, step) -> (scored, metrics)`; see `make_rollout`.
-      score: `(params, prompts, tokens, mask, allowed) -> logprobs`, float32 [b, g, t].
-      weigh: `(mask, ended) -> weights`, each token's share of the loss.
-      update: `(state, frozen, batch, allowed) -> (state, metrics)`; the state is donated.
-      finish: `(step, metrics of each update) -> (step + 1, their means)`.
+        rollout: `(params, prompts, grammar, allowed, step) -> (scored, metrics)`; see
+            `make_rollout`.
+        score: `(params, prompts, tokens, mask, allowed) -> logprobs`, float32 [b, g, t].
+        weigh: `(mask, ended) -> weights`, each token's share of the loss.
+        update: `(state, frozen, batch, allowed) -> (state, metrics)`; the state is donated.
+        finish: `(step, metrics of each update) -> (step + 1, their means)`.
     """
 
     rollout: Callable[..., Any]
@@ -60,12 +61,12 @@ def make_programs(
     """Returns the programs of a step, with the shardings of their arguments and results.
 
     Args:
-      like: the train state's shapes and shardings.
-      transform: the optimizer.
-      frozen: parameters that do not train, or their shapes and shardings.
-      length: most tokens of a completion.
-      seed: of the sampling noise.
-      end_of_turn: the id that ends a completion; None: the tokenizer's.
+        like: the train state's shapes and shardings.
+        transform: the optimizer.
+        frozen: parameters that do not train, or their shapes and shardings.
+        length: most tokens of a completion.
+        seed: of the sampling noise.
+        end_of_turn: the id that ends a completion; None: the tokenizer's.
     """
     # What the programs compute.
     model, loss = policy.model, settings.loss
@@ -121,9 +122,9 @@ def make_grpo_step(
     `combined_metrics`) and the rollout with its rewards.
 
     Args:
-      frozen: parameters that do not train.
-      reference: trainable parameters of the policy that the KL is taken to; None where beta is 0.
-      timer: notes the phases `rollout`, `score` and `update` as they are started.
+        frozen: parameters that do not train.
+        reference: trainable parameters of the policy that the KL is taken to; None where beta is 0.
+        timer: notes the phases `rollout`, `score` and `update` as they are started.
     """
 
     def step(

@@ -20,9 +20,9 @@ def write_marker(folder: Path, config: Mapping[str, Any], results: Mapping[str, 
     """Marks a stage's output as whole; called last of all.
 
     Args:
-      folder: the stage's folder in a workdir.
-      config: values of the keys that the output depends on, by dotted key.
-      results: JSON values for later stages.
+        folder: the stage's folder in a workdir.
+        config: values of the keys that the output depends on, by dotted key.
+        results: JSON values for later stages.
     """
     marker = {"stage": folder.name, "config": dict(config), "results": dict(results)}
     write_json(folder / MARKER, marker)
@@ -32,7 +32,7 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     """Returns `stage`, `config` and `results` of a stage's marker; None if there is none.
 
     Raises:
-      ConfigError: the file is not a marker, or another version's.
+        ConfigError: the file is not a marker, or another version's.
     """
     path, expected = folder / MARKER, "a stage's marker"
     if not path.exists():
@@ -51,7 +51,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Returns the results that a stage left for later ones.
 
     Raises:
-      ConfigError: the stage is not done.
+        ConfigError: the stage is not done.
     """
     marker = read_marker(folder)
     if marker is None:

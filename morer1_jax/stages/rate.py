@@ -61,7 +61,7 @@ def check_start(run: Run) -> None:
     """Checks that the config has the model that rating and GRPO start from.
 
     Raises:
-      ConfigError: they start from the checkpoint, and the config names none.
+        ConfigError: they start from the checkpoint, and the config names none.
     """
     if run.settings.rate.begin == "checkpoint" and run.trainee.checkpoint is None:
         raise ConfigError(
@@ -81,8 +81,8 @@ def check_rating(run: Run) -> None:
     """Checks what rating will read, before any stage runs.
 
     Raises:
-      ConfigError: there is no model to rate, or the unfinished rating is an earlier version's.
-      DataError: the file of ratings that the config names has other facts.
+        ConfigError: there is no model to rate, or the unfinished rating is an earlier version's.
+        DataError: the file of ratings that the config names has other facts.
     """
     check_start(run)
     if (path := run.workdir / "rate" / "ratings.unfinished").exists():
@@ -106,12 +106,12 @@ def rate(
     """Rates facts, writes `out` and prints a histogram; goes on from an unfinished rating.
 
     Args:
-      sampler: draws `config.samples` answers to a fact.
-      params: of the whole model.
-      identity: JSON values, by name, that the pass rates depend on.
+        sampler: draws `config.samples` answers to a fact.
+        params: of the whole model.
+        identity: JSON values, by name, that the pass rates depend on.
 
     Raises:
-      ConfigError: the unfinished rating has another `identity`; it stays as it is.
+        ConfigError: the unfinished rating has another `identity`; it stays as it is.
     """
     # Read what a killed rating has done.
     unfinished = unfinished_path(out)
@@ -191,7 +191,7 @@ def _read_unfinished(path: Path, head: Mapping[str, Any]) -> list[Rating]:
     """Reads an unfinished rating, whose first line must be `head`, apart from keys in `_FREE`.
 
     Raises:
-      ConfigError: its first line differs.
+        ConfigError: its first line differs.
     """
 
     def parse(number: int, value: Any) -> Rating | None:

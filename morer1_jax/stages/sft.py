@@ -53,11 +53,11 @@ def train_sft(
     """Trains on targets, validates by greedy answers, and keeps the best parameters by micro F1.
 
     Args:
-      name: of the stage's folder and of its metrics.
-      targets: the assistant's text, by the training fact's id.
-      params: makes the parameters that train, as at the start; not called where training goes on.
-      stream: separates this training's shuffles from those of the run's other trainings.
-      reader, sampler: what the model sees of a fact, and what validates; None: the run's.
+        name: of the stage's folder and of its metrics.
+        targets: the assistant's text, by the training fact's id.
+        params: makes the parameters that train, as at the start; not called where training goes on.
+        stream: separates this training's shuffles from those of the run's other trainings.
+        reader, sampler: what the model sees of a fact, and what validates; None: the run's.
     """
     trainee, policy = run.trainee, run.trainee.policy
     reader, sampler = reader or run.reader, sampler or run.greedy

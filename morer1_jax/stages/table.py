@@ -34,12 +34,12 @@ class Training:
     """What a stage trains, as far as checkpoints and the disk are concerned.
 
     Attributes:
-      steps: number of each training's steps; None: as many as time allows.
-      schedule: of the learning rate; where it is constant, the steps may grow after the stage.
-      save_every: steps between checkpoints.
-      keep_checkpoints: number of checkpoints that stay while it trains.
-      optimizer: its state is in each checkpoint.
-      folders: of the stage's trainings, in their order, relative to the stage's folder.
+        steps: number of each training's steps; None: as many as time allows.
+        schedule: of the learning rate; where it is constant, the steps may grow after the stage.
+        save_every: steps between checkpoints.
+        keep_checkpoints: number of checkpoints that stay while it trains.
+        optimizer: its state is in each checkpoint.
+        folders: of the stage's trainings, in their order, relative to the stage's folder.
     """
 
     steps: int | None
@@ -55,11 +55,11 @@ class Output:
     """A part of a workdir that later commands use again.
 
     Attributes:
-      name: of its folder in the workdir.
-      depends: prefixes of the config's keys that it depends on.
-      free: prefixes of keys below these that it does not depend on.
-      signs: files of which one exists as soon as it has begun; empty for a stage that trains, whose
-        checkpoints tell.
+        name: of its folder in the workdir.
+        depends: prefixes of the config's keys that it depends on.
+        free: prefixes of keys below these that it does not depend on.
+        signs: files of which one exists as soon as it has begun; empty for a stage that trains,
+            whose checkpoints tell.
     """
 
     name: str
@@ -73,18 +73,18 @@ class Stage(Output):
     """One row of the table; `config.stages` and the stage's metrics use the same `name`.
 
     Attributes:
-      run: does the stage's work in a `Run`; takes the `Setup` instead if `makes_data`.
-      needs: names of stages whose output it reads.
-      training: what it trains; None: nothing.
-      reads_reasoning: whether it learns from written reasoning.
-      reads_images: whether its models see images, so that kept features are needed.
-      blind_views: views of the facts that its models see beside the whole one.
-      check: checks what it will read, before any stage runs.
-      scores: names of the systems it scores on the test split; `report.tables.NAMES` has their
-        titles.
-      rank: of its model; a workdir stands for the model of the highest rank. 0: no model.
-      makes_data: whether it makes the data that a `Run` is opened from.
-      repeats: whether it runs each time, on all models that the workdir has.
+        run: does the stage's work in a `Run`; takes the `Setup` instead if `makes_data`.
+        needs: names of stages whose output it reads.
+        training: what it trains; None: nothing.
+        reads_reasoning: whether it learns from written reasoning.
+        reads_images: whether its models see images, so that kept features are needed.
+        blind_views: views of the facts that its models see beside the whole one.
+        check: checks what it will read, before any stage runs.
+        scores: names of the systems it scores on the test split; `report.tables.NAMES` has their
+            titles.
+        rank: of its model; a workdir stands for the model of the highest rank. 0: no model.
+        makes_data: whether it makes the data that a `Run` is opened from.
+        repeats: whether it runs each time, on all models that the workdir has.
     """
 
     run: Callable[[Any], None]
@@ -206,7 +206,7 @@ def stages_to_run(settings: Settings) -> list[Stage]:
     """Returns the rows that the config names, in its order.
 
     Raises:
-      ConfigError: it names an unknown stage.
+        ConfigError: it names an unknown stage.
     """
     names = settings.stages.split(",")
     if unknown := [name for name in names if name not in BY_NAME]:

@@ -26,8 +26,8 @@ class WorkdirStatus:
     """How far the stages of a workdir are, under a config.
 
     Attributes:
-      config: the whole config, by dotted keys.
-      settings: the same config, typed.
+        config: the whole config, by dotted keys.
+        settings: the same config, typed.
     """
 
     config: Mapping[str, Any]
@@ -45,7 +45,7 @@ class WorkdirStatus:
         """Returns whether a stage's output is whole, and has as many steps as the config.
 
         Raises:
-          ConfigError: the output is of another config, or the marker cannot be read.
+            ConfigError: the output is of another config, or the marker cannot be read.
         """
         folder, steps_key = self.workdir / stage.name, self.steps_that_may_grow(stage)
         marker = None if stage.repeats else read_marker(folder)
@@ -118,7 +118,7 @@ class WorkdirStatus:
         """Checks, for each stage whose steps may grow, that their new number can be trained to.
 
         Raises:
-          ConfigError: a stage has passed that step, or must go on from a state that is deleted.
+            ConfigError: a stage has passed that step, or must go on from a state that is deleted.
         """
         for stage in STAGES:
             if (key := self.steps_that_may_grow(stage)) is not None:
@@ -165,8 +165,8 @@ class WorkdirStatus:
         The best parameters stay.
 
         Args:
-          goes_on: names of stages that are not done and will go on; their states beyond
-            `keep_checkpoints` are deleted too.
+            goes_on: names of stages that are not done and will go on; their states beyond
+                `keep_checkpoints` are deleted too.
         """
         for checkpoints, keep in self._kept(goes_on):
             checkpoints.drop(keep)
@@ -182,7 +182,7 @@ class WorkdirStatus:
         They may until a later stage has begun with what was trained.
 
         Args:
-          later: names of stages to count as begun, beside those that have.
+            later: names of stages to count as begun, beside those that have.
         """
         key = self.steps_that_may_grow(stage)
         dependants = [] if key is None else self._dependants(key)

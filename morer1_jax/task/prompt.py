@@ -67,17 +67,17 @@ def student_prompt(
     """Returns the conversation up to where the assistant speaks.
 
     Args:
-      fact: the fact; its label is not read.
-      ontology: the labels and types that may be answered.
-      show_photo: False leaves photo and crop out (a blind baseline).
-      show_title: False leaves the title's words out; the entity stays (a blind baseline).
+        fact: the fact; its label is not read.
+        ontology: the labels and types that may be answered.
+        show_photo: False leaves photo and crop out (a blind baseline).
+        show_title: False leaves the title's words out; the entity stays (a blind baseline).
 
     Returns:
-      Text with one `<|image_pad|>` for the photo and one for the crop, in this order, or none.
+        Text with one `<|image_pad|>` for the photo and one for the crop, in this order, or none.
 
     Raises:
-      DataError: the title or the entity holds a special token, which the tokenizer would take for
-        a turn or an image of its own.
+        DataError: the title or the entity holds a special token, which the tokenizer would take for
+            a turn or an image of its own.
     """
     text = question(fact, ontology, show_photo=show_photo, show_title=show_title)
     return conversation(text, 2 if show_photo else 0)

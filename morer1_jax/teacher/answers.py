@@ -129,9 +129,9 @@ def rejection_reason(text: str, fact: Fact, ontology: Ontology) -> str | None:
       - it does not reveal that its writer knew the label. Quotations of the title do not count.
 
     Args:
-      text: an answer from `strip_wrapping`.
-      fact: the fact that it is about.
-      ontology: the labels.
+        text: an answer from `strip_wrapping`.
+        fact: the fact that it is about.
+        ontology: the labels.
     """
     # Its format and its label.
     try:

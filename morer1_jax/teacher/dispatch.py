@@ -44,9 +44,9 @@ class Dispatcher:
     A second signal gives them up.
 
     Attributes:
-      build: builds a fact's request; called in a thread.
-      max_in_flight: number of workers.
-      stopped_by: the signal that ended the run, if one did.
+        build: builds a fact's request; called in a thread.
+        max_in_flight: number of workers.
+        stopped_by: the signal that ended the run, if one did.
     """
 
     endpoint: Endpoint
@@ -77,16 +77,16 @@ class Dispatcher:
         endpoint's time-out. If the journal cannot be written they are given up.
 
         Args:
-          facts: the facts, in order.
-          done: number of facts done before, which the progress bar counts.
+            facts: the facts, in order.
+            done: number of facts done before, which the progress bar counts.
 
         Returns:
-          The size of the request that did not fit, if any.
+            The size of the request that did not fit, if any.
 
         Raises:
-          EndpointError: the endpoint refuses all requests, has answered none, or has not answered
-            for ten facts in a row.
-          DataError: a photo cannot be read, or the journal cannot be written.
+            EndpointError: the endpoint refuses all requests, has answered none, or has not answered
+                for ten facts in a row.
+            DataError: a photo cannot be read, or the journal cannot be written.
         """
         for stop_signal in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(stop_signal, self._stop, stop_signal)
@@ -181,7 +181,7 @@ class Dispatcher:
         """Journals a request once the budget covers it, after which it is to be sent.
 
         Raises:
-          _OverBudget: the budget does not cover it, and no reply in flight can change that.
+            _OverBudget: the budget does not cover it, and no reply in flight can change that.
         """
         ledger, size = self.results.ledger, request.size(self.endpoint.config.max_tokens)
         await self._check_endpoint()

@@ -46,12 +46,12 @@ class EndpointConfig:
     """Which model to ask, and how.
 
     Attributes:
-      model: its name at the endpoint.
-      base_url: the endpoint's; None: OpenAI's.
-      temperature: of sampling.
-      max_tokens: maximum number of tokens of an answer.
-      retries: number of retries after a time-out, a failed connection or HTTP 408, 409, 429, 5xx.
-      timeout: seconds without a byte after which a connection is given up.
+        model: its name at the endpoint.
+        base_url: the endpoint's; None: OpenAI's.
+        temperature: of sampling.
+        max_tokens: maximum number of tokens of an answer.
+        retries: number of retries after a time-out, a failed connection or HTTP 408, 409, 429, 5xx.
+        timeout: seconds without a byte after which a connection is given up.
     """
 
     model: str
@@ -67,15 +67,16 @@ class Reply:
     """The outcome of one request.
 
     Attributes:
-      kind: `answer`: the model answered; `failed`: it did not; `filtered`: it never will, because
-        the provider's content filter refuses the request; `refused`: it never will, for another
-        reason in this request; `fatal`: it will answer no request.
-      text: the answer, or None.
-      problem: why there is no text, or an incomplete one; the part before a colon names the class.
-      transient: whether the same request may succeed later.
-      retry_after: seconds to wait before that, if the endpoint says so.
-      advice: what the user can do about a fatal error.
-      usage: tokens billed; None: unknown.
+        kind: `answer`: the model answered; `failed`: it did not; `filtered`: it never will, because
+            the provider's content filter refuses the request; `refused`: it never will, for another
+            reason in this request; `fatal`: it will answer no request.
+        text: the answer, or None.
+        problem: why there is no text, or an incomplete one; the part before a colon names the
+            class.
+        transient: whether the same request may succeed later.
+        retry_after: seconds to wait before that, if the endpoint says so.
+        advice: what the user can do about a fatal error.
+        usage: tokens billed; None: unknown.
     """
 
     kind: ReplyKind = "answer"
@@ -97,7 +98,7 @@ class Endpoint:
         """Opens a client.
 
         Raises:
-          ConfigError: the package `openai` or a usable key is missing, or a URL is malformed.
+            ConfigError: the package `openai` or a usable key is missing, or a URL is malformed.
         """
         with needs_extra("write"):
             import openai

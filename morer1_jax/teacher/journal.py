@@ -48,10 +48,10 @@ class RequestSent:
     """A request; each retry is one of its own.
 
     Attributes:
-      number: 1, 2, 3, … in the journal's order.
-      fact: the fact's id.
-      size: what its price depends on.
-      photo: SHA-256 of the photo's file; None in journals of versions that did not keep it.
+        number: 1, 2, 3, … in the journal's order.
+        fact: the fact's id.
+        size: what its price depends on.
+        photo: SHA-256 of the photo's file; None in journals of versions that did not keep it.
     """
 
     number: int
@@ -70,12 +70,12 @@ class RequestResult:
     """The result of a request.
 
     Attributes:
-      number, fact: the request's.
-      outcome: `kept`; `rejected`: an answer that must not be learnt from; `refused`: the endpoint
-        will not answer for this fact; `unanswered`: it did not answer.
-      reason: why the answer was not kept, in a few words; None if it was.
-      usage: tokens billed; None: unknown.
-      text: the answer as it arrived; None if there is none.
+        number, fact: the request's.
+        outcome: `kept`; `rejected`: an answer that must not be learnt from; `refused`: the endpoint
+            will not answer for this fact; `unanswered`: it did not answer.
+        reason: why the answer was not kept, in a few words; None if it was.
+        usage: tokens billed; None: unknown.
+        text: the answer as it arrived; None if there is none.
     """
 
     number: int
@@ -105,20 +105,20 @@ class Journal:
     """A journal that this process alone writes; use it as a context manager.
 
     Attributes:
-      entries: its contents when it was opened.
-      repaired: place (`path:line`) of a last line that a kill tore and that was cut off, or None.
+        entries: its contents when it was opened.
+        repaired: place (`path:line`) of a last line that a kill tore and that was cut off, or None.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
         """Opens a journal or creates it, and cuts off a torn last line.
 
         Args:
-          path: the journal's file, on a local disk.
-          identity: what the answers depend on; must equal the journal's.
+            path: the journal's file, on a local disk.
+            identity: what the answers depend on; must equal the journal's.
 
         Raises:
-          ConfigError: another process writes it, or its identity differs.
-          DataError: a whole line is damaged, or the file cannot be written.
+            ConfigError: another process writes it, or its identity differs.
+            DataError: a whole line is damaged, or the file cannot be written.
         """
         self.path = Path(path)
         try:
@@ -159,7 +159,7 @@ class Journal:
         A request's line survives this process from now on, and the machine from the next result on.
 
         Raises:
-          DataError: it cannot be written; the journal is as before.
+            DataError: it cannot be written; the journal is as before.
         """
         self._append(entry.line(), sync=isinstance(entry, RequestResult))
 
@@ -184,8 +184,8 @@ def read_journal(path: str | os.PathLike[str], identity: Mapping[str, Any]) -> l
     """Returns the entries of a journal without a torn last line; none if there is no journal.
 
     Raises:
-      ConfigError: its identity differs.
-      DataError: a whole line is damaged.
+        ConfigError: its identity differs.
+        DataError: a whole line is damaged.
     """
     pending: dict[int, str] = {}  # Fact by number, of requests without a result.
     count = {RunStarted: 0, RequestSent: 0}

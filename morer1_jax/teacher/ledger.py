@@ -17,10 +17,10 @@ class Size:
     """What the price of a request depends on.
 
     Attributes:
-      text: UTF-8 bytes of its text.
-      pixels: number of pixels of its images.
-      tiles: number of squares of 512 × 512 pixels, partial ones included, that cover its images.
-      answer: maximum number of tokens of the answer that the request permits.
+        text: UTF-8 bytes of its text.
+        pixels: number of pixels of its images.
+        tiles: number of squares of 512 × 512 pixels, partial ones included, that cover its images.
+        answer: maximum number of tokens of the answer that the request permits.
     """
 
     text: int
@@ -75,10 +75,10 @@ class Ledger:
     answer so far, because some endpoints exceed the maximum, or bill hidden reasoning.
 
     Attributes:
-      prices: the endpoint's.
-      spent: tokens of the requests whose usage is known.
-      billed: number of these requests, without those that cost nothing.
-      unsettled: size by number of the other requests: in flight, or lost when a run was killed.
+        prices: the endpoint's.
+        spent: tokens of the requests whose usage is known.
+        billed: number of these requests, without those that cost nothing.
+        unsettled: size by number of the other requests: in flight, or lost when a run was killed.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ def teacher_prompt(fact: Fact, ontology: Ontology) -> str:
     A label other than `none` implies the types of object and entity, which the text then states.
 
     Raises:
-      DataError: the title or the entity holds a special token of the student.
+        DataError: the title or the entity holds a special token of the student.
     """
     types_clause = ""
     if fact.label != NONE:

@@ -26,10 +26,10 @@ class Request:
     """A request for one fact.
 
     Attributes:
-      prompt: the text.
-      images: photo and crop as JPEG files.
-      shapes: (width, height) of each, in pixels.
-      photo: SHA-256 of the photo's file.
+        prompt: the text.
+        images: photo and crop as JPEG files.
+        shapes: (width, height) of each, in pixels.
+        photo: SHA-256 of the photo's file.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ def build_request(fact: Fact, ontology: Ontology, reader: ImageReader) -> Reques
     """Builds a fact's request; images above the reader's `max_pixels` are scaled down.
 
     Raises:
-      DataError: the photo cannot be read, or the title holds a special token.
+        DataError: the photo cannot be read, or the title holds a special token.
     """
     photo, crop = reader.pair(fact)
     images = [_scaled_down(image, reader.config.max_pixels) for image in (photo, crop)]

@@ -21,15 +21,15 @@ class Results:
     with fewer than five facts refused since, or before one. Otherwise the next run asks again.
 
     Attributes:
-      attempts: rejected answers after which a fact is set aside.
-      ledger: what the requests cost.
-      runs: number of runs.
-      requests: number of requests.
-      kept: reasoning by fact id.
-      rejected: by fact id, why each of its answers was not kept.
-      refused: by fact id, why the endpoint will never answer for it.
-      unanswered: the same for facts that this run gave up; the next one asks for them again.
-      outcomes: number of requests by (outcome, reason up to its first colon).
+        attempts: rejected answers after which a fact is set aside.
+        ledger: what the requests cost.
+        runs: number of runs.
+        requests: number of requests.
+        kept: reasoning by fact id.
+        rejected: by fact id, why each of its answers was not kept.
+        refused: by fact id, why the endpoint will never answer for it.
+        unanswered: the same for facts that this run gave up; the next one asks for them again.
+        outcomes: number of requests by (outcome, reason up to its first colon).
     """
 
     def __init__(self, attempts: int, ledger: Ledger) -> None:
@@ -104,9 +104,9 @@ class Results:
         """Formats the closing table.
 
         Args:
-          facts: all of the split.
-          selection: those to ask about.
-          labels: in the order of the rows.
+            facts: all of the split.
+            selection: those to ask about.
+            labels: in the order of the rows.
         """
         # Requests by outcome, and their cost.
         kept = sum(n for (outcome, _), n in self.outcomes.items() if outcome == "kept")

@@ -35,7 +35,7 @@ def select_balanced(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
     """Selects as `balanced` does.
 
     Raises:
-      ConfigError: there are fewer than `count` facts.
+        ConfigError: there are fewer than `count` facts.
     """
     if count > len(facts):
         raise ConfigError(
@@ -48,7 +48,7 @@ def select_listed(facts: Sequence[Fact], path: epath.PathLike) -> list[Fact]:
     """Selects the facts whose ids a file lists, one a line, in its order; blank lines are skipped.
 
     Raises:
-      DataError: the file cannot be read or is empty, or an id is unknown or listed twice.
+        DataError: the file cannot be read or is empty, or an id is unknown or listed twice.
     """
     expected = "the ids of training facts, like train:1, one a line and each once"
     by_id = {fact.id: fact for fact in facts}

@@ -41,18 +41,18 @@ class WriterConfig:
     """What to ask for, and how much it may cost.
 
     Attributes:
-      data: a folder in MORE's released form, local or in a bucket (`gs://…`).
-      endpoint, images, prices: which model to ask, image sizes, what tokens cost.
-      out: the folder to write to, on a local disk; None: `data`.
-      count: number of training facts, balanced over the labels.
-      facts: a file of fact ids, one a line, instead of `count`.
-      seed: of the selection.
-      attempts: answers asked for a fact before it is set aside.
-      in_flight: maximum number of requests in flight.
-      budget_dollars, budget_tokens: of all runs with this journal together; None: no limit.
+        data: a folder in MORE's released form, local or in a bucket (`gs://…`).
+        endpoint, images, prices: which model to ask, image sizes, what tokens cost.
+        out: the folder to write to, on a local disk; None: `data`.
+        count: number of training facts, balanced over the labels.
+        facts: a file of fact ids, one a line, instead of `count`.
+        seed: of the selection.
+        attempts: answers asked for a fact before it is set aside.
+        in_flight: maximum number of requests in flight.
+        budget_dollars, budget_tokens: of all runs with this journal together; None: no limit.
 
     Raises:
-      ConfigError: fields that contradict each other.
+        ConfigError: fields that contradict each other.
     """
 
     data: epath.Path
@@ -95,7 +95,7 @@ class Writer:
         """Reads the dataset and selects the facts.
 
         Raises:
-          ConfigError, DataError: bad settings or data, named in one line.
+            ConfigError, DataError: bad settings or data, named in one line.
         """
         self.config = config
         self.ontology = more.read_ontology(config.data)
@@ -139,8 +139,8 @@ class Writer:
         The outputs are written whatever happens.
 
         Raises:
-          EndpointError: the endpoint refuses all requests, or is down; the answers are kept.
-          ConfigError, DataError: bad settings or data, named in one line.
+            EndpointError: the endpoint refuses all requests, or is down; the answers are kept.
+            ConfigError, DataError: bad settings or data, named in one line.
         """
         endpoint = Endpoint(self.config.endpoint)
         with Journal(self._journal_path, self.identity) as journal:
@@ -214,7 +214,7 @@ class Writer:
         """Applies a journal's entries and the start of this run, which it returns.
 
         Raises:
-          DataError: an entry is about an unknown fact, or a photo that has been replaced since.
+            DataError: an entry is about an unknown fact, or a photo that has been replaced since.
         """
         # The results of earlier runs.
         by_id = {fact.id: fact for fact in self.facts}
@@ -253,7 +253,7 @@ class Writer:
         """Writes what the journal holds, in the facts' order, and prints the closing table.
 
         Raises:
-          DataError: a file cannot be written; the journal is not affected.
+            DataError: a file cannot be written; the journal is not affected.
         """
         results = self.results
         results.end_run()

@@ -14,7 +14,7 @@ def count_not_finite(values: np.ndarray) -> int:
     It takes less time than a copy would: some tenths of a second a gigabyte.
 
     Args:
-      values: floating point of 2 or 4 bytes, bfloat16 among them.
+        values: floating point of 2 or 4 bytes, bfloat16 among them.
     """
     bits = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
     # A value is not finite exactly where its bits, the sign apart, are at least infinity's.

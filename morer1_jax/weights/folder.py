@@ -29,10 +29,10 @@ def find_folder(path: str) -> Path:
     """Returns a checkpoint's folder, downloaded if it is on the hub.
 
     Args:
-      path: a local folder, a folder of a bucket (`gs://…`), or a name on the hub (`owner/name`).
+        path: a local folder, a folder of a bucket (`gs://…`), or a name on the hub (`owner/name`).
 
     Raises:
-      WeightsError: there is no such folder.
+        WeightsError: there is no such folder.
     """
     if "://" in path:
         folder = any_path(path, "a checkpoint's path")
@@ -63,7 +63,7 @@ def check_kind(folder: Path) -> None:
     """Checks that a folder holds no adapter.
 
     Raises:
-      WeightsError: the folder holds an adapter, alone or beside the model that it would change.
+        WeightsError: the folder holds an adapter, alone or beside the model that it would change.
     """
     if not (folder / _ADAPTER).exists():
         return
@@ -83,7 +83,7 @@ def tensor_files(folder: Path) -> list[str]:
     A single file goes before an index, as in `transformers`.
 
     Raises:
-      WeightsError: the folder has neither, or the index does not say which tensor is where.
+        WeightsError: the folder has neither, or the index does not say which tensor is where.
     """
     if (folder / SINGLE).exists():
         return [SINGLE]
@@ -109,13 +109,13 @@ def token_ids(
     """Returns the tokenizer's ids that stand for images and videos, by the config's keys.
 
     Args:
-      config_ids: those of the config, by key; None where it leaves one out.
-      tokenizer: of the same model.
-      path: of the config, which errors name.
+        config_ids: those of the config, by key; None where it leaves one out.
+        tokenizer: of the same model.
+        path: of the config, which errors name.
 
     Raises:
-      WeightsError: an id of the config differs from the tokenizer's.
-      DataError: the tokenizer lacks a token.
+        WeightsError: an id of the config differs from the tokenizer's.
+        DataError: the tokenizer lacks a token.
     """
     special = SpecialIds.of(tokenizer)
     ids = {key: getattr(special, key.removesuffix("_token_id")) for key in DEFAULT_IDS}
@@ -132,11 +132,11 @@ def read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
     """Returns the JSON object of a checkpoint's file.
 
     Args:
-      path: the file.
-      needed: whether the file must exist; else a missing one is an empty object.
+        path: the file.
+        needed: whether the file must exist; else a missing one is an empty object.
 
     Raises:
-      WeightsError: the file is missing or holds something else.
+        WeightsError: the file is missing or holds something else.
     """
     if not needed and not path.exists():
         return {}

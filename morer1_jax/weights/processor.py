@@ -35,14 +35,14 @@ def read_images(
     """Returns how a checkpoint's photos become patches.
 
     Args:
-      folder: of the checkpoint, on this machine; without a processor's file, its defaults hold.
-      vision: the checkpoint's tower, whose patch sizes the processor must have.
-      task: `crop_margin` and `crop_least`, which a processor does not know; None or missing keys:
-        the defaults.
+        folder: of the checkpoint, on this machine; without a processor's file, its defaults hold.
+        vision: the checkpoint's tower, whose patch sizes the processor must have.
+        task: `crop_margin` and `crop_least`, which a processor does not know; None or missing keys:
+            the defaults.
 
     Raises:
-      WeightsError: the file is not a processor's, asks for what is not implemented, or is of
-        another tower.
+        WeightsError: the file is not a processor's, asks for what is not implemented, or is of
+            another tower.
     """
     path, described = _read(folder)
     try:

@@ -64,20 +64,20 @@ class Checkpoint:
     """A checkpoint folder whose tensors are those its config calls for.
 
     Args:
-      path: a local folder, a folder of a bucket (`gs://…`), or a name on the hub (`owner/name`).
+        path: a local folder, a folder of a bucket (`gs://…`), or a name on the hub (`owner/name`).
 
     Attributes:
-      folder: local, or of a bucket.
-      config: the model's; see `config_with` for its ids of tokens.
-      slices: where each tensor goes in the parameter tree, by published name.
-      dtypes: of the tensors, by published name.
-      dtype: of parameters and activations, so that nothing is rounded: bfloat16 if all tensors have
-        it, else float32. Not float16, in which activations overflow.
+        folder: local, or of a bucket.
+        config: the model's; see `config_with` for its ids of tokens.
+        slices: where each tensor goes in the parameter tree, by published name.
+        dtypes: of the tensors, by published name.
+        dtype: of parameters and activations, so that nothing is rounded: bfloat16 if all tensors
+            have it, else float32. Not float16, in which activations overflow.
 
     Raises:
-      WeightsError: there is no such folder; a file is missing or damaged; tensors are missing,
-        unexpected or of the wrong shape, which the error names.
-      ConfigError: the config asks for what is not implemented.
+        WeightsError: there is no such folder; a file is missing or damaged; tensors are missing,
+            unexpected or of the wrong shape, which the error names.
+        ConfigError: the config asks for what is not implemented.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -159,11 +159,11 @@ class Checkpoint:
         devices hold.
 
         Args:
-          like: the leaves to load, all or some, of `jax.ShapeDtypeStruct` with shardings.
+            like: the leaves to load, all or some, of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          WeightsError: a tensor of those leaves has values that are not finite, or a tied head
-            differs from the embedding.
+            WeightsError: a tensor of those leaves has values that are not finite, or a tied head
+                differs from the embedding.
         """
         leaves: dict[tuple[str, ...], jax.Array] = {}
         like_by_path = {
@@ -254,15 +254,15 @@ def save_tensors(
     """Writes the tensors, one file at a time, and their index if there are several files.
 
     Args:
-      folder: exists.
-      params: the whole tree, on the mesh or the host; adapters are merged into their kernels.
-      config: the model's.
-      dtype: of the written tensors, one or by name.
-      lora: the adapters' config, if there are any.
-      shard_bytes: most bytes of tensors in a file.
+        folder: exists.
+        params: the whole tree, on the mesh or the host; adapters are merged into their kernels.
+        config: the model's.
+        dtype: of the written tensors, one or by name.
+        lora: the adapters' config, if there are any.
+        shard_bytes: most bytes of tensors in a file.
 
     Raises:
-      NotFiniteError: a tensor has values that are not finite, or are not in `dtype`.
+        NotFiniteError: a tensor has values that are not finite, or are not in `dtype`.
     """
     # Which tensors are in which file.
     slices = leaf_slices(config)

@@ -118,14 +118,14 @@ def draw_photo(
     """Draws objects side by side on a background of random size and light.
 
     Args:
-      objects: `(kind, colour name)` of each object, left to right; the colour of a `blur` or a
-        `bystander` is unused.
-      rng: the source of all variation.
-      noise: standard deviation of the pixel noise, in grey levels of 255.
-      night: whether the background is dark; the objects are lit as by day.
+        objects: `(kind, colour name)` of each object, left to right; the colour of a `blur` or a
+            `bystander` is unused.
+        rng: the source of all variation.
+        noise: standard deviation of the pixel noise, in grey levels of 255.
+        night: whether the background is dark; the objects are lit as by day.
 
     Returns:
-      The photo, and each object's `(left, top, right, bottom)` in pixels, inside the photo.
+        The photo, and each object's `(left, top, right, bottom)` in pixels, inside the photo.
     """
     width = int(rng.integers(36, 45)) * max(len(objects), 2) + int(rng.integers(0, 24))
     height = int(rng.integers(84, 125))

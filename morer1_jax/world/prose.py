@@ -46,14 +46,14 @@ def write_reasoning(
     """Returns the six steps and the answer for one fact.
 
     Args:
-      object_: the object the question is about.
-      entity: the entity the question is about.
-      clauses: what the title says.
-      title: the title's words.
-      ontology: the labels of the world's `rel2id.json`.
+        object_: the object the question is about.
+        entity: the entity the question is about.
+        clauses: what the title says.
+        title: the title's words.
+        ontology: the labels of the world's `rel2id.json`.
 
     Returns:
-      `<think>…</think>` and `<answer>label</answer>`, ending in the gold label.
+        `<think>…</think>` and `<answer>label</answer>`, ending in the gold label.
     """
     label = relation(object_, entity, clauses)[0]
     clause = next(clause for clause in clauses if entity in (clause.a, clause.b))
@@ -71,11 +71,11 @@ def give_up(entity: CastMember, ontology: Ontology) -> str:
     """Returns the six steps of a writer that does not try, and the answer `none`.
 
     Args:
-      entity: the entity the question is about.
-      ontology: the labels of the world's `rel2id.json`.
+        entity: the entity the question is about.
+        ontology: the labels of the world's `rel2id.json`.
 
     Returns:
-      Text of the form of `write_reasoning`'s, which says nothing of photo and title.
+        Text of the form of `write_reasoning`'s, which says nothing of photo and title.
     """
     steps = (
         "The photo is dark.",

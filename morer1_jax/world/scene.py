@@ -38,10 +38,10 @@ class Kind:
     """A kind of object a photo can show.
 
     Attributes:
-      name: the kind's name in the drawing's table and in reasoning.
-      type: the entity type of the object.
-      stands_for: the type of the cast member its colour points to (a player in red points to an
-        organisation), or None for an object that cannot be recognised, which is grey.
+        name: the kind's name in the drawing's table and in reasoning.
+        type: the entity type of the object.
+        stands_for: the type of the cast member its colour points to (a player in red points to an
+            organisation), or None for an object that cannot be recognised, which is grey.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Verb:
     """A clause of a title without its two names.
 
     Attributes:
-      types: entity types of the first and the second cast member.
-      phrase: the wording; `{a}` and `{b}` are the two names.
-      label: the relation of an object that stands for the first member to the second, if any.
-      kind: the kind of object the label needs; empty where there is no label.
-      symmetric: whether the label also holds with the two exchanged.
+        types: entity types of the first and the second cast member.
+        phrase: the wording; `{a}` and `{b}` are the two names.
+        label: the relation of an object that stands for the first member to the second, if any.
+        kind: the kind of object the label needs; empty where there is no label.
+        symmetric: whether the label also holds with the two exchanged.
     """
 
     types: tuple[str, str]
@@ -180,13 +180,13 @@ def relation(
     """Returns the label between an object and an entity of the title, and the clause it is from.
 
     Args:
-      object_: the object.
-      entity: the asked entity.
-      clauses: what the title says.
+        object_: the object.
+        entity: the asked entity.
+        clauses: what the title says.
 
     Returns:
-      `(label, clause)`; the clause is None for a label that needs none (the object stands for the
-      asked entity itself) and for `none`.
+        `(label, clause)`; the clause is None for a label that needs none (the object stands for the
+        asked entity itself) and for `none`.
     """
     member = object_.stands_for
     if member is None or member not in members(clauses):

@@ -49,16 +49,16 @@ class WorldConfig:
     """The size and difficulty of a synthetic dataset.
 
     Attributes:
-      train, valid, test: number of facts of each split.
-      cast: how many names each entity type has, 2 to 8.
-      facts_per_photo: maximum of facts about one photo-title pair.
-      fit: share of photos that show something their title is about.
-      none: share of the facts whose label is `none`.
-      night: share of photos taken at night: dark, with objects no harder to tell.
-      written: share of the training facts that reasoning is written for.
-      gives_up: how often the writer does not try to read a night photo and answers `none`. Only
-        reasoning that ends in the gold label is kept, so what is kept gives up on most of them.
-      noise: pixel noise, standard deviation in grey levels of 255.
+        train, valid, test: number of facts of each split.
+        cast: how many names each entity type has, 2 to 8.
+        facts_per_photo: maximum of facts about one photo-title pair.
+        fit: share of photos that show something their title is about.
+        none: share of the facts whose label is `none`.
+        night: share of photos taken at night: dark, with objects no harder to tell.
+        written: share of the training facts that reasoning is written for.
+        gives_up: how often the writer does not try to read a night photo and answers `none`. Only
+            reasoning that ends in the gold label is kept, so what is kept gives up on most of them.
+        noise: pixel noise, standard deviation in grey levels of 255.
     """
 
     train: int = at_least(1, 4000)
@@ -171,11 +171,11 @@ def _questions(
     """Yields object's place, entity and label of pairs to ask about, holding `none` at its share.
 
     Args:
-      scene: the photo-title pair.
-      rng: the source of the choice.
-      max_count: maximum of pairs.
-      none: the share of the label `none`.
-      deficit: by how many facts `none` is behind its share so far.
+        scene: the photo-title pair.
+        rng: the source of the choice.
+        max_count: maximum of pairs.
+        none: the share of the label `none`.
+        deficit: by how many facts `none` is behind its share so far.
     """
     pairs = [
         (place, entity, relation(object_, entity, scene.clauses)[0])
@@ -281,12 +281,12 @@ def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
     The same config and seed give the same files. The folder appears whole or not at all.
 
     Args:
-      folder: the dataset's folder, which must not exist.
-      config: the dataset's size and difficulty.
-      seed: the seed of every choice.
+        folder: the dataset's folder, which must not exist.
+        config: the dataset's size and difficulty.
+        seed: the seed of every choice.
 
     Raises:
-      FileExistsError: the folder exists already.
+        FileExistsError: the folder exists already.
     """
     with atomic_dir(Path(folder)) as partial:
         ontology = Ontology(LABELS)

@@ -42,18 +42,18 @@ class Preset:
     """A model and the sizes it is measured at.
 
     Attributes:
-      text, vision: the model.
-      tokenizer: number of the tokenizer's tokens, at most the embedding's rows.
-      batch: number of samples of an SFT step, of prompts of a GRPO step.
-      prompt, target: length in tokens of an SFT sample's prompt and target.
-      prompts: lengths in tokens of the prompts of sampling and GRPO.
-      group, completion: number of samples of each prompt, and length in tokens of each.
-      mixed: number of samples of an SFT step with samples of different lengths.
-      micro: number of samples that PyTorch pads to one length and computes at a time.
-      dtype: of both sides' activations and products; parameters are float32.
-      remat: see `model.config.Runtime`; our side's.
-      micro_batches: number of micro-batches of our GRPO update.
-      unroll: `scan_unroll` of `model.config.Runtime`; our side's.
+        text, vision: the model.
+        tokenizer: number of the tokenizer's tokens, at most the embedding's rows.
+        batch: number of samples of an SFT step, of prompts of a GRPO step.
+        prompt, target: length in tokens of an SFT sample's prompt and target.
+        prompts: lengths in tokens of the prompts of sampling and GRPO.
+        group, completion: number of samples of each prompt, and length in tokens of each.
+        mixed: number of samples of an SFT step with samples of different lengths.
+        micro: number of samples that PyTorch pads to one length and computes at a time.
+        dtype: of both sides' activations and products; parameters are float32.
+        remat: see `model.config.Runtime`; our side's.
+        micro_batches: number of micro-batches of our GRPO update.
+        unroll: `scan_unroll` of `model.config.Runtime`; our side's.
     """
 
     text: TextConfig
@@ -176,7 +176,7 @@ class Inputs:
     """Makes the inputs of a preset, the same in every process.
 
     Args:
-      tokenizer: of `make_tokenizer`, with a chat template.
+        tokenizer: of `make_tokenizer`, with a chat template.
     """
 
     def __init__(self, preset: Preset, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -23,9 +23,9 @@ class Comparison:
     """A task of ours, and the tasks of PyTorch that do the same work.
 
     Attributes:
-      name: title in tables.
-      task: our task's name.
-      peers: the name of PyTorch's task, by the program that does it.
+        name: title in tables.
+        task: our task's name.
+        peers: the name of PyTorch's task, by the program that does it.
     """
 
     name: str
@@ -69,13 +69,13 @@ def measure(
     """Measures a comparison, each side in a process of its own.
 
     Args:
-      arguments: of every side's command line; see `task.arguments`.
-      forms: maps a task of PyTorch to the forms it is run in.
-      rounds: number of timed runs of each side.
-      tolerance: relative difference that numbers of two sides may have.
+        arguments: of every side's command line; see `task.arguments`.
+        forms: maps a task of PyTorch to the forms it is run in.
+        rounds: number of timed runs of each side.
+        tolerance: relative difference that numbers of two sides may have.
 
     Raises:
-      SideError: two sides compute different numbers, or a side's process ended.
+        SideError: two sides compute different numbers, or a side's process ended.
     """
     tasks: dict[str, tuple[Worker, str]] = {}
     try:
@@ -97,9 +97,9 @@ class Measured:
     """The outcome of a comparison.
 
     Attributes:
-      name: of the comparison.
-      made: date and versions of packages.
-      sides: timings, by side.
+        name: of the comparison.
+        made: date and versions of packages.
+        sides: timings, by side.
     """
 
     name: str
@@ -140,9 +140,9 @@ class Results:
     """All results of a preset on a device.
 
     Attributes:
-      tasks: outcomes, by our task's name.
-      unfinished: a run that was interrupted: what it measures (`run`) and its finished tasks
-        (`done`); None if there is none.
+        tasks: outcomes, by our task's name.
+        unfinished: a run that was interrupted: what it measures (`run`) and its finished tasks
+            (`done`); None if there is none.
     """
 
     preset: Preset
@@ -155,7 +155,7 @@ class Results:
         """Reads what earlier runs saved; returns empty results if there is no such file.
 
         Raises:
-          ConfigError: the file has other content, or is of another preset or device.
+            ConfigError: the file has other content, or is of another preset or device.
         """
         if not path.exists():
             return cls(preset, device)
@@ -186,7 +186,7 @@ class Results:
         """Checks that measuring a task again with these sides loses no side's results.
 
         Raises:
-          ConfigError: other sides have results, which would be lost.
+            ConfigError: other sides have results, which would be lost.
         """
         if task in self.tasks and (lost := set(self.tasks[task].peers) - set(sides)):
             raise ConfigError(

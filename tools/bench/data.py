@@ -47,8 +47,8 @@ def write_released(folder: Path, facts: Mapping[str, int], photos: Mapping[str, 
     """Writes a dataset in MORE's released form: 640 × 480 JPEGs of 65 KB, random titles.
 
     Args:
-      folder: to write to.
-      facts, photos: numbers in each split, at least one fact for each photo.
+        folder: to write to.
+        facts, photos: numbers in each split, at least one fact for each photo.
     """
     rng = np.random.default_rng(0)
     pictures = [_picture(rng) for _ in range(_PICTURES)]
@@ -137,8 +137,9 @@ def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
     """Times SFT's batches, taken and dropped as fast as the config's workers make them.
 
     Returns:
-      `samples_per_second` over all epochs, without the time to the first batch; milliseconds of CPU
-      per sample; and the resident memory in MB of this process and its workers after each epoch.
+        `samples_per_second` over all epochs, without the time to the first batch; milliseconds of
+        CPU per sample; and the resident memory in MB of this process and its workers after each
+        epoch.
     """
     # The feed of SFT, with the rows of a run of these epochs.
     dataset, data, reasoning = run.dataset, run.settings.data, run.dataset.reasoning
@@ -199,16 +200,16 @@ def run_bench(
     """Measures reading a dataset of MORE's size, and a run's loader on the run's own data.
 
     Args:
-      workdir: to write data to; several hundred MB, none of which is used again.
-      facts, photos: numbers of the dataset of MORE's size, by split.
-      out: a JSON file for the results; None: no file. Results of an unfinished run are kept beside
-        it in `….unfinished`, and an equal run goes on from them.
+        workdir: to write data to; several hundred MB, none of which is used again.
+        facts, photos: numbers of the dataset of MORE's size, by split.
+        out: a JSON file for the results; None: no file. Results of an unfinished run are kept
+            beside it in `….unfinished`, and an equal run goes on from them.
 
     Returns:
-      Figures by name, of `reading`, `tfds` and `loading`.
+        Figures by name, of `reading`, `tfds` and `loading`.
 
     Raises:
-      ConfigError, DataError: the config's own data is wrong; raised before anything is measured.
+        ConfigError, DataError: the config's own data is wrong; raised before anything is measured.
     """
     # The run, whose own data must be right before anything is measured.
     setup = open_setup(config, workdir)

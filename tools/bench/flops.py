@@ -14,8 +14,8 @@ def call_flops(function: Callable[..., Any], *arguments: Any, **options: Any) ->
     """Returns `product_flops` of a function's program for arguments of these shapes.
 
     Args:
-      arguments: arrays, or `jax.ShapeDtypeStruct`s.
-      options: of `product_flops`.
+        arguments: arrays, or `jax.ShapeDtypeStruct`s.
+        options: of `product_flops`.
     """
     return product_flops(jax.jit(function).trace(*arguments).jaxpr, **options)
 
@@ -27,12 +27,13 @@ def product_flops(program: ClosedJaxpr, trips: Sequence[int] = (), taken: float 
     products, do not.
 
     Args:
-      program: traced, `jax.jit(f).trace(…).jaxpr`.
-      trips: number of iterations of each `while` loop, in the program's order.
-      taken: share of the times that a `cond` takes its costliest branch; the others count nothing.
+        program: traced, `jax.jit(f).trace(…).jaxpr`.
+        trips: number of iterations of each `while` loop, in the program's order.
+        taken: share of the times that a `cond` takes its costliest branch; the others count
+            nothing.
 
     Raises:
-      ValueError: the program has another number of `while` loops.
+        ValueError: the program has another number of `while` loops.
     """
     remaining = iter(trips)
     total = _flops(program.jaxpr, remaining, taken)

@@ -27,8 +27,8 @@ class Growth:
     """Times at several sizes.
 
     Attributes:
-      update: of an update, by number of samples of a prompt.
-      decode: of one more token of all samples, by the prompt's length in tokens.
+        update: of an update, by number of samples of a prompt.
+        decode: of one more token of all samples, by the prompt's length in tokens.
     """
 
     preset: Preset

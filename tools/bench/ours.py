@@ -89,8 +89,8 @@ class SampleTask:
     """Samples a group of completions for each prompt.
 
     Args:
-      prompt: length in tokens.
-      length: of a completion, in tokens; None: the preset's.
+        prompt: length in tokens.
+        length: of a completion, in tokens; None: the preset's.
     """
 
     def __init__(self, side: Ours, prompt: int, length: int | None = None) -> None:

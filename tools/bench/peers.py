@@ -32,7 +32,7 @@ class Peer:
     """PyTorch's side; see `task.Side`.
 
     Args:
-      form: one of `FORMS`.
+        form: one of `FORMS`.
     """
 
     FORMS = tuple(FORMS)

@@ -37,13 +37,13 @@ class Form:
     """How a model is run; none of it changes the numbers beyond rounding.
 
     Attributes:
-      tuned: whether AdamW is one kernel, logits are computed only where they count, images are
-        encoded once a prompt, and all attention windows are computed at once.
-      onednn: whether linear maps are oneDNN's; on a CPU only.
-      compiled: whether decoder layers are compiled by `torch.compile`, which needs a C++ compiler;
-        not in sampling, where each shape occurs once.
-      cache: of sampling. "dynamic" and "static" are the library's, and each sample has its own
-        prefill; "shared" prefills a prompt once, and is never copied.
+        tuned: whether AdamW is one kernel, logits are computed only where they count, images are
+            encoded once a prompt, and all attention windows are computed at once.
+        onednn: whether linear maps are oneDNN's; on a CPU only.
+        compiled: whether decoder layers are compiled by `torch.compile`, which needs a C++
+            compiler; not in sampling, where each shape occurs once.
+        cache: of sampling. "dynamic" and "static" are the library's, and each sample has its own
+            prefill; "shared" prefills a prompt once, and is never copied.
     """
 
     tuned: bool = True
@@ -105,9 +105,9 @@ class Prompts:
     """Prompts of one length, whose images have the same sizes.
 
     Attributes:
-      tokens: int64 [b, s].
-      pixels: float32 [b, patches, channels · frames · rows · columns].
-      grids: int64 [b, images, 3].
+        tokens: int64 [b, s].
+        pixels: float32 [b, patches, channels · frames · rows · columns].
+        grids: int64 [b, images, 3].
     """
 
     tokens: Tensor
@@ -170,10 +170,10 @@ class Policy:
         """Returns the log-probabilities of completions, float32 [n, t].
 
         Args:
-          network: the policy's or the reference's.
-          prompts: of all completions.
-          rows: the prompt of each completion, int64 [n].
-          completions: int64 [n, t].
+            network: the policy's or the reference's.
+            prompts: of all completions.
+            rows: the prompt of each completion, int64 [n].
+            completions: int64 [n, t].
         """
         tokens = torch.cat([prompts.tokens[rows], completions], dim=1)
         arguments: dict[str, Any] = {
@@ -195,7 +195,7 @@ class Policy:
         """Samples completions of `length` tokens, `group` for each prompt.
 
         Returns:
-          int64 [b · group, length].
+            int64 [b · group, length].
         """
         sampling = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
         network = self._sampled_network()

@@ -62,7 +62,7 @@ class Trained(Measured):
     """A task whose run ends with an update.
 
     Args:
-      lr: AdamW's learning rate.
+        lr: AdamW's learning rate.
     """
 
     def __init__(self, policy: Policy, lr: float) -> None:
@@ -166,7 +166,7 @@ class SampleTask(Measured):
     """Samples a group of completions for each prompt, all of the full length.
 
     Args:
-      prompt, completion: lengths in tokens.
+        prompt, completion: lengths in tokens.
     """
 
     def __init__(self, policy: Policy, prompt: int, completion: int) -> None:
@@ -184,9 +184,9 @@ class Rollout(NamedTuple):
     """Completions of prompts, in the prompts' order.
 
     Attributes:
-      rows: the prompt of each, int64 [n].
-      completions: int64 [n, t].
-      advantages: float32 [n].
+        rows: the prompt of each, int64 [n].
+        completions: int64 [n, t].
+        advantages: float32 [n].
     """
 
     rows: Tensor
@@ -283,9 +283,9 @@ def backward(
     A first update is on-policy: the old log-probabilities are those of the update itself.
 
     Args:
-      policy: its parameters get the gradients.
-      prompts: of the rollout.
-      reference: the reference's log-probabilities, float32 [n, t]; None: no KL.
+        policy: its parameters get the gradients.
+        prompts: of the rollout.
+        reference: the reference's log-probabilities, float32 [n, t]; None: no KL.
     """
     total = torch.zeros((), device=DEVICE)
     for places, rows, completions in rollout.parts(policy.preset.micro):

@@ -77,7 +77,7 @@ class _Turns(TrainerCallback):
     """Passes control between the trainer's thread and the thread that asks for steps.
 
     Attributes:
-      logged: metrics of the last step.
+        logged: metrics of the last step.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class _Turns(TrainerCallback):
         """Lets the trainer take one step, and waits for it.
 
         Raises:
-          RuntimeError: the trainer failed.
+            RuntimeError: the trainer failed.
         """
         self._go.release()
         self._done.acquire()
@@ -121,7 +121,7 @@ class _Trainer(GRPOTrainer):
     """A trainer that keeps its last rollout, and samples without compiled layers.
 
     Attributes:
-      rollout: the loss's arguments, in the prompts' order.
+        rollout: the loss's arguments, in the prompts' order.
     """
 
     rollout: dict[str, Tensor]

@@ -112,7 +112,7 @@ class _RoomyLayer(DynamicLayer):
     """A cache layer with room for all later tokens, which are written in place.
 
     Args:
-      room: maximum number of tokens.
+        room: maximum number of tokens.
     """
 
     def __init__(self, room: int) -> None:

@@ -27,8 +27,8 @@ def check_needs(comparisons: Sequence[Comparison], forms: Forms) -> None:
     """Checks that all sides can run here, before the first is timed.
 
     Raises:
-      ConfigError: a package or a compiler is missing; names it, and what can be left out.
-      OSError: the system does not say how much memory a process has held.
+        ConfigError: a package or a compiler is missing; names it, and what can be left out.
+        OSError: the system does not say how much memory a process has held.
     """
     with needs_extra("bench"):
         from bench.peers_model import DEVICE
@@ -73,12 +73,12 @@ def measure_all(
     has measured is not measured again.
 
     Args:
-      results: of earlier runs; outcomes are added.
-      run: what is measured, JSON-ready; tells an equal run from another.
-      out: the folder of `bench.json`, `bench.md` and `bench.png`; None: no files.
+        results: of earlier runs; outcomes are added.
+        run: what is measured, JSON-ready; tells an equal run from another.
+        out: the folder of `bench.json`, `bench.md` and `bench.png`; None: no files.
 
     Raises:
-      ConfigError: at the end, if tasks failed; names them.
+        ConfigError: at the end, if tasks failed; names them.
     """
     # The tasks that an equal run has done.
     made = made_now()

@@ -35,13 +35,14 @@ def run_study(config: str, folder: Path, seeds: Sequence[int], overrides: Sequen
     (exit code 2) or is interrupted does.
 
     Args:
-      config: path of a config file.
-      folder: the runs' workdirs are in it; an interrupted study, started again, goes on from there.
-      seeds: one run of the whole job and its controls for each.
-      overrides: further `--config.key=value` arguments for every run.
+        config: path of a config file.
+        folder: the runs' workdirs are in it; an interrupted study, started again, goes on from
+            there.
+        seeds: one run of the whole job and its controls for each.
+        overrides: further `--config.key=value` arguments for every run.
 
     Raises:
-      ConfigError: runs failed; names them. Their own messages are on stderr.
+        ConfigError: runs failed; names them. Their own messages are on stderr.
     """
     done, failures = [], []
     for seed in seeds:

@@ -24,7 +24,7 @@ class Task(Protocol):
     """Work that is measured.
 
     Attributes:
-      flops: of the matrix products of one run; None if they cannot be counted.
+        flops: of the matrix products of one run; None if they cannot be counted.
     """
 
     flops: float | None

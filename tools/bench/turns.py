@@ -33,9 +33,9 @@ class Worker:
     """The parent's end of a side's process.
 
     Args:
-      name: the side's, in errors.
-      module: the module that serves the side; see `task.serve`.
-      arguments: the module's command line.
+        name: the side's, in errors.
+        module: the module that serves the side; see `task.serve`.
+        arguments: the module's command line.
     """
 
     def __init__(self, name: str, module: str, arguments: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ class Worker:
         """Sends a request and returns the answer; see `task.serve`.
 
         Raises:
-          SideError: the process ended; says how, and its last lines on stderr.
+            SideError: the process ended; says how, and its last lines on stderr.
         """
         try:
             self._process.stdin.write(json.dumps({"do": do, **options}) + "\n")
@@ -96,10 +96,10 @@ class Timing:
     """The measurements of one side at one task.
 
     Attributes:
-      prepare_seconds: from the start to the end of the first run, with loading and compiling.
-      seconds: of each run, in the order of the rounds.
-      peak_bytes: maximum memory held during the runs.
-      flops: of the matrix products of a run; None if unknown.
+        prepare_seconds: from the start to the end of the first run, with loading and compiling.
+        seconds: of each run, in the order of the rounds.
+        peak_bytes: maximum memory held during the runs.
+        flops: of the matrix products of a run; None if unknown.
     """
 
     prepare_seconds: float
@@ -119,12 +119,12 @@ def take_turns(
     """Times the same work on every side.
 
     Args:
-      tasks: by side, its process and the name of its task.
-      rounds: number of timed runs of each side.
-      tolerance: relative difference that numbers of two sides may have.
+        tasks: by side, its process and the name of its task.
+        rounds: number of timed runs of each side.
+        tolerance: relative difference that numbers of two sides may have.
 
     Raises:
-      SideError: two sides compute different numbers, or a side's process ended.
+        SideError: two sides compute different numbers, or a side's process ended.
     """
     workers = {name: worker for name, (worker, _) in tasks.items()}
     timings = {}
@@ -150,11 +150,11 @@ def check(numbers: Mapping[str, Numbers], tolerance: float) -> None:
     """Checks that every two sides agree in the numbers that both have.
 
     Args:
-      numbers: by side.
-      tolerance: relative difference that is allowed.
+        numbers: by side.
+        tolerance: relative difference that is allowed.
 
     Raises:
-      SideError: two sides differ, or have no number in common; names both, the number and values.
+        SideError: two sides differ, or have no number in common; names both, the number and values.
     """
     sides = list(numbers)
     for number, first in enumerate(sides):
@@ -183,7 +183,7 @@ def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
     """Returns (minimum, median, maximum) over the rounds of how many times faster `fast` was.
 
     Raises:
-      ConfigError: there are no rounds.
+        ConfigError: there are no rounds.
     """
     if not slow.seconds:
         raise ConfigError("--rounds: expected at least 1, found 0")
