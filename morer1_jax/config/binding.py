@@ -87,9 +87,9 @@ def matches(key: str, patterns: Sequence[str]) -> bool:
     """Returns whether a dotted key is one of `patterns` or below one; `*` is any one component."""
     parts = key.split(".")
     for pattern in patterns:
-        wanted = pattern.split(".")
-        if len(parts) >= len(wanted) and all(
-            want in ("*", part) for want, part in zip(wanted, parts, strict=False)
+        components = pattern.split(".")
+        if len(parts) >= len(components) and all(
+            component in ("*", part) for component, part in zip(components, parts, strict=False)
         ):
             return True
     return False
@@ -126,32 +126,32 @@ def bind(
     Raises:
         ConfigError: keys of the run's identity differ, or the workdir's file cannot be read.
     """
-    path, here = Path(workdir) / FILE, flatten(config)
-    there = None
+    path, current = Path(workdir) / FILE, flatten(config)
+    kept = None
     if path.exists():
-        there = flatten(read_json(path, "use a new --workdir", error=ConfigError))
-        kept, wanted = (
+        kept = flatten(read_json(path, "use a new --workdir", error=ConfigError))
+        kept_identity, current_identity = (
             {key: value for key, value in flat.items() if not matches(key, operational)}
-            for flat in (there, here)
+            for flat in (kept, current)
         )
-        if changed := differences(kept, wanted, bound):
+        if changed := differences(kept_identity, current_identity, bound):
             raise ConfigError(
                 f"{path}: expected the config of this run, found another run's: "
                 f"{'; '.join(changed)}; use a new --workdir, or set these keys back"
             )
-    if write and there != here:
+    if write and kept != current:
         write_json(path, config.to_dict() if isinstance(config, ConfigDict) else config)
 
 
 def differences(
-    there: Mapping[str, Any],
-    here: Mapping[str, Any],
+    kept: Mapping[str, Any],
+    current: Mapping[str, Any],
     bound: Callable[[str], str | None] | None = None,
 ) -> list[str]:
     """Returns each key whose values differ, with both of them, and why it is bound; see `bind`."""
     changed = []
-    for key in sorted(there.keys() | here.keys()):
-        before, now = there.get(key, _ABSENT), here.get(key, _ABSENT)
+    for key in sorted(kept.keys() | current.keys()):
+        before, now = kept.get(key, _ABSENT), current.get(key, _ABSENT)
         # In Python, True == 1; to whoever reads a config they are not the same.
         if before == now and isinstance(before, bool) == isinstance(now, bool):
             continue

@@ -125,7 +125,7 @@ def _checked(key: str, value: Any, field: dataclasses.Field, hint: Any) -> Any:
         fits, expected = value in choices, f"one of {', '.join(choices)}"
     elif typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
-        fits = isinstance(value, list | tuple) and all(type(one) is item for one in value)
+        fits = isinstance(value, list | tuple) and all(type(element) is item for element in value)
         expected = {int: "a list of whole numbers", str: "a list of texts"}[item]
         value = tuple(value) if fits else value
     else:

@@ -112,22 +112,22 @@ def format_answer(steps: Sequence[str], label: str) -> str:
 
 
 def _split(data: bytes) -> tuple[list[bytes], bytes | None]:
-    """The bodies as *effort* counts them, and what follows the think block if it is well formed."""
+    """Returns the bodies that *effort* counts, and what follows a well-formed think block."""
     begin = _BEGIN.match(data)
     if begin is None:
         return [], None
     bodies = []
     start = begin.end()
-    for found in _TAG_OR_HEADER.finditer(data, start):
-        body = data[start : found.start()]
+    for mark in _TAG_OR_HEADER.finditer(data, start):
+        body = data[start : mark.start()]
         bodies.append(body)
         if not body.strip(SPACE):
             return bodies, None
         if len(bodies) == STEPS:
-            return bodies, data[found.end() :] if found[0] == END_THINK else None
-        if found[1] != b"%d" % (len(bodies) + 1):
+            return bodies, data[mark.end() :] if mark[0] == END_THINK else None
+        if mark[1] != b"%d" % (len(bodies) + 1):
             return bodies, None
-        start = found.end()
+        start = mark.end()
     return [*bodies, data[start:]], None
 
 

@@ -286,9 +286,9 @@ def check_reasoning(
 
 def _check_text(text: str, gold: str, ontology: Ontology) -> None:
     """Checks that a model can learn the answer's form and the right label from a text."""
-    if found := SPECIAL_TOKEN.search(text):
+    if token := SPECIAL_TOKEN.search(text):
         raise DataError(
-            f"expected text without special tokens of the model, found {found.group()!r}; remove it"
+            f"expected text without special tokens of the model, found {token.group()!r}; remove it"
         )
     outcome = read([text.encode(), Special.END], ontology.labels)
     if not outcome.format:
@@ -296,8 +296,8 @@ def _check_text(text: str, gold: str, ontology: Ontology) -> None:
             "expected '<think>', steps 1 to 6, a line each, '</think>' and '<answer>', a label of "
             "rel2id.json, '</answer>', found other text; write it anew"
         )
-    if (found := ontology.labels[outcome.answer]) != gold:
-        raise DataError(f"expected the fact's label {gold!r} at the end, found {found!r}")
+    if (label := ontology.labels[outcome.answer]) != gold:
+        raise DataError(f"expected the fact's label {gold!r} at the end, found {label!r}")
 
 
 def write_reasoning(path: Path, texts: Mapping[str, str]) -> None:

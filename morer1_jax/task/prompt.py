@@ -47,9 +47,9 @@ def question(
     Args and errors are those of `student_prompt`.
     """
     for name, text in (("title", fact.title), ("entity", fact.entity_text)):
-        if found := SPECIAL_TOKEN.search(text):
+        if token := SPECIAL_TOKEN.search(text):
             raise DataError(
-                f"{fact.id}: the {name} holds {found.group()!r}, which is a special token of the "
+                f"{fact.id}: the {name} holds {token.group()!r}, which is a special token of the "
                 "model; remove it from the text"
             )
     return _QUESTION.format(

@@ -120,10 +120,10 @@ def token_ids(
     special = SpecialIds.of(tokenizer)
     ids = {key: getattr(special, key.removesuffix("_token_id")) for key in DEFAULT_IDS}
     for key, expected in ids.items():
-        if (found := config_ids.get(key)) not in (None, expected):
+        if (config_id := config_ids.get(key)) not in (None, expected):
             raise WeightsError(
-                f"{path}: {key}: expected the tokenizer's {expected}, found {found!r}; take config "
-                "and tokenizer of one model"
+                f"{path}: {key}: expected the tokenizer's {expected}, found {config_id!r}; take "
+                "config and tokenizer of one model"
             )
     return ids
 

@@ -89,9 +89,10 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         if name.endswith(_FREQUENCIES):
             continue
-        if (other := by_published.setdefault(canonical_name(name), name)) != name:
+        if (first_name := by_published.setdefault(canonical_name(name), name)) != name:
             raise WeightsError(
-                f"{other} and {name} are one tensor under two names; remove the one that is stale"
+                f"{first_name} and {name} are one tensor under two names; remove the one that "
+                "is stale"
             )
     return by_published
 
@@ -206,10 +207,10 @@ def _foreign_prefix(file_names: Sequence[str], slices: Mapping[str, LeafSlice]) 
     missing = slices.keys() - {canonical_name(name) for name in file_names}
     # The norm's name is unique, whatever its prefix.
     for name in file_names:
-        found = re.fullmatch(r"(.+?)model\.(?:language_model\.)?norm\.weight", name)
-        if found is None or canonical_name(name) in slices:
+        norm = re.fullmatch(r"(.+?)model\.(?:language_model\.)?norm\.weight", name)
+        if norm is None or canonical_name(name) in slices:
             continue
-        prefix = found.group(1)
+        prefix = norm.group(1)
         stripped = [n.removeprefix(prefix) for n in file_names if n.startswith(prefix)]
         inner = {canonical_name(name) for name in stripped}
         # Where the prefix begins like a known form, only a part of the names are foreign.
