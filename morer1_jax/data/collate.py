@@ -1,4 +1,4 @@
-"""From samples to the arrays of a batch, rows of one fixed shape."""
+"""Lays samples out as the arrays of a batch, in rows of one fixed shape."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Collator:
     """Lays samples out in rows.
 
     Args:
-        special: ids that padding and images have in the text.
+        special: ids of the tokens that stand for padding and images.
         vision: the tower that the images are for.
-        features: the store that samples' images are read from; None: they are patches.
+        features: the store that the samples' images come from; None: they come as patches.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class Collator:
             length = len(sample.prompt)
             self._check_room([sample], length, shape)
             positions = self._positions(sample.prompt, sample.images.grids)
-            placed = self._layout([sample.images], shape.slots)
+            layout = self._layout([sample.images], shape.slots)
             rows.append(
                 PromptBatch(
                     tokens=pad(sample.prompt, shape.length, self._special.pad),
                     mask=np.arange(shape.length) < length,
                     positions=pad(positions, shape.length, 0),
-                    vision_index=self._vision_index(placed, sample.prompt, shape.length),
+                    vision_index=self._vision_index(layout, sample.prompt, shape.length),
                     next_position=np.int32(positions.max() + 1),
                     fact=np.int32(noise_id),
                     gold=np.int32(sample.gold),
-                    vision=self._vision(placed, [sample.images]),
+                    vision=self._vision(layout, [sample.images]),
                 )
             )
         return stack(rows)
@@ -85,8 +85,8 @@ class Collator:
         Returns:
             The patches, and the merged slots of the image's tokens in their order.
         """
-        placed = self._layout([image], slots)
-        return self._vision(placed, [image]), placed.token_slots
+        layout = self._layout([image], slots)
+        return self._vision(layout, [image]), layout.token_slots
 
     def _sequence(self, samples: Sequence[Sample], shape: Shape) -> SequenceBatch:
         # Each column begins with nothing, so that a row without samples has a type.
@@ -102,15 +102,15 @@ class Collator:
         row, length = np.concatenate(tokens), shape.length
         self._check_room(samples, len(row), shape)
         images = [sample.images for sample in samples]
-        placed = self._layout(images, shape.slots)
+        layout = self._layout(images, shape.slots)
         return SequenceBatch(
             tokens=pad(row, length, self._special.pad),
             targets=pad(np.concatenate(targets), length, self._special.pad),
             weights=pad(np.concatenate(weights), length, 0.0),
             segment_ids=pad(np.concatenate(segments), length, 0),
             positions=pad(np.concatenate(positions, axis=1), length, 0),
-            vision_index=self._vision_index(placed, row, length),
-            vision=self._vision(placed, images),
+            vision_index=self._vision_index(layout, row, length),
+            vision=self._vision(layout, images),
         )
 
     def _check_room(self, samples: Sequence[Sample], tokens: int, shape: Shape) -> None:
@@ -135,37 +135,37 @@ class Collator:
         )
 
     def _layout(self, images: Sequence[Patches], slots: int) -> VisionLayout:
-        """Returns where the patches of a row's samples stand."""
-        grids = [grid for of_sample in images for grid in of_sample.grids]
-        counts = [len(of_sample.grids) for of_sample in images]
+        """Returns the places of the patches of a row's samples."""
+        grids = [grid for sample_images in images for grid in sample_images.grids]
+        counts = [len(sample_images.grids) for sample_images in images]
         return self._vision_config.layout(grids, samples=counts, slots=slots)
 
     def _vision_index(
-        self, placed: VisionLayout, tokens: Int[np.ndarray, " s"], length: int
+        self, layout: VisionLayout, tokens: Int[np.ndarray, " s"], length: int
     ) -> Int[np.ndarray, " s"]:
         if self._features is not None:
-            # Kept features stand in the order of the text's image tokens.
+            # Features from a store stand in the order of the text's image tokens.
             is_image = tokens == self._special.image
             index = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
         else:
-            index = placed.feature_index(tokens, image_token_id=self._special.image)
+            index = layout.feature_index(tokens, image_token_id=self._special.image)
         return pad(index, length, -1)
 
     def _vision(
-        self, placed: VisionLayout, images: Sequence[Patches]
+        self, layout: VisionLayout, images: Sequence[Patches]
     ) -> VisionBatch | FeatureBatch:
         if self._features is not None:
             features = _values(self._features.nothing, images)
-            slots = placed.image_ids.size // self._vision_config.spatial_merge_size**2
+            slots = layout.image_ids.size // self._vision_config.spatial_merge_size**2
             return FeatureBatch(np.pad(features, ((0, slots - len(features)), (0, 0))))
-        nothing = np.zeros((0, self._vision_config.patch_dim), np.float32)
-        patches = placed.place(_values(nothing, images))
-        return VisionBatch(patches, placed.positions, placed.image_ids, placed.part_ids)
+        no_patches = np.zeros((0, self._vision_config.patch_dim), np.float32)
+        patches = layout.place(_values(no_patches, images))
+        return VisionBatch(patches, layout.positions, layout.image_ids, layout.part_ids)
 
 
-def _values(nothing: Float[np.ndarray, "0 c"], images: Sequence[Patches]) -> np.ndarray:
-    """Returns the values of a row's images, one after another; of a row without any, `nothing`."""
-    return np.concatenate([nothing, *(of_sample.values for of_sample in images)])
+def _values(empty: Float[np.ndarray, "0 c"], images: Sequence[Patches]) -> np.ndarray:
+    """Returns the values of a row's images, one after another; of a row without any, `empty`."""
+    return np.concatenate([empty, *(sample_images.values for sample_images in images)])
 
 
 def _target_weights(prompt: int, target: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 All of it is a pure function of (seed, step) and the pools, so a run resumes at any step, on any
 number of hosts. Progressive Sample-Mixing is MORE-R1's (arXiv 2603.09478): early batches are
-half easy, half hard; later ones swap easy for hard. The schedule's end and shape are not published;
-those here are ours.
+half easy, half hard; later ones swap easy for hard. The end and shape of its schedule are not
+published; the defaults are our own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class EmptyPoolError(DataError):
     """
 
     def __init__(self, pool: str) -> None:
-        """Names the pool."""
         super().__init__(f"the pool of {pool} facts is empty; expected at least one")
         self.pool = pool
 
@@ -92,7 +91,6 @@ class MixConfig:
     shape: MixShape = one_of(MixShape, "linear")
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
         check_bounds(self)
 
     def easy_share(self, step: int) -> float:
@@ -110,7 +108,7 @@ class MixConfig:
 
 
 class Mixer:
-    """Batches of easy and hard facts by a schedule."""
+    """Mixes easy and hard facts into the batches of a run by a schedule."""
 
     def __init__(
         self,
@@ -121,15 +119,12 @@ class Mixer:
         steps: int,
         seed: int,
     ) -> None:
-        """Makes the batches of a run.
+        """Makes a mixer.
 
         Args:
-            easy: indices of the easy facts.
-            hard: indices of the hard facts.
-            config: the schedule.
-            batch: facts a batch.
-            steps: steps of the run.
-            seed: the seed of the shuffles.
+            easy, hard: indices of the facts of each pool.
+            batch: the number of facts a batch.
+            steps: the number of steps of the run.
 
         Raises:
             EmptyPoolError: a pool that the schedule draws from is empty.

@@ -1,4 +1,4 @@
-"""A dataset in MORE's released form, opened whole and checked: facts, labels, reasoning, photos."""
+"""Opens and checks a dataset in MORE's released form: facts, labels, reasoning and photos."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Dataset:
         ontology: the labels.
         splits: the facts of `train`, `valid` and `test`, in file order.
         reasoning: written reasoning and answer, by training fact's id; {} where none was read.
-        photos: size and digest of every photo, by `Fact.photo`; {} where they were not read.
+        photos: size and digest of every photo, by `Fact.photo`; {} where none was read.
         digests: SHA-256 of all that the facts, the reasoning and the photos were read from, by
             name.
     """
@@ -65,14 +65,13 @@ def open_dataset(
     """Reads and checks a dataset; decodes every photo once, so that a bad one is found now.
 
     Args:
-        folder: the dataset's.
         reasoning: where the written reasoning is (see `read_reasoning_dataset`); None: the folder's
             `reasoning.jsonl`.
         reasoning_needed: False leaves the reasoning out if none is there.
-        photos: False leaves them unread.
+        photos: False leaves the photos unread.
 
     Raises:
-        DataError: a file, a fact, a text of reasoning or a photo that is missing or wrong.
+        DataError: a file, a fact, a text of reasoning or a photo is missing or malformed.
     """
     ontology = more.read_ontology(folder)
     splits = {split: more.read_split(folder, split, ontology) for split in more.SPLITS}

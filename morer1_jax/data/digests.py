@@ -22,7 +22,7 @@ _TOKENIZER = (
     "vocab.json",
 )
 _WAYS = ("changed", "new", "gone")
-# Names that an error lists of each of these.
+# The most names that an error lists of each of these.
 _MAX_NAMES = 2
 
 
@@ -32,33 +32,33 @@ def bind(path: Path, digests: Mapping[str, str], source: object) -> None:
     Digests of a kind that the file lacks are added without comparison.
 
     Args:
-        path: the file of digests.
-        digests: the digests now, by name.
-        source: what errors call the place that the names are in.
+        path: the file that keeps the digests.
+        digests: the present digests by name.
+        source: the place of the data, for errors.
 
     Raises:
         DataError: a digest differs, is missing or is new; the message names it and what to do.
     """
-    before = read_json(path, "use a new --workdir") if path.exists() else {}
-    kinds = {_kind(name) for name in before}
-    new = {
+    old_digests = read_json(path, "use a new --workdir") if path.exists() else {}
+    kinds = {_kind(name) for name in old_digests}
+    new_digests = {
         name: digest
         for name, digest in digests.items()
-        if not before or (_kind(name) in _ADDED and _kind(name) not in kinds)
+        if not old_digests or (_kind(name) in _ADDED and _kind(name) not in kinds)
     }
-    if changed := differences({**before, **new}, digests):
+    if changed := differences({**old_digests, **new_digests}, digests):
         raise DataError(
             f"{source}: {changed} since the run began ({path}); put what was there back, or use a "
             "new --workdir"
         )
-    if new:
-        write_json(path, before | new)
+    if new_digests:
+        write_json(path, old_digests | new_digests)
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Returns what changed, is new or is gone, texts before photos; "" if nothing.
 
-    A few words, such as `txt/train.txt changed, img_org/train/1.jpg and 7 more gone`.
+    For example: `txt/train.txt changed, img_org/train/1.jpg and 7 more gone`.
     """
     groups: dict[tuple[bool, int], list[str]] = {}
     for name in sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):

@@ -26,27 +26,27 @@ Place = tuple[int, tuple[int, int, int]]
 
 
 class FeatureStore:
-    """Reads features of the images of facts from disk, as they are asked for.
+    """Reads the features of facts' images from disk, a fact at a time.
 
     Args:
-        vision: the tower that made them.
+        vision: the tower that made the features.
 
     Attributes:
         made_of: digests of the photos and of all else the features depend on, by name; empty if an
             earlier version made them.
 
     Raises:
-        DataError: the folder is not whole.
+        DataError: the index or the features are missing or malformed.
     """
 
     def __init__(self, folder: Path, vision: VisionConfig) -> None:
         self.folder = Path(folder)
         self._vision = vision
         try:
-            described = read_json(self.folder / INDEX, "delete the folder")
-            self._places: dict[str, list[Place]] = described["facts"]
-            self.made_of: dict[str, str] = described.get("made_of", {})
-            shape, dtype = tuple(described["shape"]), np.dtype(described["dtype"])
+            index = read_json(self.folder / INDEX, "delete the folder")
+            self._places: dict[str, list[Place]] = index["facts"]
+            self.made_of: dict[str, str] = index.get("made_of", {})
+            shape, dtype = tuple(index["shape"]), np.dtype(index["dtype"])
             self._features = np.memmap(self.folder / FEATURES, dtype, "r", shape=shape)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -54,7 +54,7 @@ class FeatureStore:
             ) from None
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, VisionConfig]]:
-        # A worker process opens the file itself; the array would be copied to it.
+        # A worker process opens the file itself: pickling would copy the whole array to it.
         return FeatureStore, (self.folder, self._vision)
 
     @property
@@ -63,10 +63,10 @@ class FeatureStore:
         return np.asarray(self._features[:0])
 
     def images(self, fact: Fact) -> Patches:
-        """Reads features [tokens, d] of a fact's photo and crop, and their grids, as if patches.
+        """Reads the features [tokens, d] of a fact's photo and crop, and their grids, as `Patches`.
 
         Raises:
-            DataError: the fact is not among those that were encoded.
+            DataError: the store has no features of the fact.
         """
         places = self._places.get(fact.id)
         if places is None:
@@ -89,5 +89,5 @@ def write_index(
     made_of: Mapping[str, str],
 ) -> None:
     """Writes the index of a store, after its features."""
-    described = {"shape": shape, "dtype": dtype, "facts": places, "made_of": made_of}
-    write_json(folder / INDEX, described, indent=None)
+    index = {"shape": shape, "dtype": dtype, "facts": places, "made_of": made_of}
+    write_json(folder / INDEX, index, indent=None)

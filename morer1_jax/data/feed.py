@@ -1,7 +1,7 @@
-"""A step's batch as a function of the step, which can be sent to worker processes.
+"""Makes a step's batch, as a function of the step that can be sent to worker processes.
 
-What a batch holds depends on the seed and the step alone. A host makes its rows of it and no
-others: those of all hosts, one after another, are the batch that one host would make.
+The contents of a batch depend on the seed and the step alone. Each host makes its own rows: those
+of all hosts, one after another, are the batch that a single host would make.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from morer1_jax.data.shapes import RowPlan, SampleSize, Shape, smallest, widest
 from morer1_jax.errors import DataError
 from morer1_jax.task.fact import Fact
 
-# Which facts a step sees, as indices.
+# Returns the indices of a step's facts.
 Draw = Callable[[int], np.ndarray]
 
 
@@ -32,15 +32,15 @@ class Host:
     count: int = 1
 
     def rows(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """The rows of a global batch that this process prepares.
+        """Returns the rows of a global batch that this process prepares.
 
         Raises:
             DataError: the rows do not divide among the processes.
         """
         if len(rows) % self.count:
             raise DataError(f"a batch of {len(rows)} rows does not divide among {self.count} hosts")
-        part = len(rows) // self.count
-        return rows[self.index * part : (self.index + 1) * part]
+        rows_per_host = len(rows) // self.count
+        return rows[self.index * rows_per_host : (self.index + 1) * rows_per_host]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,9 @@ class SequenceFeed:
     """Makes a step's batch of samples to learn from, packed into rows: `feed(step)`.
 
     Attributes:
-        facts: what `draw` points into.
-        targets: what the assistant says, by fact's id.
-        sizes: of each fact, by which all hosts pack alike.
+        facts: the facts that `draw` returns indices of.
+        targets: the assistant's text by the fact's id.
+        sizes: one a fact; every host packs the whole batch by them, so all pack alike.
     """
 
     reader: SampleReader
@@ -63,9 +63,9 @@ class SequenceFeed:
 
     def __call__(self, step: int) -> SequenceBatch:
         """Makes this host's rows of a step's batch."""
-        drawn = self.draw(step)
-        rows = self.host.rows(self.plan.rows([self.sizes[i] for i in drawn]))
-        samples = [[self._sample(self.facts[drawn[place]]) for place in row] for row in rows]
+        fact_indices = self.draw(step)
+        rows = self.host.rows(self.plan.rows([self.sizes[i] for i in fact_indices]))
+        samples = [[self._sample(self.facts[fact_indices[place]]) for place in row] for row in rows]
         return Collator.of(self.reader).sequences(samples, self.plan.shape)
 
     def _sample(self, fact: Fact) -> Sample:
@@ -74,12 +74,13 @@ class SequenceFeed:
 
 @dataclasses.dataclass(frozen=True)
 class PromptFeed:
-    """Makes a step's batch of prompts to sample from, a fact each: `feed(step)`.
+    """Makes a step's batch of prompts to sample from, one a fact: `feed(step)`.
 
     Attributes:
-        facts: what `draw` points into.
-        sizes: of each fact.
-        shapes: that a batch may have; it takes the smallest that holds it.
+        facts: the facts that `draw` returns indices of.
+        sizes: one a fact.
+        shapes: the shapes that a batch may have, in increasing order; it takes the first that
+            holds it.
     """
 
     reader: SampleReader
@@ -91,22 +92,22 @@ class PromptFeed:
 
     def __call__(self, step: int) -> PromptBatch:
         """Makes this host's rows of a step's batch."""
-        drawn = self.draw(step)
-        shape = smallest(self.shapes, widest([self.sizes[i] for i in drawn]))
-        samples = [self.reader.read(self.facts[i]) for i in self.host.rows(drawn)]
-        ids = self.host.rows(noise_ids(drawn, len(self.facts)))
+        fact_indices = self.draw(step)
+        shape = smallest(self.shapes, widest([self.sizes[i] for i in fact_indices]))
+        samples = [self.reader.read(self.facts[i]) for i in self.host.rows(fact_indices)]
+        ids = self.host.rows(noise_ids(fact_indices, len(self.facts)))
         return Collator.of(self.reader).prompts(samples, ids, shape)
 
 
 def noise_ids(drawn: Int[np.ndarray, " b"], total: int) -> Int[np.ndarray, " b"]:
-    """Returns what the noise of each row is keyed by: its fact, and how often it came before.
+    """Returns the key of each row's noise: its fact, and how often the fact came before.
 
-    A pool smaller than its share of the batch gives a fact twice, and the same noise would give the
-    same completions twice.
+    A pool smaller than its share of the batch repeats a fact, and the same noise would repeat its
+    completions.
 
     Args:
         drawn: indices of the rows' facts.
-        total: number of facts that indices may point to.
+        total: the number of facts that indices may point to.
     """
-    before = [np.count_nonzero(drawn[:row] == fact) for row, fact in enumerate(drawn)]
-    return drawn + total * np.asarray(before, drawn.dtype)
+    earlier_counts = [np.count_nonzero(drawn[:row] == fact) for row, fact in enumerate(drawn)]
+    return drawn + total * np.asarray(earlier_counts, drawn.dtype)

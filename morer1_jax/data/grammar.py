@@ -1,4 +1,4 @@
-"""The answer's automata over the tokens of a vocabulary instead of bytes, as NumPy tables.
+"""Lifts the answer's automata from bytes to the tokens of a vocabulary, as NumPy tables.
 
 A token moves each state to a next one and adds effort; tokens that do the same in every state form
 one class.  A compiled decode loop follows a completion with three look-ups a token:
@@ -63,7 +63,7 @@ def token_bytes(
     Args:
         tokenizer: a byte-level BPE tokenizer.  Its added tokens are special if it says so, and the
             bytes of their text if not.
-        rows: rows of the embedding; those beyond the tokenizer's are `Special.OTHER`.
+        rows: the number of rows of the embedding; those beyond the tokenizer's are `Special.OTHER`.
         end_of_turn: the token that ends an answer.
 
     Raises:
@@ -72,17 +72,17 @@ def token_bytes(
     """
     byte_of = _bytes_of_characters()
     pieces: list[Piece] = [Special.OTHER] * rows
-    added = tokenizer.added_tokens_decoder
+    added_tokens = tokenizer.added_tokens_decoder
     vocabulary = tokenizer.get_vocab()
-    if vocabulary.get(end_of_turn) not in added:
+    if vocabulary.get(end_of_turn) not in added_tokens:
         raise ValueError(f"tokenizer: expected an added token {end_of_turn!r}, found none")
     for text, i in vocabulary.items():
         if i >= rows:
             raise ValueError(f"token {i}: expected more rows in the embedding, found {rows}")
         if text == end_of_turn:
             pieces[i] = Special.END
-        elif i in added:
-            pieces[i] = Special.OTHER if added[i].special else text.encode()
+        elif i in added_tokens:
+            pieces[i] = Special.OTHER if added_tokens[i].special else text.encode()
         elif not text or not set(text) <= byte_of.keys():
             raise ValueError(f"token {i}: expected a token of a byte-level BPE, found {text!r}")
         else:
@@ -103,16 +103,20 @@ def build_tables(pieces: Sequence[Piece], labels: Sequence[str]) -> GrammarTable
     """
     if Special.END not in pieces:
         raise ValueError("vocabulary: expected at least one end-of-turn token, found none")
+    # Classes of tokens that do the same in both automata.
     steps, answer = step_automaton(), answer_automaton(labels)
     steps_class, steps_next, effort_added = _lift(pieces, steps.next_state, steps.effort)
     answer_class, answer_next, _ = _lift(pieces, answer.next_state, answer.effort)
-    both, token_class = np.unique(
+    class_pairs, token_class = np.unique(
         np.stack([steps_class, answer_class]), axis=1, return_inverse=True
     )
-    if both.shape[1] > np.iinfo(np.int16).max:
-        raise ValueError(f"vocabulary: expected under 32768 token classes, found {both.shape[1]}")
-    steps_next, effort_added = steps_next[both[0]], effort_added[both[0]]
-    answer_next = answer_next[both[1]]
+    if class_pairs.shape[1] > np.iinfo(np.int16).max:
+        raise ValueError(
+            f"vocabulary: expected under 32768 token classes, found {class_pairs.shape[1]}"
+        )
+    steps_next, effort_added = steps_next[class_pairs[0]], effort_added[class_pairs[0]]
+    answer_next = answer_next[class_pairs[1]]
+    # The least numbers of tokens to the end of a completion with *format*.
     accept = steps.outcome >= 0
     steps_distance, answer_distance = _distances(
         steps_next, answer_next, accept, answer.outcome >= 0, steps.in_answer
@@ -150,14 +154,17 @@ def _lift(
     All tokens advance together, a byte at a time.  Only distinct pairs of (class of the bytes so
     far, next byte) are computed, a few thousand for a real vocabulary.
     """
+    # The symbols of all tokens, one token after another.
     symbols = [_symbols(piece) for piece in pieces]
     lengths = np.array([len(s) for s in symbols])
     flat = np.concatenate(symbols)
     begins = np.cumsum(lengths) - lengths
+    # The classes so far: next states, efforts and number. Class 0 is that of no bytes.
     moves = [np.arange(next_state.shape[1], dtype=np.int16)]
-    added = [np.zeros(next_state.shape[1], np.int16)]
-    class_of = {moves[0].tobytes() + added[0].tobytes(): 0}
+    efforts = [np.zeros(next_state.shape[1], np.int16)]
+    class_of = {moves[0].tobytes() + efforts[0].tobytes(): 0}
     token_class = np.zeros(len(pieces), np.int64)
+    # Advance the tokens that have another byte to the class of their longer prefix.
     for position in range(lengths.max()):
         active = np.flatnonzero(lengths > position)
         key = token_class[active] * SYMBOLS + flat[begins[active] + position]
@@ -165,14 +172,19 @@ def _lift(
         classes = np.empty(len(distinct), np.int64)
         for n, (prefix, symbol) in enumerate(zip(*divmod(distinct, SYMBOLS), strict=True)):
             row = next_state[symbol, moves[prefix]].astype(np.int16)
-            weight = (added[prefix] + effort[symbol, moves[prefix]]).astype(np.int16)
-            classes[n] = class_of.setdefault(row.tobytes() + weight.tobytes(), len(moves))
+            effort_row = (efforts[prefix] + effort[symbol, moves[prefix]]).astype(np.int16)
+            classes[n] = class_of.setdefault(row.tobytes() + effort_row.tobytes(), len(moves))
             if classes[n] == len(moves):
                 moves.append(row)
-                added.append(weight)
+                efforts.append(effort_row)
         token_class[active] = classes[inverse]
-    used, token_class = np.unique(token_class, return_inverse=True)
-    return token_class, np.stack([moves[i] for i in used]), np.stack([added[i] for i in used])
+    # Drop the classes in which no token ends.
+    final_classes, token_class = np.unique(token_class, return_inverse=True)
+    return (
+        token_class,
+        np.stack([moves[i] for i in final_classes]),
+        np.stack([efforts[i] for i in final_classes]),
+    )
 
 
 def _symbols(piece: Piece) -> np.ndarray:
@@ -198,16 +210,16 @@ def _distances(
     pairs = np.array([0])
     while True:
         steps, answer = np.divmod(pairs, width)
-        after = steps_next[:, steps].astype(np.int64) * width + answer_next[:, answer]
-        wider = np.union1d(pairs, after)
-        if len(wider) == len(pairs):
+        next_pairs = steps_next[:, steps].astype(np.int64) * width + answer_next[:, answer]
+        wider_pairs = np.union1d(pairs, next_pairs)
+        if len(wider_pairs) == len(pairs):
             break
-        pairs = wider
+        pairs = wider_pairs
     # Shortest ways to an accepting pair.
-    target = np.searchsorted(pairs, after)
+    next_index = np.searchsorted(pairs, next_pairs)
     distance = np.where(steps_accept[steps] & answer_accept[answer], 0, UNREACHABLE)
     while True:
-        shorter = np.minimum(distance, distance[target].min(axis=0) + 1)
+        shorter = np.minimum(distance, distance[next_index].min(axis=0) + 1)
         if (shorter == distance).all():
             break
         distance = shorter

@@ -1,4 +1,4 @@
-"""Makes photos and crops into the patches that the vision tower reads.
+"""Turns photos and crops into the patches that the vision tower reads.
 
 Pixel limits and the crop's margin come from one `ImageConfig`, and photos through `task.photo`, so
 that training, sampling, rating and evaluation see the same pixels, the same way up. The numbers are
@@ -22,7 +22,7 @@ from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 
 Box = tuple[float, float, float, float]
-# Most times its shorter side that a side may be: the processor's own limit.
+# The processor's own limit on the ratio of the longer side to the shorter.
 _LONGEST = 200
 
 
@@ -48,28 +48,30 @@ def crop_box(box: Box, size: tuple[int, int], config: ImageConfig) -> tuple[int,
     Args:
         box: (x centre, y centre, width, height), fractions of the photo.
     """
-    least = config.crop_least
+    min_length = config.crop_least
     for _ in range(2):
+        # Each side with its margin, moved into the photo, in whole pixels.
         spans = []
         for centre, extent, pixels in zip(box[:2], box[2:], size, strict=True):
             length = extent * pixels * (1 + 2 * config.crop_margin)
-            length = min(max(length, least), pixels)
+            length = min(max(length, min_length), pixels)
             start = min(max(centre * pixels - length / 2, 0), pixels - length)
             spans.append((int(start), min(max(round(start + length), int(start) + 1), pixels)))
         (left, right), (top, bottom) = spans
+        # A shape that the processor refuses gets a longer short side, in a second round.
         sides = right - left, bottom - top
         if max(sides) <= _LONGEST * min(sides):
             break
-        # One pixel more, for edges are rounded.
-        least = -(-max(sides) // _LONGEST) + 1
+        # One pixel more, because edges are rounded.
+        min_length = -(-max(sides) // _LONGEST) + 1
     return left, top, right, bottom
 
 
 class ImageReader:
-    """Photos and crops as patches, of a dataset's facts or of a lone photo.
+    """Reads photos and crops as patches, of a dataset's facts or of a single photo.
 
-    Raises (from its methods):
-      DataError: a photo that cannot be read, or whose shape the processor refuses.
+    Raises:
+        DataError: from the methods: a photo cannot be read, or the processor refuses its shape.
     """
 
     def __init__(
@@ -84,10 +86,10 @@ class ImageReader:
 
     @functools.cached_property
     def _levels(self) -> np.ndarray:
-        """Normalised values by channel and level."""
+        """Normalised values, float32 [channel, 256 levels]."""
         levels = np.arange(256, dtype=np.float32) / 255
-        shape = self.config.image_mean, self.config.image_std
-        mean, std = (np.float32(x)[:, None] for x in shape)
+        statistics = self.config.image_mean, self.config.image_std
+        mean, std = (np.float32(statistic)[:, None] for statistic in statistics)
         return (levels - mean) / std
 
     def open(self, fact: Fact) -> Image.Image:
@@ -95,7 +97,7 @@ class ImageReader:
         return more.read_photo(self.folder, fact, self._photo_path)
 
     def pair(self, fact: Fact) -> tuple[Image.Image, Image.Image]:
-        """Reads the photo and crops it to the object's box."""
+        """Returns the fact's photo, and its crop to the object's box."""
         photo = self.open(fact)
         return photo, photo.crop(crop_box(fact.box, photo.size, self.config))
 
@@ -104,16 +106,18 @@ class ImageReader:
         return self.encode(self.open(fact), fact.box, self._name(fact), which)
 
     def encode(self, photo: Image.Image, box: Box, name: str, which: int | None = None) -> Patches:
-        """Returns photo and crop as patches, or one of the two.
+        """Returns a photo and its crop as patches, or one of the two.
 
         Args:
-            photo: as `open_photo` gives it.
+            photo: RGB and upright, as `open_photo` returns it.
             box: (x centre, y centre, width, height), fractions of the photo.
             name: what errors call the photo.
             which: the photo (0) or the crop (1) alone; None: both.
         """
+        # Grids of both images first: a refused shape is an error before any pixel is scaled.
         grids = self._grids(box, photo.size, name)
         crop = photo.crop(crop_box(box, photo.size, self.config))
+        # Only the images that `which` names become patches.
         pairs = list(zip((photo, crop), grids, strict=True))
         pairs = pairs if which is None else [pairs[which]]
         values = [self._patchify(image, grid) for image, grid in pairs]

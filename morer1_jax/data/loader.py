@@ -1,4 +1,4 @@
-"""Batches ahead of time: a pure function of the step, evaluated in order by threads or processes.
+"""Prepares batches ahead of time, in threads or processes; a batch is a function of its step.
 
 Threads share the interpreter's lock, which is held while text becomes tokens and patches find their
 places, but not while photos are decoded and scaled.  Processes share nothing: each gets a copy of
@@ -37,17 +37,14 @@ def load_ahead(
     ahead: int = 2,
     kind: WorkerKind = "thread",
 ) -> Iterator[Any]:
-    """Yields `make(start)` … `make(stop - 1)`, each begun before it is asked for.
+    """Yields `make(start)` … `make(stop - 1)` in order, each prepared ahead of its turn.
 
     Close the iterator to stop the workers before it is exhausted.
 
     Args:
         make: a pure function of the step; for processes, one that can be pickled.
-        start: the first step.
-        stop: the step after the last.
-        workers: threads or processes that call it.
-        ahead: batches made ahead at most, or one a worker if that is more.
-        kind: what the workers are.
+        workers: the number of threads or processes that call it.
+        ahead: the most batches prepared ahead, or one a worker if that is more.
 
     Raises:
         Exception: whatever `make` raises, when its batch's turn comes.
@@ -82,9 +79,10 @@ class _Failure:
 @contextlib.contextmanager
 def _processes(make: Callable[[int], Any], count: int) -> Iterator[Callable[[int], Any]]:
     """Yields `make` as a function that an idle one of `count` processes evaluates."""
+    # Each process with its connection; a call takes an idle one, and puts it back afterwards.
     context = multiprocessing.get_context("spawn")
     function = cloudpickle.dumps(make)
-    started: list[multiprocessing.process.BaseProcess] = []
+    processes: list[multiprocessing.process.BaseProcess] = []
     idle: queue.SimpleQueue[tuple[multiprocessing.process.BaseProcess, Connection]]
     idle = queue.SimpleQueue()
 
@@ -105,18 +103,21 @@ def _processes(make: Callable[[int], Any], count: int) -> Iterator[Callable[[int
             raise batch.error
         return batch
 
+    # Start the processes, and end them with the block.
     try:
         for _ in range(count):
-            ours, theirs = context.Pipe()
-            started.append(context.Process(target=_serve, args=(theirs, function), daemon=True))
-            started[-1].start()
-            theirs.close()  # Else the end of the process would not end the connection.
-            idle.put((started[-1], ours))
+            parent_end, worker_end = context.Pipe()
+            processes.append(
+                context.Process(target=_serve, args=(worker_end, function), daemon=True)
+            )
+            processes[-1].start()
+            worker_end.close()  # Else the end of the process would not end the connection.
+            idle.put((processes[-1], parent_end))
         yield call
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-        for process in started:
+        for process in processes:
             process.join()
 
 

@@ -86,11 +86,11 @@ class MORE(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, folder: epath.Path, facts: list[Fact]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        photos = {fact.image: fact for fact in reversed(facts)}
+        fact_by_image = {fact.image: fact for fact in reversed(facts)}
         places = {image: place for place, image in enumerate(dict.fromkeys(f.image for f in facts))}
         if self.builder_config.name == PHOTOS:
             for image, place in places.items():
-                data = more.photo_path(folder, photos[image]).read_bytes()
+                data = more.photo_path(folder, fact_by_image[image]).read_bytes()
                 yield place, {"image": image, "photo": data}
             return
         for number, fact in enumerate(facts):
@@ -108,18 +108,19 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
     A build that was cut off after its facts is completed with its photos.
 
     Args:
-        folder: the folder, local or in a bucket.
+        folder: local, or in a bucket.
         data_dir: the folder of `more/facts` and `more/photos`.
 
     Returns:
         The folders of the two, as `tfds.builder_from_directory` takes them.
 
     Raises:
-        DataError: the folder has a fault, or the dataset exists already.
+        DataError: the folder's data is malformed, or the dataset exists already.
         OSError: nothing can be written to `data_dir`.
     """
     if "://" not in os.fspath(data_dir):
         check_writable(data_dir, folder=True)
+    # What is there already: nothing, or the facts of a build that was cut off.
     builders = [
         MORE(data_dir=data_dir, config=name, file_format="array_record") for name in (FACTS, PHOTOS)
     ]
@@ -128,6 +129,7 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
         raise DataError(
             f"{existing[0].data_path}: there is a dataset already; delete it, or use another folder"
         )
+    # The data, and whether the existing facts are the same.
     ontology = more.read_ontology(folder)
     facts = {split: more.read_split(folder, split, ontology) for split in more.SPLITS}
     if existing and any(read_facts(data_dir, split) != facts[split] for split in facts):
@@ -136,6 +138,7 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
             "use another folder"
         )
     more.photo_sizes([fact for split in facts.values() for fact in split], folder)
+    # Build what is missing.
     options = tfds.download.DownloadConfig(manual_dir=folder)
     # TFDS says at length that it downloads, which it does not.
     with contextlib.redirect_stdout(io.StringIO()):

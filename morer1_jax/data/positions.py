@@ -28,7 +28,7 @@ def mrope_positions(
 
     Args:
         token_ids: a row, with image tokens already expanded to one per merged unit.
-        grids: of the row's images, in order.
+        grids: one for each of the row's images, in order.
         segment_ids: sample of each token in a packed row; positions restart where it changes,
             and 0 marks padding, which gets position 0.  None: the row is one sample.
 
@@ -38,21 +38,23 @@ def mrope_positions(
     """
     if (token_ids == video_token_id).any():
         raise LayoutError("tokens: expected those of text and images, found a video token")
+    # Runs of tokens of one segment and one kind, text or image.
     segments = np.ones_like(token_ids) if segment_ids is None else segment_ids
     positions = np.zeros((3, len(token_ids)), np.int32)
     is_image = token_ids == image_token_id
     pending = iter(grids)
     changes = (np.diff(segments) != 0) | (np.diff(is_image) != 0)
     bounds = np.flatnonzero(np.concatenate([[True], changes, [True]])) if len(token_ids) else []
-    following, previous = 0, None
+    # Positions run by run, counted on within a segment.
+    next_position, previous_segment = 0, None
     for start, stop in itertools.pairwise(bounds):
-        if segments[start] != previous:
-            following, previous = 0, segments[start]
-        if previous == 0:
+        if segments[start] != previous_segment:
+            next_position, previous_segment = 0, segments[start]
+        if previous_segment == 0:
             continue
         if not is_image[start]:
-            positions[:, start:stop] = following + np.arange(stop - start)
-            following += stop - start
+            positions[:, start:stop] = next_position + np.arange(stop - start)
+            next_position += stop - start
             continue
         grid = next(pending, None)
         if grid is None:
@@ -66,9 +68,10 @@ def mrope_positions(
                 f"token {start}: expected {rows * columns} image tokens for {grid} patches, found "
                 f"{stop - start}"
             )
-        positions[0, start:stop] = following
-        positions[1:, start:stop] = following + np.indices((rows, columns)).reshape(2, -1)
-        following += max(rows, columns)
+        positions[0, start:stop] = next_position
+        positions[1:, start:stop] = next_position + np.indices((rows, columns)).reshape(2, -1)
+        next_position += max(rows, columns)
+    # Every image must have had its run.
     unused = len(list(pending))
     if unused:
         raise LayoutError(f"tokens: expected those of {len(grids)} images, found none for {unused}")

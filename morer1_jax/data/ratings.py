@@ -32,15 +32,15 @@ def read_ratings(path: Path) -> list[Rating]:
     Raises:
         DataError: the file is missing or empty, a line is not a rating, or a fact occurs twice.
     """
-    rated: set[str] = set()
+    rated_facts: set[str] = set()
 
     def parse(_: int, value: dict[str, Any]) -> Rating:
         rating = Rating(**value)
         if rating.pool not in POOLS or not 0.0 <= rating.pass_rate <= 1.0:
             raise ValueError
-        if rating.fact in rated:
+        if rating.fact in rated_facts:
             raise DataError(f"expected a rating a fact, found {rating.fact} twice; {_REMEDY}")
-        rated.add(rating.fact)
+        rated_facts.add(rating.fact)
         return rating
 
     ratings = read_jsonl(path, parse, EXPECTED, _REMEDY)
@@ -63,5 +63,5 @@ def histogram(ratings: Sequence[Rating], width: int = 40) -> str:
         for rate in sorted(counts)
     ]
     pools = Counter(rating.pool for rating in ratings)
-    shown = ", ".join(f"{pools[name]} {name}" for name in POOLS)
-    return "\n".join([f"pass rates of {len(ratings)} facts ({shown}):", *rows])
+    pool_counts = ", ".join(f"{pools[name]} {name}" for name in POOLS)
+    return "\n".join([f"pass rates of {len(ratings)} facts ({pool_counts}):", *rows])

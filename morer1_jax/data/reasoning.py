@@ -30,7 +30,6 @@ def read_reasoning_dataset(
             `datasets.load_dataset` takes it, a folder or a name on the hub (`owner/name`); or a
             glob.
         facts: all facts that reasoning may be about.
-        ontology: the labels.
         split: the dataset's split; a file has `train` alone.
 
     Returns:
@@ -40,6 +39,7 @@ def read_reasoning_dataset(
         DataError: there is no such file, the `datasets` library is not installed, the source cannot
             be loaded or is empty, or a row is malformed (counted from 0; see `check_reasoning`).
     """
+    # The kind of source, and whether it is there.
     local = "://" not in source
     if local:
         source = expand_home(source, "data.reasoning")
@@ -59,29 +59,30 @@ def read_reasoning_dataset(
         raise DataError(
             f"{source}: reading it takes the datasets library; pip install 'morer1-jax[datasets]'"
         ) from None
+    # The library itself resolves globs, buckets and names on the hub.
     if not exists:
         return _check(source, _rows(source, source, builder, split), split, facts, ontology)
-    whole = Path(source).absolute()
-    with plain_path(whole) as at:
+    # A local path must be without the characters that the library takes for a glob or a URL.
+    absolute = Path(source).absolute()
+    with plain_path(absolute) as library_path:
         # The library caches a file under its path, which lasts for this block only.
-        cache = None if at == whole else at.parent
-        if (
-            cache is not None and whole.is_dir()
-        ):  # The library would resolve a link to the folder's own name.
-            at = cache / "files"
-            shutil.copytree(whole, at, copy_function=os.symlink)
-        rows = _rows(source, os.fspath(at), builder, split, cache_dir=cache)
+        cache = None if library_path == absolute else library_path.parent
+        if cache is not None and absolute.is_dir():
+            # The library would resolve a link to the folder's own name.
+            library_path = cache / "files"
+            shutil.copytree(absolute, library_path, copy_function=os.symlink)
+        rows = _rows(source, os.fspath(library_path), builder, split, cache_dir=cache)
         return _check(source, rows, split, facts, ontology)
 
 
-def _rows(source: str, at: str, builder: str | None, split: str, **options: Any) -> Any:
+def _rows(source: str, path: str, builder: str | None, split: str, **options: Any) -> Any:
     """Returns the rows that `datasets` reads at a path; errors call it `source`."""
     import datasets
 
     if builder is not None:
-        options["data_files"] = at
+        options["data_files"] = path
     try:
-        return datasets.load_dataset(builder or at, split=split, **options)
+        return datasets.load_dataset(builder or path, split=split, **options)
     except StopIteration:  # An empty file raises it.
         return ()
     except Exception as error:  # The hub, Arrow and file systems have classes of their own.

@@ -1,6 +1,6 @@
-"""From a fact to a sample: ids of its prompt and its target, and its images.
+"""Turns facts into samples: the ids of prompt and target, and the images.
 
-Whatever exceeds its limit is an error that names the fact, never cut.
+Nothing is cut: what exceeds its limit is an error that names the fact.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from morer1_jax.task.prompt import student_prompt
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The most that one fact may take.
+    """The most room that one fact may take.
 
     Attributes:
         prompt: tokens of a prompt, vision tokens among them.
@@ -41,7 +41,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What of a fact the model is shown: a blind baseline misses the photo, or the title."""
+    """The parts of a fact that the model sees; a blind baseline lacks the photo or the title."""
 
     photo: bool = True
     title: bool = True
@@ -74,10 +74,8 @@ class SampleReader:
         ontology: the labels of the prompt and of `gold`.
         photos: where the photos are, and how they become patches.
         vision: the tower that the images are for.
-        limits: what a fact may take at most.
-        view: what of the fact is shown.
-        features: kept ones of all images, in place of their pixels.
-        special: ids of the tokens that are treated apart.
+        features: the store of all images' features, read in place of their pixels.
+        special: ids of the tokenizer's special tokens.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -96,7 +94,7 @@ class SampleReader:
         """Returns a reader of the same facts that shows another view of them.
 
         Args:
-            completion: most tokens of an answer.
+            completion: the most tokens of an answer.
         """
         slots = self.limits.slots if view.photo else 0
         limits = dataclasses.replace(self.limits, completion=completion, slots=slots)
@@ -107,7 +105,7 @@ class SampleReader:
         """Reads a fact's images and tokenizes its prompt.
 
         Args:
-            target: what the assistant says; None where that is sampled.
+            target: the assistant's text; None where it is sampled.
 
         Raises:
             DataError: the fact exceeds its limits, or a photo cannot be read.
@@ -129,18 +127,18 @@ class SampleReader:
         return sample
 
     def size_of(self, sample: Sample) -> SampleSize:
-        """Returns what a sample takes of a row."""
+        """Returns the room that a sample takes of a row."""
         slots = self.vision.image_cost(sample.images.grids).slots
         return SampleSize(len(sample.prompt), len(sample.target), slots)
 
     def size(
         self, fact: Fact, photo_size: tuple[int, int], target: str | None = None
     ) -> SampleSize:
-        """Returns what a fact will take of a row, without reading its photo.
+        """Returns the room that a fact will take of a row, without reading its photo.
 
         Args:
             photo_size: (width, height) in pixels.
-            target: what the assistant says, if that is known.
+            target: the assistant's text, where it is known.
 
         Raises:
             DataError: the processor refuses the photo's shape.
@@ -153,11 +151,11 @@ class SampleReader:
         photo_sizes: Mapping[str, tuple[int, int]],
         targets: Mapping[str, str],
     ) -> list[SampleSize]:
-        """Returns what each fact will take of a row; finds every one that exceeds its limits.
+        """Returns the room that each fact will take of a row, and checks it against the limits.
 
         Args:
             photo_sizes: (width, height) of each photo by `Fact.photo`.
-            targets: what the assistant says, by fact's id, where that is known.
+            targets: the assistant's text by the fact's id, where it is known.
 
         Raises:
             DataError: up to 20 photos of a shape that the processor refuses, each with the first
@@ -194,7 +192,7 @@ class SampleReader:
         return self.expand(text, grids)
 
     def expand(self, text: str, grids: Sequence[Grid]) -> Int[np.ndarray, " s"]:
-        """Returns a text's ids, each `IMAGE_PAD` as often as its image has merged patches."""
+        """Returns a text's ids, with `IMAGE_PAD` once for each merged patch of its image."""
         counts = [self.vision.image_cost([grid]).tokens for grid in grids]
         ids: list[int] = []
         for number, piece in enumerate(pieces := text.split(IMAGE_PAD)):

@@ -21,11 +21,11 @@ _TRIED = 32
 
 
 class SampleSize(NamedTuple):
-    """What one sample takes of a row.
+    """The room that one sample takes of a row.
 
     Attributes:
-        prompt, target: tokens.
-        slots: of its images in the vision tower's layout.
+        prompt, target: numbers of tokens.
+        slots: places of its images in the vision tower's layout.
     """
 
     prompt: int
@@ -39,7 +39,7 @@ class SampleSize(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a row has room for: tokens, and slots of images in the vision tower's layout."""
+    """The room of a row: tokens, and places of images in the vision tower's layout."""
 
     length: int
     slots: int
@@ -61,8 +61,7 @@ def pack(sizes: Sequence[SampleSize], shape: Shape) -> list[list[int]]:
     """Puts samples into as few rows as best-fit decreasing finds.
 
     Args:
-        sizes: of the samples, each of which fits a row by itself.
-        shape: of a row.
+        sizes: one a sample, each of which fits a row by itself.
 
     Returns:
         For each row the places of its samples in `sizes`, in order.
@@ -75,26 +74,26 @@ def pack(sizes: Sequence[SampleSize], shape: Shape) -> list[list[int]]:
         tokens, slots = sizes[place].tokens, sizes[place].slots
         # The fullest row that still has room, or a new one.
         best_row, least_free = len(rows), math.inf
-        for row, (length, room) in enumerate(free):
-            if tokens <= length < least_free and slots <= room:
-                best_row, least_free = row, length
+        for row, (free_tokens, free_slots) in enumerate(free):
+            if tokens <= free_tokens < least_free and slots <= free_slots:
+                best_row, least_free = row, free_tokens
         if best_row == len(rows):
             rows.append([])
             free.append(shape)
-        length, room = free[best_row]
+        free_tokens, free_slots = free[best_row]
         rows[best_row].append(place)
-        free[best_row] = Shape(length - tokens, room - slots)
+        free[best_row] = Shape(free_tokens - tokens, free_slots - slots)
     return [sorted(row) for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
-    """How the samples of a step become rows.
+    """The rule by which the samples of a step become rows.
 
     Attributes:
-        shape: of every row.
-        counts: numbers of rows that a batch may have, increasing.
-        multiple: any other number of rows is rounded up to this; so are `counts`.
+        shape: the shape of every row.
+        counts: the numbers of rows that a batch may have, increasing multiples of `multiple`.
+        multiple: a batch of more rows than `counts` has is rounded up to a multiple of this.
     """
 
     shape: Shape
@@ -102,7 +101,7 @@ class RowPlan:
     multiple: int
 
     def rows(self, sizes: Sequence[SampleSize]) -> list[list[int]]:
-        """Packs as `pack`, with empty rows up to one of the counts."""
+        """Packs samples as `pack` does, and adds empty rows up to one of the counts."""
         rows = pack(sizes, self.shape)
         fallback = _round_up(len(rows), self.multiple)
         count = next((count for count in self.counts if count >= len(rows)), fallback)
@@ -120,32 +119,33 @@ def plan_rows(
     """Chooses the rows that cost least on these batches.
 
     Args:
-        draws: the samples of every step: a row holds any of them, and no step has more rows than
-            `counts` foresee.
-        multiple: rows of a batch come in multiples of this, for a mesh or micro-batches.
+        draws: the sizes of every step's samples. Any of them fits a row of the plan, and the last
+            of its counts is enough for every step.
+        multiple: a batch's number of rows is a multiple of this, for a mesh or micro-batches.
         round_to: a row's tokens are a multiple of this.
-        max_counts: numbers of rows, each of which is a program of its own.
+        max_counts: the most different numbers of rows; each takes a compiled program of its own.
     """
     draws = [list(draw) for draw in draws]
-    every_size = list(itertools.chain(*draws))
-    units_of_longest = -(-max(size.tokens for size in every_size) // round_to)
-    max_slots = max(size.slots for size in every_size)
-    tried_draws = draws[:_TRIED]
-    # Rows as long as the longest sample, up to four times as long.
+    all_sizes = list(itertools.chain(*draws))
+    units_of_longest = -(-max(size.tokens for size in all_sizes) // round_to)
+    max_slots = max(size.slots for size in all_sizes)
+    trial_draws = draws[:_TRIED]
+    # Rows as long as the longest sample, up to four times as long; a longer one must save 1 %.
     best: tuple[float, Shape] | None = None
     for units in sorted({round(units_of_longest * factor) for factor in np.linspace(1, 4, 25)}):
         length = units * round_to
         # Packed by tokens alone, to see how many slots a row then takes.
-        packed = [pack(draw, Shape(length, 1 << 30)) for draw in tried_draws]
+        rows_of_draws = [pack(draw, Shape(length, 1 << 30)) for draw in trial_draws]
         slots = max(
             sum(draw[i].slots for i in row)
-            for draw, rows in zip(tried_draws, packed, strict=True)
+            for draw, rows in zip(trial_draws, rows_of_draws, strict=True)
             for row in rows
         )
         shape = Shape(length, max(slots, max_slots))
-        spent = sum(_round_up(len(rows), multiple) for rows in packed) * cost(shape)
-        if best is None or spent < 0.99 * best[0]:
-            best = spent, shape
+        total_cost = sum(_round_up(len(rows), multiple) for rows in rows_of_draws) * cost(shape)
+        if best is None or total_cost < 0.99 * best[0]:
+            best = total_cost, shape
+    # The numbers of rows of all steps, not only of those tried.
     shape = best[1]
     counts = [_round_up(len(pack(draw, shape)), multiple) for draw in draws]
     return RowPlan(shape, cheapest_levels(counts, float, max_counts), multiple)
@@ -162,10 +162,10 @@ def plan_prompts(
     """Chooses shapes of batches of one prompt a row, which cost least on these batches.
 
     Args:
-        draws: the prompts of each step.
-        largest: what any prompt may take; the last shape holds it.
+        draws: the sizes of every step's prompts.
+        largest: the most room of any prompt; the last shape holds it.
         round_to: a row's tokens are a multiple of this.
-        max_shapes: each is a program of its own.
+        max_shapes: the most shapes; each takes a compiled program of its own.
     """
     last = largest.rounded(round_to)
     shapes_of_draws = [widest(draw).rounded(round_to) for draw in draws]
@@ -182,7 +182,7 @@ def plan_prompts(
 
 
 def widest(sizes: Sequence[SampleSize]) -> Shape:
-    """Returns the row that holds any one of the prompts."""
+    """Returns the least shape of a row that holds any one of the prompts."""
     return Shape(max(size.prompt for size in sizes), max(size.slots for size in sizes))
 
 
@@ -190,7 +190,7 @@ def smallest(shapes: Sequence[Shape], content: Shape) -> Shape:
     """Returns the first of the shapes that holds the content.
 
     Raises:
-        ValueError: none does.
+        ValueError: no shape holds the content.
     """
     for shape in shapes:
         if shape.holds(content):
@@ -203,7 +203,7 @@ def cheapest_levels(
 ) -> tuple[int, ...]:
     """Chooses levels among the values, the largest among them, to round all values up to.
 
-    The cost of a value is that of the level it is rounded up to; their sum is the least there is.
+    A value costs what its level costs; the levels chosen minimise the sum over all values.
     """
     levels, repeats = np.unique(np.asarray(values), return_counts=True)
     values_before = np.concatenate([[0], np.cumsum(repeats)])

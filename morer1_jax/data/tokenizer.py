@@ -30,10 +30,10 @@ _FILES = ("tokenizer.json", "vocab.json")
 
 
 def check_labels(tokenizer: PreTrainedTokenizerFast, labels: Iterable[str]) -> None:
-    """Checks that the tokenizer writes every label as it is, or no answer could be read as it.
+    """Checks that the tokenizer writes every label unchanged: else no answer could be that label.
 
     Raises:
-        DataError: naming the first label that it changes.
+        DataError: the tokenizer changes a label; the message names the first.
     """
     for label in labels:
         ids = tokenizer(label, add_special_tokens=False)["input_ids"]
@@ -52,9 +52,10 @@ def train_tokenizer(
 
     Args:
         texts: the text to learn merges from; special tokens in it are cut out.
-        vocabulary: number of tokens, the 256 bytes and the special ones included.
-        folder: the tokenizer's folder, which must not exist.
+        vocabulary: the number of tokens, the 256 bytes and the special ones included.
+        folder: the folder to write, which must not exist.
     """
+    # Normalise and split text as Qwen's tokenizers do.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,6 +65,7 @@ def train_tokenizer(
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    # Learn the merges; special tokens take the ids after them.
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

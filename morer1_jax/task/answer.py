@@ -40,7 +40,7 @@ STEPS = 6
 
 
 class Special(enum.Enum):
-    """A token that is no bytes."""
+    """A token that does not stand for bytes."""
 
     END = "end-of-turn"
     OTHER = "any other special token, padding, or a row that the tokenizer does not use"
@@ -93,7 +93,7 @@ def read(pieces: Iterable[Piece], labels: Sequence[str]) -> Outcome:
 
 
 def read_steps(data: bytes) -> list[str] | None:
-    """The six steps' texts for display, or None if the think block is not as the grammar says."""
+    """Returns the six steps' texts, or None if the think block is not as the grammar says."""
     bodies, rest = _split(data)
     return None if rest is None else [body.decode(errors="replace").strip() for body in bodies]
 
@@ -102,7 +102,7 @@ def format_answer(steps: Sequence[str], label: str) -> str:
     """Writes six steps and a label in the answer's grammar, without end-of-turn.
 
     Raises:
-        ValueError: they cannot be: not six, one is empty or holds a tag or a header.
+        ValueError: there are not six steps, or one is empty or holds a tag or a header.
     """
     lines = "\n".join(f"Step {k}: {step.strip()}" for k, step in enumerate(steps, start=1))
     text = f"<think>\n{lines}\n</think>\n<answer>{label}</answer>"

@@ -75,14 +75,14 @@ def _step(state: State, symbol: int) -> tuple[State, int]:
     if kind == "body":
         return _body_step(state, byte)
     if kind == "literal":
-        _, literal, done = state
-        if not done and literal != THINK and byte in SPACE:
+        _, literal, prefix = state
+        if not prefix and literal != THINK and byte in SPACE:
             return state, 0
-        done += byte
-        if not literal.startswith(done):
+        prefix += byte
+        if not literal.startswith(prefix):
             return _DEAD, 0
-        if done != literal:
-            return ("literal", literal, done), 0
+        if prefix != literal:
+            return ("literal", literal, prefix), 0
         if literal == THINK:
             return ("literal", _HEADERS[1][1:], b""), 0
         return (("inside",) if literal == ANSWER else ("body", 1, False, b"")), 0
@@ -92,23 +92,23 @@ def _step(state: State, symbol: int) -> tuple[State, int]:
 
 
 def _body_step(state: State, byte: bytes) -> tuple[State, int]:
-    _, step, full, pending = state
+    _, step, has_text, pending = state
     weight = _effort(byte)
     read = pending + (b"\n" if byte == b"\r" else byte)
     if read in TAGS or read in _HEADERS:
         weight = -_effort(pending)
-        if full and step == STEPS and read == END_THINK:
+        if has_text and step == STEPS and read == END_THINK:
             return ("literal", ANSWER, b""), weight
-        if full and step < STEPS and read == _HEADERS[step + 1]:
+        if has_text and step < STEPS and read == _HEADERS[step + 1]:
             return ("body", step + 1, False, b""), weight
         return _DEAD, weight
     pending = _longest_suffix(read, (*TAGS, *_HEADERS))
-    full = full or _effort(read[: len(read) - len(pending)]) > 0
-    return ("body", step, full, pending), weight
+    has_text = has_text or _effort(read[: len(read) - len(pending)]) > 0
+    return ("body", step, has_text, pending), weight
 
 
 class _AnswerStep:
-    """The answer automaton's next state and the effort to add, which is 0."""
+    """Computes the answer automaton's next state, and the effort to add, which is 0."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.ids = {label.encode(): i for i, label in enumerate(labels)}
@@ -123,6 +123,7 @@ class _AnswerStep:
             return state
         if symbol >= END:
             return ("accept", state[1]) if kind == "closed" and symbol == END else _DEAD
+        # Before the answer block: text, or lost until the next `</think>`.
         byte = bytes([symbol])
         if kind == "text":
             read = state[1] + byte
@@ -131,6 +132,7 @@ class _AnswerStep:
             return ("text", _longest_suffix(read, TAGS))
         if kind == "lost":
             return _lost(state[1] + byte)
+        # White space and the label.
         if kind == "label":
             read = state[1] + byte
             if read in self.prefixes:
@@ -140,14 +142,15 @@ class _AnswerStep:
             if state[1] in self.ids and (byte in SPACE or byte == b"<"):
                 return ("close", self.ids[state[1]], byte.strip(SPACE))
             return _lost(read)
+        # `</answer>`, then white space to the end.
         if kind == "close":
-            _, label, done = state
-            if not done and byte in SPACE:
+            _, label, prefix = state
+            if not prefix and byte in SPACE:
                 return state
-            done += byte
-            if not END_ANSWER.startswith(done):
-                return _lost(done)
-            return ("closed", label) if done == END_ANSWER else ("close", label, done)
+            prefix += byte
+            if not END_ANSWER.startswith(prefix):
+                return _lost(prefix)
+            return ("closed", label) if prefix == END_ANSWER else ("close", label, prefix)
         return state if byte in SPACE else _lost(byte)  # closed
 
 
@@ -174,49 +177,50 @@ def _build(start: State, step: Step, literals: bytes) -> Automaton:
 
     Args:
         start: the first state.
-        step: the next state and the effort to add, of a state and a symbol.
+        step: returns the next state and the effort to add, from a state and a symbol.
         literals: the bytes that `step` tells apart beside those of the tags and white space; all
             others act alike, so one of them is tried for all.
     """
-    # Explore.
-    own = set(literals + SPACE + b"".join(TAGS))
-    other = min(set(range(END)) - own)
-    tried = sorted({*own, other, END, OTHER})
-    column = [
-        tried.index(symbol if symbol in own or symbol >= END else other)
+    # Explore, with one byte in place of all that act alike.
+    distinct_bytes = set(literals + SPACE + b"".join(TAGS))
+    other_byte = min(set(range(END)) - distinct_bytes)
+    distinct_symbols = sorted({*distinct_bytes, other_byte, END, OTHER})
+    row_of_symbol = [
+        distinct_symbols.index(symbol if symbol in distinct_bytes or symbol >= END else other_byte)
         for symbol in range(SYMBOLS)
     ]
     ids = {start: 0}
     next_state, effort = [], []
     states = [start]
     for state in states:  # Grows as it goes.
-        moves = [step(state, symbol) for symbol in tried]
+        moves = [step(state, symbol) for symbol in distinct_symbols]
         for target, _ in moves:
             if target not in ids:
                 ids[target] = len(states)
                 states.append(target)
         next_state.append([ids[target] for target, _ in moves])
         effort.append([weight for _, weight in moves])
-    # Merge.
+    # The outputs of each state.
     moves, weights = np.array(next_state), np.array(effort)
     outcome = np.array([s[1] if s[0] == "accept" else -1 for s in states])
     in_answer = np.array([s[0] in ("inside", "closing", "accept") for s in states])
-    # Moore's refinement: states are alike if their outputs are and they move to alike states.
+    # Merge alike states by Moore's refinement: their outputs and next states are alike.
     block = _rank(np.column_stack([outcome, in_answer, weights]))
     while True:
-        finer = _rank(np.column_stack([block, block[moves]]))
-        if finer.max() == block.max():
+        finer_block = _rank(np.column_stack([block, block[moves]]))
+        if finer_block.max() == block.max():
             break
-        block = finer
-    _, first = np.unique(block, return_index=True)
-    order = np.argsort(first)  # Blocks in order of discovery, so the start stays 0.
-    number = np.argsort(order)[block]
-    first = first[order]
+        block = finer_block
+    # Take each block's first state for the block, and a row for every symbol.
+    _, first_state = np.unique(block, return_index=True)
+    order = np.argsort(first_state)  # Blocks in order of discovery, so the start stays 0.
+    merged_id = np.argsort(order)[block]
+    first_state = first_state[order]
     return Automaton(
-        next_state=number[moves[first]].T[column],
-        effort=weights[first].T[column],
-        outcome=outcome[first],
-        in_answer=in_answer[first],
+        next_state=merged_id[moves[first_state]].T[row_of_symbol],
+        effort=weights[first_state].T[row_of_symbol],
+        outcome=outcome[first_state],
+        in_answer=in_answer[first_state],
     )
 
 

@@ -21,8 +21,10 @@ def literal(line: str) -> Any:
         problem = e.msg if isinstance(e, SyntaxError) else "something else"
         raise DataError(f"expected one Python dict literal a line, found {problem}") from e
     if isinstance(node, ast.Dict):
-        for part in (node, *(v for v in node.values if isinstance(v, ast.Dict))):
-            keys = [k.value for k in part.keys if isinstance(k, ast.Constant)]
+        for dict_node in (node, *(child for child in node.values if isinstance(child, ast.Dict))):
+            keys = [
+                key_node.value for key_node in dict_node.keys if isinstance(key_node, ast.Constant)
+            ]
             if len(set(keys)) < len(keys):
                 raise DataError("expected each key of a dict once, found one twice")
     return value
@@ -32,8 +34,7 @@ def fields(value: Any, where: str, types: Mapping[str, type | tuple[type, ...]])
     """Returns the values of a dict with exactly the keys of `types`, in their order.
 
     Args:
-        value: the dict.
-        where: what errors call it.
+        where: what errors call the value.
         types: the type or types of each value, by key.
 
     Raises:

@@ -34,7 +34,6 @@ def score(facts: Sequence[Fact], predictions: Sequence[str | None], ontology: On
         facts: all facts of the split: pairs of title and photo are counted from them, as the facts
             that share a photo.
         predictions: a label for each fact, or None where the answer could not be read.
-        ontology: the labels.
 
     Returns:
         In percent but for counts:
@@ -64,24 +63,26 @@ def score(facts: Sequence[Fact], predictions: Sequence[str | None], ontology: On
                 raise ValueError(
                     f"fact {fact.id}: expected a label of the ontology, found {label!r}"
                 )
+    # Gold and predicted labels, with the kind of photo: several entities, objects.
     pairs = [(fact.label, p) for fact, p in zip(facts, predictions, strict=True)]
     lenient = [(gold, NONE if p is None else p) for gold, p in pairs]
     entities, objects = _count_per_photo(facts)
     kinds = [(entities[fact.photo] > 1, objects[fact.photo] > 1) for fact in facts]
 
-    def where(chosen: Callable[[tuple[bool, bool]], bool]) -> list[tuple[str, str | None]]:
-        return [pair for pair, kind in zip(pairs, kinds, strict=True) if chosen(kind)]
+    def where(in_group: Callable[[tuple[bool, bool]], bool]) -> list[tuple[str, str | None]]:
+        return [pair for pair, kind in zip(pairs, kinds, strict=True) if in_group(kind)]
 
+    # Scores by kind of photo.
     breakdown = {}
     for n, entity in enumerate(("1_entity", "n_entities")):
         for m, object_ in enumerate(("1_object", "n_objects")):
-            part = where(lambda kind, cell=(n == 1, m == 1): kind == cell)
+            cell_pairs = where(lambda kind, cell=(n == 1, m == 1): kind == cell)
             breakdown[f"{entity}_{object_}"] = {
-                "facts": len(part),
-                "none": _percent(sum(gold == NONE for gold, _ in part), len(part)),
-                **_micro(part),
+                "facts": len(cell_pairs),
+                "none": _percent(sum(gold == NONE for gold, _ in cell_pairs), len(cell_pairs)),
+                **_micro(cell_pairs),
             }
-    multi = where(lambda kind: kind[1])
+    multi_object_pairs = where(lambda kind: kind[1])
     return {
         "facts": len(facts),
         **_summary(pairs, ontology),
@@ -89,8 +90,8 @@ def score(facts: Sequence[Fact], predictions: Sequence[str | None], ontology: On
         "lenient": _summary(lenient, ontology),
         "breakdown": breakdown,
         "multi_object": {
-            "facts": len(multi),
-            **{k: _micro(multi)[f"micro_{k}"] for k in ("precision", "recall", "f1")},
+            "facts": len(multi_object_pairs),
+            **{k: _micro(multi_object_pairs)[f"micro_{k}"] for k in ("precision", "recall", "f1")},
         },
         "per_label": {label: _one_label(pairs, label) for label in ontology.labels},
     }
@@ -113,12 +114,14 @@ def format_table(rows: Mapping[str, Scores]) -> str:
 
 
 def _summary(pairs: Sequence[tuple[str, str | None]], ontology: Ontology) -> Scores:
-    labels = [_one_label(pairs, label) for label in ontology.labels if label != NONE]
-    counted = [scores for scores in labels if scores["support"]]
+    label_scores = [_one_label(pairs, label) for label in ontology.labels if label != NONE]
+    supported_scores = [scores for scores in label_scores if scores["support"]]
     return {
         **_micro(pairs),
         **{
-            f"macro_{k}": sum(scores[k] for scores in counted) / len(counted) if counted else 0.0
+            f"macro_{k}": sum(scores[k] for scores in supported_scores) / len(supported_scores)
+            if supported_scores
+            else 0.0
             for k in ("precision", "recall", "f1")
         },
     }

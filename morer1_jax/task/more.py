@@ -70,7 +70,7 @@ def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[F
     Text is composed, and photos are found whichever form of Unicode their names have.
 
     Raises:
-        DataError: naming file and line of each malformed fact, up to 20.
+        DataError: facts are malformed; the message names file and line of up to 20.
     """
     path = split_path(folder, split)
     lines = read_lines(path, "a text file, a fact a line", "copy it anew")
@@ -83,6 +83,7 @@ def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[F
             photos.setdefault(composed(photo.name), []).append(photo.name)
     except OSError as e:
         raise DataError(f"{path}: expected the folder of its photos, found {one_line(e)}") from e
+    # All faults are collected, so that one reading finds them.
     facts, errors = [], ErrorList()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A title may hold '\d', which is no escape.
@@ -96,7 +97,7 @@ def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[F
 
 
 def write_split(folder: Path, split: str, facts: Sequence[Fact]) -> None:
-    """Writes the text file of one split so that `read_split` gives the same facts.
+    """Writes the text file of one split so that `read_split` returns the same facts.
 
     Raises:
         ValueError: a fact's id is not its split and line.
@@ -161,7 +162,7 @@ def read_photo(
     """Returns the photo of a fact, RGB, upright.
 
     Raises:
-        DataError: naming the photo and the fact; see `open_photo`.
+        DataError: the photo cannot be read (see `open_photo`); the message names it and the fact.
     """
     path = photo_path(folder, fact)
     return open_photo(path, f"{path} (fact {fact.id})")
@@ -180,15 +181,14 @@ def check_photos(
     """Decodes each distinct photo once and shows a progress bar.
 
     Args:
-        facts: the facts whose photos are checked.
-        folder: the dataset's folder.
-        photo_path: the path of a fact's photo, of the folder and the fact.
+        photo_path: returns the path of a fact's photo, from the dataset's folder and the fact.
 
     Returns:
         The photos' sizes and digests by `Fact.photo`.
 
     Raises:
-        DataError: naming each photo that cannot be read, up to 20, and the first fact that uses it.
+        DataError: photos cannot be read; the message names up to 20, each with the first fact that
+            shows it.
     """
 
     def check(fact: Fact) -> PhotoInfo | DataError:
@@ -198,15 +198,19 @@ def check_photos(
             return e
         return PhotoInfo(photo.size, photo.info[DIGEST])
 
-    first = {}
+    # The first fact of each photo, which errors name.
+    first_facts = {}
     for fact in facts:
-        first.setdefault(fact.photo, fact)
+        first_facts.setdefault(fact.photo, fact)
+    # Threads read the photos at once; their faults are collected in order.
     with ThreadPoolExecutor(_READERS) as pool:
-        outcomes = tqdm(pool.map(check, first.values()), "photos", len(first), unit="photo")
+        outcomes = tqdm(
+            pool.map(check, first_facts.values()), "photos", len(first_facts), unit="photo"
+        )
         photos: dict[str, PhotoInfo] = {}
         errors = ErrorList()
         try:
-            for photo, outcome in zip(first, outcomes, strict=True):
+            for photo, outcome in zip(first_facts, outcomes, strict=True):
                 if isinstance(outcome, DataError):
                     errors.add(outcome)
                 else:
@@ -227,7 +231,7 @@ def read_reasoning(
         Fact id to text, in file order.
 
     Raises:
-        DataError: naming file and line, if a line is malformed; see `check_reasoning`.
+        DataError: a line is malformed (see `check_reasoning`); the message names file and line.
     """
     records = read_jsonl(
         path,
@@ -246,9 +250,8 @@ def check_reasoning(
     A text is `<think>`, six steps, `</think>` and `<answer>label</answer>` (see `answer.py`).
 
     Args:
-        records: pairs of a place, which errors name, and the value found there.
+        records: pairs of a place, which errors name, and its value.
         facts: all facts that reasoning may be about.
-        ontology: the labels.
 
     Returns:
         Fact id to text, composed, in the records' order.
@@ -263,10 +266,12 @@ def check_reasoning(
     for place, record in records:
         try:
             fact_id, text = fields(record, "the record", {"fact": str, "text": str})
+            # The fact is known and has one text only.
             if fact_id not in golds:
                 raise DataError(f"fact {fact_id!r}: expected a known fact, found none of this id")
             if fact_id in texts:
                 raise DataError(f"fact {fact_id!r}: expected one text a fact, found it twice")
+            # The text is one that a model can learn from.
             if not text.strip():
                 raise DataError(
                     f"fact {fact_id!r}: expected written reasoning, found an empty text"
@@ -301,7 +306,7 @@ def _check_text(text: str, gold: str, ontology: Ontology) -> None:
 
 
 def write_reasoning(path: Path, texts: Mapping[str, str]) -> None:
-    """Writes fact id to text so that `read_reasoning` gives the same."""
+    """Writes fact id to text so that `read_reasoning` returns the same."""
     write_jsonl(path, ({"fact": fact_id, "text": text} for fact_id, text in texts.items()))
 
 
@@ -309,10 +314,12 @@ def _parse_fact(
     fact_id: str, line: str, ontology: Ontology, photos: Mapping[str, Sequence[str]]
 ) -> Fact:
     """Parses and checks one line's dict literal; the caller adds file and line to the errors."""
+    # Keys and types.
     keys = {"token": list, "h": dict, "t": dict, "img_id": str, "relation": str}
     tokens, head, tail, image, label = fields(literal(line), "the line", keys)
     entity_name, span = fields(head, "h", {"name": str, "pos": (list, tuple)})
     object_name, box = fields(tail, "t", {"name": str, "box": (list, tuple)})
+    # Words, names and the entity's place in the title.
     if not tokens or not all(type(t) is str and t for t in tokens):
         raise DataError("token: expected one or more words, none empty, found others")
     if not is_text("".join((*tokens, entity_name, object_name))):
@@ -326,6 +333,7 @@ def _parse_fact(
         raise DataError(
             f"h.pos: expected 0 <= start < end <= {len(tokens)}, the title's words, found {span!r}"
         )
+    # The label, and the photo under whichever form of Unicode the folder has its name in.
     if composed(label) not in ontology.ids:
         raise DataError(
             f"relation: expected one of the {len(ontology.labels)} labels of rel2id.json, found "

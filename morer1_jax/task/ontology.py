@@ -24,22 +24,21 @@ class Ontology:
     """A label list in id order.
 
     Attributes:
-        labels: the labels; a label's id is its place.  `none` is among them, anywhere.
+        labels: a label's id is its place; `none` is among them, anywhere.
 
     Raises:
-        DataError: a label is malformed or double, or `none` is missing.
+        DataError: a label is malformed or occurs twice, or `none` is missing.
     """
 
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Checks the labels."""
         for label in self.labels:
             if problem := _label_problem(label):
                 raise DataError(f"label {label!r}: {problem}")
         if len(set(self.labels)) != len(self.labels):
-            double = next(x for x in self.labels if self.labels.count(x) > 1)
-            raise DataError(f"label {double!r}: expected each label once, found it twice")
+            duplicate = next(x for x in self.labels if self.labels.count(x) > 1)
+            raise DataError(f"label {duplicate!r}: expected each label once, found it twice")
         if NONE not in self.labels:
             raise DataError(f"label {NONE!r}: expected exactly once, found none")
         if len(self.labels) < 2:
@@ -78,31 +77,33 @@ def read_ontology_file(path: Path) -> Ontology:
         DataError: the file is missing or not such an object, or a label or id is malformed.
     """
     pairs = read_json(path, "copy it anew", expected="a JSON object, label to id", kind=_Pairs)
-    owner: dict[int, str] = {}
+    label_by_id: dict[int, str] = {}
     spellings: dict[str, str] = {}
     for spelling, i in pairs:
+        # A label comes once, in whichever form of Unicode.
         label = composed(spelling)
         if label in spellings:
-            double = spellings[label] == spelling
-            found = "it twice" if double else f"{spellings[label]!a} and {spelling!a}"
-            raise DataError(f"{path}: key {label!r}: expected each label once, found {found}")
+            is_repeat = spellings[label] == spelling
+            duplicates = "it twice" if is_repeat else f"{spellings[label]!a} and {spelling!a}"
+            raise DataError(f"{path}: key {label!r}: expected each label once, found {duplicates}")
         spellings[label] = spelling
         if problem := _label_problem(label):
             raise DataError(f"{path}: key {label!r}: {problem}")
+        # Its id is its own, and leaves no gap.
         if type(i) is not int:
             raise DataError(f"{path}: key {label!r}: expected an id 0, 1, 2, …, found {i!r}")
-        if i in owner:
+        if i in label_by_id:
             raise DataError(
-                f"{path}: key {label!r}: expected an id of its own, found {i}, {owner[i]!r}'s"
+                f"{path}: key {label!r}: expected an id of its own, found {i}, {label_by_id[i]!r}'s"
             )
         if not 0 <= i < len(pairs):
             last = len(pairs) - 1
             raise DataError(
                 f"{path}: key {label!r}: expected ids 0 to {last} without a gap, found {i}"
             )
-        owner[i] = label
+        label_by_id[i] = label
     try:
-        return Ontology(tuple(owner[i] for i in range(len(owner))))
+        return Ontology(tuple(label_by_id[i] for i in range(len(label_by_id))))
     except DataError as e:
         raise DataError(f"{path}: {e}") from e
 
@@ -113,7 +114,7 @@ def write_ontology_file(path: Path, labels: Sequence[str]) -> None:
 
 
 class _Pairs(list):
-    """The items of a JSON object in file order, doubles kept."""
+    """The items of a JSON object in file order, keys that occur twice among them."""
 
 
 def _label_problem(label: str) -> str | None:

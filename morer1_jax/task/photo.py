@@ -54,10 +54,10 @@ def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         name = "photo" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else epath.Path(source).read_bytes()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as stored:
-            stored.load()
-            photo = _to_rgb(stored)
-            if (transposition := _UPRIGHT.get(_orientation(stored))) is not None:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file_image:
+            file_image.load()
+            photo = _to_rgb(file_image)
+            if (transposition := _UPRIGHT.get(_orientation(file_image))) is not None:
                 photo = photo.transpose(transposition)
     except Image.DecompressionBombError as e:
         raise DataError(f"{name}: {one_line(e)}; expected a smaller photo, scale it down") from e

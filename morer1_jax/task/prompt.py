@@ -67,8 +67,8 @@ def student_prompt(
     """Returns the conversation up to where the assistant speaks.
 
     Args:
-        fact: the fact; its label is not read.
-        ontology: the labels and types that may be answered.
+        fact: its label is not read.
+        ontology: the labels and types that the prompt lists.
         show_photo: False leaves photo and crop out (a blind baseline).
         show_title: False leaves the title's words out; the entity stays (a blind baseline).
 
