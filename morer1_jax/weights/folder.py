@@ -97,9 +97,9 @@ def tensor_files(folder: Path) -> list[str]:
         return sorted(set(index["weight_map"].values()))
     names = (path.name for path in folder.iterdir() if path.suffix in _FOREIGN)
     others = sorted(names, key=lambda name: ("model" not in name, name))
-    found = f"only {others[0]}, which is not read" if others else "neither"
+    tensors = f"only {others[0]}, which is not read" if others else "neither"
     raise WeightsError(
-        f"{folder}: expected {SINGLE} or {INDEX}, as save_pretrained writes, found {found}"
+        f"{folder}: expected {SINGLE} or {INDEX}, as save_pretrained writes, found {tensors}"
     )
 
 

@@ -81,18 +81,19 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
+        # The folder and its config.
         self.folder = find_folder(str(path))
         check_kind(self.folder)
-        described = read_json(self.folder / CONFIG)
+        hf_config = read_json(self.folder / CONFIG)
         try:
-            self.config = ModelConfig.from_hf(described)
+            self.config = ModelConfig.from_hf(hf_config)
         except ConfigError as e:
             raise ConfigError(f"{self.folder / CONFIG}: {e}") from None
         except (AttributeError, TypeError) as e:  # Of a value of another type than expected.
             raise ConfigError(
                 f"{self.folder / CONFIG}: {one_line(e)}; expected Qwen2.5-VL's, copy it anew"
             ) from e
-        self._ids = {key: described.get(key) for key in DEFAULT_IDS}
+        self._ids = {key: hf_config.get(key) for key in DEFAULT_IDS}
         # What every file holds, by its header: no tensor is read yet.
         self.slices = leaf_slices(self.config)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -115,6 +116,7 @@ class Checkpoint:
                         raise WeightsError(f"{self.folder / file}: {theirs} is in two files")
                     shapes[ours] = tuple(part.get_shape())
                     self.dtypes[ours] = _DTYPES[part.get_dtype()]
+        # Whether these are the config's tensors.
         if self.config.tie_word_embeddings:
             # Some savers write a tied head out; `load` checks that it is the embedding.
             shapes.pop(_HEAD, None)
@@ -145,9 +147,9 @@ class Checkpoint:
                 header = content.read(int.from_bytes(content.read(8), "little"))
                 digest.update(header)
                 start = 8 + len(header)
-                described = json.loads(header)
-                for name in sorted(described.keys() - {"__metadata__"}):
-                    begin, end = described[name]["data_offsets"]
+                entries = json.loads(header)
+                for name in sorted(entries.keys() - {"__metadata__"}):
+                    begin, end = entries[name]["data_offsets"]
                     content.seek(start + begin)
                     digest.update(content.read(min(end - begin, _DIGEST_BYTES)))
         return digest.hexdigest()
@@ -323,8 +325,8 @@ def _slice(params: Params, leaf_slice: LeafSlice, lora: LoRA | None) -> np.ndarr
     if leaf != "kernel" or "lora_a" not in layer:
         return np.asarray(jax.device_get(layer[leaf][leaf_slice.index]))
     # One layer at a time, so that no second copy of a whole stack exists.
-    one = {name: value[leaf_slice.index][None] for name, value in layer.items()}
-    return np.asarray(jax.device_get(merged_kernel(one, lora)[0]))
+    one_layer = {name: value[leaf_slice.index][None] for name, value in layer.items()}
+    return np.asarray(jax.device_get(merged_kernel(one_layer, lora)[0]))
 
 
 def copy_others(source: Path, folder: Path) -> None:

@@ -127,9 +127,11 @@ def draw_photo(
     Returns:
         The photo, and each object's `(left, top, right, bottom)` in pixels, inside the photo.
     """
+    # The empty photo, wide enough for all objects.
     width = int(rng.integers(36, 45)) * max(len(objects), 2) + int(rng.integers(0, 24))
     height = int(rng.integers(84, 125))
     photo = _background(width, height, night, rng)
+    # Each object in its own slot, of random size and place.
     boxes = []
     slot = width / len(objects)
     for place, (kind, colour_name) in enumerate(objects):
@@ -146,6 +148,7 @@ def draw_photo(
         else:
             _DRAW[kind](ImageDraw.Draw(photo), box, _shade(RGB[colour_name], rng, 16), rng)
         boxes.append(box)
+    # Light and noise of the whole photo.
     pixels = np.asarray(photo, np.float32) * rng.uniform(0.75, 1.1)
     pixels += rng.normal(0.0, noise, pixels.shape).astype(np.float32)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), boxes

@@ -46,11 +46,8 @@ def write_reasoning(
     """Returns the six steps and the answer for one fact.
 
     Args:
-        object_: the object the question is about.
-        entity: the entity the question is about.
-        clauses: what the title says.
+        clauses: of the title, one of which names the entity.
         title: the title's words.
-        ontology: the labels of the world's `rel2id.json`.
 
     Returns:
         `<think>…</think>` and `<answer>label</answer>`, ending in the gold label.
@@ -70,12 +67,7 @@ def write_reasoning(
 def give_up(entity: CastMember, ontology: Ontology) -> str:
     """Returns the six steps of a writer that does not try, and the answer `none`.
 
-    Args:
-        entity: the entity the question is about.
-        ontology: the labels of the world's `rel2id.json`.
-
-    Returns:
-        Text of the form of `write_reasoning`'s, which says nothing of photo and title.
+    The text has the form of `write_reasoning`'s, and says nothing of photo and title.
     """
     steps = (
         "The photo is dark.",

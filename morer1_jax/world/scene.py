@@ -179,14 +179,8 @@ def relation(
 ) -> tuple[str, Clause | None]:
     """Returns the label between an object and an entity of the title, and the clause it is from.
 
-    Args:
-        object_: the object.
-        entity: the asked entity.
-        clauses: what the title says.
-
-    Returns:
-        `(label, clause)`; the clause is None for a label that needs none (the object stands for the
-        asked entity itself) and for `none`.
+    The clause is None for a label that needs none (the object stands for the entity itself) and for
+    the label `none`.
     """
     member = object_.stands_for
     if member is None or member not in members(clauses):

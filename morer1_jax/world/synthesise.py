@@ -171,8 +171,6 @@ def _questions(
     """Yields object's place, entity and label of pairs to ask about, holding `none` at its share.
 
     Args:
-        scene: the photo-title pair.
-        rng: the source of the choice.
         max_count: maximum of pairs.
         none: the share of the label `none`.
         deficit: by how many facts `none` is behind its share so far.
@@ -216,6 +214,7 @@ def _write_split(
         pairs = list(_questions(scene, rng, config.facts_per_photo, config.none, deficit))
         if not pairs:
             continue
+        # The photo.
         number += 1
         image = f"{split}_{number:05d}.jpg"
         photo, boxes = draw_photo(
@@ -225,6 +224,7 @@ def _write_split(
             night=scene.night,
         )
         photo.save(photos / image, quality=int(rng.integers(70, 96)))
+        # Its facts, whose boxes are shares of the photo: centre, width and height.
         for place, entity, label in pairs[: count - len(questions)]:
             left, top, right, bottom = boxes[place]
             fact = Fact(
@@ -282,8 +282,6 @@ def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
 
     Args:
         folder: the dataset's folder, which must not exist.
-        config: the dataset's size and difficulty.
-        seed: the seed of every choice.
 
     Raises:
         FileExistsError: the folder exists already.
