@@ -159,7 +159,6 @@ def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
 
     Args:
         params: parameters, or a tree like them such as gradients.
-        config: the model's.
     """
     return {
         name: leaf_slice.to_theirs(np.asarray(_leaf(params, leaf_slice.path))[leaf_slice.index])

@@ -174,6 +174,7 @@ class Checkpoint:
         }
         # Both ends of a tied head, which must hold the same.
         digests: dict[str, bytes] = {}
+        # Tensor by tensor, in the files' order.
         total = sum(len(names) for names in self._files.values())
         with progress(desc=f"load {self.folder.name}", total=total, unit="tensor") as bar:
             for file, names in self._files.items():
@@ -197,6 +198,7 @@ class Checkpoint:
                             path = leaf_slice.path
                             leaf = leaves.pop(path, None)
                             leaves[path] = _insert(leaf, like_by_path[path], leaf_slice, tensor)
+        # The head of a tied model is the embedding.
         if len(set(digests.values())) > 1:
             raise WeightsError(
                 f"{self.folder}: {_HEAD}: expected {_EMBEDDING}'s values, since the config has "
@@ -258,7 +260,6 @@ def save_tensors(
     Args:
         folder: exists.
         params: the whole tree, on the mesh or the host; adapters are merged into their kernels.
-        config: the model's.
         dtype: of the written tensors, one or by name.
         lora: the adapters' config, if there are any.
         shard_bytes: most bytes of tensors in a file.
