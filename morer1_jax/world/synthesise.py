@@ -200,7 +200,7 @@ def _questions(
 
 
 def _write_split(
-    folder: Path, split: str, count: int, config: WorldConfig, seed: int, ontology: Ontology
+    folder: Path, split: str, count: int, config: WorldConfig, seed: int
 ) -> list[Question]:
     """Draws and writes one split, and returns its questions."""
     rng = np.random.default_rng([seed, ("train", "valid", "test").index(split)])
@@ -291,7 +291,7 @@ def synthesise(folder: str | Path, config: WorldConfig, seed: int) -> None:
         more.write_ontology(partial, ontology)
         for split in ("train", "valid", "test"):
             count = getattr(config, split)
-            questions = _write_split(partial, split, count, config, seed, ontology)
+            questions = _write_split(partial, split, count, config, seed)
             if split == "train":
                 rng = np.random.default_rng([seed, 3])
                 texts = _write_texts(questions, config, rng, ontology)
