@@ -70,7 +70,7 @@ def main(model, data, workdir):
     config.data.update(workers=1, worker_kind="thread")
     config.tune.update(vision=0.0, merger=0.0)
     config.tune.lora.rank = 16
-    run = open_run(open_setup(settings(config), Path(workdir)), reasoning_needed=True)
+    run = open_run(open_setup(settings(config), Path(workdir)), reasoning_needed=False)
     trainee, reader, limits = run.trainee, run.reader, run.reader.limits
     facts = run.dataset.splits["train"][:1]
     out = {}
