@@ -214,6 +214,7 @@ def test_head_sizes_are_checked():
         ("dtype", "float16", "dtype: expected one of float32, bfloat16, found 'float16'"),
         ("param_dtype", "float16", "param_dtype: expected one of .* found 'float16'"),
         ("remat", "some", "remat: expected one of .* found 'some'"),
+        ("attention", "flash", "attention: expected one of .* found 'flash'"),
         ("scan_unroll", 0, "scan_unroll: expected at least 1, found 0"),
     ],
 )

@@ -143,7 +143,7 @@ def test_last_valid():
     np.testing.assert_array_equal(last_valid(hidden, mask)[:, 0], [0, 11, 15, 22])
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"chunk": 0}])
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"temperature": np.inf}, {"chunk": 0}])
 def test_nonsense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ScoreConfig(**wrong)
