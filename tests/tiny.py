@@ -20,6 +20,7 @@ from morer1_jax.learn.state import new_state
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
+from morer1_jax.model.sharding import Layout
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL, init_params
 from morer1_jax.rollout.sampler import SampleConfig, allowed_ids, sample, sample_keys
@@ -155,8 +156,10 @@ def with_photo(batch, row, seed=5):
     return batch._replace(vision=batch.vision._replace(patches=patches))
 
 
-def model(dtype="float32", kernels=PLAIN):
-    return Qwen25VL(CONFIG, Runtime(param_dtype=dtype, dtype=dtype, kernels=kernels))
+def model(dtype="float32", kernels=PLAIN, mesh=None):
+    layout = Layout(mesh)
+    runtime = Runtime(param_dtype=dtype, dtype=dtype, kernels=kernels, layout=layout)
+    return Qwen25VL(CONFIG, runtime)
 
 
 @functools.cache

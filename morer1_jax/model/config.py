@@ -15,6 +15,7 @@ from morer1_jax.bounds import above, at_least, check_bounds, derived, one_of
 from morer1_jax.errors import FieldError
 from morer1_jax.model import hf_config, vision_layout
 from morer1_jax.model.attention import XLA, Kernels
+from morer1_jax.model.sharding import Layout
 
 DType = Literal["float32", "bfloat16"]  # Not float16, in which activations overflow.
 Remat = Literal["none", "full", "dots"]
@@ -321,6 +322,7 @@ class Runtime:
             a layer's slice where it lies, and the copy is a second model in memory.
         attention: name of the kernels; "auto" chooses by device (see `run.kernels`).
         kernels: what computes attention over whole sequences.
+        layout: where activations and gathered parameters lie on the mesh.
 
     Raises:
         FieldError: a value is out of its bounds, or `scan_unroll` is above 1 with `remat`.
@@ -333,6 +335,7 @@ class Runtime:
     decode_unroll: bool = False
     attention: AttentionChoice = one_of(AttentionChoice, "auto")
     kernels: Kernels = derived(XLA())
+    layout: Layout = derived(Layout())
 
     def __post_init__(self) -> None:
         check_bounds(self)

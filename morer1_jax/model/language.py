@@ -45,6 +45,7 @@ class DecoderLayer(nn.Module):
         """Returns the carry, (x, the attention pattern's cache), and (k, v) with `keep_kv`."""
         cfg, run, std = self.config, self.runtime, self.config.initializer_range
         x, cache = carry
+        x = run.layout.rows(x)
         y = rms_norm(cfg.rms_norm_eps, run, name="input_norm")(x)
         # Keys are rotated before they are cached, since their positions never change.
         q_heads = (cfg.num_attention_heads, cfg.head_dim)
@@ -58,6 +59,7 @@ class DecoderLayer(nn.Module):
         sizes = (cfg.hidden_size, cfg.intermediate_size)
         mlp = SwiGLU(*sizes, std, run, lora=self.lora, name="mlp")
         x = x + mlp(rms_norm(cfg.rms_norm_eps, run, name="post_attention_norm")(x))
+        x = run.layout.rows(x)
         return (x, cache), ((k, v) if self.keep_kv else None)
 
 

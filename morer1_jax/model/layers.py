@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from morer1_jax.model.config import LoRA, Runtime
-from morer1_jax.model.cpu import linear_product
-from morer1_jax.model.products import dot_general
+from morer1_jax.model.linear import PRODUCT, Linear
 
 Params = dict[str, Any]
 
-# Names the output of `dense`, bias and adapter included, so that the policy "dots" saves one array
-# a linear map.
-_PRODUCT = "product"
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -35,69 +29,23 @@ def dense(
     axis: int | tuple[int, ...] = -1,
     bias: bool = False,
     lora: LoRA | None = None,
-) -> nn.Module:
+) -> Linear:
     """Returns a linear map in `runtime.dtype`; its kernel is [*contracted axes, *features].
 
     Args:
-        features: sizes of the output's new axes.
-        runtime: dtypes of parameters and results.
         std: standard deviation of the kernel's initial values.
-        name: where it is among `lora`'s targets, an adapter stands beside the kernel.
+        name: of the map; where it is among `lora`'s targets, an adapter stands beside the kernel.
         axis: contracted axes of the input.
     """
-    plain = {
-        "axis": axis,
-        "use_bias": bias,
-        "dtype": runtime.dtype,
-        "param_dtype": runtime.param_dtype,
-        "kernel_init": nn.initializers.normal(std),
-    }
-    if lora is None or name not in lora.targets:
-        return nn.DenseGeneral(features, **plain, dot_general=_named_product, name=name)
-    base = nn.DenseGeneral(features, **plain, dot_general=linear_product, parent=None)
-    return AdaptedDense(base, lora, name=name)
-
-
-def _named_product(*args: Any, **options: Any) -> Array:
-    return checkpoint_name(linear_product(*args, **options), _PRODUCT)
-
-
-class AdaptedDense(nn.Module):
-    """A linear map and its adapter: `x W + b + scale · (x A) B`, with B = 0 at first.
-
-    A (`lora_a`) is [*contracted axes, rank], B (`lora_b`) [rank, *features]; they lie beside the
-    map's own parameters.
-    """
-
-    base: nn.DenseGeneral
-    lora: LoRA
-
-    def setup(self) -> None:
-        """Puts the adapter's parameters in the map's own scope."""
-        nn.share_scope(self, self.base)
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns the map's output with its adapter's part added."""
-        base = self.base
-        out = base(x)
-        axes = base.axis if isinstance(base.axis, tuple) else (base.axis,)
-        features = base.features if isinstance(base.features, tuple) else (base.features,)
-        inputs = tuple(x.shape[axis] for axis in axes)
-        # B = 0 leaves the model as it is at first; A keeps the scale of its input.
-        std = math.prod(inputs) ** -0.5
-        down = self.param(
-            "lora_a", nn.initializers.normal(std), (*inputs, self.lora.rank), base.param_dtype
-        )
-        up = self.param(
-            "lora_b", nn.initializers.zeros, (self.lora.rank, *features), base.param_dtype
-        )
-        x, down, up = (value.astype(out.dtype) for value in (x, down, up))
-        # (x A) B, since A B would be as large as the kernel.
-        axes = tuple(axis % x.ndim for axis in axes)
-        narrow = dot_general(x, down, ((axes, tuple(range(len(axes)))), ((), ())))
-        wide = dot_general(narrow, up, (((narrow.ndim - 1,), (0,)), ((), ())))
-        return checkpoint_name(out + self.lora.scale * wide, _PRODUCT)
+    return Linear(
+        features=(features,) if isinstance(features, int) else features,
+        axes=(axis,) if isinstance(axis, int) else axis,
+        runtime=runtime,
+        std=std,
+        bias=bias,
+        lora=lora if lora is not None and name in lora.targets else None,
+        name=name,
+    )
 
 
 def rms_norm(epsilon: float, runtime: Runtime, *, name: str) -> nn.RMSNorm:

@@ -7,6 +7,7 @@ rows, s places of a row, n places of a chunk, d model, v vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.products import einsum
+from morer1_jax.model.sharding import Layout
 
 # Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN, so that
 # a masked position whose target is not allowed leaves loss and gradient finite.
@@ -32,6 +34,7 @@ def token_logprobs(
     allowed: Bool[Array, " v"] | None = None,
     temperature: float | Float[Array, ""] = 1.0,
     chunk: int = 128,
+    layout: Layout | None = None,
 ) -> LogprobsAndEntropies:
     """Returns each target's log-probability and its distribution's entropy, float32 in nats.
 
@@ -46,6 +49,7 @@ def token_logprobs(
             is about -1e30, finite so that a mask can remove it.
         temperature: logits are divided by it, before ids are left out.
         chunk: places of each row whose logits exist at once, forward and backward.
+        layout: of rows and head on the mesh; None: one device.
     """
     b, s, _ = hidden.shape
     chunk = min(chunk, s)
@@ -64,7 +68,13 @@ def token_logprobs(
 
     temperature = jnp.asarray(temperature, jnp.float32)
     results = _chunked_logprobs(
-        chunked(hidden), head, chunked(targets), chunked(counted_in_order), allowed, temperature
+        chunked(hidden),
+        head,
+        chunked(targets),
+        chunked(counted_in_order),
+        allowed,
+        temperature,
+        layout or Layout(),
     )
     # Back in the order of the row.
     row_order = jnp.argsort(order, axis=1)
@@ -75,7 +85,7 @@ def token_logprobs(
     return jnp.where(counted, logprob, 0.0), jnp.where(counted, entropy, 0.0)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _chunked_logprobs(
     hidden: Float[Array, "chunks b n d"],
     head: Float[Array, "v d"],
@@ -83,13 +93,17 @@ def _chunked_logprobs(
     counted: Bool[Array, "chunks b n"],
     allowed: Bool[Array, " v"],
     temperature: Float[Array, ""],
+    layout: Layout,
 ) -> tuple[Float[Array, "chunks b n"], Float[Array, "chunks b n"]]:
     """Returns log-probabilities and entropies; chunks without a counted place are skipped.
 
     The gradient is written out, since it is short: with logits l, probabilities p, log-normaliser
     z and entropy H, the derivative of log p(y) with respect to l_i is 1[i = y] - p_i, and that of H
-    is -p_i (l_i - z + H). Logits are computed once more; z and H are saved.
+    is -p_i (l_i - z + H). Logits are computed once more; z and H are saved. On a mesh the head is
+    gathered once, forward and again backward; of its gradient each part of the rows has its own
+    sum over chunks, and these are added up once.
     """
+    head = _ready(head, hidden, layout)
     logprob, entropy, _ = _forward_chunks(hidden, head, targets, counted, allowed, temperature)
     return logprob, entropy
 
@@ -119,10 +133,16 @@ def _forward_chunks(
     )
 
 
-def _forward(*primals: Any) -> tuple[LogprobsAndEntropies, tuple[Any, ...]]:
+def _ready(head: Array, hidden: Array, layout: Layout) -> Array:
+    """Returns the head as products with hidden states need it."""
+    return layout.gathered("head", head.astype(hidden.dtype))
+
+
+def _forward(*arguments: Any) -> tuple[LogprobsAndEntropies, tuple[Any, ...]]:
+    *primals, layout = arguments
     hidden, head, targets, counted, allowed, temperature = (x.value for x in primals)
     logprob, entropy, normaliser = _forward_chunks(
-        hidden, head, targets, counted, allowed, temperature
+        hidden, _ready(head, hidden, layout), targets, counted, allowed, temperature
     )
     # A frozen head needs no gradient, the costliest of all; None marks it.
     head_trains = jnp.zeros(()) if primals[1].perturbed else None
@@ -130,9 +150,13 @@ def _forward(*primals: Any) -> tuple[LogprobsAndEntropies, tuple[Any, ...]]:
     return (logprob, entropy), saved
 
 
-def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+def _backward(
+    layout: Layout, saved: tuple[Any, ...], cotangents: tuple[Any, Any]
+) -> tuple[Any, ...]:
     hidden, head, targets, counted, allowed, temperature, entropy, normaliser, head_trains = saved
-    ids = jnp.arange(head.shape[0])
+    ids, ready = jnp.arange(head.shape[0]), _ready(head, hidden, layout)
+    rows = hidden.shape[1]
+    parts = layout.parts(rows)
     # A result that is not differentiated has no cotangent (None), and costs no product.
     of_logprob, of_entropy = (
         None if isinstance(x, SymbolicZero) else x.astype(jnp.float32) for x in cotangents
@@ -141,7 +165,7 @@ def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any,
     # One chunk: the gradients of its logits, then of its hidden states and of the head.
     def compute(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
         hidden = chunk["hidden"]
-        logits = _logits(hidden, head, allowed, temperature)
+        logits = _logits(hidden, ready, allowed, temperature)
         logprobs = logits - chunk["normaliser"][..., None]
         probabilities = jnp.exp(logprobs)
         logits_grad = jnp.zeros_like(logits)
@@ -153,12 +177,12 @@ def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any,
             cotangent = chunk["of_entropy"][..., None]
             logits_grad -= probabilities * cotangent * (logprobs + chunk["entropy"][..., None])
         logits_grad = (logits_grad / temperature).astype(hidden.dtype)
-        hidden_grad = einsum("bnv,vd->bnd", logits_grad, head.astype(hidden.dtype))
+        hidden_grad = einsum("bnv,vd->bnd", logits_grad, ready)
         if head_sum is not None:
             # The head's gradient transposed: hidden states are cheaper to transpose than logits.
-            head_sum += einsum(
-                "bnd,bnv->dv", hidden, logits_grad, preferred_element_type=jnp.float32
-            )
+            by_part = (x.reshape(parts, rows // parts, *x.shape[1:]) for x in (hidden, logits_grad))
+            head_sum += einsum("pbnd,pbnv->pdv", *by_part, preferred_element_type=jnp.float32)
+            head_sum = layout.rows(head_sum, heads=2)
         return head_sum, hidden_grad
 
     def skip(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
@@ -174,14 +198,19 @@ def _backward(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any,
         "of_logprob": of_logprob,
         "of_entropy": of_entropy,
     }
+    head_sum = None
+    if head_trains is not None:
+        head_sum = layout.rows(jnp.zeros((parts, *head.shape[::-1]), jnp.float32), heads=2)
     head_sum, hidden_grad = jax.lax.scan(
         lambda head_sum, chunk: jax.lax.cond(
             jnp.any(chunk["counted"]), compute, skip, head_sum, chunk
         ),
-        None if head_trains is None else jnp.zeros(head.shape[::-1], jnp.float32),
+        head_sum,
         chunks,
     )
-    head_grad = None if head_sum is None else head_sum.T.astype(head.dtype)
+    head_grad = None
+    if head_sum is not None:
+        head_grad = layout.split("head", jnp.sum(head_sum, axis=0).T).astype(head.dtype)
     return hidden_grad, head_grad, None, None, None, None
 
 

@@ -98,11 +98,13 @@ class VisionBlock(nn.Module):
         cfg, run = self.config, self.runtime
         attend = VisionAttention(cfg, run, self.full, name="attn")
         ids = image_ids if self.full else part_ids
+        x = run.layout.rows(x)
         x = x + attend(rms_norm(_NORM_EPSILON, run, name="norm1")(x), rotary, ids)
         mlp = SwiGLU(
             cfg.hidden_size, cfg.intermediate_size, cfg.initializer_range, run, True, name="mlp"
         )
-        return x + mlp(rms_norm(_NORM_EPSILON, run, name="norm2")(x)), None
+        x = x + mlp(rms_norm(_NORM_EPSILON, run, name="norm2")(x))
+        return run.layout.rows(x), None
 
 
 class VisionGroup(nn.Module):

@@ -127,6 +127,7 @@ class Qwen25VL(nn.Module):
             allowed=allowed,
             temperature=temperature,
             chunk=chunk,
+            layout=self.runtime.layout,
         )
 
     def _head(self) -> Float[Array, "v d"]:

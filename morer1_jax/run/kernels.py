@@ -11,7 +11,7 @@ from morer1_jax.model.attention import XLA, Kernels
 from morer1_jax.model.config import AttentionChoice
 from morer1_jax.model.cudnn import HEAD_MAX, HEAD_MULTIPLE, CuDNN
 from morer1_jax.model.sharded import ShardedKernels
-from morer1_jax.run.mesh import BATCH_AXES, HEAD_AXIS
+from morer1_jax.model.sharding import BATCH_AXES, HEAD_AXIS
 
 
 def choose(

@@ -5,7 +5,6 @@ it fits both one layer and layers stacked along leading axes by `nn.scan`.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,35 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from morer1_jax.data.feed import Host
 from morer1_jax.errors import ConfigError
+from morer1_jax.model.sharding import BATCH_AXES, partition_spec
 
 PyTree = Any
-
-# The axes that the rows of a batch are split over; parameters are split over `fsdp` and `tensor`.
-BATCH_AXES = ("data", "fsdp")
-# The axis that attention's heads are split over.
-HEAD_AXIS = "tensor"
-
-# (pattern of the path's end, split of the trailing axes); the first that matches decides.  Matrices
-# that widen are split by output and those that narrow back by input, heads whole: the tensor axis
-# then needs one sum per pair of matrices and nothing in between.
-RULES: tuple[tuple[str, P], ...] = (
-    ("embedding|head", P("tensor", "fsdp")),  # [v, d]
-    ("(q|k|v)/kernel", P("fsdp", "tensor", None)),  # [d, h, head]
-    ("(q|k|v)/bias", P("tensor", None)),  # [h, head]
-    ("qkv/kernel", P("fsdp", None, "tensor", None)),  # [d, 3, h, head]
-    ("qkv/bias", P(None, "tensor", None)),  # [3, h, head]
-    ("(o|proj)/kernel", P("tensor", None, "fsdp")),  # [h, head, d]
-    ("(gate|up|merger_in)/kernel", P("fsdp", "tensor")),  # [d, f]
-    ("(gate|up|merger_in)/bias", P("tensor")),  # [f]
-    ("(down|merger_out)/kernel", P("tensor", "fsdp")),  # [f, d]
-    ("patch_embed/kernel", P(None, "fsdp")),  # [patch, d]
-    ("(q|k|v|gate|up)/lora_a", P("fsdp", None)),  # [d, rank]
-    ("(q|k|v)/lora_b", P(None, "tensor", None)),  # [rank, h, head]
-    ("(gate|up)/lora_b", P(None, "tensor")),  # [rank, f]
-    ("o/lora_a", P("tensor", None, None)),  # [h, head, rank]
-    ("down/lora_a", P("tensor", None)),  # [f, rank]
-    ("(o|down)/lora_b", P(None, "fsdp")),  # [rank, d]
-)
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -96,27 +69,6 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
 def path_name(path: jax.tree_util.KeyPath) -> str:
     """Returns a leaf's path as 'a/b/c', through dicts, dataclasses and tuples alike."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
-    """Returns how the parameter at `path` is split, by the first rule that matches.
-
-    An axis whose size is no multiple of its mesh axis, or whose mesh axis does not exist, is not
-    split.  A parameter that no rule matches is replicated.
-
-    Raises:
-        ValueError: the parameter has fewer axes than its rule names.
-    """
-    rules = (spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})$", path))
-    trailing = tuple(next(rules, P()))
-    if len(trailing) > len(shape):
-        raise ValueError(f"{path}: expected {len(trailing)} axes by its rule, found {len(shape)}")
-    aligned = (None,) * (len(shape) - len(trailing)) + trailing
-    names = [
-        name if name in mesh.shape and size % mesh.shape[name] == 0 else None
-        for name, size in zip(aligned, shape, strict=True)
-    ]
-    return P(*names)
 
 
 def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:

@@ -17,6 +17,7 @@ from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, ne
 from morer1_jax.learn.trainable import ADAPTER, TrainableParts, join, select, split
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.layers import Params
+from morer1_jax.model.sharding import Layout
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
@@ -127,7 +128,8 @@ def open_trainee(
     config = _model_config(settings.model, tokenizer, checkpoint)
     runtime, trainable = settings.runtime, settings.tune
     kernels = choose(runtime.attention, runtime.dtype, config.head_sizes, mesh)
-    runtime = dataclasses.replace(runtime, kernels=kernels)
+    layout = Layout(mesh if mesh.size > 1 else None)
+    runtime = dataclasses.replace(runtime, kernels=kernels, layout=layout)
     model = Qwen25VL(config, runtime, trainable.adapters)
     return Trainee(
         Policy(model, tokenizer, ontology, mesh),

@@ -170,7 +170,7 @@ def test_an_update_on_eight_devices(tiny, learn, batch, axes, micro_batches):
     shardings = meshes.state_shardings(mesh, state, params)
     whole = NamedSharding(mesh, P())
     update = tiny.jit(
-        make_grpo_update(tiny.model(), keep, CONFIG, SCORE, micro_batches),
+        make_grpo_update(tiny.model(mesh=mesh), keep, CONFIG, SCORE, micro_batches),
         in_shardings=(shardings, {}, meshes.batch_sharding(mesh), whole),
         out_shardings=(shardings, whole),
     )

@@ -130,7 +130,7 @@ def test_a_step_on_eight_devices(tiny, learn, axes, micro_batches):
     shardings = meshes.state_shardings(mesh, state, params)
     whole = NamedSharding(mesh, P())
     step = tiny.jit(
-        make_sft_step(tiny.model(), keep, SCORE, micro_batches),
+        make_sft_step(tiny.model(mesh=mesh), keep, SCORE, micro_batches),
         in_shardings=(shardings, {}, meshes.batch_sharding(mesh)),
         out_shardings=(shardings, whole),
     )

@@ -19,9 +19,10 @@ SEED = 3
 @pytest.fixture(scope="module")
 def compiled(tiny):
     """`compiled(mesh)`: the program as a run compiles it, `(params, step) -> (scored, metrics)`."""
-    program = make_rollout(tiny.model(), tiny.sample_config(), REWARD, "group", SEED)
 
     def compile_for(mesh):
+        model = tiny.model(mesh=mesh)
+        program = make_rollout(model, tiny.sample_config(), REWARD, "group", SEED)
         rows, whole = meshes.batch_sharding(mesh), NamedSharding(mesh, P())
         by_name = meshes.param_shardings(mesh, tiny.params())
         rollout = tiny.jit(

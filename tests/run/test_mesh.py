@@ -14,7 +14,6 @@ from morer1_jax.run.mesh import (
     batch_sharding,
     make_mesh,
     param_shardings,
-    partition_spec,
     path_name,
     put_batch,
     state_shardings,
@@ -93,29 +92,6 @@ def test_the_rules_cover_every_matrix_of_the_model():
         assert ("fsdp" in spec) == matrix, path
         if "norm" in path:
             assert not any(spec), path
-
-
-@pytest.mark.parametrize(
-    ("path", "shape", "expected"),
-    [
-        ("language/layers/q/kernel", (3, 6, 5, 8), P(None, "fsdp", None, None)),
-        ("language/layers/q/kernel", (3, 5, 4, 8), P(None, None, "tensor", None)),
-        ("language/layers/mlp/down/kernel", (3, 5, 5), P(None, None, None)),
-        ("head_norm", (4,), P(None)),
-        ("step", (), P()),
-    ],
-)
-def test_an_axis_that_does_not_divide_is_replicated(path, shape, expected):
-    assert partition_spec(mesh_2x2x2(), path, shape) == expected
-
-
-def test_an_axis_the_mesh_lacks_is_not_used():
-    assert partition_spec(make_mesh({"data": 8}), "embedding", (8, 8)) == P(None, None)
-
-
-def test_a_parameter_with_too_few_axes_is_an_error():
-    with pytest.raises(ValueError, match="layers/q/kernel: expected 3 axes by its rule, found 2"):
-        partition_spec(mesh_2x2x2(), "layers/q/kernel", (4, 4))
 
 
 def test_optimizer_state_follows_the_parameters():
