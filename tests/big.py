@@ -86,19 +86,19 @@ def main(model, data, workdir):
 
     policy = trainee.policy
     with Peak("VmRSS") as running:
-        optimizer = run.settings.sft.optimizer.build(1, trainee.trainable)
+        optimizer = run.settings.sft.optimizer.build(1, trainee.placed.trainable)
         state = trainee.new_state(adapters, optimizer)
         score = ScoreConfig(run.settings.grpo.temperature, run.settings.score.chunk)
         shardings = shardings_of(state)
         step = jax.jit(
             make_sft_step(policy.model, optimizer, score),
-            in_shardings=(shardings, shardings_of(frozen), policy.rows),
-            out_shardings=(shardings, policy.replicated),
+            in_shardings=(shardings, shardings_of(frozen), policy.placed.rows),
+            out_shardings=(shardings, policy.placed.replicated),
             donate_argnums=0,
         )
         sample = reader.read(facts[0], "<answer>none</answer>")
         shape = Shape(limits.prompt + limits.completion, limits.slots)
-        batch = policy.put(Collator.of(reader).sequences([[sample]], shape))
+        batch = policy.placed.put(Collator.of(reader).sequences([[sample]], shape))
         lowered = step.lower(state, frozen, batch)
         # No pass has this name: all passes run, whatever XLA_FLAGS says.
         every_pass = lowered.compile(compiler_options={"xla_disable_hlo_passes": "none"})

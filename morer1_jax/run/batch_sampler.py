@@ -21,7 +21,7 @@ from morer1_jax.progress import progress
 from morer1_jax.rollout.sampler import Rollout, SampleConfig, sample, sample_keys
 from morer1_jax.run.finite import check_drawn
 from morer1_jax.run.hooks import Validation
-from morer1_jax.run.mesh import batch_parts, fetch, program, this_host
+from morer1_jax.run.mesh import fetch, program, this_host
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.trainee import Trainee
 from morer1_jax.task import metrics
@@ -84,7 +84,7 @@ class BatchSampler:
         limits = reader.limits
         self.shape = Shape(limits.prompt, limits.slots) if shape is None else shape
         self._policy, self._reader = policy, reader
-        parts = batch_parts(policy.mesh)
+        parts = policy.placed.parts
         self.batch, self._workers = -(-batch // parts) * parts, workers
         config = SampleConfig(
             group=group,
@@ -105,9 +105,9 @@ class BatchSampler:
             keys = sample_keys(seed, jnp.int32(_NOISE_STEP), prompts.fact, group)
             return sample(policy.model, params, prompts, grammar, allowed, keys, config)
 
-        whole = policy.replicated
+        placed, whole = policy.placed, policy.placed.replicated
         self._rollout = program(
-            rollout, takes=(policy.param_shardings, policy.rows, whole, whole), gives=policy.rows
+            rollout, takes=(placed.param_shardings, placed.rows, whole, whole), gives=placed.rows
         )
 
     @property
@@ -142,9 +142,8 @@ class BatchSampler:
         with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
             batches = load_ahead(make, start // size, count, workers=self._workers)
             for number, prompts in enumerate(batches, start=start // size):
-                rollout = fetch(
-                    self._rollout(params, policy.put(prompts), policy.grammar, policy.allowed)
-                )
+                given = policy.placed.put(prompts), policy.grammar, policy.allowed
+                rollout = fetch(self._rollout(params, *given))
                 chunk = facts[number * size : (number + 1) * size]
                 for row, fact in enumerate(chunk):
                     completions = jax.tree.map(lambda x, row=row: x[row], rollout)

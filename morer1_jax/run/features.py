@@ -171,11 +171,11 @@ def _encode(
     tower = VisionTower(model.config.vision, model.runtime)
     run = meshes.program(
         lambda params, batch: tower.apply({"params": params}, vision_inputs(batch)),
-        takes=(policy.param_shardings["vision"], policy.rows),
-        gives=policy.rows,
+        takes=(policy.placed.param_shardings["vision"], policy.placed.rows),
+        gives=policy.placed.rows,
     )
     params = trainee.frozen["vision"]
-    rows = _ROWS * meshes.batch_parts(policy.mesh)
+    rows = _ROWS * policy.placed.parts
     # Reserve the file's room first: a disk that is full later would kill a process that writes to
     # mapped memory.
     width, dtype = model.config.text.hidden_size, model.runtime.dtype
@@ -201,7 +201,7 @@ def _encode(
         batches = load_ahead(make, 0, count, workers=workers)
         start = 0
         for number, (batch, slots_of_row) in enumerate(batches):
-            encoded = np.asarray(run(params, policy.put(batch)))
+            encoded = np.asarray(run(params, policy.placed.put(batch)))
             real_rows = min(rows, len(images) - number * rows)
             for row in range(real_rows):
                 tokens = encoded[row][slots_of_row[row]]

@@ -16,7 +16,6 @@ from morer1_jax.data.shapes import (
 )
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.flops import row_flops
-from morer1_jax.run import mesh as meshes
 from morer1_jax.run.setup import Run
 
 
@@ -40,7 +39,7 @@ def sequence_plan(
     return plan_rows(
         [[sizes[i] for i in draw(step)] for step in range(steps)],
         row_cost(policy.model.config),
-        multiple=meshes.batch_parts(policy.mesh) * micro_batches,
+        multiple=policy.placed.parts * micro_batches,
         round_to=data.round_to,
         max_counts=data.shapes,
     )

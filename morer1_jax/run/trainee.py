@@ -13,16 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.config.settings import ModelSettings, Settings
 from morer1_jax.errors import ConfigError
-from morer1_jax.learn.state import TrainState, abstract_params, init_sharded, new_state
-from morer1_jax.learn.trainable import ADAPTER, TrainableParts, join, select, split
+from morer1_jax.learn.state import TrainState, init_sharded, new_state
+from morer1_jax.learn.trainable import ADAPTER, join, select
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.layers import Params
-from morer1_jax.model.sharding import Layout
 from morer1_jax.model.special import SpecialIds
-from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.kernels import choose
+from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.policy import Policy
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.weights.published import Checkpoint
@@ -36,28 +34,18 @@ class Trainee:
 
     Attributes:
         policy: the model with its tokenizer and labels, on the mesh.
-        trainable: which parts train.
         checkpoint: the published checkpoint that training starts from; None: from scratch.
-        like: shapes, dtypes and shardings of the parameters that train.
-        like_frozen: those of the parameters that do not.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        trainable: TrainableParts,
-        *,
-        checkpoint: Checkpoint | None,
-        seed: int,
-    ) -> None:
+    def __init__(self, policy: Policy, *, checkpoint: Checkpoint | None, seed: int) -> None:
         self.policy = policy
-        self.trainable = trainable
         self.checkpoint = checkpoint
         self._seed = seed
-        whole = meshes.like(abstract_params(policy.model), policy.param_shardings)
-        self.like, frozen = split(whole, trainable)
-        dtype = jnp.dtype(trainable.frozen_dtype)
-        self.like_frozen = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), frozen)
+
+    @property
+    def placed(self) -> Placed:
+        """The model on its mesh, and which of its parts train."""
+        return self.policy.placed
 
     @functools.cached_property
     def frozen(self) -> Params:
@@ -66,7 +54,7 @@ class Trainee:
         Made or read when first used, since that takes minutes for a large model: other errors of a
         run are found before. All stages share them.
         """
-        return self._starting_params(self.like_frozen, stream=0)
+        return self._starting_params(self.placed.like_frozen, stream=0)
 
     def init_params(self, stream: int) -> Params:
         """Makes the parameters that train as they are at the start of training.
@@ -74,7 +62,7 @@ class Trainee:
         Args:
             stream: separates the random numbers of the run's models.
         """
-        return self._starting_params(self.like, stream)
+        return self._starting_params(self.placed.like, stream)
 
     def _starting_params(self, like: Params, stream: int) -> Params:
         """Reads the parameters that the checkpoint has, and initialises the others at random."""
@@ -88,17 +76,11 @@ class Trainee:
 
     def best_params(self, folder: Path) -> Params:
         """Reads a training's best parameters by validation, those that train, from its folder."""
-        return Checkpointer(folder / "checkpoints").restore_best(self.like)[0]
+        return Checkpointer(folder / "checkpoints").restore_best(self.placed.like)[0]
 
     def whole(self, params: Params) -> Params:
         """Joins parameters that train with the frozen ones; copies nothing."""
         return join(params, self.frozen)
-
-    def like_state(self, optimizer: optax.GradientTransformation) -> TrainState:
-        """Returns shapes, dtypes and shardings of a train state."""
-        abstract = jax.eval_shape(lambda p: new_state(p, optimizer), self.like)
-        mesh = self.policy.mesh
-        return meshes.like(abstract, meshes.state_shardings(mesh, abstract, abstract.params))
 
     def new_state(self, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
         """Makes a state at step 0 around a copy of `params`, on the mesh.
@@ -107,7 +89,7 @@ class Trainee:
         """
         make = jax.jit(
             lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer),
-            out_shardings=meshes.shardings_of(self.like_state(optimizer)),
+            out_shardings=meshes.shardings_of(self.placed.like_state(optimizer)),
         )
         return make(params)
 
@@ -126,17 +108,9 @@ def open_trainee(
     """
     mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
     config = _model_config(settings.model, tokenizer, checkpoint)
-    runtime, trainable = settings.runtime, settings.tune
-    kernels = choose(runtime.attention, runtime.dtype, config.head_sizes, mesh)
-    layout = Layout(mesh if mesh.size > 1 else None)
-    runtime = dataclasses.replace(runtime, kernels=kernels, layout=layout)
-    model = Qwen25VL(config, runtime, trainable.adapters)
-    return Trainee(
-        Policy(model, tokenizer, ontology, mesh),
-        trainable,
-        checkpoint=checkpoint,
-        seed=settings.seed,
-    )
+    placed = place(config, settings.runtime, mesh, settings.tune)
+    policy = Policy(placed, tokenizer, ontology)
+    return Trainee(policy, checkpoint=checkpoint, seed=settings.seed)
 
 
 def _model_config(

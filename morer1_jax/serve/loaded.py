@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.config.binding import FILE as RUN_CONFIG
@@ -21,15 +20,14 @@ from morer1_jax.data.shapes import widest
 from morer1_jax.data.tokenizer import load_tokenizer
 from morer1_jax.errors import ConfigError, WeightsError
 from morer1_jax.files import read_text
-from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import ImageConfig, Runtime
 from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.checkpoint import Checkpointer
-from morer1_jax.run.kernels import choose
 from morer1_jax.run.manifest import MANIFEST
+from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.setup import image_config, open_setup
 from morer1_jax.run.trainee import open_trainee
@@ -69,9 +67,8 @@ class LoadedModel:
             bucket's files lives as long as this object.
     """
 
-    model: Qwen25VL
+    placed: Placed
     load: Callable[[], Params]
-    mesh: Mesh
     images: ImageConfig
     completion: int
     source: Path
@@ -80,6 +77,11 @@ class LoadedModel:
     ontology: Ontology | None
     digest: str
     checkpoint: weights.Checkpoint | None
+
+    @property
+    def model(self) -> Qwen25VL:
+        """The model."""
+        return self.placed.model
 
     @functools.cached_property
     def params(self) -> Params:
@@ -107,7 +109,7 @@ class LoadedModel:
                 f"{self.source}: expected an embedding row for each of the tokenizer's {tokens} "
                 f"tokens, found {rows} rows; use a tokenizer and a model of one kind"
             )
-        return Policy(self.model, self.tokenizer, self.ontology, self.mesh)
+        return Policy(self.placed, self.tokenizer, self.ontology)
 
     def reader(
         self,
@@ -210,12 +212,10 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     tokenizer = load_tokenizer(folder)
     ontology = ontology or more.read_ontology(setup.data)
     trainee = open_trainee(setup.settings, tokenizer, ontology, checkpoint)
-    model = trainee.policy.model
     return LoadedModel(
-        model=model,
+        placed=trainee.placed,
         load=lambda: trainee.whole(trainee.best_params(stage)),
-        mesh=trainee.policy.mesh,
-        images=image_config(data, model.config.vision, checkpoint),
+        images=image_config(data, trainee.placed.model.config.vision, checkpoint),
         completion=completion or data.completion_length,
         source=folder,
         tokenizer=tokenizer,
@@ -261,17 +261,13 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
         ontology = read_ontology_file(folder / LABELS)
     mesh = meshes.make_mesh(_MESH)
     dtype = checkpoint.dtype
-    kernels = choose("auto", dtype, checkpoint.config.head_sizes, mesh)
-    runtime = Runtime(param_dtype=dtype, dtype=dtype, kernels=kernels)
     tokenizer = load_tokenizer(folder)
-    model = Qwen25VL(checkpoint.config_with(tokenizer), runtime)
-    abstract = abstract_params(model)
-    like = meshes.like(abstract, meshes.param_shardings(mesh, abstract))
+    runtime = Runtime(param_dtype=dtype, dtype=dtype)
+    placed = place(checkpoint.config_with(tokenizer), runtime, mesh)
     task = _task(folder / TASK)
     return LoadedModel(
-        model=model,
-        load=lambda: checkpoint.load(like),
-        mesh=mesh,
+        placed=placed,
+        load=lambda: checkpoint.load(placed.like),
         images=read_images(folder, checkpoint.config.vision, task),
         completion=completion or task.get("completion_length", 1024),
         source=folder,

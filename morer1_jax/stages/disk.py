@@ -172,8 +172,8 @@ def _space(
 
 def _sizes(trainee: Trainee, training: Training) -> tuple[int, int]:
     """Returns the bytes of a state and of the best parameters."""
-    state = trainee.like_state(training.optimizer.build(1, trainee.trainable))
-    return tree_bytes(state), tree_bytes(trainee.like)
+    state = trainee.placed.like_state(training.optimizer.build(1, trainee.placed.trainable))
+    return tree_bytes(state), tree_bytes(trainee.placed.like)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -58,18 +58,17 @@ def run_grpo(run: Run) -> None:
     sizes = [run.sizes[fact.id] for fact in facts]
     shapes = prompt_shapes(run, sizes, draw, grpo.steps)
     # Compile the step's programs.
-    transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.trainable)
-    like, timer = trainee.like_state(transform), PhaseTimer()
+    transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.placed.trainable)
+    timer = PhaseTimer()
     reference = starting_params(run) if grpo.loss.beta else None
     programs = make_programs(
-        policy,
+        trainee.placed,
         grpo,
-        like,
         transform,
-        trainee.like_frozen,
         score_config=ScoreConfig(grpo.temperature, run.settings.score.chunk),
         length=run.reader.limits.completion,
         seed=run.settings.seed,
+        end_of_turn=policy.special.end_of_turn,
     )
     grpo_step = make_grpo_step(programs, policy, grpo, trainee.frozen, reference, timer)
     # The step: its facts' shares by pool join the metrics, and its completions the records.
@@ -93,7 +92,7 @@ def run_grpo(run: Run) -> None:
         begin=lambda: trainee.new_state(
             starting_params(run) if reference is None else reference, transform
         ),
-        like=like,
+        like=trainee.placed.like_state(transform),
         step=train_step,
         validate=validator(run.greedy, trainee, run.dataset.splits["valid"][: grpo.eval_facts]),
         work=_work_of(run),
@@ -112,7 +111,7 @@ def _work_of(run: Run) -> Callable[[PromptBatch, Metrics], Work]:
     It raises NotFiniteError for a rollout that was not trained on; see `_check_finite`.
     """
     grpo, model = run.settings.grpo, run.trainee.policy.model
-    passes = Passes.of(run.trainee.trainable)
+    passes = Passes.of(run.trainee.placed.trainable)
     scored = (grpo.loss.beta > 0) + (grpo.updates > 1)
 
     def work(prompts: PromptBatch, metrics: Metrics) -> Work:

@@ -20,6 +20,7 @@ from morer1_jax.rollout.program import ScoredRollout, make_rollout
 from morer1_jax.rollout.sampler import SampleConfig
 from morer1_jax.run.mesh import program
 from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.placed import Placed
 from morer1_jax.run.policy import Policy
 
 GRPOStep = Callable[
@@ -47,34 +48,30 @@ class Programs(NamedTuple):
 
 
 def make_programs(
-    policy: Policy,
+    placed: Placed,
     settings: GRPOSettings,
-    like: TrainState,
     transform: optax.GradientTransformation,
-    frozen: Params,
     *,
     score_config: ScoreConfig,
     length: int,
     seed: int,
-    end_of_turn: int | None = None,
+    end_of_turn: int,
 ) -> Programs:
     """Returns the programs of a step, with the shardings of their arguments and results.
 
     Args:
-        like: the train state's shapes and shardings.
         transform: the optimizer.
-        frozen: parameters that do not train, or their shapes and shardings.
         length: most tokens of a completion.
         seed: of the sampling noise.
-        end_of_turn: the id that ends a completion; None: the tokenizer's.
+        end_of_turn: the id that ends a completion.
     """
     # What the programs compute.
-    model, loss = policy.model, settings.loss
+    model, loss = placed.model, settings.loss
     sampling = SampleConfig(
         group=settings.group,
         length=length,
         temperature=settings.temperature,
-        end_of_turn=policy.special.end_of_turn if end_of_turn is None else end_of_turn,
+        end_of_turn=end_of_turn,
     )
 
     def score(
@@ -83,7 +80,8 @@ def make_programs(
         return group_logprobs(model, params, prompts, tokens, mask, allowed, score_config)[0]
 
     # Compile them for the mesh.
-    params, rows, whole = policy.param_shardings, policy.rows, policy.replicated
+    params, rows, whole = placed.param_shardings, placed.rows, placed.replicated
+    like = placed.like_state(transform)
     return Programs(
         rollout=program(
             make_rollout(model, sampling, settings.reward, settings.scale_rewards, seed),
@@ -97,7 +95,7 @@ def make_programs(
         ),
         update=program(
             make_grpo_update(model, transform, loss, score_config, settings.micro_batches),
-            takes=(like, frozen, rows, whole),
+            takes=(like, placed.like_frozen, rows, whole),
             gives=(like, whole),
             donate=0,
         ),
@@ -131,7 +129,7 @@ def make_grpo_step(
         state: TrainState, prompts: PromptBatch, number: int
     ) -> tuple[TrainState, dict[str, Any], ScoredRollout]:
         # Rollout: completions with their rewards and advantages.
-        prompts = policy.put(prompts)
+        prompts = policy.placed.put(prompts)
         scored, metrics = programs.rollout(
             join(state.params, frozen), prompts, policy.grammar, policy.allowed, np.int32(number)
         )

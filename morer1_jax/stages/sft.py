@@ -59,7 +59,7 @@ def train_sft(
         stream: separates this training's shuffles from those of the run's other trainings.
         reader, sampler: what the model sees of a fact, and what validates; None: the run's.
     """
-    trainee, policy = run.trainee, run.trainee.policy
+    trainee, placed = run.trainee, run.trainee.placed
     reader, sampler = reader or run.reader, sampler or run.greedy
     # Choose the samples of each step, and the rows they become.
     facts = [fact for fact in run.dataset.splits["train"] if fact.id in targets]
@@ -70,20 +70,20 @@ def train_sft(
     # Compile the step's program; frozen parameters are loaded before a step is timed.
     frozen = trainee.frozen
     # Plain cross-entropy: the temperature is that of GRPO's sampling.
-    transform = settings.optimizer.build(settings.steps, trainee.trainable)
-    like, score = trainee.like_state(transform), ScoreConfig(chunk=run.settings.score.chunk)
+    transform = settings.optimizer.build(settings.steps, placed.trainable)
+    like, score = placed.like_state(transform), ScoreConfig(chunk=run.settings.score.chunk)
     step = program(
-        make_sft_step(policy.model, transform, score, settings.micro_batches),
-        takes=(like, frozen, policy.rows),
-        gives=(like, policy.replicated),
+        make_sft_step(placed.model, transform, score, settings.micro_batches),
+        takes=(like, frozen, placed.rows),
+        gives=(like, placed.replicated),
         donate=0,
     )
-    passes, timer = Passes.of(trainee.trainable), PhaseTimer()
+    passes, timer = Passes.of(placed.trainable), PhaseTimer()
 
     def train_step(
         state: TrainState, batch: SequenceBatch, _: int
     ) -> tuple[TrainState, dict[str, Any]]:
-        state, metrics = step(state, frozen, policy.put(batch))
+        state, metrics = step(state, frozen, placed.put(batch))
         timer.phase("update", metrics)
         return state, metrics
 
@@ -93,8 +93,8 @@ def train_sft(
         like=like,
         step=train_step,
         validate=validator(sampler, trainee, run.dataset.splits["valid"][: settings.eval_facts]),
-        work=lambda batch, _: sequence_work(policy.model.config, passes, batch),
+        work=lambda batch, _: sequence_work(placed.model.config, passes, batch),
         timer=timer,
-        dtype=policy.model.runtime.dtype,
+        dtype=placed.model.runtime.dtype,
     )
     train(name, run.workdir, hooks, settings, **run.loop_options)

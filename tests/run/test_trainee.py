@@ -42,9 +42,11 @@ def random(leaf):
 
 
 def test_a_new_state_outlives_the_parameters_it_was_made_from_and_they_it(trainee, config):
-    params = jax.tree.map(lambda leaf: jax.device_put(random(leaf), leaf.sharding), trainee.like)
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(random(leaf), leaf.sharding), trainee.placed.like
+    )
     optimizer = config.sft.optimizer.build(3)
-    state, like = trainee.new_state(params, optimizer), trainee.like_state(optimizer)
+    state, like = trainee.new_state(params, optimizer), trainee.placed.like_state(optimizer)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings_of(like)
     before = jax.tree.map(np.asarray, params)
     # As the train step does with the state it is given.

@@ -61,7 +61,7 @@ def sizes(case):
 
     A state has parameters, AdamW's two moments, and three counters.
     """
-    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(case.trainee.like))
+    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(case.trainee.placed.like))
     return 3 * 4 * numbers + 3 * 4, 4 * numbers
 
 
@@ -203,7 +203,7 @@ def test_7b_grpo_is_counted_as_large_as_it_is(tmp_path, small_world):
     config.model.path = None
     config.data.update(folder=str(small_world), vocabulary=1024)
     case = Case(config, tmp_path)
-    trained = disk.tree_bytes(case.trainee.like)
+    trained = disk.tree_bytes(case.trainee.placed.like)
     assert 30.0e9 < trained < 31.5e9
     assert needed(case, "grpo") == pytest.approx(10 * trained, rel=1e-6)
 
@@ -238,7 +238,9 @@ def test_what_is_written_is_what_was_counted(config, tmp_path):
     config.model.text.intermediate_size = 2048
     case = Case(config, tmp_path)
     trainee = case.trainee
-    state = trainee.like_state(case.settings.sft.optimizer.build(1, trainee.trainable))
+    state = trainee.placed.like_state(
+        case.settings.sft.optimizer.build(1, trainee.placed.trainable)
+    )
     random = np.random.default_rng(0)
 
     def filled(leaf):

@@ -18,6 +18,7 @@ from morer1_jax.model.layers import Params
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL, init_params
 from morer1_jax.run import mesh as meshes
+from morer1_jax.run.placed import Placed
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import LoadedModel
 from morer1_jax.task.ontology import Ontology
@@ -37,11 +38,11 @@ def write_model(preset: Preset, folder: Path) -> None:
         vision_start_token_id=special.vision_start,
         vision_end_token_id=special.vision_end,
     )
-    model = Qwen25VL(config, Runtime())
+    mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
+    placed = Placed(Qwen25VL(config, Runtime()), mesh)
     loaded = LoadedModel(
-        model=model,
-        load=lambda: _random_params(model),
-        mesh=meshes.make_mesh({"data": 1}, jax.devices()[:1]),
+        placed=placed,
+        load=lambda: _random_params(placed.model),
         images=ImageConfig(),
         completion=preset.completion,
         source=source,

@@ -31,7 +31,7 @@ from morer1_jax.learn.grpo import (
     token_weights,
 )
 from morer1_jax.learn.sft import make_sft_step, sft_gradients
-from morer1_jax.learn.state import OptimizerConfig, TrainState
+from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, sample_keys
@@ -145,7 +145,7 @@ class GRPOTask:
 
     @property
     def flops(self) -> float | None:
-        side, programs = self._side, self._programs(self._side.like_state())
+        side, programs = self._side, self._programs()
         params, policy = side.loaded.params, side.policy
         arguments = params, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
         scored, _ = jax.eval_shape(programs.rollout, *arguments)
@@ -191,7 +191,7 @@ class GRPOTask:
     def prepare(self) -> None:
         self._state = self._side.state()
         self._step = make_grpo_step(
-            self._programs(self._state),
+            self._programs(),
             self._side.policy,
             self.settings,
             {},
@@ -202,14 +202,12 @@ class GRPOTask:
         self._number = 0
         self.run()
 
-    def _programs(self, like: TrainState) -> Programs:
+    def _programs(self) -> Programs:
         side = self._side
         return make_programs(
-            side.policy,
+            side.policy.placed,
             self.settings,
-            like,
             side.optimizer,
-            {},
             score_config=_group_score(side.preset),
             length=side.preset.completion,
             seed=0,

@@ -21,8 +21,7 @@ from morer1_jax.data.shapes import Shape
 from morer1_jax.learn.state import OptimizerConfig, TrainState, new_state
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import Runtime
-from morer1_jax.model.vlm import Qwen25VL
-from morer1_jax.run.kernels import choose
+from morer1_jax.run.placed import place
 from morer1_jax.run.policy import Policy
 from morer1_jax.serve.loaded import LoadedModel, open_model
 
@@ -67,13 +66,10 @@ class Ours:
             remat=preset.remat,
             scan_unroll=preset.unroll,
             decode_unroll=jax.default_backend() == "cpu",
-            kernels=choose("auto", preset.dtype, config.head_sizes, self.loaded.mesh),
         )
-        self.model = Qwen25VL(config, runtime)
-        loaded_policy = self.loaded.policy
-        self.policy = Policy(
-            self.model, loaded_policy.tokenizer, loaded_policy.ontology, self.loaded.mesh
-        )
+        placed = place(config, runtime, self.loaded.placed.mesh)
+        self.model, loaded = placed.model, self.loaded.policy
+        self.policy = Policy(placed, loaded.tokenizer, loaded.ontology)
         self.optimizer = OptimizerConfig(lr=1e-6).build(1)
 
     def flops(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> float | None:
