@@ -10,16 +10,25 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 
 class VisionBatch(NamedTuple):
-    """Patches in the slots of the vision tower's layout; see `VisionConfig.layout`."""
+    """Patches in the slots of the vision tower's layout; see `VisionConfig.layout`.
 
-    patches: Float[np.ndarray, "b w p c"]
+    Attributes:
+        patches: levels of one frame, c = channels · patch_size²; any levels stand in padding.
+            `model.vision.VisionInputs.of` normalises them on the device.
+        mean: of each channel (k), with levels from 0 to 1.
+        inverse_std: 1 / standard deviation of each channel, with levels from 0 to 1.
+    """
+
+    patches: UInt8[np.ndarray, "b w p c"]
     positions: Int[np.ndarray, "b w p 2"]
     image_ids: Int[np.ndarray, "b w p"]
     part_ids: Int[np.ndarray, "b w p"]
+    mean: Float[np.ndarray, "b k"]
+    inverse_std: Float[np.ndarray, "b k"]
 
 
 class FeatureBatch(NamedTuple):

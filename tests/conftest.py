@@ -215,6 +215,12 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def pixels():
+    """The module `pixels.py` beside this file: patches as the vision tower reads them."""
+    return _beside("pixels")
+
+
+@pytest.fixture(scope="session")
 def reference():
     """The module `reference.py` beside this file: small models as `transformers` has them."""
     pytest.importorskip("torch")

@@ -18,9 +18,9 @@ from morer1_jax.learn.sft import make_sft_step
 from morer1_jax.learn.state import OptimizerConfig, abstract_params, new_state
 from morer1_jax.model.config import LoRA
 from morer1_jax.model.layers import merged_kernel
-from morer1_jax.model.scorer import ScoreConfig, group_logprobs, vision_inputs
+from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.model.splash import Splash
-from morer1_jax.model.vision import VisionTower
+from morer1_jax.model.vision import VisionInputs, VisionTower
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.program import make_rollout
 from morer1_jax.rollout.reward import RewardConfig
@@ -74,7 +74,8 @@ class Programs:
 
     def encode_images(self):
         tower = VisionTower(self.model.config.vision, self.model.runtime)
-        images = vision_inputs(self.tiny.prompts().vision)
+        frames = self.model.config.vision.temporal_patch_size
+        images = VisionInputs.of(self.tiny.prompts().vision, frames)
         return lambda params, images: tower.apply({"params": params}, images), (
             self.params["vision"],
             images,

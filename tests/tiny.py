@@ -18,7 +18,7 @@ from morer1_jax.data.sample import Sample
 from morer1_jax.data.shapes import Shape
 from morer1_jax.learn.state import new_state
 from morer1_jax.model.attention import XLA
-from morer1_jax.model.config import ModelConfig, Runtime, TextConfig, VisionConfig
+from morer1_jax.model.config import ImageConfig, ModelConfig, Runtime, TextConfig, VisionConfig
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.model.sharding import Layout
 from morer1_jax.model.special import SpecialIds
@@ -110,7 +110,7 @@ CONFIG = ModelConfig(
 
 
 SPECIAL = SpecialIds.of(types.SimpleNamespace(get_vocab=lambda: _NAMES, name_or_path="tiny"))
-COLLATOR = Collator(SPECIAL, CONFIG.vision)
+COLLATOR = Collator(SPECIAL, CONFIG.vision, ImageConfig())
 ALLOWED = allowed_ids(SPECIAL, SIZE, ROWS)
 
 
@@ -129,7 +129,7 @@ def samples():
         target = np.append(words(size=2 * number), END).astype(np.int32)
         grids = tuple((1, *size) for size in sizes)
         count = sum(rows * columns for rows, columns in sizes)
-        patches = rng.standard_normal((count, CONFIG.vision.patch_dim)).astype(np.float32)
+        patches = rng.integers(0, 256, (count, CONFIG.vision.frame_dim), np.uint8)
         gold = number % len(LABELS)
         made.append(Sample(f"fact {number}", tokens, target, Patches(patches, grids), gold))
     return made
@@ -151,7 +151,7 @@ def sequences(rows=None, prompt=32, completion=LENGTH, windows=5):
 def with_photo(batch, row, seed=5):
     """A batch in which one row's photos are others of the same sizes."""
     patches = batch.vision.patches.copy()
-    noise = np.random.default_rng(seed).standard_normal(patches[row].shape)
+    noise = np.random.default_rng(seed).integers(0, 256, patches[row].shape, np.uint8)
     patches[row] = np.where(batch.vision.image_ids[row][..., None] >= 0, noise, 0)
     return batch._replace(vision=batch.vision._replace(patches=patches))
 

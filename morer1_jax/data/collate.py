@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch, pad, stack
 from morer1_jax.data.features import FeatureStore
@@ -14,7 +14,7 @@ from morer1_jax.data.positions import mrope_positions
 from morer1_jax.data.sample import Sample, SampleReader
 from morer1_jax.data.shapes import Shape
 from morer1_jax.errors import DataError
-from morer1_jax.model.config import VisionConfig
+from morer1_jax.model.config import ImageConfig, VisionConfig
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vision_layout import Grid, VisionLayout
 
@@ -25,20 +25,27 @@ class Collator:
     Args:
         special: ids of the tokens that stand for padding and images.
         vision: the tower that the images are for.
+        images: mean and standard deviation of its pixels' channels.
         features: the store that the samples' images come from; None: they come as patches.
     """
 
     def __init__(
-        self, special: SpecialIds, vision: VisionConfig, features: FeatureStore | None = None
+        self,
+        special: SpecialIds,
+        vision: VisionConfig,
+        images: ImageConfig,
+        features: FeatureStore | None = None,
     ) -> None:
         self._special = special
         self._vision_config = vision
+        self._mean = np.float32(images.image_mean)
+        self._inverse_std = 1 / np.float32(images.image_std)
         self._features = features
 
     @classmethod
     def of(cls, reader: SampleReader) -> Collator:
         """Returns the collator of a reader's samples."""
-        return cls(reader.special, reader.vision, reader.features)
+        return cls(reader.special, reader.vision, reader.photos.config, reader.features)
 
     def prompts(
         self, samples: Sequence[Sample], noise_ids: Sequence[int], shape: Shape
@@ -158,12 +165,18 @@ class Collator:
             features = _values(self._features.nothing, images)
             slots = layout.image_ids.size // self._vision_config.spatial_merge_size**2
             return FeatureBatch(np.pad(features, ((0, slots - len(features)), (0, 0))))
-        no_patches = np.zeros((0, self._vision_config.patch_dim), np.float32)
-        patches = layout.place(_values(no_patches, images))
-        return VisionBatch(patches, layout.positions, layout.image_ids, layout.part_ids)
+        no_patches = np.zeros((0, self._vision_config.frame_dim), np.uint8)
+        return VisionBatch(
+            patches=layout.place(_values(no_patches, images)),
+            positions=layout.positions,
+            image_ids=layout.image_ids,
+            part_ids=layout.part_ids,
+            mean=self._mean,
+            inverse_std=self._inverse_std,
+        )
 
 
-def _values(empty: Float[np.ndarray, "0 c"], images: Sequence[Patches]) -> np.ndarray:
+def _values(empty: Shaped[np.ndarray, "0 c"], images: Sequence[Patches]) -> np.ndarray:
     """Returns the values of a row's images, one after another; of a row without any, `empty`."""
     return np.concatenate([empty, *(sample_images.values for sample_images in images)])
 

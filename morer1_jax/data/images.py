@@ -1,15 +1,14 @@
 """Turns photos and crops into the patches that the vision tower reads.
 
 Pixel limits and the crop's margin come from one `ImageConfig`, and photos through `task.photo`, so
-that training, sampling, rating and evaluation see the same pixels, the same way up. The numbers are
-bit for bit those of `transformers`' `Qwen2VLImageProcessorPil`, in a fraction of its time: a pixel
-has 256 levels, so normalising is a look-up.
+that training, sampling, rating and evaluation see the same pixels, the same way up. The levels are
+those that `transformers`' `Qwen2VLImageProcessorPil` normalises and repeats for each frame; here
+both happen on the device (`model.vision.VisionInputs.of`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 from etils import epath
@@ -31,7 +30,7 @@ class Patches:
     """The images of one sample, one after another.
 
     Attributes:
-        values: float32 [patches, channels * temporal * patch * patch], in the processor's order.
+        values: uint8 [patches, channels * patch * patch], in the processor's order of one frame.
         grids: (1, rows, columns) of each image, in patches.
     """
 
@@ -84,14 +83,6 @@ class ImageReader:
         self.config = config
         self._photo_path = photo_path
 
-    @functools.cached_property
-    def _levels(self) -> np.ndarray:
-        """Normalised values, float32 [channel, 256 levels]."""
-        levels = np.arange(256, dtype=np.float32) / 255
-        statistics = self.config.image_mean, self.config.image_std
-        mean, std = (np.float32(statistic)[:, None] for statistic in statistics)
-        return (levels - mean) / std
-
     def open(self, fact: Fact) -> Image.Image:
         """Reads the fact's photo, RGB, upright."""
         return more.read_photo(self.folder, fact, self._photo_path)
@@ -137,17 +128,12 @@ class ImageReader:
         )
 
     def _patchify(self, image: Image.Image, grid: Grid) -> np.ndarray:
-        """Returns the patches: units of merge × merge patches row by row, in each c, t, p, p."""
-        config = self.config
-        p, m, t = config.patch_size, config.merge_size, config.temporal_patch_size
+        """Returns the patches: units of merge × merge patches row by row, in each c, p, p."""
+        p, m = self.config.patch_size, self.config.merge_size
         _, rows, columns = grid
         image = image.resize((columns * p, rows * p), Image.Resampling.BICUBIC)
         pixels = np.asarray(image).reshape(rows // m, m, p, columns // m, m, p, 3)
-        pixels = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, 1, p * p)
-        values = np.empty((rows * columns, 3, t, p * p), np.float32)
-        for channel, levels in enumerate(self._levels):
-            values[:, channel] = levels[pixels[:, channel]]  # The same at all t times.
-        return values.reshape(rows * columns, -1)
+        return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1)
 
     def _grid(self, what: str, width: int, height: int, name: str) -> Grid:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize

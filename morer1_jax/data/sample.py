@@ -111,7 +111,7 @@ class SampleReader:
             DataError: the fact exceeds its limits, or a photo cannot be read.
         """
         if not self.view.photo:
-            images = Patches(np.zeros((0, self.vision.patch_dim), np.float32), ())
+            images = Patches(np.zeros((0, self.vision.frame_dim), np.uint8), ())
         elif self.features is not None:
             images = self.features.images(fact)
         else:

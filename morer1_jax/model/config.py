@@ -79,7 +79,12 @@ class VisionConfig:
     @property
     def patch_dim(self) -> int:
         """Numbers of one flattened patch: channel, frame, row, column in the processor's order."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+        return self.temporal_patch_size * self.frame_dim
+
+    @property
+    def frame_dim(self) -> int:
+        """Numbers of one frame of a patch: channel, row, column."""
+        return self.in_channels * self.patch_size**2
 
     @property
     def window_patches(self) -> int:

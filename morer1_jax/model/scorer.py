@@ -12,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
+from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch
 from morer1_jax.bounds import above, at_least, check_bounds
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.layers import Params
@@ -39,13 +39,6 @@ class ScoreConfig:
         check_bounds(self)
 
 
-def vision_inputs(vision: VisionBatch) -> VisionInputs | None:
-    """Returns the batch's images as the tower's inputs; None where its shape has no slots."""
-    if vision.patches.shape[1] == 0:
-        return None
-    return VisionInputs(*vision)
-
-
 def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float[Array, "b s d"]:
     """Embeds tokens, with the images' features in their places; runs inside `model.apply`.
 
@@ -54,9 +47,10 @@ def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float
     # The features of a frozen tower, computed before training.
     if isinstance(batch.vision, FeatureBatch):
         return module.embed(batch.tokens, batch.vision.features, batch.vision_index)
-    images = vision_inputs(batch.vision)
-    vision_tokens = None if images is None else module.encode_images(images)
-    return module.embed(batch.tokens, vision_tokens, batch.vision_index)
+    if batch.vision.patches.shape[1] == 0:  # A shape without slots for images.
+        return module.embed(batch.tokens)
+    images = VisionInputs.of(batch.vision, module.config.vision.temporal_patch_size)
+    return module.embed(batch.tokens, module.encode_images(images), batch.vision_index)
 
 
 def sequence_logprobs(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
+from morer1_jax.batch import VisionBatch
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import Runtime, VisionConfig
 from morer1_jax.model.cpu import cos_sin
@@ -46,6 +47,39 @@ class VisionInputs:
     positions: Int[Array, "b w p 2"]
     image_ids: Int[Array, "b w p"]
     part_ids: Int[Array, "b w p"]
+
+    @classmethod
+    def of(cls, batch: VisionBatch, frames: int) -> VisionInputs:
+        """Returns a batch's images as the tower's inputs, normalised, in float32.
+
+        Args:
+            frames: the tower's `temporal_patch_size`.
+        """
+        patches = normalised(batch.patches, batch.mean, batch.inverse_std, frames)
+        return cls(patches, batch.positions, batch.image_ids, batch.part_ids)
+
+
+def normalised(
+    patches: UInt8[Array, "b w p c"],
+    mean: Float[Array, "b k"],
+    inverse_std: Float[Array, "b k"],
+    frames: int,
+) -> Float[Array, "b w p {frames}*c"]:
+    """Returns (level / 255 - mean) / std, each channel repeated for each of `frames`.
+
+    Within one unit in the last place of the processor's own numbers, bit for bit those of its
+    division by 255.
+    """
+    b, w, p, c = patches.shape
+    k = mean.shape[1]
+    levels = patches.reshape(b, w, p, k, 1, c // k).astype(jnp.float32)
+    # Near the mean the difference magnifies any error of level / 255, and compilers replace a
+    # division by 255 with an inexact product. The first of these terms is exact, the second's error
+    # too small to change their rounded sum.
+    shares = levels / 256 + levels * np.float32(1 / (255 * 256))
+    mean, inverse_std = (a.reshape(b, 1, 1, k, 1, 1) for a in (mean, inverse_std))
+    values = (shares - mean) * inverse_std
+    return jnp.broadcast_to(values, (b, w, p, k, frames, c // k)).reshape(b, w, p, frames * c)
 
 
 class VisionAttention(nn.Module):

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of an image in patches; frames is 1."""
@@ -62,7 +62,7 @@ class VisionLayout:
     part_ids: Int[np.ndarray, "w p"]
     token_slots: Int[np.ndarray, " m"]
 
-    def place(self, patches: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "w p c"]:
+    def place(self, patches: Shaped[np.ndarray, "n c"]) -> Shaped[np.ndarray, "w p c"]:
         """Moves the processor's concatenated patches into their slots; padding is zero.
 
         Raises:

@@ -24,8 +24,7 @@ from morer1_jax.errors import ConfigError, DataError, NotFiniteError
 from morer1_jax.files import allocate, atomic_dir
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import ImageConfig, VisionConfig
-from morer1_jax.model.scorer import vision_inputs
-from morer1_jax.model.vision import VisionTower
+from morer1_jax.model.vision import VisionInputs, VisionTower
 from morer1_jax.progress import progress
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.finite import ways
@@ -169,8 +168,9 @@ def _encode(
     policy, every = trainee.policy, _distinct_images(dataset, reader)
     images, model = every.images, policy.model
     tower = VisionTower(model.config.vision, model.runtime)
+    frames = model.config.vision.temporal_patch_size
     run = meshes.program(
-        lambda params, batch: tower.apply({"params": params}, vision_inputs(batch)),
+        lambda params, batch: tower.apply({"params": params}, VisionInputs.of(batch, frames)),
         takes=(policy.placed.param_shardings["vision"], policy.placed.rows),
         gives=policy.placed.rows,
     )

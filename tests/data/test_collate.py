@@ -2,16 +2,20 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from morer1_jax.data.collate import Collator
+from morer1_jax.data.images import ImageReader
 from morer1_jax.data.positions import mrope_positions
 from morer1_jax.data.sample import Limits, View
 from morer1_jax.data.shapes import Shape
 from morer1_jax.errors import DataError
 from morer1_jax.model import vision_layout
 from morer1_jax.model.config import ImageConfig
+from morer1_jax.model.vision import VisionInputs
 
 IMAGES = ImageConfig(max_pixels=112 * 112)
 WINDOW = 56
@@ -49,12 +53,14 @@ def test_padded_rows_hold_prompt_then_target(reader, facts, reasoning, special):
     assert batch.segment_ids.shape == batch.vision_index.shape == (3, s)
     assert batch.positions.shape == (3, 3, s)
     patches = (WINDOW // 14) ** 2
-    assert batch.vision.patches.shape == (3, LIMITS.slots, patches, 3 * 2 * 14 * 14)
+    assert batch.vision.patches.shape == (3, LIMITS.slots, patches, 3 * 14 * 14)
     assert batch.vision.positions.shape == (3, LIMITS.slots, patches, 2)
     assert batch.vision.image_ids.shape == (3, LIMITS.slots, patches)
     assert {a.dtype.name for a in (batch.tokens, batch.targets, batch.segment_ids)} == {"int32"}
     assert batch.positions.dtype == batch.vision_index.dtype == np.int32
-    assert batch.weights.dtype == batch.vision.patches.dtype == np.float32
+    assert batch.weights.dtype == batch.vision.mean.dtype == np.float32
+    assert batch.vision.patches.dtype == np.uint8
+    assert batch.vision.mean.shape == batch.vision.inverse_std.shape == (3, 3)
     for row, sample in enumerate(samples):
         p, n = len(sample.prompt), len(sample.prompt) + len(sample.target)
         np.testing.assert_array_equal(batch.tokens[row, :p], sample.prompt)
@@ -73,6 +79,31 @@ def test_padded_rows_hold_prompt_then_target(reader, facts, reasoning, special):
         np.testing.assert_array_equal(batch.vision_index[row][is_image], placed.token_slots)
         assert (batch.vision_index[row][~is_image] == -1).all()
         np.testing.assert_array_equal(batch.vision.patches[row], placed.place(sample.images.values))
+
+
+def test_the_tower_reads_the_processors_own_numbers(make, facts, pixels):
+    reader = make()
+    images = dataclasses.replace(
+        IMAGES, image_mean=(0.48145466, 0.1, 0.7), image_std=(0.26862954, 0.9, 0.3)
+    )
+    photos = ImageReader(reader.photos.folder, images)
+    reader = dataclasses.replace(reader, photos=photos)
+    batch = prompts(reader, facts[:3], range(3))
+    inputs = jax.jit(VisionInputs.of, static_argnames="frames")(batch.vision, frames=2)
+    processor = Qwen2VLImageProcessorPil(
+        max_pixels=images.max_pixels,
+        image_mean=list(images.image_mean),
+        image_std=list(images.image_std),
+    )
+    for row, fact in enumerate(facts[:3]):
+        expected = processor(images=list(photos.pair(fact)), return_tensors="np")
+        grids = [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
+        layout = vision_layout.vision_layout(grids, **SIZES, pad_to_windows=LIMITS.slots)
+        filled = batch.vision.image_ids[row] >= 0
+        expected = layout.place(expected["pixel_values"])[filled]
+        found = np.asarray(inputs.patches)[row][filled]
+        pixels.assert_same(found, expected, fact.id)
+    assert np.isfinite(inputs.patches).all()
 
 
 def test_the_loss_counts_the_target_and_its_end_of_turn_alone(

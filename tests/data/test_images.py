@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import skimage
@@ -16,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from morer1_jax.data.images import ImageReader, crop_box
 from morer1_jax.errors import DataError
 from morer1_jax.model.config import ImageConfig
+from morer1_jax.model.vision import normalised
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.photo import open_photo
@@ -100,7 +102,7 @@ def test_a_crop_has_its_margin_and_its_least_size():
     assert crop_box((0.01, 0.99, 0.01, 0.01), (200, 400), config) == (0, 372, 28, 400)
 
 
-def test_patches_are_the_processors_own(folder):
+def test_patches_are_the_processors_own(folder, pixels):
     photo = noise(130, 90)
     save(folder, photo, quality=95)
     reader = ImageReader(folder, CONFIG)
@@ -109,21 +111,21 @@ def test_patches_are_the_processors_own(folder):
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=140 * 140)
     expected = processor(images=[stored, crop], return_tensors="np")
     found = reader.patches(FACT)
-    np.testing.assert_array_equal(found.values, expected["pixel_values"])
-    assert found.values.dtype == np.float32
+    pixels.assert_same(pixels.values(found, CONFIG), expected["pixel_values"])
     assert found.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
     assert len(found.values) == sum(t * rows * columns for t, rows, columns in found.grids)
 
 
 @pytest.mark.parametrize("sizes", [(14, 2, 2), (14, 1, 1), (16, 2, 2), (2, 2, 3), (4, 3, 1)])
-def test_patches_of_any_tower_are_the_processors_own(folder, sizes):
+def test_patches_of_any_tower_are_the_processors_own(folder, sizes, pixels):
     sizes = dict(zip(("patch_size", "merge_size", "temporal_patch_size"), sizes, strict=True))
     save(folder, noise(61, 90), format="PNG")
-    reader = ImageReader(folder, ImageConfig(min_pixels=800, max_pixels=9000, **sizes))
+    config = ImageConfig(min_pixels=800, max_pixels=9000, **sizes)
+    reader = ImageReader(folder, config)
     processor = Qwen2VLImageProcessorPil(min_pixels=800, max_pixels=9000, **sizes)
     expected = processor(images=list(reader.pair(FACT)), return_tensors="np")
     found = reader.patches(FACT)
-    np.testing.assert_array_equal(found.values, expected["pixel_values"])
+    pixels.assert_same(pixels.values(found, config), expected["pixel_values"])
     assert found.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
 
 
@@ -215,7 +217,7 @@ def real_photos():
     return found + sorted((Path(sklearn.__file__).parent / "datasets" / "images").glob("*.jpg"))
 
 
-def test_patches_of_real_photos_are_the_processors_own(folder):
+def test_patches_of_real_photos_are_the_processors_own(folder, pixels):
     paths = real_photos()
     assert len(paths) >= 20
     rng = np.random.default_rng(0)
@@ -233,7 +235,7 @@ def test_patches_of_real_photos_are_the_processors_own(folder):
             expected = processor(images=[photo, crop], return_tensors="np")
             reader = ImageReader(folder, config)
             found = reader.patches(fact)
-            np.testing.assert_array_equal(found.values, expected["pixel_values"], err_msg=path)
+            pixels.assert_same(pixels.values(found, config), expected["pixel_values"], path)
             grids = tuple(map(tuple, expected["image_grid_thw"].tolist()))
             assert found.grids == grids == reader.grids(fact, photo.size)
     # A lone photo, of no dataset, is the same.
@@ -289,7 +291,7 @@ def test_a_shape_that_the_processor_refuses_is_found_with_and_without_pixels(fol
         ((6000, 30), (0.5, 0.5, 1.0, 0.01), (0, 0, 6000, 30)),
     ],
 )
-def test_a_flat_box_in_a_wide_photo_gets_a_crop_that_fits(folder, size, box, expected):
+def test_a_flat_box_in_a_wide_photo_gets_a_crop_that_fits(folder, size, box, expected, pixels):
     assert crop_box(box, size, CONFIG) == expected
     fact = dataclasses.replace(FACT, box=box, image="1.png")
     save(folder, noise(*size), "1.png")
@@ -298,7 +300,7 @@ def test_a_flat_box_in_a_wide_photo_gets_a_crop_that_fits(folder, size, box, exp
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=140 * 140)
     found = reader.patches(fact)
     theirs = processor(images=[photo, crop], return_tensors="np")
-    np.testing.assert_array_equal(found.values, theirs["pixel_values"])
+    pixels.assert_same(pixels.values(found, CONFIG), theirs["pixel_values"])
     assert found.grids == reader.grids(fact, size)
 
 
@@ -317,10 +319,35 @@ def test_a_crop_always_fits_where_the_photo_does(box, long, short, config):
 @pytest.mark.parametrize(
     ("mean", "std"), [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.7, 0.3), (0.21, 0.9, 0.33))]
 )
-def test_patches_of_another_mean_and_deviation_are_the_processors_own(folder, mean, std):
+def test_patches_of_another_mean_and_deviation_are_the_processors_own(folder, mean, std, pixels):
     save(folder, noise(61, 90), "1.png")
     fact = dataclasses.replace(FACT, image="1.png")
-    reader = ImageReader(folder, ImageConfig(image_mean=mean, image_std=std))
+    config = ImageConfig(image_mean=mean, image_std=std)
+    reader = ImageReader(folder, config)
     processor = Qwen2VLImageProcessorPil(image_mean=list(mean), image_std=list(std))
     expected = processor(images=list(reader.pair(fact)), return_tensors="np")
-    np.testing.assert_array_equal(reader.patches(fact).values, expected["pixel_values"])
+    pixels.assert_same(pixels.values(reader.patches(fact), config), expected["pixel_values"])
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_every_level_is_normalised_as_by_a_table(constant, pixels):
+    """Also where the compiler knows mean and deviation, and may compute with their inverses."""
+    rng = np.random.default_rng(0)
+    mean, std = rng.uniform(0, 1, (300, 3)), rng.uniform(0.05, 1, (300, 3))
+    mean[0], std[0] = CONFIG.image_mean, CONFIG.image_std
+    mean[1], std[1] = 0, 1
+    mean, std = np.float32(mean), np.float32(std)
+    table = np.arange(256, dtype=np.float32) / 255
+    table = (table - mean[..., None]) / std[..., None]
+    # Rows of one patch whose channels each have all levels in an order of their own.
+    levels = np.stack([rng.permutation(256) for _ in range(3)]).astype(np.uint8)
+    patches = np.broadcast_to(levels.reshape(-1), (300, 1, 1, 3 * 256))
+    if constant:
+        found = jax.jit(lambda patches: normalised(patches, mean, 1 / std, 2))(patches)
+    else:
+        found = pixels.compiled()(patches, mean, 1 / std, frames=2)
+    found = np.asarray(found).reshape(300, 3, 2, 256)
+    expected = np.take_along_axis(table, levels[None].astype(int), axis=2)
+    for frame in range(2):
+        pixels.assert_same(found[:, :, frame], expected)
+    np.testing.assert_array_equal(found[1, 0, 0], levels[0].astype(np.float32) / 255)

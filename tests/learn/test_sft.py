@@ -49,7 +49,7 @@ def test_loss_is_the_mean_over_target_tokens(tiny, learn):
     def loss(params):
         attend = PackedCausal(jnp.asarray(batch.segment_ids))
         positions = np.moveaxis(batch.positions, 1, 0)
-        images = VisionInputs(*batch.vision)
+        images = VisionInputs.of(batch.vision, tiny.CONFIG.vision.temporal_patch_size)
         logits = tiny.model().apply(
             {"params": params},
             method=lambda m: m.logits(
@@ -143,9 +143,9 @@ def test_a_step_on_eight_devices(tiny, learn, axes, micro_batches):
     np.testing.assert_allclose(metrics["param_norm"], tiny.norm(after.params), rtol=1e-5)
     assert (after.step, metrics["skipped_updates"]) == (1, 0)
     # A photo that is not finite changes nothing, but the batch is spent.
-    patches = batch.vision.patches.copy()
-    patches[5, 0, 0] = np.nan
-    spoilt = batch._replace(vision=batch.vision._replace(patches=patches))
+    mean = batch.vision.mean.copy()
+    mean[5, 0] = np.nan
+    spoilt = batch._replace(vision=batch.vision._replace(mean=mean))
     left, metrics = step(after, {}, meshes.put_batch(spoilt, mesh))
     for name in ("params", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(left, name), getattr(after, name))

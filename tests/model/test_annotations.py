@@ -66,6 +66,17 @@ def test_every_verb(checked, parts, small_case):
         run(model, "forward", params, x, positions[:2], attend)
 
 
+def test_images_of_a_batch(checked, tiny):
+    batch, frames = tiny.prompts().vision, tiny.CONFIG.vision.temporal_patch_size
+    batch = jax.tree.map(jnp.asarray, batch)
+    images = checked.vision.VisionInputs.of(batch, frames)
+    assert images.patches.shape[-1] == tiny.CONFIG.vision.patch_dim
+    with pytest.raises(jaxtyping.TypeCheckError):
+        checked.vision.VisionInputs.of(batch._replace(patches=images.patches), frames)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        checked.vision.VisionInputs.of(batch._replace(mean=batch.mean[:1]), frames)
+
+
 def test_every_pattern(checked):
     attention = checked.attention
     q, k = jnp.zeros((2, 7, 6, 4)), jnp.zeros((2, 7, 3, 4))

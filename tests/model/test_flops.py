@@ -74,8 +74,9 @@ def test_a_batch_counts_its_images_and_no_padding(case):
     vision = case.config.vision
     image_ids = np.array([[[0, 0, 0, 0, 0, -1], [0, 0, 1, 1, 1, -1]], np.full((2, 6), -1)])
     part_ids = np.array([[[0, 0, 0, 0, 0, -1], [1, 1, 2, 2, 2, -1]], np.full((2, 6), -1)])
-    patches = np.zeros((2, 2, 6, vision.patch_dim), np.float32)
-    images = VisionBatch(patches, np.zeros((2, 2, 6, 2), np.int32), image_ids, part_ids)
+    patches = np.zeros((2, 2, 6, vision.frame_dim), np.uint8)
+    positions, statistic = np.zeros((2, 2, 6, 2), np.int32), np.ones((2, 3), np.float32)
+    images = VisionBatch(patches, positions, image_ids, part_ids, statistic, statistic)
     expected = flops.vision_flops(vision, patches=10, window_pairs=25 + 4 + 9, image_pairs=49 + 9)
     assert flops.batch_vision_flops(vision, images) == expected
     assert flops.batch_vision_flops(vision, FeatureBatch(np.zeros((2, 3, 4)))) == 0

@@ -56,6 +56,27 @@ def test_what_is_in_padding_is_not_seen(small_case, rows_of):
     )
 
 
+def test_levels_in_padding_are_not_seen(tiny):
+    """The levels of a batch, of which no padding is 0 once they are normalised."""
+    prompts = tiny.prompts()
+    model, frames = tiny.model(), tiny.CONFIG.vision.temporal_patch_size
+
+    def seen(patches):
+        images = VisionInputs.of(prompts.vision._replace(patches=patches), frames)
+        tokens = np.asarray(encode(model)(tiny.params(), images))
+        assert np.isfinite(tokens).all()
+        index = np.maximum(prompts.vision_index, 0)[..., None]
+        return np.take_along_axis(tokens, index, axis=1)[prompts.vision_index >= 0]
+
+    patches = prompts.vision.patches
+    padding = prompts.vision.image_ids[..., None] < 0
+    assert padding.any()
+    noise = np.random.default_rng(0).integers(0, 256, patches.shape, np.uint8)
+    expected = seen(patches)
+    np.testing.assert_allclose(seen(np.where(padding, noise, patches)), expected, atol=1e-6)
+    assert np.abs(seen(noise) - expected).max() > 0.1
+
+
 def test_row_without_images_is_finite(small_case, rows_of):
     rows = rows_of(small_case.config, small_case.samples, [[0], [2, 3]])
     tokens = encode(small_case.model)(small_case.params, rows.images)

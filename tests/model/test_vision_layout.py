@@ -170,8 +170,8 @@ def test_annotations_hold():
     checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
     layout = checked(vision_layout)([(1, 6, 4)], **SIZES)
     tokens = np.array([IMAGE] * 6)
-    patches = np.zeros((24, 3), np.float32)
-    assert checked(VisionLayout.place)(layout, patches).dtype == np.float32
+    patches = np.zeros((24, 3), np.uint8)
+    assert checked(VisionLayout.place)(layout, patches).dtype == np.uint8
     assert (
         checked(VisionLayout.feature_index)(layout, tokens, image_token_id=IMAGE).dtype == np.int32
     )

@@ -144,7 +144,7 @@ def test_greedy_takes_the_likeliest(tiny, draw):
 
     @tiny.jit
     def logits(params):
-        images = VisionInputs(*prompts.vision)
+        images = VisionInputs.of(prompts.vision, tiny.CONFIG.vision.temporal_patch_size)
         return tiny.model().apply(
             {"params": params},
             method=lambda m: m.logits(

@@ -103,18 +103,22 @@ def oldest(reference, tokenizer, folder):
 
 
 @pytest.fixture(scope="module")
-def exported(reference, small_tokenizer, small_world, tmp_path_factory):
+def exported(reference, small_tokenizer, small_world, pixels, tmp_path_factory):
     """What we make of the exported folders, by folder, and the facts asked about."""
     # The older one is only written here, and asked with all tokens.
     makers = ((oldest, small_tokenizer, False), (newest, small_tokenizer, True))
-    return make_exported(makers, reference, small_world, tmp_path_factory.mktemp("exported"))
+    return make_exported(
+        makers, reference, small_world, pixels, tmp_path_factory.mktemp("exported")
+    )
 
 
 @pytest.fixture(scope="module")
-def exported_with_all_tokens(reference, qwen_tokenizer, small_world, tmp_path_factory):
+def exported_with_all_tokens(reference, qwen_tokenizer, small_world, pixels, tmp_path_factory):
     """As `exported`, of Qwen's own tokenizer."""
     makers = ((oldest, qwen_tokenizer, True),)
-    return make_exported(makers, reference, small_world, tmp_path_factory.mktemp("all_tokens"))
+    return make_exported(
+        makers, reference, small_world, pixels, tmp_path_factory.mktemp("all_tokens")
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,7 +127,7 @@ def on_one_device(devices):
         yield
 
 
-def make_exported(makers, reference, small_world, base):
+def make_exported(makers, reference, small_world, pixels, base):
     """Exports what `makers` (what saves a folder, a tokenizer, whether it is asked) give."""
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "test", ontology)[:2]
@@ -145,7 +149,7 @@ def make_exported(makers, reference, small_world, base):
         ours[str(out)] = [
             {
                 "ids": sample.prompt,
-                "pixels": sample.images.values,
+                "pixels": pixels.values(sample.images, loaded.images),
                 "grids": np.array(sample.images.grids),
                 "answer": rollout.tokens[0][rollout.mask[0]],
             }
@@ -160,23 +164,26 @@ def make_exported(makers, reference, small_world, base):
     return ours, asked
 
 
-def check(ours, found, release):
+def check(ours, found, release, pixels):
     """The same prompts, pixels and answers."""
     for folder, answers in ours.items():
         for number, expected in enumerate(answers):
             for key, value in expected.items():
                 theirs = found[f"{folder}|{number}|{key}"]
                 message = f"{release}: {key} of {Path(folder).name}, fact {number}"
-                np.testing.assert_array_equal(theirs, value, err_msg=message)
+                if key == "pixels":
+                    pixels.assert_same(value, theirs, message)
+                else:
+                    np.testing.assert_array_equal(theirs, value, err_msg=message)
 
 
-def test_the_installed_release_answers_as_we_do(exported, other_release):
+def test_the_installed_release_answers_as_we_do(exported, other_release, pixels):
     ours, asked = exported
     found = {}
     for folder in ours:
         for number, values in enumerate(other_release.ask(folder, asked)):
             found |= {f"{folder}|{number}|{key}": value for key, value in values.items()}
-    check(ours, found, transformers.__version__)
+    check(ours, found, transformers.__version__, pixels)
     # More than a token or two of each, and not of one kind.
     answers = [expected["answer"] for several in ours.values() for expected in several]
     assert max(map(len, answers)) == LENGTH
@@ -234,7 +241,7 @@ def python_with(release, folder):
 @pytest.mark.soak
 @pytest.mark.parametrize("release", RELEASES)
 def test_other_releases_answer_as_we_do(
-    exported, exported_with_all_tokens, release, tmp_path, tmp_path_factory
+    exported, exported_with_all_tokens, pixels, release, tmp_path, tmp_path_factory
 ):
     (ours, asked), (more_of_ours, _) = exported, exported_with_all_tokens
     ours = ours | more_of_ours
@@ -249,4 +256,4 @@ def test_other_releases_answer_as_we_do(
     assert done.returncode == 0, f"{release}: {done.stderr[-4000:]}"
     found = np.load(tmp_path / "found.npz")
     assert str(found["release"]) == release
-    check(ours, found, release)
+    check(ours, found, release, pixels)
