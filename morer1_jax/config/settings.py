@@ -94,14 +94,26 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Sizes of the device mesh's axes; one may be -1, whatever is left."""
+    """Sizes of the device mesh's axes; one may be -1, whatever is left.
+
+    Attributes:
+        sampling_tensor: devices that parameters are split over by heads and features while answers
+            are sampled, and that share the rows of a batch; the others hold copies. None: as
+            `tensor`.
+    """
 
     data: int = at_least(-1, 1)
     fsdp: int = at_least(-1, -1)
     tensor: int = at_least(-1, 1)
+    sampling_tensor: int | None = at_least(1, None)
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The sizes by the axes' names, outermost first."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +227,8 @@ class GRPOSettings(LoopSettings):
         prompts: facts a rollout.
         group: samples a fact, which are compared.
         updates: optimizer updates on each rollout; 1 is on-policy, without old log-probabilities.
-        micro_batches: parts of a rollout whose activations exist at once.
+        micro_batches: parts that a rollout is scored and trained on in, one after another; fewer
+            where a part would not fill the mesh.
         temperature: of sampling and scoring.
         scale_rewards: what advantages are divided by; see `rollout.reward.advantages`.
         mixing: False draws from all facts alike, rated easy or hard (an ablation).

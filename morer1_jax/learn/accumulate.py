@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from morer1_jax.model.parts import split_rows
+
 PyTree = Any
 
 
@@ -38,16 +40,7 @@ def accumulate(
     """
     if micro_batches == 1:
         return gradients(batch)
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    if micro_batches < 1 or rows % micro_batches:
-        raise ValueError(
-            f"micro_batches: expected a divisor of the batch's {rows} rows, found {micro_batches}"
-        )
-    # Rows i, i + m, i + 2m, … of m micro-batches form micro-batch i: no row changes its device.
-    stacked = jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]), 0, 1),
-        batch,
-    )
+    stacked = split_rows(batch, micro_batches)
     shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], stacked))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.attention import HIDDEN_SCORE, scaled_scores
 from morer1_jax.model.products import einsum
+from morer1_jax.model.sharding import Layout
 
 KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
 """Keys (rotated) and values of a sequence at every layer."""
@@ -101,6 +102,7 @@ def init_cache(
     group: int,
     length: int,
     stacked: bool = True,
+    layout: Layout | None = None,
 ) -> KVCache:
     """Returns a cache that holds the prompts and no token of their completions.
 
@@ -109,7 +111,9 @@ def init_cache(
         group: samples of each prompt, g.
         length: tokens of each completion that there is room for, t.
         stacked: whether layers are stacked, for a scan, or apart, for a plain loop.
+        layout: of rows and heads on the mesh; None: one device.
     """
+    layout = layout or Layout()
     k, v = prompt_kv
     layers, b, _, heads, size = k.shape
     leading = (layers, b, heads, group)
@@ -119,6 +123,7 @@ def init_cache(
         k=jnp.zeros((*leading, size, length), k.dtype),
         v=jnp.zeros((*leading, length, size), v.dtype),
     )
+    stack = jax.tree.map(lambda x: layout.rows(x, heads=2, axis=1), stack)
     if stacked:
         kv = stack.replace(layer=jnp.zeros((), jnp.int32))
     else:

@@ -84,15 +84,17 @@ class Layout:
         count = self._batch_size
         return 1 if rows % count else count
 
-    def rows(self, x: jax.Array, heads: int | None = None) -> jax.Array:
-        """Splits an array by its leading axis, the rows; rows that do not divide are not split.
+    def rows(self, x: jax.Array, heads: int | None = None, axis: int = 0) -> jax.Array:
+        """Splits an array by its rows; rows that do not divide are not split.
 
         Args:
             heads: the axis that is split as attention's heads are; None: no other is split.
+            axis: of the rows.
         """
-        if self.mesh is None or x.shape[0] % self._batch_size:
+        if self.mesh is None or x.shape[axis] % self._batch_size:
             return x
-        spec: list[Any] = [self._batch_axes, *(None,) * (x.ndim - 1)]
+        spec: list[Any] = [None] * x.ndim
+        spec[axis] = self._batch_axes
         if heads is not None and x.shape[heads] % self.mesh.shape.get(HEAD_AXIS, 1) == 0:
             spec[heads] = HEAD_AXIS if HEAD_AXIS in self.mesh.shape else None
         return self._constrained(x, P(*spec))

@@ -21,8 +21,9 @@ from morer1_jax.batch import PromptBatch
 from morer1_jax.bounds import at_least, check_bounds
 from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.attention import PackedCausal
-from morer1_jax.model.decoding import KVCache, init_cache, separate_layers
+from morer1_jax.model.decoding import KV, KVCache, init_cache, separate_layers
 from morer1_jax.model.layers import Params
+from morer1_jax.model.parts import map_rows
 from morer1_jax.model.scorer import embed_prompts, last_valid
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
@@ -30,6 +31,8 @@ from morer1_jax.rollout.draw import draw_token, leads_to_end
 
 # Tokens that the completions' cache has room for at first, where completions may be longer.
 _MIN_CACHE_LENGTH = 64
+# Tokens of prompts that a device runs at once: enough to fill its matrix units.
+_PREFILL_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +160,7 @@ def sample(
         keys: of `sample_keys`; not read when greedy.
         config: static, a part of the compiled program.
     """
+    prompts = jax.tree.map(model.runtime.layout.rows, prompts)
     lengths = cache_lengths(config.length)
     decode_params = separate_layers(params) if model.runtime.decode_unroll else params
 
@@ -170,7 +174,8 @@ def sample(
 
     # Prompts and images run once. Their last hidden state gives the first token of every sample,
     # so that the loop decodes one token less than it samples.
-    hidden, cache = prefill(model, params, prompts, config.group, lengths[0])
+    parts = prefill_parts(model, *prompts.tokens.shape)
+    hidden, cache = prefill(model, params, prompts, config.group, lengths[0], parts)
     state = append(first_state(cache, grammar, hidden.shape[:2], config.length), hidden)
     # Attention reads all of the cache that is allocated: a loop for each length it grows to.
     for length in lengths:
@@ -187,26 +192,55 @@ def cache_lengths(length: int) -> tuple[int, ...]:
     return tuple(sorted({min(length, max(_MIN_CACHE_LENGTH, length // n)) for n in (4, 2, 1)}))
 
 
+def prefill_parts(model: Qwen25VL, rows: int, length: int) -> int:
+    """Returns in how many parts prompts are run, so that a device has few tokens at once.
+
+    Args:
+        length: tokens of a prompt.
+    """
+    on_device = rows // model.runtime.layout.parts(rows)
+    fitting = (
+        parts
+        for parts in range(1, on_device + 1)
+        if on_device % parts == 0 and on_device // parts * length <= _PREFILL_TOKENS
+    )
+    return next(fitting, on_device)
+
+
 def prefill(
-    model: Qwen25VL, params: Params, prompts: PromptBatch, group: int, length: int
+    model: Qwen25VL, params: Params, prompts: PromptBatch, group: int, length: int, parts: int = 1
 ) -> tuple[Float[Array, "b g d"], KVCache]:
     """Runs the prompts, images too, once for their groups.
+
+    Args:
+        parts: of the prompts that are run one after another.
 
     Returns:
         The hidden state that predicts each sample's first token, and a cache that holds the prompts
         and has room for `length` tokens of each completion.
     """
 
-    def run(module: Qwen25VL) -> tuple[Array, KVCache]:
+    def run(module: Qwen25VL, prompts: PromptBatch) -> tuple[Array, KV]:
         x = embed_prompts(module, prompts)
         positions = jnp.moveaxis(prompts.positions, 1, 0)
         attend = PackedCausal(prompts.mask.astype(jnp.int32), model.runtime.kernels)
         hidden, kv = module.forward(x, positions, attend, keep_kv=True)
-        stacked = not model.runtime.decode_unroll
-        cache = init_cache(kv, prompts.mask, group=group, length=length, stacked=stacked)
-        return last_valid(hidden, prompts.mask), cache
+        rows_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), kv)
+        return last_valid(hidden, prompts.mask), rows_first
 
-    last, cache = model.apply({"params": params}, method=run)
+    def of_part(part: PromptBatch) -> tuple[Array, KV]:
+        return model.apply({"params": params}, part, method=run)
+
+    last, rows_first = map_rows(of_part, prompts, parts)
+    kv = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), rows_first)
+    cache = init_cache(
+        kv,
+        prompts.mask,
+        group=group,
+        length=length,
+        stacked=not model.runtime.decode_unroll,
+        layout=model.runtime.layout,
+    )
     return jnp.broadcast_to(last[:, None], (last.shape[0], group, last.shape[-1])), cache
 
 

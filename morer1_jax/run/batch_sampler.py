@@ -22,6 +22,7 @@ from morer1_jax.rollout.sampler import Rollout, SampleConfig, sample, sample_key
 from morer1_jax.run.finite import check_drawn
 from morer1_jax.run.hooks import Validation
 from morer1_jax.run.mesh import fetch, program, this_host
+from morer1_jax.run.placed import Placed
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.trainee import Trainee
 from morer1_jax.task import metrics
@@ -99,16 +100,7 @@ class BatchSampler:
                 f"answer, found {config.length}; raise it"
             )
 
-        def rollout(
-            params: Params, prompts: PromptBatch, grammar: GrammarTables, allowed: jax.Array
-        ) -> Rollout:
-            keys = sample_keys(seed, jnp.int32(_NOISE_STEP), prompts.fact, group)
-            return sample(policy.model, params, prompts, grammar, allowed, keys, config)
-
-        placed, whole = policy.placed, policy.placed.replicated
-        self._rollout = program(
-            rollout, takes=(placed.param_shardings, placed.rows, whole, whole), gives=placed.rows
-        )
+        self._rollout = sampler_program(policy.placed, config, seed)
 
     @property
     def ontology(self) -> Ontology:
@@ -138,6 +130,7 @@ class BatchSampler:
             samples = [self._reader.read(facts[place]) for place in host_places]
             return collator.prompts(samples, host_places, self.shape)
 
+        params = policy.placed.for_sampling(params)
         count = -(-len(facts) // size)
         with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
             batches = load_ahead(make, start // size, count, workers=self._workers)
@@ -167,6 +160,25 @@ class BatchSampler:
                 )
             )
         return answers
+
+
+def sampler_program(placed: Placed, config: SampleConfig, seed: int) -> Callable[..., Rollout]:
+    """Compiles `(params, prompts, grammar, allowed) -> rollout` for the mesh; see `sample`.
+
+    Parameters lie as `Placed.like_sampling` says.
+
+    Args:
+        seed: of the noise.
+    """
+
+    def rollout(
+        params: Params, prompts: PromptBatch, grammar: GrammarTables, allowed: jax.Array
+    ) -> Rollout:
+        keys = sample_keys(seed, jnp.int32(_NOISE_STEP), prompts.fact, config.group)
+        return sample(placed.sampler, params, prompts, grammar, allowed, keys, config)
+
+    rows, whole = placed.rows, placed.replicated
+    return program(rollout, takes=(placed.like_sampling, rows, whole, whole), gives=rows)
 
 
 def greedy_sampler(

@@ -152,6 +152,13 @@ def like(tree: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
+def like_on(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+    """Returns a tree's shapes and dtypes, all of one sharding."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
 def shardings_of(tree: PyTree) -> PyTree:
     """Returns the sharding of every array of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,22 +1,30 @@
-"""A model on a mesh, before it has parameters: where parameters, state and batches lie."""
+"""A model on a mesh, before it has parameters: where parameters, state and batches lie.
+
+There are two layouts, over the same devices in the same order. Training splits parameters over all
+devices and gathers each where it is used. Sampling reads every parameter for every token, so there
+they lie whole, or split over a few devices by heads and features, in the dtype of the products; one
+compiled program moves them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from morer1_jax.errors import ConfigError
 from morer1_jax.learn.state import TrainState, abstract_params, new_state
-from morer1_jax.learn.trainable import ALL, TrainableParts, split
+from morer1_jax.learn.trainable import ALL, TrainableParts, join, split
 from morer1_jax.model.config import ModelConfig, Runtime
 from morer1_jax.model.layers import Params
-from morer1_jax.model.sharding import Layout
+from morer1_jax.model.sharding import HEAD_AXIS, Layout
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.kernels import choose
@@ -27,12 +35,14 @@ class Placed:
     """A model on a mesh.
 
     Attributes:
-        model: with the kernels and the layout of this mesh.
+        model: with the kernels and the layout of `mesh`.
+        sampling_mesh: the same devices in the same order.
         trainable: which parts train.
     """
 
     model: Qwen25VL
     mesh: Mesh
+    sampling_mesh: Mesh
     trainable: TrainableParts = ALL
 
     @property
@@ -49,6 +59,14 @@ class Placed:
     def parts(self) -> int:
         """The number of parts that the rows of a batch are split into."""
         return meshes.batch_parts(self.mesh)
+
+    def micro_batches(self, rows: int, most: int) -> int:
+        """Returns in how many parts, at most `most`, rows are run so that each fills the mesh.
+
+        Parts of fewer rows than the mesh splits them into would be computed by every device.
+        """
+        on_device = max(rows // self.parts, 1)
+        return max(count for count in range(1, most + 1) if on_device % count == 0)
 
     @functools.cached_property
     def param_shardings(self) -> Any:
@@ -81,16 +99,121 @@ class Placed:
         """Puts this host's rows of a batch on the mesh; see `put_batch`."""
         return meshes.put_batch(batch, self.mesh)
 
+    @functools.cached_property
+    def sampler(self) -> Qwen25VL:
+        """The model with the kernels and the layout of the mesh for sampling."""
+        model = self.model
+        return model.clone(runtime=_on_mesh(model.config, model.runtime, self.sampling_mesh))
+
+    @functools.cached_property
+    def like_sampling(self) -> Params:
+        """Shapes, dtypes and shardings of all parameters as the sampler takes them."""
+        whole = join(self.like, self.like_frozen)
+        shardings = meshes.param_shardings(self.sampling_mesh, whole)
+        return meshes.like(self.for_products(whole), shardings)
+
+    def for_sampling(self, params: Params) -> Params:
+        """Moves all parameters to the sampler's layout; what lies there already is not copied."""
+        leaves, tree = jax.tree.flatten(params)
+        moved = self.move({number: leaves[number] for number in self.moved})
+        return jax.tree.unflatten(tree, [moved.get(n, leaf) for n, leaf in enumerate(leaves)])
+
+    @functools.cached_property
+    def moved(self) -> dict[int, jax.ShapeDtypeStruct]:
+        """What sampling needs elsewhere or in another dtype, by its number among all leaves."""
+        before = jax.tree.leaves(join(self.like, self.like_frozen))
+        after = jax.tree.leaves(self.like_sampling)
+        return {
+            number: leaf
+            for number, (leaf, target) in enumerate(zip(before, after, strict=True))
+            if leaf.dtype != target.dtype
+            or not leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
+        }
+
+    @functools.cached_property
+    def move(self) -> Callable[[dict[int, Any]], dict[int, jax.Array]]:
+        """The program that moves `moved`."""
+        targets = jax.tree.leaves(self.like_sampling)
+        after = {number: targets[number] for number in self.moved}
+
+        def move(leaves: dict[int, jax.Array]) -> dict[int, jax.Array]:
+            # Cast where they lie, so that half the bytes travel.
+            return {
+                number: jax.lax.with_sharding_constraint(
+                    leaf.astype(after[number].dtype), self.moved[number].sharding
+                )
+                for number, leaf in leaves.items()
+            }
+
+        return meshes.program(move, takes=(self.moved,), gives=after)
+
+    @functools.cached_property
+    def like_reference(self) -> Params:
+        """Shapes, dtypes and shardings of a copy of what trains, which is only read."""
+        return self.for_products(self.like)
+
+    def reference(self, params: Params) -> Params:
+        """Returns what trains as `like_reference` has it; the same arrays where nothing differs."""
+        if jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, params, self.like_reference)):
+            return params
+        takes, gives = meshes.shardings_of(self.like), self.like_reference
+        return meshes.program(self.for_products, takes=(takes,), gives=gives)(params)
+
+    def for_products(self, params: Params) -> Params:
+        """Returns parameters in the dtype that their products are computed in.
+
+        Products cast them anyway. Scales of norms, whose products are in float32, stay as they are.
+
+        Args:
+            params: arrays, or shapes with shardings; what has the dtype is not copied.
+        """
+        dtype = jnp.dtype(self.model.runtime.dtype)
+
+        def ready(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+            if path[-1].key == "scale" or leaf.dtype == dtype:
+                return leaf
+            is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+            return leaf.update(dtype=dtype) if is_shape else leaf.astype(dtype)
+
+        return jax.tree_util.tree_map_with_path(ready, params)
+
 
 def place(
-    config: ModelConfig, runtime: Runtime, mesh: Mesh, trainable: TrainableParts = ALL
+    config: ModelConfig,
+    runtime: Runtime,
+    mesh: Mesh,
+    trainable: TrainableParts = ALL,
+    sampling_tensor: int | None = None,
 ) -> Placed:
     """Places a model on a mesh, with the kernels that suit its devices.
 
+    Args:
+        sampling_tensor: devices that sampling splits parameters over; None: as many as the mesh's
+            axis `tensor` has.
+
     Raises:
-        ConfigError: the kernels that the runtime names do not fit devices, dtype or heads.
+        ConfigError: the kernels that the runtime names do not fit devices, dtype or heads, or
+            `sampling_tensor` does not fit the mesh.
     """
+    model = Qwen25VL(config, _on_mesh(config, runtime, mesh), trainable.adapters)
+    return Placed(model, mesh, _sampling_mesh(mesh, sampling_tensor), trainable)
+
+
+def _on_mesh(config: ModelConfig, runtime: Runtime, mesh: Mesh) -> Runtime:
     kernels = choose(runtime.attention, runtime.dtype, config.head_sizes, mesh)
     layout = Layout(mesh if mesh.size > 1 else None)
-    runtime = dataclasses.replace(runtime, kernels=kernels, layout=layout)
-    return Placed(Qwen25VL(config, runtime, trainable.adapters), mesh, trainable)
+    return dataclasses.replace(runtime, kernels=kernels, layout=layout)
+
+
+def _sampling_mesh(mesh: Mesh, tensor: int | None) -> Mesh:
+    """Returns a mesh of rows and heads over another mesh's devices."""
+    rows_of_training = meshes.batch_parts(mesh)
+    tensor = mesh.size // rows_of_training if tensor is None else tensor
+    if mesh.size % tensor or rows_of_training % (mesh.size // tensor):
+        raise ConfigError(
+            f"mesh.sampling_tensor: expected a divisor of the mesh's {mesh.size} devices that "
+            f"leaves a divisor of the {rows_of_training} parts its rows are split into, found "
+            f"{tensor}; use a multiple of mesh.tensor"
+        )
+    devices = mesh.devices.reshape(-1, tensor)
+    return Mesh(devices, ("data", HEAD_AXIS), axis_types=(AxisType.Auto,) * 2)

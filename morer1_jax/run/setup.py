@@ -238,7 +238,7 @@ def _print_other_limits(
 
 def _check_batches(settings: Settings) -> None:
     """Checks that the mesh can split the rows of every batch."""
-    parts = meshes.batch_parts(meshes.make_mesh(dataclasses.asdict(settings.mesh)))
+    parts = meshes.batch_parts(meshes.make_mesh(settings.mesh.axes))
     for key, rows in (
         ("rate.batch", settings.rate.batch),
         ("grpo.prompts", settings.grpo.prompts),

@@ -106,9 +106,9 @@ def open_trainee(
         ConfigError: sizes, devices, kernels or tokenizer do not fit each other.
         DataError: a label that the tokenizer cannot write.
     """
-    mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
+    mesh = meshes.make_mesh(settings.mesh.axes)
     config = _model_config(settings.model, tokenizer, checkpoint)
-    placed = place(config, settings.runtime, mesh, settings.tune)
+    placed = place(config, settings.runtime, mesh, settings.tune, settings.mesh.sampling_tensor)
     policy = Policy(placed, tokenizer, ontology)
     return Trainee(policy, checkpoint=checkpoint, seed=settings.seed)
 

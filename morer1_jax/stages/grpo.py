@@ -60,7 +60,7 @@ def run_grpo(run: Run) -> None:
     # Compile the step's programs.
     transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.placed.trainable)
     timer = PhaseTimer()
-    reference = starting_params(run) if grpo.loss.beta else None
+    reference = trainee.placed.reference(starting_params(run)) if grpo.loss.beta else None
     programs = make_programs(
         trainee.placed,
         grpo,
@@ -88,10 +88,8 @@ def run_grpo(run: Run) -> None:
 
     hooks = Hooks(
         batch=PromptFeed(run.reader, facts, draw, this_host(), sizes, shapes),
-        # The update donates its state, and the reference must outlive it: `new_state` copies.
-        begin=lambda: trainee.new_state(
-            starting_params(run) if reference is None else reference, transform
-        ),
+        # Read again: a reference in another dtype is rounded, and the update donates its state.
+        begin=lambda: trainee.new_state(starting_params(run), transform),
         like=trainee.placed.like_state(transform),
         step=train_step,
         validate=validator(run.greedy, trainee, run.dataset.splits["valid"][: grpo.eval_facts]),

@@ -15,6 +15,7 @@ from morer1_jax.learn.grpo import GroupBatch, combined_metrics, make_grpo_update
 from morer1_jax.learn.state import TrainState
 from morer1_jax.learn.trainable import join
 from morer1_jax.model.layers import Params
+from morer1_jax.model.parts import map_rows
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.rollout.program import ScoredRollout, make_rollout
 from morer1_jax.rollout.sampler import SampleConfig
@@ -74,18 +75,23 @@ def make_programs(
         end_of_turn=end_of_turn,
     )
 
+    micro_batches = placed.micro_batches(settings.prompts, settings.micro_batches)
+
     def score(
         params: Params, prompts: PromptBatch, tokens: jax.Array, mask: jax.Array, allowed: jax.Array
     ) -> jax.Array:
-        return group_logprobs(model, params, prompts, tokens, mask, allowed, score_config)[0]
+        def of_part(part: tuple[PromptBatch, jax.Array, jax.Array]) -> jax.Array:
+            return group_logprobs(model, params, *part, allowed, score_config)[0]
+
+        return map_rows(of_part, (prompts, tokens, mask), micro_batches)
 
     # Compile them for the mesh.
     params, rows, whole = placed.param_shardings, placed.rows, placed.replicated
     like = placed.like_state(transform)
     return Programs(
         rollout=program(
-            make_rollout(model, sampling, settings.reward, settings.scale_rewards, seed),
-            takes=(params, rows, whole, whole, whole),
+            make_rollout(placed.sampler, sampling, settings.reward, settings.scale_rewards, seed),
+            takes=(placed.like_sampling, rows, whole, whole, whole),
             gives=(rows, whole),
         ),
         score=program(score, takes=(params, rows, rows, rows, whole), gives=rows),
@@ -94,7 +100,7 @@ def make_programs(
             lambda mask, ended: token_weights(mask, ended, loss), takes=(rows, rows), gives=rows
         ),
         update=program(
-            make_grpo_update(model, transform, loss, score_config, settings.micro_batches),
+            make_grpo_update(model, transform, loss, score_config, micro_batches),
             takes=(like, placed.like_frozen, rows, whole),
             gives=(like, whole),
             donate=0,
@@ -130,9 +136,11 @@ def make_grpo_step(
     ) -> tuple[TrainState, dict[str, Any], ScoredRollout]:
         # Rollout: completions with their rewards and advantages.
         prompts = policy.placed.put(prompts)
+        params = policy.placed.for_sampling(join(state.params, frozen))
         scored, metrics = programs.rollout(
-            join(state.params, frozen), prompts, policy.grammar, policy.allowed, np.int32(number)
+            params, prompts, policy.grammar, policy.allowed, np.int32(number)
         )
+        del params  # a second model's weights, which only the rollout needs
         timer.phase("rollout", scored.reward)
         completions = scored.rollout
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import optax
 
 from morer1_jax.batch import SequenceBatch
 from morer1_jax.config.settings import SFTSettings
@@ -18,10 +19,11 @@ from morer1_jax.learn.state import TrainState
 from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.run.batch_sampler import BatchSampler, validator
-from morer1_jax.run.hooks import Hooks
+from morer1_jax.run.hooks import Hooks, Metrics
 from morer1_jax.run.loop import train
 from morer1_jax.run.mesh import program, this_host
 from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.placed import Placed
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import sequence_plan
 from morer1_jax.run.throughput import Passes, sequence_work
@@ -36,6 +38,24 @@ def run_sft(run: Run) -> None:
         targets=run.dataset.reasoning,
         params=lambda: run.trainee.init_params(0),
         stream=0,
+    )
+
+
+def sft_program(
+    placed: Placed, transform: optax.GradientTransformation, micro_batches: int, chunk: int
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Compiles a step, `(state, frozen, batch) -> (state, metrics)`, for the mesh.
+
+    Args:
+        transform: the optimizer.
+        chunk: places of a sequence whose logits exist at once.
+    """
+    like = placed.like_state(transform)
+    return program(
+        make_sft_step(placed.model, transform, ScoreConfig(chunk=chunk), micro_batches),
+        takes=(like, placed.like_frozen, placed.rows),
+        gives=(like, placed.replicated),
+        donate=0,
     )
 
 
@@ -71,13 +91,7 @@ def train_sft(
     frozen = trainee.frozen
     # Plain cross-entropy: the temperature is that of GRPO's sampling.
     transform = settings.optimizer.build(settings.steps, placed.trainable)
-    like, score = placed.like_state(transform), ScoreConfig(chunk=run.settings.score.chunk)
-    step = program(
-        make_sft_step(placed.model, transform, score, settings.micro_batches),
-        takes=(like, frozen, placed.rows),
-        gives=(like, placed.replicated),
-        donate=0,
-    )
+    step = sft_program(placed, transform, settings.micro_batches, run.settings.score.chunk)
     passes, timer = Passes.of(placed.trainable), PhaseTimer()
 
     def train_step(
@@ -90,7 +104,7 @@ def train_sft(
     hooks = Hooks(
         batch=SequenceFeed(reader, facts, targets, draw, this_host(), sizes, plan),
         begin=lambda: trainee.new_state(params(), transform),
-        like=like,
+        like=placed.like_state(transform),
         step=train_step,
         validate=validator(sampler, trainee, run.dataset.splits["valid"][: settings.eval_facts]),
         work=lambda batch, _: sequence_work(placed.model.config, passes, batch),

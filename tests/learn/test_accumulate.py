@@ -44,5 +44,5 @@ def test_parts_may_be_joined_otherwise():
 
 @pytest.mark.parametrize("parts", [0, 3, 16, -1])
 def test_parts_must_divide_the_batch(parts):
-    with pytest.raises(ValueError, match=f"micro_batches: expected .* 8 rows, found {parts}"):
+    with pytest.raises(ValueError, match=f"parts: expected .* 8 rows, found {parts}"):
         accumulate(sums, BATCH, parts)

@@ -9,8 +9,9 @@ import pytest
 
 from morer1_jax.data.curriculum import Pool
 from morer1_jax.data.shapes import SampleSize, Shape, smallest, widest
+from morer1_jax.model.config import Runtime
 from morer1_jax.run import mesh as meshes
-from morer1_jax.run.placed import Placed
+from morer1_jax.run.placed import place
 from morer1_jax.run.shapes import prompt_shapes, sequence_plan
 
 
@@ -29,7 +30,7 @@ def make_needs(facts, seed, outliers=0):
 def run(tiny):
     """What of a run the shapes are chosen by."""
     mesh = meshes.make_mesh({"data": 2, "fsdp": 1, "tensor": 1}, jax.devices()[:2])
-    placed = Placed(tiny.model(), mesh)
+    placed = place(tiny.CONFIG, Runtime(), mesh)
     policy = types.SimpleNamespace(model=placed.model, placed=placed)
     return types.SimpleNamespace(
         settings=types.SimpleNamespace(data=types.SimpleNamespace(round_to=16, shapes=2)),

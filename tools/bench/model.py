@@ -18,7 +18,7 @@ from morer1_jax.model.layers import Params
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL, init_params
 from morer1_jax.run import mesh as meshes
-from morer1_jax.run.placed import Placed
+from morer1_jax.run.placed import place
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import LoadedModel
 from morer1_jax.task.ontology import Ontology
@@ -39,7 +39,7 @@ def write_model(preset: Preset, folder: Path) -> None:
         vision_end_token_id=special.vision_end,
     )
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
-    placed = Placed(Qwen25VL(config, Runtime()), mesh)
+    placed = place(config, Runtime(), mesh)
     loaded = LoadedModel(
         placed=placed,
         load=lambda: _random_params(placed.model),

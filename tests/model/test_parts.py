@@ -1,0 +1,51 @@
+"""A batch's rows in parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from morer1_jax.model.parts import join_rows, map_rows, split_rows
+from morer1_jax.run.mesh import make_mesh
+
+BATCH = {"x": jnp.arange(24.0).reshape(8, 3), "empty": jnp.zeros((8, 0, 2)), "none": None}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_parts_are_joined_in_the_order_of_the_rows(parts):
+    split = split_rows(BATCH, parts)
+    assert split["x"].shape == (parts, 8 // parts, 3)
+    jax.tree.map(np.testing.assert_array_equal, join_rows(split), BATCH)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_what_is_computed_of_parts_is_what_is_computed_of_all(parts):
+    sizes = []
+
+    def function(batch):
+        sizes.append(len(batch["x"]))
+        return batch["x"] ** 2, jnp.sum(batch["x"], axis=1)
+
+    ours = map_rows(function, BATCH, parts)
+    assert set(sizes) == {8 // parts}
+    jax.tree.map(np.testing.assert_array_equal, ours, function(BATCH))
+
+
+def test_no_row_changes_its_device():
+    """The compiled program moves nothing between the four devices."""
+    mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])
+    rows = NamedSharding(mesh, P("fsdp"))
+    run = jax.jit(lambda x: map_rows(jnp.sin, x, 2), in_shardings=rows, out_shardings=rows)
+    x = jnp.arange(24.0).reshape(8, 3)
+    text = run.lower(x).compile().as_text()
+    assert "while" in text
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+    np.testing.assert_array_equal(run(x), jnp.sin(x))
+
+
+@pytest.mark.parametrize("parts", [0, 3, 16, -1])
+def test_parts_must_divide_the_batch(parts):
+    with pytest.raises(ValueError, match=f"parts: expected .* 8 rows, found {parts}"):
+        split_rows(BATCH, parts)

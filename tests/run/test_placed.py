@@ -1,0 +1,135 @@
+"""Where a model's parameters lie for training and for sampling, and that sampling is the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from morer1_jax.errors import ConfigError
+from morer1_jax.learn.trainable import TrainableParts
+from morer1_jax.model.config import Runtime
+from morer1_jax.run.batch_sampler import sampler_program
+from morer1_jax.run.mesh import fetch
+from morer1_jax.run.placed import place
+
+
+def put(params, placed):
+    """The parameters as training holds them."""
+    return jax.device_put(jax.device_get(params), placed.param_shardings)
+
+
+def specs(like):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.sharding.spec, leaf.dtype)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+    }
+
+
+def test_sampling_has_the_products_dtype_and_splits_by_heads_alone(tiny):
+    mesh = tiny.mesh(data=1, fsdp=4, tensor=2)
+    placed = place(tiny.CONFIG, Runtime(dtype="bfloat16"), mesh)
+    found = specs(placed.like_sampling)
+    assert found["language/layers/q/kernel"] == (P(None, None, "tensor", None), jnp.bfloat16)
+    assert found["language/layers/q/bias"] == (P(None, "tensor", None), jnp.bfloat16)
+    assert found["language/layers/input_norm/scale"] == (P(None, None), jnp.float32)
+    assert found["embedding"] == (P("tensor", None), jnp.bfloat16)
+    assert dict(placed.sampling_mesh.shape) == {"data": 4, "tensor": 2}
+    assert list(placed.sampling_mesh.devices.flat) == list(mesh.devices.flat)
+    # Training's own stay as they were.
+    assert specs(placed.like)["language/layers/q/kernel"] == (
+        P(None, "fsdp", "tensor", None),
+        jnp.float32,
+    )
+
+
+def test_what_is_moved_is_cast_and_whole(tiny):
+    mesh = tiny.mesh(data=2, fsdp=4, tensor=1)
+    placed = place(tiny.CONFIG, Runtime(dtype="bfloat16"), mesh)
+    params = put(tiny.params(), placed)
+    moved = placed.for_sampling(params)
+
+    def check(leaf, like, before):
+        assert (leaf.dtype, leaf.sharding.spec) == (like.dtype, like.sharding.spec)
+        np.testing.assert_array_equal(leaf, np.asarray(before).astype(like.dtype))
+
+    jax.tree.map(check, moved, placed.like_sampling, tiny.params())
+
+
+def test_what_lies_ready_is_not_copied(tiny):
+    one = tiny.mesh(data=1, fsdp=1, tensor=1)
+    placed = place(tiny.CONFIG, Runtime(), one)
+    params = put(tiny.params(), placed)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, placed.for_sampling(params), params))
+    # With frozen parameters in the products' dtype only those that train are cast.
+    parts = TrainableParts(vision=0.0, merger=0.0, frozen_dtype="bfloat16")
+    placed = place(tiny.CONFIG, Runtime(dtype="bfloat16"), one, parts)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, placed.like | placed.like_frozen)
+    params = jax.tree.map(lambda x, dtype: jnp.asarray(x, dtype), tiny.params(), dtypes)
+    moved = placed.for_sampling(params)
+    kernel = lambda tree: tree["merger_out"]["kernel"]  # noqa: E731
+    assert kernel(moved["vision"]) is kernel(params["vision"])
+    assert moved["embedding"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(moved["embedding"], params["embedding"].astype(jnp.bfloat16))
+
+
+def test_a_reference_is_in_the_products_dtype(tiny):
+    mesh = tiny.mesh(data=1, fsdp=2, tensor=1)
+    for dtype in ("float32", "bfloat16"):
+        placed = place(tiny.CONFIG, Runtime(dtype=dtype), mesh)
+        params = put(tiny.params(), placed)
+        reference = placed.reference(params)
+        assert (reference is params) == (dtype == "float32")
+        head = reference["head"]
+        assert (head.dtype, head.sharding.spec) == (dtype, P("tensor", "fsdp"))
+        np.testing.assert_array_equal(head, np.asarray(params["head"]).astype(dtype))
+
+
+@pytest.mark.parametrize("tensor", [3, 1, 16])
+def test_a_layout_for_sampling_that_does_not_fit_is_refused(tiny, tensor):
+    """Rows must be split no finer than in training, whose batches divide over its parts."""
+    mesh = tiny.mesh(data=1, fsdp=4, tensor=2)
+    with pytest.raises(ConfigError, match=r"mesh\.sampling_tensor: expected a divisor.*found"):
+        place(tiny.CONFIG, Runtime(), mesh, sampling_tensor=tensor)
+
+
+@pytest.mark.parametrize(
+    ("axes", "sampling_tensor"),
+    [
+        pytest.param({"data": 8, "fsdp": 1, "tensor": 1}, None, marks=pytest.mark.soak),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
+        pytest.param({"data": 1, "fsdp": 8, "tensor": 1}, 2, marks=pytest.mark.soak),
+        pytest.param({"data": 1, "fsdp": 2, "tensor": 4}, 8, marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
+def test_every_layout_draws_the_same(tiny, axes, sampling_tensor):
+    config = tiny.sample_config()
+
+    def draw(mesh, params, tensor):
+        placed = place(tiny.CONFIG, Runtime(), mesh, sampling_tensor=tensor)
+        run = sampler_program(placed, config, seed=3)
+        given = placed.put(tiny.prompts()), tiny.GRAMMAR, tiny.ALLOWED
+        return fetch(run(placed.for_sampling(put(params, placed)), *given))
+
+    one = tiny.mesh(data=1, fsdp=1, tensor=1)
+    for params in tiny.params(), tiny.chain_params(6.0):
+        ours = draw(tiny.mesh(**axes), params, sampling_tensor)
+        theirs = draw(one, params, None)
+        for field in dataclasses.fields(theirs):
+            a, b = getattr(ours, field.name), getattr(theirs, field.name)
+            if field.name == "logprobs":
+                np.testing.assert_allclose(a, b, atol=2e-5)
+            else:
+                np.testing.assert_array_equal(a, b, err_msg=field.name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "expected"),
+    [(8, 4, 1), (16, 4, 2), (48, 4, 3), (64, 4, 4), (64, 1, 1), (40, 4, 1)],
+)
+def test_every_micro_batch_fills_the_mesh(tiny, rows, most, expected):
+    placed = place(tiny.CONFIG, Runtime(), tiny.mesh(data=2, fsdp=4, tensor=1))
+    assert placed.micro_batches(rows, most) == expected
