@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.config.binding import FILE as RUN_CONFIG
-from morer1_jax.config.settings import settings
+from morer1_jax.config.settings import MeshSettings, settings
 from morer1_jax.data.digests import of_lines, of_tokenizer
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits, SampleReader
@@ -46,7 +46,7 @@ LABELS = "rel2id.json"
 # Stages whose models can be opened; a workdir stands for the first that it has.
 _BY_RANK = [s.name for s in sorted(STAGES, key=lambda stage: -stage.rank) if s.rank]
 # Parameters are split over all devices, so that a large model fits.
-_MESH = {"data": 1, "fsdp": -1, "tensor": 1}
+_MESH = MeshSettings()
 # A prompt of photo, crop and question has some hundred tokens; buckets are rounded up to this.
 _ROUND = 16
 
@@ -195,7 +195,7 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     # The run's config, for this machine's devices instead of those it was trained on.
     workdir = stage.parent
     config = read_json(workdir / RUN_CONFIG, needed=False)
-    config["mesh"] = _MESH
+    config["mesh"] = dataclasses.asdict(_MESH)
     if isinstance(runtime := config.get("runtime"), dict):
         runtime["attention"] = "auto"
     try:
@@ -259,7 +259,7 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     folder = checkpoint.local_files
     if ontology is None and (folder / LABELS).exists():
         ontology = read_ontology_file(folder / LABELS)
-    mesh = meshes.make_mesh(_MESH)
+    mesh = meshes.make_mesh(_MESH.axes)
     dtype = checkpoint.dtype
     tokenizer = load_tokenizer(folder)
     runtime = Runtime(param_dtype=dtype, dtype=dtype)

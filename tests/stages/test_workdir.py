@@ -31,7 +31,7 @@ def keys(text):
 FREE = keys("""
 stages profile.steps model.path score.chunk evaluate.batch rate.batch
 data: keep_features prompt_length windows round_to shapes workers worker_kind
-mesh: data fsdp tensor
+mesh: data fsdp tensor sampling_tensor
 runtime: attention remat scan_unroll decode_unroll
 sft: micro_batches eval_every eval_facts save_every log_every keep_checkpoints
 baselines: eval_every eval_facts
