@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -108,10 +109,23 @@ def _run(
             q_seq_shards=1,
             interpret=interpret,
         )
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
+        # Compilers do not say what a kernel computes; the name tells it (`cost/kernels.py`).
+        with jax.named_scope("blocks_{}_of_{}".format(*_count_blocks(mask, block))):
+            return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
 
     # The kernel's own products set no precision.
     return (exact(attend) if q.dtype == jnp.float32 else attend)(q, k, v, ids)
+
+
+@functools.lru_cache(maxsize=64)
+def _count_blocks(mask: splash.Mask, block: int) -> tuple[int, int]:
+    """Returns how many blocks a mask leaves something of, and how many there are."""
+    starts = [range(0, length, block) for length in mask.shape]
+    left = [
+        bool(mask[slice(q, q + block), slice(k, k + block)].any())
+        for q, k in itertools.product(*starts)
+    ]
+    return sum(left), len(left)
 
 
 def _blocks(length: int) -> tuple[int, int]:

@@ -152,6 +152,14 @@ def like(tree: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
+def device_bytes(tree: PyTree) -> int:
+    """Returns the bytes of a tree's arrays, or of shapes with shardings, on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def like_on(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
     """Returns a tree's shapes and dtypes, all of one sharding."""
     return jax.tree.map(

@@ -76,6 +76,8 @@ def make_programs(
     )
 
     micro_batches = placed.micro_batches(settings.prompts, settings.micro_batches)
+    # Without a backward pass twice the rows fit, and weights travel once a part.
+    score_parts = placed.micro_batches(settings.prompts, -(-micro_batches // 2))
 
     def score(
         params: Params, prompts: PromptBatch, tokens: jax.Array, mask: jax.Array, allowed: jax.Array
@@ -83,7 +85,7 @@ def make_programs(
         def of_part(part: tuple[PromptBatch, jax.Array, jax.Array]) -> jax.Array:
             return group_logprobs(model, params, *part, allowed, score_config)[0]
 
-        return map_rows(of_part, (prompts, tokens, mask), micro_batches)
+        return map_rows(of_part, (prompts, tokens, mask), score_parts)
 
     # Compile them for the mesh.
     params, rows, whole = placed.param_shardings, placed.rows, placed.replicated

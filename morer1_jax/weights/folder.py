@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ TEXT_SUFFIXES = (".json", ".txt", ".jinja")
 _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".safetensors")
 
 
-def find_folder(path: str) -> Path:
+def find_folder(path: str, files_of_hub: Sequence[str] | None = None) -> Path:
     """Returns a checkpoint's folder, downloaded if it is on the hub.
 
     Args:
         path: a local folder, a folder of a bucket (`gs://…`), or a name on the hub (`owner/name`).
+        files_of_hub: patterns of the files to download; None: tensors and all text.
 
     Raises:
         WeightsError: there is no such folder.
@@ -40,7 +41,8 @@ def find_folder(path: str) -> Path:
         path = expand_home(path, "a checkpoint's path")
         folder = Path(path)
         if not folder.is_dir() and is_hub_name(path):
-            patterns = ["*.safetensors", *(f"*{suffix}" for suffix in TEXT_SUFFIXES)]
+            whole = ["*.safetensors", *(f"*{suffix}" for suffix in TEXT_SUFFIXES)]
+            patterns = whole if files_of_hub is None else list(files_of_hub)
             try:
                 return Path(snapshot_download(path, allow_patterns=patterns))
             except (OSError, ValueError) as e:

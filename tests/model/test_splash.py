@@ -48,6 +48,20 @@ def test_rows_that_the_mask_cannot_number_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("mask", "blocks"),
+    [
+        (splash.splash.CausalMask((1536, 1536)), (6, 9)),
+        (splash.splash.FullMask((1024, 1024)), (4, 4)),
+        # A prompt of one block; completions of one and a half, which end within a block.
+        (splash._SharedPrefixMask(512, 2, 768, 2048), (1 + 2 + 3 + 3, 16)),
+    ],
+)
+def test_blocks_that_a_mask_leaves(mask, blocks):
+    """The kernel's name says them, from which `cost/kernels.py` counts its FLOPs."""
+    assert splash._count_blocks(mask, 512) == blocks
+
+
+@pytest.mark.parametrize(
     ("length", "expected"),
     [
         (1, (128, 128)),

@@ -1,0 +1,293 @@
+"""Compiles every program of a config for a TPU topology, and reads its costs off.
+
+    python -m morer1_jax.compile --config=configs/qwen2_5_vl_3b_grpo.py --topology=v5e:4x4
+
+It needs neither a TPU nor weights nor data, only TPUs' compiler (`pip install 'morer1-jax[tpu]'`).
+Nothing is run: memory is what the compiler allots, times are estimates. Batches are the largest
+that the config permits. A topology is a TPU's version and the chips along each axis: v5e:4x4,
+v6e:2x2, v5p:2x2x4. The exit code is 1 where something does not fit or does not scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from morer1_jax.cli import needs_extra, run_main
+from morer1_jax.config.settings import Settings, settings
+from morer1_jax.cost.chips import Chip, chip
+from morer1_jax.cost.estimate import Estimate, Part, estimate
+from morer1_jax.errors import ConfigError
+from morer1_jax.files import write_json
+from morer1_jax.model.config import DEFAULT_IDS, ModelConfig
+from morer1_jax.model.family import published_sizes
+from morer1_jax.paths import local_path
+from morer1_jax.run import mesh as meshes
+from morer1_jax.run.placed import Placed, place
+from morer1_jax.stages.programs import PlannedProgram, planned_programs
+from morer1_jax.weights.folder import find_folder, read_json
+from morer1_jax.weights.published import CONFIG
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4, v6e:2x2 or v5p:2x2x4.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", 1)
+_PROGRAMS = flags.DEFINE_list("programs", [], "Names of programs; by default all.")
+_JSON = flags.DEFINE_string("json", None, "A file for all figures.")
+_TOP = flags.DEFINE_integer("top", 0, "Source lines to list of each program, the costliest.", 0)
+
+# What TPUs' compiler reads, where no TPU is.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # Else of two processes that load the library at once one ends with an error.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+# The share of a chip's memory that must stay free: fragments, and what other programs leave.
+_SPARE = 0.08
+# Rows of a new model's embedding are a multiple of this; see `run.trainee`.
+_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program with its costs.
+
+    Attributes:
+        estimate: None: it does not compile.
+        problem: why not.
+        seconds: that compiling took.
+    """
+
+    planned: PlannedProgram
+    estimate: Estimate | None
+    problem: str
+    seconds: float
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    del argv
+    out = None if _JSON.value is None else local_path(_JSON.value, "--json")
+    run_settings = settings(_CONFIG.value)
+    mesh = topology_mesh(_TOPOLOGY.value, _SLICES.value, run_settings)
+    target = chip(mesh.devices.flat[0].device_kind)
+    sizes = model_sizes(run_settings)
+    placed = place(
+        sizes,
+        run_settings.runtime,
+        mesh,
+        run_settings.tune,
+        run_settings.mesh.sampling_tensor,
+    )
+    planned = planned_programs(run_settings, placed)
+    if unknown := {*_PROGRAMS.value} - {program.name for program in planned}:
+        raise ConfigError(
+            f"--programs: expected some of {', '.join(p.name for p in planned)}, found "
+            f"{', '.join(sorted(unknown))}"
+        )
+    print(_head(placed, target), flush=True)
+    results, faults = [], []
+    for program in planned:
+        if not _PROGRAMS.value or program.name in _PROGRAMS.value:
+            result = compiled(program, mesh, target)
+            results.append(result)
+            print("\n".join(_lines(result, mesh, target, _TOP.value)), flush=True)
+            faults += faults_of(result, target)
+    if out is not None:
+        write_json(out, _figures(placed, target, results, faults))
+    if faults:
+        print("\n".join(f"fault: {line}" for line in faults), file=sys.stderr)
+        sys.exit(1)
+
+
+def topology_mesh(topology: str, slices: int, run_settings: Settings) -> Mesh:
+    """Returns the config's mesh over the chips of a topology that need not exist here.
+
+    Raises:
+        ConfigError: TPUs' compiler is missing, or does not know the topology; or the mesh does not
+            fit it.
+    """
+    version, _, shape = topology.partition(":")
+    chips = math.prod(int(size) for size in re.findall(r"\d+", shape))
+    # The versions with two cores a chip are named by cores.
+    cores = 2 * chips if version in ("v4", "v5p") else chips
+    for name, value in {**_ENVIRONMENT, "TPU_ACCELERATOR_TYPE": f"{version}-{cores}"}.items():
+        os.environ.setdefault(name, value)
+    # A TPU of this host is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if version == "v4":
+        options["chip_config_name"] = "megacore"
+    with needs_extra("tpu"):
+        import libtpu  # noqa: F401
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except Exception as error:
+        problem = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--topology={topology}: expected a version and chips along each axis, such as "
+            f"v5e:4x4, found one that TPUs' compiler refuses ({problem})"
+        ) from None
+    return meshes.make_mesh(run_settings.mesh.axes, described.devices)
+
+
+def model_sizes(run_settings: Settings) -> ModelConfig:
+    """Returns the sizes of a config's model: of its checkpoint, or the config's own.
+
+    A name of the published family is known; of another checkpoint its `config.json` is read.
+    """
+    path, own = run_settings.model.path, run_settings.model
+    if path is None:
+        rows = own.text.vocab_size or -(-run_settings.data.vocabulary // _ROWS) * _ROWS
+        text = dataclasses.replace(own.text, vocab_size=rows)
+        vision = dataclasses.replace(own.vision, out_hidden_size=text.hidden_size)
+        return ModelConfig(text=text, vision=vision, **DEFAULT_IDS)
+    if not Path(path).exists() and (sizes := published_sizes(path)) is not None:
+        return sizes
+    return ModelConfig.from_hf(read_json(find_folder(path, [CONFIG]) / CONFIG))
+
+
+def compiled(planned: PlannedProgram, mesh: Mesh, target: Chip) -> Compiled:
+    """Compiles a program and reads its costs off."""
+    before = time.perf_counter()
+    try:
+        executable = planned.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        seconds = time.perf_counter() - before
+        return Compiled(planned, None, _compile_problem(str(error)), seconds)
+    seconds = time.perf_counter() - before
+    beside = {name: meshes.device_bytes(tree) for name, tree in planned.beside.items()}
+    return Compiled(
+        planned, estimate(executable, mesh, target, planned.params, beside), "", seconds
+    )
+
+
+def _compile_problem(message: str) -> str:
+    """Returns the line of the compiler's error that says most."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return next((line for line in lines if "Used " in line), lines[0])
+
+
+def faults_of(result: Compiled, target: Chip) -> list[str]:
+    """Returns what does not fit, or does not scale, in one line each."""
+    name = result.planned.name
+    if result.estimate is None:
+        return [f"{name}: does not compile: {result.problem}"]
+    lines, live = [], result.estimate.memory.live
+    if live > (1 - _SPARE) * target.hbm:
+        lines.append(
+            f"{name}: expected {_SPARE:.0%} of {_size(target.hbm)} to stay free, found "
+            f"{_size(live)} in use"
+        )
+    lines += [f"{name}: {line}" for line in result.estimate.once.faults(in_decode_loop=False)]
+    for loop in result.estimate.loops:
+        lines += [f"{name}, a token: {line}" for line in loop.faults(in_decode_loop=True)]
+    return lines
+
+
+def _head(placed: Placed, target: Chip) -> str:
+    mesh = placed.mesh
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    sampling = dict(placed.sampling_mesh.shape)["tensor"]
+    return (
+        f"Compiled, not run: {mesh.size} × {target.name}, {axes}; sampling splits weights over "
+        f"{sampling}.\nTimes are estimates. A chip: {target.flops / 1e12:g} TFLOP/s, "
+        f"{_size(target.hbm)} for programs at {target.hbm_bytes / 1e9:g} GB/s, links "
+        f"{target.link_bytes / 1e9:g} GB/s, between slices {target.network_bytes / 1e9:g} GB/s."
+    )
+
+
+def _lines(result: Compiled, mesh: Mesh, target: Chip, top: int) -> Iterator[str]:
+    """Yields a program's figures, by chip."""
+    planned, costs = result.planned, result.estimate
+    if costs is None:
+        yield f"\n{planned.name}: does not compile ({result.seconds:.0f} s): {result.problem}"
+        return
+    memory = costs.memory
+    parts = {"arguments": memory.arguments, "temporary": memory.temporary, **memory.beside}
+    shown = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    free = 1 - memory.live / target.hbm
+    yield f"\n{planned.name} (compiled in {result.seconds:.0f} s)"
+    yield f"  memory   {_size(memory.live)} of {_size(target.hbm)}, {free:.0%} free: {shown}"
+    yield from _part_lines(costs.once, planned.flops / mesh.size, memory.arguments, target, top)
+    for loop, part in zip(planned.loops, costs.loops, strict=True):
+        yield f"  a token, in a cache of {loop.cache}"
+        yield from _part_lines(part, loop.flops / mesh.size, loop.reads, target, top)
+
+
+def _part_lines(part: Part, flops: float, reads: float, target: Chip, top: int) -> Iterator[str]:
+    seconds = part.seconds(target)
+    mfu = f"; estimated MFU {flops / target.flops / seconds:.0%}" if flops else ""
+    yield (
+        f"  time     {_time(seconds)}: compute {_time(part.compute)}, sending "
+        f"{_time(part.wire_seconds(target))}{mfu}"
+    )
+    yield (
+        f"  bounds   FLOPs at peak {_time(flops / target.flops)}, bytes of memory "
+        f"{_time(reads / target.hbm_bytes)}, bytes sent {_time(part.wire_seconds(target))}"
+    )
+    for sent in part.sent:
+        if sent.bytes >= 1e6:
+            where = ", between slices" if sent.across_slices else ""
+            yield (
+                f"  sent     {_size(sent.bytes)} {sent.what} by {sent.kind} over "
+                f"{' and '.join(sent.axes)}{where}"
+            )
+    for kernel in part.unknown_kernels:
+        yield f"  not counted: kernel {kernel}"
+    for line, seconds in part.places[:top]:
+        yield f"  {_time(seconds):>9} {line}"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
+
+
+def _figures(
+    placed: Placed, target: Chip, results: list[Compiled], faults: list[str]
+) -> dict[str, Any]:
+    """Returns all figures, JSON-ready; bytes and seconds are of a chip."""
+    programs = {}
+    for result in results:
+        planned, costs = result.planned, result.estimate
+        programs[planned.name] = {
+            "flops": planned.flops / placed.mesh.size,
+            "loops": [dataclasses.asdict(loop) for loop in planned.loops],
+            "compile_seconds": round(result.seconds, 1),
+            "problem": result.problem,
+            "estimate": None if costs is None else dataclasses.asdict(costs),
+        }
+    figures = {
+        "topology": _TOPOLOGY.value,
+        "slices": _SLICES.value,
+        "chip": dataclasses.asdict(target),
+        "mesh": dict(placed.mesh.shape),
+        "sampling": dict(placed.sampling_mesh.shape),
+        "programs": programs,
+        "faults": faults,
+    }
+    return json.loads(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    run_main(main)

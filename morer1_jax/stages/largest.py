@@ -1,0 +1,78 @@
+"""The largest batches that a config permits: for shapes and FLOPs, before there is any data.
+
+Each row is one fact as long as the limits, with two images that fill all image slots. The arrays
+take no memory: they repeat one number.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
+from morer1_jax.config.settings import DataSettings
+from morer1_jax.model.config import ModelConfig
+
+_IMAGES = 2
+
+
+def sequences(data: DataSettings, config: ModelConfig, rows: int) -> SequenceBatch:
+    """Returns samples of a prompt and a target each."""
+    length = _rounded(data.prompt_length + data.completion_length, data.round_to)
+    weights = np.zeros(length, np.float32)
+    weights[-data.completion_length :] = 1.0
+    return SequenceBatch(
+        tokens=_repeated(0, (rows, length)),
+        targets=_repeated(0, (rows, length)),
+        weights=np.broadcast_to(weights, (rows, length)),
+        segment_ids=_repeated(1, (rows, length)),
+        positions=_repeated(0, (rows, 3, length)),
+        vision_index=_repeated(-1, (rows, length)),
+        vision=_vision(data, config, rows),
+    )
+
+
+def prompts(data: DataSettings, config: ModelConfig, rows: int) -> PromptBatch:
+    """Returns prompts to sample from."""
+    length = prompt_length(data)
+    return PromptBatch(
+        tokens=_repeated(0, (rows, length)),
+        mask=np.broadcast_to(np.True_, (rows, length)),
+        positions=_repeated(0, (rows, 3, length)),
+        vision_index=_repeated(-1, (rows, length)),
+        next_position=_repeated(0, (rows,)),
+        fact=_repeated(0, (rows,)),
+        gold=_repeated(0, (rows,)),
+        vision=_vision(data, config, rows),
+    )
+
+
+def prompt_length(data: DataSettings) -> int:
+    """Returns the tokens of a prompt's row."""
+    return _rounded(data.prompt_length, data.round_to)
+
+
+def _vision(data: DataSettings, config: ModelConfig, rows: int) -> VisionBatch | FeatureBatch:
+    vision, windows = config.vision, data.windows
+    slots = (rows, windows, vision.window_patches)
+    if data.keep_features:
+        tokens = windows * vision.window_patches // vision.spatial_merge_size**2
+        shape = (rows, tokens, config.text.hidden_size)
+        return FeatureBatch(np.broadcast_to(np.float32(0), shape))
+    # Every second window is of the second image, and each window a part of its own.
+    parts = np.arange(windows, dtype=np.int32)[:, None]
+    return VisionBatch(
+        patches=np.broadcast_to(np.uint8(0), (*slots, vision.frame_dim)),
+        positions=_repeated(0, (*slots, 2)),
+        image_ids=np.broadcast_to(parts % _IMAGES, slots),
+        part_ids=np.broadcast_to(parts, slots),
+        mean=np.broadcast_to(np.float32(0), (rows, vision.in_channels)),
+        inverse_std=np.broadcast_to(np.float32(1), (rows, vision.in_channels)),
+    )
+
+
+def _repeated(value: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(np.int32(value), shape)
+
+
+def _rounded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

@@ -1,0 +1,334 @@
+"""Lists the compiled programs of a config by shapes alone, with no weights and no data.
+
+Batches are the largest that the config permits (`stages.largest`). A run's own, whose shapes follow
+from its data, are at most as large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from morer1_jax.config.settings import Settings
+from morer1_jax.data.grammar import GrammarTables
+from morer1_jax.learn.grpo import GroupBatch
+from morer1_jax.learn.trainable import join
+from morer1_jax.model.layers import Params
+from morer1_jax.model.scorer import ScoreConfig
+from morer1_jax.model.sharding import HEAD_AXIS
+from morer1_jax.rollout.program import ScoredRollout
+from morer1_jax.rollout.sampler import SampleConfig, cache_lengths
+from morer1_jax.run import mesh as meshes
+from morer1_jax.run.batch_sampler import sampler_program
+from morer1_jax.run.mesh import PyTree, like_on
+from morer1_jax.run.placed import Placed
+from morer1_jax.run.throughput import Passes, group_work, sequence_work
+from morer1_jax.stages import largest
+from morer1_jax.stages.grpo_step import Programs, make_programs
+from morer1_jax.stages.sft import sft_program
+from morer1_jax.stages.table import stages_to_run
+
+# The tables of a readable answer follow from tokenizer and labels. Those of Qwen's tokenizer and
+# some 20 labels are smaller than these sizes, with which they take four megabytes.
+_CLASSES, _STEP_STATES, _ANSWER_STATES = 1024, 512, 1024
+# Qwen's id; any other makes a program of the same cost.
+_END_OF_TURN = 151_645
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedProgram:
+    """A program that a config will run.
+
+    Attributes:
+        lower: lowers it for the mesh, with shapes in place of arrays.
+        params: the whole model's, as the program takes them: shapes with shardings.
+        beside: what lies on the devices while it runs and is not among its arguments: shapes with
+            shardings, by name.
+        flops: model FLOPs of a call (`model.flops`) over all devices, without those of its decode
+            loops.
+        loops: its decode loops in their order.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    params: Params
+    beside: dict[str, PyTree]
+    flops: float
+    loops: tuple[DecodeLoop, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeLoop:
+    """A loop over tokens, which ends when all samples have.
+
+    Attributes:
+        tokens: most turns.
+        flops: model FLOPs of a turn, over all devices.
+        cache: tokens of each completion that the cache has room for.
+        reads: bytes that a device must read for a turn: the decoder's weights, the head, and what
+            the cache has room for.
+    """
+
+    tokens: int
+    flops: float
+    cache: int
+    reads: float
+
+
+def planned_programs(settings: Settings, placed: Placed) -> list[PlannedProgram]:
+    """Returns the programs of the config's stages, each once.
+
+    Raises:
+        ConfigError: a stage is unknown.
+    """
+    names = {stage.name for stage in stages_to_run(settings)}
+    plan, programs = _Plan(settings, placed), []
+    if names & {"sft", "control"}:
+        programs.append(plan.sft())
+    # Answers are sampled while a training's state is on the devices.
+    held = plan.parameters
+    if names & {"sft", "control"}:
+        held = plan.sft_state
+    if "grpo" in names:
+        held = plan.grpo_state
+    sampled = names & {"sft", "baselines", "rate", "grpo", "control", "evaluate"}
+    if sampled and placed.moved:
+        programs.append(plan.move(held))
+    if sampled - {"rate"}:
+        programs.append(plan.answers("greedy answers", settings.evaluate.batch, 1, 0.0, held))
+    if "rate" in names and settings.rate.file is None:
+        own = settings.rate
+        given = own.batch, own.samples, own.temperature
+        programs.append(plan.answers("rating", *given, plan.parameters))
+    if "grpo" in names:
+        programs += plan.grpo()
+    return programs
+
+
+class _Plan:
+    """Plans the programs of a config on a mesh."""
+
+    def __init__(self, settings: Settings, placed: Placed) -> None:
+        self._settings, self._placed = settings, placed
+        self._config = placed.model.config
+        self._passes = Passes.of(placed.trainable)
+        self._length = settings.data.completion_length
+        whole, ids = placed.replicated, self._config.text.vocab_size
+        self._allowed = like_on(jax.ShapeDtypeStruct((ids,), bool), whole)
+        self._grammar = like_on(_grammar(ids), whole)
+        self._params = join(placed.like, placed.like_frozen)
+
+    @property
+    def parameters(self) -> dict[str, PyTree]:
+        """What of the parameters in training's layout the sampler's own do not share."""
+        return {"parameters": list(self._placed.moved.values())}
+
+    @property
+    def sft_state(self) -> dict[str, PyTree]:
+        """What lies beside the sampler's parameters while SFT is validated."""
+        own = self._settings.sft
+        return self._held(own.optimizer.build(own.steps, self._placed.trainable))
+
+    @property
+    def grpo_state(self) -> dict[str, PyTree]:
+        """What lies beside the sampler's parameters in a step of GRPO."""
+        own = self._settings.grpo
+        held = self._held(own.optimizer.build(own.steps * own.updates, self._placed.trainable))
+        return held | self._reference
+
+    def sft(self) -> PlannedProgram:
+        """One step of SFT; each sample has a row of its own."""
+        own, placed = self._settings.sft, self._placed
+        transform = own.optimizer.build(own.steps, placed.trainable)
+        step = sft_program(placed, transform, own.micro_batches, self._settings.score.chunk)
+        multiple = placed.parts * own.micro_batches
+        rows = -(-own.batch // multiple) * multiple
+        batch = largest.sequences(self._settings.data, self._config, rows)
+        shapes = like_on(batch, placed.rows)
+        return PlannedProgram(
+            name="SFT step",
+            lower=lambda: step.lower(placed.like_state(transform), placed.like_frozen, shapes),
+            params=self._params,
+            beside={"next batch": shapes},
+            flops=sequence_work(self._config, self._passes, batch).flops,
+        )
+
+    def move(self, held: dict[str, PyTree]) -> PlannedProgram:
+        """The move of the parameters to the sampler's layout."""
+        placed = self._placed
+        return PlannedProgram(
+            name="move to the sampler",
+            lower=lambda: placed.move.lower(placed.moved),
+            params=self._params,
+            beside={name: tree for name, tree in held.items() if name != "parameters"},
+            flops=0.0,
+        )
+
+    def answers(
+        self, name: str, batch: int, group: int, temperature: float, beside: dict[str, PyTree]
+    ) -> PlannedProgram:
+        """Answers to a batch of facts, for rating or evaluation."""
+        placed = self._placed
+        rows = -(-batch // placed.parts) * placed.parts
+        run = sampler_program(placed, self._sampling(group, temperature), seed=0)
+        prompts = like_on(self._prompts(rows), placed.rows)
+        return PlannedProgram(
+            name=name,
+            lower=lambda: run.lower(placed.like_sampling, prompts, self._grammar, self._allowed),
+            params=placed.like_sampling,
+            beside=beside | {"next batch": prompts},
+            flops=self._forward_flops(rows, group, 0),
+            loops=self._loops(rows, group),
+        )
+
+    def grpo(self) -> list[PlannedProgram]:
+        """Rollout, score and update of GRPO's step."""
+        own, placed = self._settings.grpo, self._placed
+        transform = own.optimizer.build(own.steps * own.updates, placed.trainable)
+        programs = make_programs(
+            placed,
+            own,
+            transform,
+            score_config=ScoreConfig(own.temperature, self._settings.score.chunk),
+            length=self._length,
+            seed=0,
+            end_of_turn=_END_OF_TURN,
+        )
+        state, prompts = self.grpo_state, like_on(self._prompts(own.prompts), placed.rows)
+        step = like_on(jax.ShapeDtypeStruct((), jnp.int32), placed.replicated)
+        given = (placed.like_sampling, prompts, self._grammar, self._allowed, step)
+        scored: ScoredRollout = jax.eval_shape(programs.rollout, *given)[0]
+        scored = like_on(scored, placed.rows)
+        rollout = PlannedProgram(
+            name="rollout",
+            lower=lambda: programs.rollout.lower(*given),
+            params=placed.like_sampling,
+            beside=state | {"next batch": prompts},
+            flops=self._forward_flops(own.prompts, own.group, 0),
+            loops=self._loops(own.prompts, own.group),
+        )
+        others = [self._update(programs, scored, prompts)]
+        if own.loss.beta or own.updates > 1:
+            others.insert(0, self._score(programs, scored, prompts, state))
+        return [rollout, *others]
+
+    def _score(
+        self,
+        programs: Programs,
+        scored: ScoredRollout,
+        prompts: PyTree,
+        state: dict[str, PyTree],
+    ) -> PlannedProgram:
+        own, drawn = self._settings.grpo, scored.rollout
+        # The reference is scored in place of the parameters that train.
+        params = join(self._placed.like_reference, self._placed.like_frozen)
+        beside = {"optimizer": state["optimizer"], "parameters": self._placed.like}
+        given = (params, prompts, drawn.tokens, drawn.mask, self._allowed)
+        return PlannedProgram(
+            name="score",
+            lower=lambda: programs.score.lower(*given),
+            params=params,
+            beside=beside | {"next batch": prompts, "rollout": scored},
+            flops=self._forward_flops(own.prompts, own.group, self._length),
+        )
+
+    def _update(self, programs: Programs, scored: ScoredRollout, prompts: PyTree) -> PlannedProgram:
+        own, placed, drawn = self._settings.grpo, self._placed, scored.rollout
+        like = placed.like_state(own.optimizer.build(own.steps * own.updates, placed.trainable))
+        batch = GroupBatch(
+            prompts=prompts,
+            tokens=drawn.tokens,
+            mask=drawn.mask,
+            weights=drawn.logprobs,
+            advantages=scored.advantages,
+            sampler=drawn.logprobs,
+            old=drawn.logprobs if own.updates > 1 else None,
+            reference=drawn.logprobs if own.loss.beta else None,
+        )
+        forward = self._forward_flops(own.prompts, own.group, self._length)
+        return PlannedProgram(
+            name="update",
+            lower=lambda: programs.update.lower(like, placed.like_frozen, batch, self._allowed),
+            params=self._params,
+            beside={"next batch": prompts} | self._reference,
+            flops=self._flops(own.prompts, own.group, self._length, updates=1) - forward,
+        )
+
+    def _held(self, transform: optax.GradientTransformation) -> dict[str, PyTree]:
+        optimizer = self._placed.like_state(transform).opt_state
+        return {"optimizer": optimizer} | self.parameters
+
+    @property
+    def _reference(self) -> dict[str, PyTree]:
+        return {"reference": self._placed.like_reference} if self._settings.grpo.loss.beta else {}
+
+    def _sampling(self, group: int, temperature: float) -> SampleConfig:
+        return SampleConfig(
+            group=group, length=self._length, temperature=temperature, end_of_turn=_END_OF_TURN
+        )
+
+    def _prompts(self, rows: int) -> PyTree:
+        return largest.prompts(self._settings.data, self._config, rows)
+
+    def _forward_flops(self, rows: int, group: int, length: int) -> float:
+        return self._flops(rows, group, length, updates=0)
+
+    def _flops(self, rows: int, group: int, length: int, updates: int) -> float:
+        lengths = np.full((rows, group), length)
+        batch = self._prompts(rows)
+        work = group_work(self._config, self._passes, batch, lengths, scored=0, updates=updates)
+        return work.flops
+
+    def _loops(self, rows: int, group: int) -> tuple[DecodeLoop, ...]:
+        """Returns the decode loops, whose caches grow from one to the next."""
+        ends = cache_lengths(self._length)
+        flops = [self._forward_flops(rows, group, end) for end in (0, *ends)]
+        # The first token of each sample comes from the prompt.
+        starts = (1, *ends[:-1])
+        return tuple(
+            DecodeLoop(
+                tokens=end - start,
+                flops=(after - before) / (end - start),
+                cache=end,
+                reads=self._reads(rows, group, end),
+            )
+            for start, end, (before, after) in zip(
+                starts, ends, itertools.pairwise(flops), strict=True
+            )
+            if end > start
+        )
+
+    def _reads(self, rows: int, group: int, cache: int) -> float:
+        """Returns the bytes that a device reads for a token of all its samples."""
+        placed, text = self._placed, self._config.text
+        weights = {k: v for k, v in placed.like_sampling.items() if k != "vision"}
+        if not text.tie_word_embeddings:
+            del weights["embedding"]
+        parts = meshes.batch_parts(placed.sampling_mesh)
+        tokens = rows / parts * (largest.prompt_length(self._settings.data) + group * cache)
+        split = math.gcd(text.num_key_value_heads, placed.sampling_mesh.shape[HEAD_AXIS])
+        heads = text.num_key_value_heads // split
+        size = 2 * text.num_hidden_layers * heads * text.head_dim
+        itemsize = jnp.dtype(placed.model.runtime.dtype).itemsize
+        return meshes.device_bytes(weights) + tokens * size * itemsize
+
+
+def _grammar(rows: int) -> GrammarTables:
+    """Returns the shapes of the answer's tables over a vocabulary of so many rows."""
+    return GrammarTables(
+        token_class=jax.ShapeDtypeStruct((rows,), jnp.int16),
+        steps_next=jax.ShapeDtypeStruct((_CLASSES, _STEP_STATES), jnp.int16),
+        answer_next=jax.ShapeDtypeStruct((_CLASSES, _ANSWER_STATES), jnp.int16),
+        effort_added=jax.ShapeDtypeStruct((_CLASSES, _STEP_STATES), jnp.int16),
+        steps_accept=jax.ShapeDtypeStruct((_STEP_STATES,), bool),
+        answer_label=jax.ShapeDtypeStruct((_ANSWER_STATES,), jnp.int16),
+        steps_distance=jax.ShapeDtypeStruct((_STEP_STATES,), jnp.int16),
+        answer_distance=jax.ShapeDtypeStruct((_ANSWER_STATES,), jnp.int16),
+    )

@@ -1,0 +1,101 @@
+"""The programs of a config by shapes alone: those its stages run, each with what lies beside it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from morer1_jax.config.binding import read_config
+from morer1_jax.config.settings import settings
+from morer1_jax.data.grammar import build_tables, token_bytes
+from morer1_jax.learn.state import abstract_params
+from morer1_jax.run.mesh import device_bytes, make_mesh
+from morer1_jax.run.placed import place
+from morer1_jax.stages import programs
+from morer1_jax.stages.programs import planned_programs
+from morer1_jax.task.more import read_ontology
+
+CONFIG = Path(__file__).parents[1] / "configs" / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def plan(tiny):
+    """`plan(stages, **mesh)`: the programs of the tiny config, and its placed model."""
+
+    def plan(stages, dtype="bfloat16", updates=1, **axes):
+        config = read_config(CONFIG)
+        config.stages, config.runtime.dtype = stages, dtype
+        config.grpo.update(prompts=8, updates=updates)
+        config.mesh.update(axes)
+        made = settings(config)
+        mesh = make_mesh(made.mesh.axes, jax.devices()[: int(np.prod([*axes.values()]))])
+        placed = place(tiny.CONFIG, made.runtime, mesh, made.tune)
+        return planned_programs(made, placed), placed
+
+    return plan
+
+
+MOVE, GREEDY = "move to the sampler", "greedy answers"
+
+
+@pytest.mark.parametrize(
+    ("stages", "names"),
+    [
+        ("sft,evaluate", ["SFT step", MOVE, GREEDY]),
+        ("rate", [MOVE, "rating"]),
+        ("rate,grpo,evaluate", [MOVE, GREEDY, "rating", "rollout", "score", "update"]),
+        ("synthesise", []),
+    ],
+)
+def test_each_stage_has_its_programs(plan, stages, names):
+    planned, _ = plan(stages, data=1, fsdp=4, tensor=1)
+    assert [program.name for program in planned] == names
+
+
+def test_nothing_is_moved_where_training_and_sampling_are_alike(plan):
+    planned, placed = plan("evaluate", dtype="float32", data=1, fsdp=1, tensor=1)
+    assert [program.name for program in planned] == [GREEDY]
+    assert placed.moved == {}
+    assert planned[0].beside["parameters"] == []
+
+
+def test_every_program_lowers_with_its_arguments(plan):
+    planned, _ = plan("sft,rate,grpo,evaluate", data=1, fsdp=2, tensor=1)
+    for program in planned:
+        assert program.lower().as_text().startswith("module @jit_"), program.name
+
+
+def test_what_lies_beside_a_rollout(plan):
+    planned, placed = plan("grpo", data=1, fsdp=2, tensor=1)
+    rollout = next(program for program in planned if program.name == "rollout")
+    sizes = {name: device_bytes(tree) for name, tree in rollout.beside.items()}
+    shapes = jax.tree.leaves(abstract_params(placed.model))
+    # AdamW's two moments in float32, and two counters: half of every matrix on each device.
+    trained = device_bytes(placed.like)
+    assert 0 <= sizes["optimizer"] - 2 * trained < 64
+    assert sizes["parameters"] < 4 * sum(leaf.size for leaf in shapes)
+    # The reference in bfloat16, but for scales of norms.
+    assert trained / 2 < sizes["reference"] < trained / 1.9
+
+
+def test_decode_loops_cover_all_tokens_but_the_first(plan):
+    planned, placed = plan("grpo", data=1, fsdp=2, tensor=1)
+    loops = next(program for program in planned if program.name == "rollout").loops
+    assert sum(loop.tokens for loop in loops) == 136 - 1
+    # Beside the decoder's weights and the head, the keys and values of 4 prompts of 224 tokens and
+    # of their 2 completions each, in both layers, both heads of 8, in bfloat16.
+    weights = {k: v for k, v in placed.like_sampling.items() if k in ("language", "head")}
+    for loop in loops:
+        kept = 4 * (224 + 2 * loop.cache) * 2 * 2 * (2 * 8) * 2
+        assert loop.reads == device_bytes(weights) + kept
+
+
+@pytest.mark.soak
+def test_the_answers_tables_have_room(qwen_tokenizer, small_world):
+    """For Qwen's vocabulary and the labels of a dataset in MORE's form."""
+    pieces = token_bytes(qwen_tokenizer, 151_936)
+    tables = build_tables(pieces, read_ontology(small_world).labels)
+    bounds = programs._grammar(151_936)
+    for table, bound in zip(tables, bounds, strict=True):
+        assert all(size <= most for size, most in zip(table.shape, bound.shape, strict=True))

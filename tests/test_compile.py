@@ -1,0 +1,114 @@
+"""The command that compiles a config's programs for a TPU topology, without a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "configs" / "tiny.py"
+# The 3B's widths, with few layers.
+WIDE = """
+from morer1_jax.config.settings import default_config
+
+def get_config():
+    config = default_config()
+    config.model.text.num_hidden_layers = 2
+    config.model.vision.update(depth=2, fullatt_block_indexes=(1,))
+    config.data.update(prompt_length=768, completion_length=256, windows=16)
+    config.sft.batch = 16
+    return config
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(*flags, before="")`: exit code, what is printed, and the figures, if any.
+
+    `before` is Python that runs first in the command's process.
+    """
+    pytest.importorskip("libtpu")
+
+    def run(*flags, before=""):
+        # As a user's process: with all optimisations, and no devices but the topology's.
+        names = ("XLA_", "JAX_", "TPU_", "LIBTPU_")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+        environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), environment.get("PYTHONPATH", "")))
+        run_module = "import runpy; runpy.run_module('morer1_jax.compile', run_name='__main__')"
+        code = f"{before}\n{run_module}"
+        out = tmp_path / "figures.json"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags, f"--json={out}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        figures = json.loads(out.read_text()) if out.exists() else None
+        return done.returncode, done.stdout, done.stderr, figures
+
+    return run
+
+
+def test_programs_of_a_small_config(run):
+    code, printed, errors, figures = run(
+        f"--config={TINY}",
+        "--topology=v5e:2x2",
+        "--config.stages=sft,rate,grpo,evaluate",
+        "--config.grpo.prompts=4",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.data=2",
+        "--programs=score,move to the sampler",
+        "--top=2",
+    )
+    assert code == 0, errors
+    assert "Compiled, not run: 4 × TPU v5e, data 2 × fsdp 2 × tensor 1" in printed
+    assert list(figures["programs"]) == ["move to the sampler", "score"]
+    assert figures["faults"] == []
+    score = figures["programs"]["score"]["estimate"]
+    # The reference in float32, half of each matrix, and what else the score takes.
+    assert score["memory"]["beside"].keys() == {"optimizer", "parameters", "next batch", "rollout"}
+    assert 0 < score["once"]["compute"] < 0.1
+    assert score["once"]["places"][0][0].startswith(("model/", "the compiler"))
+    assert len([line for line in printed.splitlines() if "model/" in line]) == 2
+    # Each device gets the other's half of every matrix; the mesh's axis `data` holds copies.
+    moved = figures["programs"]["move to the sampler"]["estimate"]["once"]["sent"]
+    assert {tuple(sent["axes"]) for sent in moved} <= {("fsdp",)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v5e:3x5"], "--topology=v5e:3x5: expected a version and chips"),
+        (
+            ["--topology=v5e:2x2", "--config.mesh.fsdp=3"],
+            "mesh.data: expected a multiple of fsdp 3",
+        ),
+    ],
+)
+def test_errors_are_one_line(run, flags, message):
+    code, _, errors, figures = run(f"--config={TINY}", "--config.stages=sft", *flags)
+    assert (code, figures) == (2, None)
+    assert message in errors.splitlines()[-1]
+
+
+@pytest.mark.soak
+def test_a_step_that_does_not_scale_is_a_fault(run, tmp_path):
+    """Where activations may lie anywhere, XLA splits the contraction and sums what comes out."""
+    wide = tmp_path / "wide.py"
+    wide.write_text(WIDE)
+    flags = (f"--config={wide}", "--topology=v5e:4x4", "--programs=SFT step")
+    code, _, errors, figures = run(*flags)
+    assert (code, figures["faults"]) == (0, []), errors
+    broken = (
+        "from morer1_jax.model.sharding import Layout\n"
+        "Layout.rows = lambda self, x, **options: x\n"
+        "Layout.gathered = lambda self, path, kernel: kernel"
+    )
+    code, _, errors, figures = run(*flags, before=broken)
+    assert code == 1
+    assert any("activations are summed over axes that split rows" in f for f in figures["faults"])
+    assert "fault: SFT step: activations are summed" in errors
