@@ -310,7 +310,7 @@ class Settings:
     world: WorldConfig = WorldConfig()
     model: ModelSettings = ModelSettings()
     tune: TrainableParts = TrainableParts(vision=0.0, frozen_dtype="bfloat16")
-    runtime: Runtime = Runtime(dtype="bfloat16", remat="full")
+    runtime: Runtime = Runtime(dtype="bfloat16", remat="full", decode_unroll=True)
     mesh: MeshSettings = MeshSettings()
     score: ScoreSettings = ScoreSettings()
     sft: SFTSettings = SFTSettings()

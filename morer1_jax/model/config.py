@@ -322,9 +322,9 @@ class Runtime:
         scan_unroll: layers in one step of the forward scan; at the layer count or above there is no
             scan. Must be 1 with rematerialisation: XLA merges the recomputation of layers that
             share a step with their first computation, which saves little memory.
-        decode_unroll: whether one-token decoding is a plain loop over layers whose parameters are
-            copied apart beforehand, not a scan. On a CPU it is much faster; elsewhere kernels read
-            a layer's slice where it lies, and the copy is a second model in memory.
+        decode_unroll: whether sampling runs layers in a plain loop, with their parameters apart,
+            not in a scan. It takes longer to compile. Decoding is much faster on a CPU, and on TPUs
+            by the compiler's estimate: a scan copies each layer's part of the cache every token.
         attention: name of the kernels; "auto" chooses by device (see `run.kernels`).
         kernels: what computes attention over whole sequences.
         layout: where activations and gathered parameters lie on the mesh.

@@ -18,8 +18,8 @@ from morer1_jax.model.attention import HIDDEN_SCORE, scaled_scores
 from morer1_jax.model.products import einsum
 from morer1_jax.model.sharding import Layout
 
-KV = tuple[Float[Array, "l b s k e"], Float[Array, "l b s k e"]]
-"""Keys (rotated) and values of a sequence at every layer."""
+KV = tuple[Float[Array, "*l b s k e"], Float[Array, "*l b s k e"]]
+"""Keys (rotated) and values of a sequence, of one layer or of all layers stacked."""
 
 
 @struct.dataclass
@@ -96,39 +96,40 @@ class KVCache:
 
 
 def init_cache(
-    prompt_kv: KV,
+    prompt_kv: KV | tuple[KV, ...],
     prompt_mask: Bool[Array, "b s"],
     *,
     group: int,
     length: int,
-    stacked: bool = True,
     layout: Layout | None = None,
 ) -> KVCache:
     """Returns a cache that holds the prompts and no token of their completions.
 
     Args:
-        prompt_kv: of `forward(..., keep_kv=True)` for the prompts.
+        prompt_kv: of `forward(..., keep_kv=True)` for the prompts; the cache's layers are stacked
+            or apart as these are.
         group: samples of each prompt, g.
         length: tokens of each completion that there is room for, t.
-        stacked: whether layers are stacked, for a scan, or apart, for a plain loop.
         layout: of rows and heads on the mesh; None: one device.
     """
-    layout = layout or Layout()
-    k, v = prompt_kv
-    layers, b, _, heads, size = k.shape
-    leading = (layers, b, heads, group)
-    stack = LayerKV(
-        prompt_k=jnp.transpose(k, (0, 1, 3, 4, 2)),
-        prompt_v=jnp.transpose(v, (0, 1, 3, 2, 4)),
-        k=jnp.zeros((*leading, size, length), k.dtype),
-        v=jnp.zeros((*leading, length, size), v.dtype),
-    )
-    stack = jax.tree.map(lambda x: layout.rows(x, heads=2, axis=1), stack)
-    if stacked:
-        kv = stack.replace(layer=jnp.zeros((), jnp.int32))
+
+    def of_layers(k: Array, v: Array) -> LayerKV:
+        *leading, b, _, heads, size = k.shape
+        room, rows = (*leading, b, heads, group), len(leading)
+        layers = LayerKV(
+            prompt_k=jnp.moveaxis(k, -3, -1),
+            prompt_v=jnp.moveaxis(v, -3, -2),
+            k=jnp.zeros((*room, size, length), k.dtype),
+            v=jnp.zeros((*room, length, size), v.dtype),
+        )
+        place = layout or Layout()
+        return jax.tree.map(lambda x: place.rows(x, heads=rows + 1, axis=rows), layers)
+
+    if isinstance(prompt_kv[0], tuple):
+        layers: LayerKV | tuple[LayerKV, ...] = tuple(of_layers(*kv) for kv in prompt_kv)
     else:
-        kv = tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(layers))
-    return KVCache(kv, prompt_mask, jnp.zeros((), jnp.int32))
+        layers = of_layers(*prompt_kv).replace(layer=jnp.zeros((), jnp.int32))
+    return KVCache(layers, prompt_mask, jnp.zeros((), jnp.int32))
 
 
 @struct.dataclass
@@ -184,10 +185,13 @@ def separate_layers(params: dict) -> dict:
 
     Call it once, outside the loop over tokens: inside it a layer's slice of stacked kernels would
     be copied every token.
+
+    Args:
+        params: the whole tree; a leaf of the stacked layers may be a tuple, an entry for each.
     """
+    is_tuple = lambda x: isinstance(x, tuple)  # noqa: E731
     language = dict(params["language"])
     stacked = language.pop("layers")
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    for i in range(count):
-        language[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+    for i in range(len(jax.tree.leaves(stacked, is_leaf=is_tuple)[0])):
+        language[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked, is_leaf=is_tuple)
     return {**params, "language": language}

@@ -78,31 +78,33 @@ class Decoder(nn.Module):
         attend: Pattern,
         cache: Any = None,
         keep_kv: bool = False,
-    ) -> tuple[Float[Array, "b s d"], Any, KV | None]:
+    ) -> tuple[Float[Array, "b s d"], Any, KV | tuple[KV, ...] | None]:
         """Runs all layers.
 
         Args:
             x: embeddings, in the runtime's dtype.
             positions: int32, of time, height and width (M-RoPE).
-            cache: the pattern's; a tuple, with an entry for each layer, makes the layers a plain
-                loop over parameters that are apart (`decoding.separate_layers`).
-            keep_kv: whether to return keys and values; not where `cache` is a tuple.
+            cache: the pattern's, of all layers; a tuple with an entry for each where the layers'
+                parameters are apart (`decoding.separate_layers`).
+            keep_kv: whether to return keys and values.
 
         Returns:
             Hidden states after the final norm, the pattern's cache, and every layer's keys and
-            values or None.
+            values (stacked, or a tuple where the parameters are apart) or None.
         """
         cfg, run = self.config, self.runtime
         rotary = multimodal_rotary(positions, cfg)
         norm = rms_norm(cfg.rms_norm_eps, run, name="norm")
-        # One-token decoding with layers apart (`Runtime.decode_unroll`).
-        if isinstance(cache, tuple):
-            layer_caches = []
-            for i, layer_cache in enumerate(cache):
+        # Layers apart, in a plain loop (`Runtime.decode_unroll`).
+        if self.has_variable("params", "layer_0"):
+            caches, kept = [], []
+            for i in range(cfg.num_hidden_layers):
                 layer = DecoderLayer(cfg, run, self.lora, keep_kv, name=f"layer_{i}")
-                (x, layer_cache), _ = layer((x, layer_cache), rotary, attend)
-                layer_caches.append(layer_cache)
-            return norm(x), tuple(layer_caches), None
+                layer_cache = None if cache is None else cache[i]
+                (x, layer_cache), kv = layer((x, layer_cache), rotary, attend)
+                caches.append(layer_cache)
+                kept.append(kv)
+            return norm(x), tuple(caches), tuple(kept) if keep_kv else None
         # Decoding (with a cache) has no backward pass, so nothing is rematerialised there.
         layer, count, unroll = DecoderLayer, cfg.num_hidden_layers, 1
         if cache is None:

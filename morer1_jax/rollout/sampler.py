@@ -21,9 +21,9 @@ from morer1_jax.batch import PromptBatch
 from morer1_jax.bounds import at_least, check_bounds
 from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.attention import PackedCausal
-from morer1_jax.model.decoding import KV, KVCache, init_cache, separate_layers
+from morer1_jax.model.decoding import KV, KVCache, init_cache
 from morer1_jax.model.layers import Params
-from morer1_jax.model.parts import map_rows
+from morer1_jax.model.parts import PyTree, map_rows
 from morer1_jax.model.scorer import embed_prompts, last_valid
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
@@ -152,8 +152,8 @@ def sample(
     """Samples `config.group` completions of each prompt.
 
     Args:
-        model: whose `runtime.decode_unroll` says how layers are decoded.
-        params: the whole tree.
+        params: the whole tree; layers are decoded in a plain loop where the decoder's are apart
+            (`decoding.separate_layers`), else in a scan.
         prompts: with images or their features.
         grammar: tables over the model's vocabulary.
         allowed: of `allowed_ids`.
@@ -162,14 +162,13 @@ def sample(
     """
     prompts = jax.tree.map(model.runtime.layout.rows, prompts)
     lengths = cache_lengths(config.length)
-    decode_params = separate_layers(params) if model.runtime.decode_unroll else params
 
     def append(state: LoopState, hidden: Array) -> LoopState:
         logits = model.apply({"params": params}, hidden, method=Qwen25VL.logits)
         return append_token(state, logits, grammar, allowed, keys, config)
 
     def step(state: LoopState) -> LoopState:
-        state, hidden = decode_last_token(model, decode_params, state, prompts.next_position)
+        state, hidden = decode_last_token(model, params, state, prompts.next_position)
         return append(state, hidden)
 
     # Prompts and images run once. Their last hidden state gives the first token of every sample,
@@ -219,29 +218,29 @@ def prefill(
         The hidden state that predicts each sample's first token, and a cache that holds the prompts
         and has room for `length` tokens of each completion.
     """
+    apart = "layers" not in params["language"]
 
-    def run(module: Qwen25VL, prompts: PromptBatch) -> tuple[Array, KV]:
+    def run(module: Qwen25VL, prompts: PromptBatch) -> tuple[Array, PyTree]:
         x = embed_prompts(module, prompts)
         positions = jnp.moveaxis(prompts.positions, 1, 0)
         attend = PackedCausal(prompts.mask.astype(jnp.int32), model.runtime.kernels)
         hidden, kv = module.forward(x, positions, attend, keep_kv=True)
-        rows_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), kv)
-        return last_valid(hidden, prompts.mask), rows_first
+        return last_valid(hidden, prompts.mask), kv if apart else _exchanged(kv)
 
-    def of_part(part: PromptBatch) -> tuple[Array, KV]:
+    def of_part(part: PromptBatch) -> tuple[Array, PyTree]:
         return model.apply({"params": params}, part, method=run)
 
-    last, rows_first = map_rows(of_part, prompts, parts)
-    kv = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), rows_first)
-    cache = init_cache(
-        kv,
-        prompts.mask,
-        group=group,
-        length=length,
-        stacked=not model.runtime.decode_unroll,
-        layout=model.runtime.layout,
-    )
+    # Parts are of rows, which stand behind the layers where these are stacked.
+    last, kv = map_rows(of_part, prompts, parts)
+    kv = kv if apart else _exchanged(kv)
+    layout = model.runtime.layout
+    cache = init_cache(kv, prompts.mask, group=group, length=length, layout=layout)
     return jnp.broadcast_to(last[:, None], (last.shape[0], group, last.shape[-1])), cache
+
+
+def _exchanged(kv: KV) -> KV:
+    """Returns keys and values with their first two axes exchanged."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), kv)
 
 
 def first_state(
@@ -278,7 +277,6 @@ def decode_last_token(
     """Runs the token sampled last, and writes its keys and values to the cache.
 
     Args:
-        params: with the decoder's layers apart where `runtime.decode_unroll` is set.
         state: with at least one token.
         first_position: M-RoPE position of each prompt's first completion token, on all three axes.
 

@@ -2,15 +2,15 @@
 
 There are two layouts, over the same devices in the same order. Training splits parameters over all
 devices and gathers each where it is used. Sampling reads every parameter for every token, so there
-they lie whole, or split over a few devices by heads and features, in the dtype of the products; one
-compiled program moves them.
+they lie whole, or split over a few devices by heads and features, in the dtype of the products;
+compiled programs move them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,9 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.learn.state import TrainState, abstract_params, new_state
 from morer1_jax.learn.trainable import ALL, TrainableParts, join, split
 from morer1_jax.model.config import ModelConfig, Runtime
+from morer1_jax.model.decoding import separate_layers
 from morer1_jax.model.layers import Params
-from morer1_jax.model.sharding import HEAD_AXIS, Layout
+from morer1_jax.model.sharding import HEAD_AXIS, Layout, partition_spec
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.kernels import choose
@@ -108,44 +109,84 @@ class Placed:
     @functools.cached_property
     def like_sampling(self) -> Params:
         """Shapes, dtypes and shardings of all parameters as the sampler takes them."""
-        whole = join(self.like, self.like_frozen)
-        shardings = meshes.param_shardings(self.sampling_mesh, whole)
-        return meshes.like(self.for_products(whole), shardings)
+        return self._assembled(self.targets)
 
     def for_sampling(self, params: Params) -> Params:
         """Moves all parameters to the sampler's layout; what lies there already is not copied."""
-        leaves, tree = jax.tree.flatten(params)
-        moved = self.move({number: leaves[number] for number in self.moved})
-        return jax.tree.unflatten(tree, [moved.get(n, leaf) for n, leaf in enumerate(leaves)])
+        return self._assembled(
+            [
+                self.move(number)(leaf) if number in self.moved else leaf
+                for number, leaf in enumerate(jax.tree.leaves(params))
+            ]
+        )
 
     @functools.cached_property
     def moved(self) -> dict[int, jax.ShapeDtypeStruct]:
-        """What sampling needs elsewhere or in another dtype, by its number among all leaves."""
-        before = jax.tree.leaves(join(self.like, self.like_frozen))
-        after = jax.tree.leaves(self.like_sampling)
+        """What sampling needs elsewhere or in another form, by its number among all leaves."""
         return {
             number: leaf
-            for number, (leaf, target) in enumerate(zip(before, after, strict=True))
-            if leaf.dtype != target.dtype
+            for number, (leaf, target) in enumerate(
+                zip(jax.tree.leaves(self._whole), self.targets, strict=True)
+            )
+            if isinstance(target, tuple)
+            or leaf.dtype != target.dtype
             or not leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
         }
 
+    def move(self, number: int) -> Callable[[Any], Any]:
+        """Returns the program that moves one of `moved`; of layers apart it gives a tuple.
+
+        There is one for each: where all are moved at once, all are in memory twice.
+        """
+        if number not in self._moves:
+            target, split = self.targets[number], self.moved[number].sharding.spec
+            apart = isinstance(target, tuple)
+            lies = NamedSharding(self.mesh, P(*split[1:]) if apart else split)
+            dtype = (target[0] if apart else target).dtype
+
+            def move(leaf: jax.Array) -> Any:
+                # Cast and cut where it lies, so that half the bytes travel, and no layer twice.
+                cast = leaf.astype(dtype)
+                pieces = [
+                    jax.lax.with_sharding_constraint(piece, lies)
+                    for piece in (cast if apart else [cast])
+                ]
+                return tuple(pieces) if apart else pieces[0]
+
+            takes = (self.moved[number],)
+            self._moves[number] = meshes.program(move, takes=takes, gives=target)
+        return self._moves[number]
+
     @functools.cached_property
-    def move(self) -> Callable[[dict[int, Any]], dict[int, jax.Array]]:
-        """The program that moves `moved`."""
-        targets = jax.tree.leaves(self.like_sampling)
-        after = {number: targets[number] for number in self.moved}
+    def _moves(self) -> dict[int, Callable[[Any], Any]]:
+        return {}
 
-        def move(leaves: dict[int, jax.Array]) -> dict[int, jax.Array]:
-            # Cast where they lie, so that half the bytes travel.
-            return {
-                number: jax.lax.with_sharding_constraint(
-                    leaf.astype(after[number].dtype), self.moved[number].sharding
-                )
-                for number, leaf in leaves.items()
-            }
+    @property
+    def _whole(self) -> Params:
+        return join(self.like, self.like_frozen)
 
-        return meshes.program(move, takes=(self.moved,), gives=after)
+    @functools.cached_property
+    def targets(self) -> list[Any]:
+        """What becomes of every leaf: its shape with sharding; of layers apart a tuple."""
+        apart = self.model.runtime.decode_unroll
+
+        def target(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> Any:
+            name, shape = meshes.path_name(path), leaf.shape
+            is_apart = apart and name.startswith("language/layers/")
+            shape = shape[1:] if is_apart else shape
+            sharding = NamedSharding(
+                self.sampling_mesh, partition_spec(self.sampling_mesh, name, shape)
+            )
+            like = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+            return (like,) * leaf.shape[0] if is_apart else like
+
+        ready = self.for_products(self._whole)
+        return [target(*entry) for entry in jax.tree_util.tree_leaves_with_path(ready)]
+
+    def _assembled(self, leaves: Sequence[Any]) -> Params:
+        """Returns the tree of leaves, some of them tuples of what lies apart."""
+        whole = jax.tree.unflatten(jax.tree.structure(self._whole), leaves)
+        return separate_layers(whole) if self.model.runtime.decode_unroll else whole
 
     @functools.cached_property
     def like_reference(self) -> Params:

@@ -161,13 +161,19 @@ class _Plan:
         )
 
     def move(self, held: dict[str, PyTree]) -> PlannedProgram:
-        """The move of the parameters to the sampler's layout."""
+        """The last move of a parameter to the sampler's layout, of the largest."""
         placed = self._placed
+        number = max(placed.moved, key=lambda key: math.prod(placed.moved[key].shape))
+        largest_one = placed.moved[number]
         return PlannedProgram(
             name="move to the sampler",
-            lower=lambda: placed.move.lower(placed.moved),
+            lower=lambda: placed.move(number).lower(largest_one),
             params=self._params,
-            beside={name: tree for name, tree in held.items() if name != "parameters"},
+            beside=held
+            | {
+                "parameters": [leaf for key, leaf in placed.moved.items() if key != number],
+                "moved before": [t for key, t in enumerate(placed.targets) if key != number],
+            },
             flops=0.0,
         )
 

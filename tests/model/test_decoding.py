@@ -29,8 +29,9 @@ def test_cached_equals_shared_prefix_token_by_token(stacked):
     shared = SharedPrefix(jnp.asarray(prompt), jnp.ones((B, G, T), bool))
     rows = [draw(seed) for seed in range(LAYERS)]
     expected = [own(shared(*row, None)[0]) for row in rows]
-    prompt_kv = tuple(jnp.stack([row[i][:, :S] for row in rows]) for i in (1, 2))
-    cache = init_cache(prompt_kv, jnp.asarray(prompt), group=G, length=3, stacked=stacked)
+    apart = tuple((row[1][:, :S], row[2][:, :S]) for row in rows)
+    prompt_kv = tuple(map(jnp.stack, zip(*apart, strict=True))) if stacked else apart
+    cache = init_cache(prompt_kv, jnp.asarray(prompt), group=G, length=3)
     step = jax.jit(lambda attend, *inputs: attend(*inputs))
     for index in range(T):
         if index == 3:
@@ -58,7 +59,7 @@ def test_what_is_beyond_the_index_is_not_seen():
     q, k = (jnp.asarray(rng.standard_normal((B, G, h, SIZE)), jnp.float32) for h in (6, 3))
     prompt = jnp.asarray(rng.standard_normal((1, B, S, KV_HEADS, SIZE)), jnp.float32)
     mask = jnp.ones((B, S), bool)
-    (fresh,) = init_cache((prompt,) * 2, mask, group=G, length=T, stacked=False).layers
+    (fresh,) = init_cache(((prompt[0],) * 2,), mask, group=G, length=T).layers
     stale = fresh.replace(k=fresh.k + 7.0, v=fresh.v + 7.0)
     outs = [Cached(mask, jnp.asarray(0))(q, k, k, layer)[0] for layer in (fresh, stale)]
     np.testing.assert_array_equal(*outs)
@@ -66,8 +67,8 @@ def test_what_is_beyond_the_index_is_not_seen():
 
 def test_prompt_and_completion_of_half_precision_keep_softmax_in_float32():
     q = jnp.zeros((1, 1, 1, SIZE), jnp.bfloat16)
-    ones = jnp.ones((1, 1, 299, 1, SIZE), jnp.bfloat16)
-    cache = init_cache((ones, ones), jnp.ones((1, 299), bool), group=1, length=1, stacked=False)
+    ones = jnp.ones((1, 299, 1, SIZE), jnp.bfloat16)
+    cache = init_cache(((ones, ones),), jnp.ones((1, 299), bool), group=1, length=1)
     out, _ = Cached(cache.prompt_mask, cache.index)(q, q + 1, q + 1, cache.layers[0])
     # 300 equal weights; a bfloat16 sum of them would be far from 1.
     assert out.dtype == jnp.bfloat16

@@ -151,11 +151,12 @@ def test_decode_equals_forward(small_case, group, of_group):
         images = verb(case, "encode_images", prompts.images, params=params)
         x = verb(case, "embed", prompts.tokens, images, prompts.vision_index, params=params)
         attend = PackedCausal(jnp.asarray(valid.astype(np.int32)))
-        _, kv = verb(case, "forward", x, prompts.positions, attend, keep_kv=True, params=params)
 
         def decode(unroll):
             apart = separate_layers(params) if unroll else params
-            cache = init_cache(kv, jnp.asarray(valid), group=3, length=6, stacked=not unroll)
+            _, kv = verb(case, "forward", x, prompts.positions, attend, keep_kv=True, params=apart)
+            assert isinstance(kv[0], tuple) == unroll
+            cache = init_cache(kv, jnp.asarray(valid), group=3, length=6)
 
             def step(cache, t):
                 x = verb(case, "embed", jnp.asarray(tokens)[:, :, t], params=params)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from morer1_jax.errors import ConfigError
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import Runtime
+from morer1_jax.model.decoding import separate_layers
 from morer1_jax.run.batch_sampler import sampler_program
 from morer1_jax.run.mesh import fetch
 from morer1_jax.run.placed import place
@@ -56,6 +57,27 @@ def test_what_is_moved_is_cast_and_whole(tiny):
         np.testing.assert_array_equal(leaf, np.asarray(before).astype(like.dtype))
 
     jax.tree.map(check, moved, placed.like_sampling, tiny.params())
+
+
+def test_layers_come_apart_for_a_plain_loop(tiny):
+    mesh = tiny.mesh(data=1, fsdp=2, tensor=2)
+    placed = place(tiny.CONFIG, Runtime(dtype="bfloat16", decode_unroll=True), mesh)
+    moved = placed.for_sampling(put(tiny.params(), placed))
+    expected = separate_layers(tiny.params())
+
+    def check(leaf, like, before):
+        assert (leaf.dtype, leaf.sharding.spec) == (like.dtype, like.sharding.spec)
+        np.testing.assert_array_equal(leaf, np.asarray(before).astype(like.dtype))
+
+    jax.tree.map(check, moved, placed.like_sampling, expected)
+    found = specs(placed.like_sampling)
+    assert found["language/layer_1/mlp/down/kernel"] == (P("tensor", None), jnp.bfloat16)
+    # What is not of the decoder's layers is moved only where it must be.
+    placed = place(tiny.CONFIG, Runtime(decode_unroll=True), tiny.mesh(data=1, fsdp=1, tensor=1))
+    params = put(tiny.params(), placed)
+    moved = placed.for_sampling(params)
+    assert moved["head"] is params["head"]
+    jax.tree.map(np.testing.assert_array_equal, moved, expected)
 
 
 def test_what_lies_ready_is_not_copied(tiny):
@@ -109,7 +131,8 @@ def test_every_layout_draws_the_same(tiny, axes, sampling_tensor):
     config = tiny.sample_config()
 
     def draw(mesh, params, tensor):
-        placed = place(tiny.CONFIG, Runtime(), mesh, sampling_tensor=tensor)
+        runtime = Runtime(decode_unroll=mesh.size > 1)
+        placed = place(tiny.CONFIG, runtime, mesh, sampling_tensor=tensor)
         run = sampler_program(placed, config, seed=3)
         given = placed.put(tiny.prompts()), tiny.GRAMMAR, tiny.ALLOWED
         return fetch(run(placed.for_sampling(put(params, placed)), *given))

@@ -26,6 +26,7 @@ def plan(tiny):
     def plan(stages, dtype="bfloat16", updates=1, **axes):
         config = read_config(CONFIG)
         config.stages, config.runtime.dtype = stages, dtype
+        config.runtime.decode_unroll = False
         config.grpo.update(prompts=8, updates=updates)
         config.mesh.update(axes)
         made = settings(config)

@@ -102,7 +102,8 @@ class SampleTask:
     @property
     def flops(self) -> float | None:
         side = self._side
-        arguments = side.loaded.params, self.prompts, side.policy.allowed, jnp.int32(0)
+        params = side.policy.placed.like_sampling
+        arguments = params, self.prompts, side.policy.allowed, jnp.int32(0)
         return side.flops(self._run, *arguments, trips=_trips(self._length))
 
     def _sampler(self, **changes: Any) -> Callable[..., Any]:
@@ -113,7 +114,9 @@ class SampleTask:
 
         def run(params: Any, prompts: PromptBatch, allowed: jax.Array, step: jax.Array) -> Any:
             keys = sample_keys(0, step, prompts.fact, config.group)
-            return sample(side.model, params, prompts, grammar, allowed, keys, config)
+            return sample(
+                side.policy.placed.sampler, params, prompts, grammar, allowed, keys, config
+            )
 
         return jax.jit(run)
 
@@ -121,7 +124,8 @@ class SampleTask:
         side = self._side
         greedy = self._sampler(group=1, length=32, temperature=0.0)
         allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
-        rollout = greedy(side.loaded.params, self.prompts, allowed, jnp.int32(0))
+        params = side.policy.placed.for_sampling(side.loaded.params)
+        rollout = greedy(params, self.prompts, allowed, jnp.int32(0))
         return {"tokens": rollout.tokens[:, 0].tolist()}
 
     def prepare(self) -> None:
@@ -132,7 +136,9 @@ class SampleTask:
         self._step += 1
         side = self._side
         allowed, step = side.policy.allowed, jnp.int32(self._step)
-        jax.block_until_ready(self._run(side.loaded.params, self.prompts, allowed, step))
+        # As in a run, which moves the parameters once a rollout.
+        params = side.policy.placed.for_sampling(side.loaded.params)
+        jax.block_until_ready(self._run(params, self.prompts, allowed, step))
 
 
 class GRPOTask:
@@ -147,7 +153,8 @@ class GRPOTask:
     def flops(self) -> float | None:
         side, programs = self._side, self._programs()
         params, policy = side.loaded.params, side.policy
-        arguments = params, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
+        own = policy.placed.like_sampling
+        arguments = own, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
         scored, _ = jax.eval_shape(programs.rollout, *arguments)
         # Shapes alone count: all arrays of a float32 for each token have the log-probabilities'.
         completions = scored.rollout
