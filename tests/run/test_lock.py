@@ -19,9 +19,12 @@ import os, sys, time
 from morer1_jax.run.lock import hold
 
 with hold(sys.argv[1], folder=True):
+    runs, told = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(told, b".")
         time.sleep(600)
+    os.read(runs, 1)
     print(child, flush=True)
     time.sleep(600)
 """
