@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -151,3 +152,21 @@ def init_params(model: Qwen25VL, key: PRNGKeyArray) -> dict[str, Any]:
     token = jnp.zeros((1, 1), jnp.int32)
     positions = jnp.zeros((3, 1, 1), jnp.int32)
     return model.init(key, token, positions, PackedCausal(token), images, token)["params"]
+
+
+def for_products(params: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns parameters in the dtype that their products are computed in.
+
+    Products cast them anyway. Scales of norms, whose products are in float32, stay as they are.
+
+    Args:
+        params: arrays, or shapes with shardings; what has the dtype is not copied.
+    """
+
+    def ready(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        if path[-1].key == "scale" or leaf.dtype == jnp.dtype(dtype):
+            return leaf
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return leaf.update(dtype=jnp.dtype(dtype)) if is_shape else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(ready, params)

@@ -130,7 +130,7 @@ class BatchSampler:
             samples = [self._reader.read(facts[place]) for place in host_places]
             return collator.prompts(samples, host_places, self.shape)
 
-        params = policy.placed.for_sampling(params)
+        params = policy.placed.sampling.params(params)
         count = -(-len(facts) // size)
         with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
             batches = load_ahead(make, start // size, count, workers=self._workers)
@@ -165,7 +165,7 @@ class BatchSampler:
 def sampler_program(placed: Placed, config: SampleConfig, seed: int) -> Callable[..., Rollout]:
     """Compiles `(params, prompts, grammar, allowed) -> rollout` for the mesh; see `sample`.
 
-    Parameters lie as `Placed.like_sampling` says.
+    Parameters lie as `Placed.sampling.like` says.
 
     Args:
         seed: of the noise.
@@ -175,10 +175,10 @@ def sampler_program(placed: Placed, config: SampleConfig, seed: int) -> Callable
         params: Params, prompts: PromptBatch, grammar: GrammarTables, allowed: jax.Array
     ) -> Rollout:
         keys = sample_keys(seed, jnp.int32(_NOISE_STEP), prompts.fact, config.group)
-        return sample(placed.sampler, params, prompts, grammar, allowed, keys, config)
+        return sample(placed.sampling.model, params, prompts, grammar, allowed, keys, config)
 
     rows, whole = placed.rows, placed.replicated
-    return program(rollout, takes=(placed.like_sampling, rows, whole, whole), gives=rows)
+    return program(rollout, takes=(placed.sampling.like, rows, whole, whole), gives=rows)
 
 
 def greedy_sampler(

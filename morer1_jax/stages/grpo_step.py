@@ -92,8 +92,10 @@ def make_programs(
     like = placed.like_state(transform)
     return Programs(
         rollout=program(
-            make_rollout(placed.sampler, sampling, settings.reward, settings.scale_rewards, seed),
-            takes=(placed.like_sampling, rows, whole, whole, whole),
+            make_rollout(
+                placed.sampling.model, sampling, settings.reward, settings.scale_rewards, seed
+            ),
+            takes=(placed.sampling.like, rows, whole, whole, whole),
             gives=(rows, whole),
         ),
         score=program(score, takes=(params, rows, rows, rows, whole), gives=rows),
@@ -138,7 +140,7 @@ def make_grpo_step(
     ) -> tuple[TrainState, dict[str, Any], ScoredRollout]:
         # Rollout: completions with their rewards and advantages.
         prompts = policy.placed.put(prompts)
-        params = policy.placed.for_sampling(join(state.params, frozen))
+        params = policy.placed.sampling.params(join(state.params, frozen))
         scored, metrics = programs.rollout(
             params, prompts, policy.grammar, policy.allowed, np.int32(number)
         )

@@ -99,7 +99,7 @@ def planned_programs(settings: Settings, placed: Placed) -> list[PlannedProgram]
     if "grpo" in names:
         held = plan.grpo_state
     sampled = names & {"sft", "baselines", "rate", "grpo", "control", "evaluate"}
-    if sampled and placed.moved:
+    if sampled and placed.sampling.moved:
         programs.append(plan.move(held))
     if sampled - {"rate"}:
         programs.append(plan.answers("greedy answers", settings.evaluate.batch, 1, 0.0, held))
@@ -128,7 +128,7 @@ class _Plan:
     @property
     def parameters(self) -> dict[str, PyTree]:
         """What of the parameters in training's layout the sampler's own do not share."""
-        return {"parameters": list(self._placed.moved.values())}
+        return {"parameters": list(self._placed.sampling.moved.values())}
 
     @property
     def sft_state(self) -> dict[str, PyTree]:
@@ -163,16 +163,22 @@ class _Plan:
     def move(self, held: dict[str, PyTree]) -> PlannedProgram:
         """The last move of a parameter to the sampler's layout, of the largest."""
         placed = self._placed
-        number = max(placed.moved, key=lambda key: math.prod(placed.moved[key].shape))
-        largest_one = placed.moved[number]
+        number = max(
+            placed.sampling.moved, key=lambda key: math.prod(placed.sampling.moved[key].shape)
+        )
+        largest_one = placed.sampling.moved[number]
         return PlannedProgram(
             name="move to the sampler",
-            lower=lambda: placed.move(number).lower(largest_one),
+            lower=lambda: placed.sampling.move(number).lower(largest_one),
             params=self._params,
             beside=held
             | {
-                "parameters": [leaf for key, leaf in placed.moved.items() if key != number],
-                "moved before": [t for key, t in enumerate(placed.targets) if key != number],
+                "parameters": [
+                    leaf for key, leaf in placed.sampling.moved.items() if key != number
+                ],
+                "moved before": [
+                    t for key, t in enumerate(placed.sampling.targets) if key != number
+                ],
             },
             flops=0.0,
         )
@@ -187,8 +193,8 @@ class _Plan:
         prompts = like_on(self._prompts(rows), placed.rows)
         return PlannedProgram(
             name=name,
-            lower=lambda: run.lower(placed.like_sampling, prompts, self._grammar, self._allowed),
-            params=placed.like_sampling,
+            lower=lambda: run.lower(placed.sampling.like, prompts, self._grammar, self._allowed),
+            params=placed.sampling.like,
             beside=beside | {"next batch": prompts},
             flops=self._forward_flops(rows, group, 0),
             loops=self._loops(rows, group),
@@ -209,13 +215,13 @@ class _Plan:
         )
         state, prompts = self.grpo_state, like_on(self._prompts(own.prompts), placed.rows)
         step = like_on(jax.ShapeDtypeStruct((), jnp.int32), placed.replicated)
-        given = (placed.like_sampling, prompts, self._grammar, self._allowed, step)
+        given = (placed.sampling.like, prompts, self._grammar, self._allowed, step)
         scored: ScoredRollout = jax.eval_shape(programs.rollout, *given)[0]
         scored = like_on(scored, placed.rows)
         rollout = PlannedProgram(
             name="rollout",
             lower=lambda: programs.rollout.lower(*given),
-            params=placed.like_sampling,
+            params=placed.sampling.like,
             beside=state | {"next batch": prompts},
             flops=self._forward_flops(own.prompts, own.group, 0),
             loops=self._loops(own.prompts, own.group),
@@ -314,7 +320,7 @@ class _Plan:
     def _reads(self, rows: int, group: int, cache: int) -> float:
         """Returns the bytes that a device reads for a token of all its samples."""
         placed, text = self._placed, self._config.text
-        weights = {k: v for k, v in placed.like_sampling.items() if k != "vision"}
+        weights = {k: v for k, v in placed.sampling.like.items() if k != "vision"}
         if not text.tie_word_embeddings:
             del weights["embedding"]
         parts = meshes.batch_parts(placed.sampling_mesh)

@@ -32,7 +32,7 @@ def specs(like):
 def test_sampling_has_the_products_dtype_and_splits_by_heads_alone(tiny):
     mesh = tiny.mesh(data=1, fsdp=4, tensor=2)
     placed = place(tiny.CONFIG, Runtime(dtype="bfloat16"), mesh)
-    found = specs(placed.like_sampling)
+    found = specs(placed.sampling.like)
     assert found["language/layers/q/kernel"] == (P(None, None, "tensor", None), jnp.bfloat16)
     assert found["language/layers/q/bias"] == (P(None, "tensor", None), jnp.bfloat16)
     assert found["language/layers/input_norm/scale"] == (P(None, None), jnp.float32)
@@ -50,32 +50,32 @@ def test_what_is_moved_is_cast_and_whole(tiny):
     mesh = tiny.mesh(data=2, fsdp=4, tensor=1)
     placed = place(tiny.CONFIG, Runtime(dtype="bfloat16"), mesh)
     params = put(tiny.params(), placed)
-    moved = placed.for_sampling(params)
+    moved = placed.sampling.params(params)
 
     def check(leaf, like, before):
         assert (leaf.dtype, leaf.sharding.spec) == (like.dtype, like.sharding.spec)
         np.testing.assert_array_equal(leaf, np.asarray(before).astype(like.dtype))
 
-    jax.tree.map(check, moved, placed.like_sampling, tiny.params())
+    jax.tree.map(check, moved, placed.sampling.like, tiny.params())
 
 
 def test_layers_come_apart_for_a_plain_loop(tiny):
     mesh = tiny.mesh(data=1, fsdp=2, tensor=2)
     placed = place(tiny.CONFIG, Runtime(dtype="bfloat16", decode_unroll=True), mesh)
-    moved = placed.for_sampling(put(tiny.params(), placed))
+    moved = placed.sampling.params(put(tiny.params(), placed))
     expected = separate_layers(tiny.params())
 
     def check(leaf, like, before):
         assert (leaf.dtype, leaf.sharding.spec) == (like.dtype, like.sharding.spec)
         np.testing.assert_array_equal(leaf, np.asarray(before).astype(like.dtype))
 
-    jax.tree.map(check, moved, placed.like_sampling, expected)
-    found = specs(placed.like_sampling)
+    jax.tree.map(check, moved, placed.sampling.like, expected)
+    found = specs(placed.sampling.like)
     assert found["language/layer_1/mlp/down/kernel"] == (P("tensor", None), jnp.bfloat16)
     # What is not of the decoder's layers is moved only where it must be.
     placed = place(tiny.CONFIG, Runtime(decode_unroll=True), tiny.mesh(data=1, fsdp=1, tensor=1))
     params = put(tiny.params(), placed)
-    moved = placed.for_sampling(params)
+    moved = placed.sampling.params(params)
     assert moved["head"] is params["head"]
     jax.tree.map(np.testing.assert_array_equal, moved, expected)
 
@@ -84,13 +84,13 @@ def test_what_lies_ready_is_not_copied(tiny):
     one = tiny.mesh(data=1, fsdp=1, tensor=1)
     placed = place(tiny.CONFIG, Runtime(), one)
     params = put(tiny.params(), placed)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, placed.for_sampling(params), params))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, placed.sampling.params(params), params))
     # With frozen parameters in the products' dtype only those that train are cast.
     parts = TrainableParts(vision=0.0, merger=0.0, frozen_dtype="bfloat16")
     placed = place(tiny.CONFIG, Runtime(dtype="bfloat16"), one, parts)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, placed.like | placed.like_frozen)
     params = jax.tree.map(lambda x, dtype: jnp.asarray(x, dtype), tiny.params(), dtypes)
-    moved = placed.for_sampling(params)
+    moved = placed.sampling.params(params)
     kernel = lambda tree: tree["merger_out"]["kernel"]  # noqa: E731
     assert kernel(moved["vision"]) is kernel(params["vision"])
     assert moved["embedding"].dtype == jnp.bfloat16
@@ -135,7 +135,7 @@ def test_every_layout_draws_the_same(tiny, axes, sampling_tensor):
         placed = place(tiny.CONFIG, runtime, mesh, sampling_tensor=tensor)
         run = sampler_program(placed, config, seed=3)
         given = placed.put(tiny.prompts()), tiny.GRAMMAR, tiny.ALLOWED
-        return fetch(run(placed.for_sampling(put(params, placed)), *given))
+        return fetch(run(placed.sampling.params(put(params, placed)), *given))
 
     one = tiny.mesh(data=1, fsdp=1, tensor=1)
     for params in tiny.params(), tiny.chain_params(6.0):

@@ -57,7 +57,7 @@ def test_each_stage_has_its_programs(plan, stages, names):
 def test_nothing_is_moved_where_training_and_sampling_are_alike(plan):
     planned, placed = plan("evaluate", dtype="float32", data=1, fsdp=1, tensor=1)
     assert [program.name for program in planned] == [GREEDY]
-    assert placed.moved == {}
+    assert placed.sampling.moved == {}
     assert planned[0].beside["parameters"] == []
 
 
@@ -86,7 +86,7 @@ def test_decode_loops_cover_all_tokens_but_the_first(plan):
     assert sum(loop.tokens for loop in loops) == 136 - 1
     # Beside the decoder's weights and the head, the keys and values of 4 prompts of 224 tokens and
     # of their 2 completions each, in both layers, both heads of 8, in bfloat16.
-    weights = {k: v for k, v in placed.like_sampling.items() if k in ("language", "head")}
+    weights = {k: v for k, v in placed.sampling.like.items() if k in ("language", "head")}
     for loop in loops:
         kept = 4 * (224 + 2 * loop.cache) * 2 * 2 * (2 * 8) * 2
         assert loop.reads == device_bytes(weights) + kept

@@ -102,7 +102,7 @@ class SampleTask:
     @property
     def flops(self) -> float | None:
         side = self._side
-        params = side.policy.placed.like_sampling
+        params = side.policy.placed.sampling.like
         arguments = params, self.prompts, side.policy.allowed, jnp.int32(0)
         return side.flops(self._run, *arguments, trips=_trips(self._length))
 
@@ -115,7 +115,7 @@ class SampleTask:
         def run(params: Any, prompts: PromptBatch, allowed: jax.Array, step: jax.Array) -> Any:
             keys = sample_keys(0, step, prompts.fact, config.group)
             return sample(
-                side.policy.placed.sampler, params, prompts, grammar, allowed, keys, config
+                side.policy.placed.sampling.model, params, prompts, grammar, allowed, keys, config
             )
 
         return jax.jit(run)
@@ -124,7 +124,7 @@ class SampleTask:
         side = self._side
         greedy = self._sampler(group=1, length=32, temperature=0.0)
         allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
-        params = side.policy.placed.for_sampling(side.loaded.params)
+        params = side.policy.placed.sampling.params(side.loaded.params)
         rollout = greedy(params, self.prompts, allowed, jnp.int32(0))
         return {"tokens": rollout.tokens[:, 0].tolist()}
 
@@ -137,7 +137,7 @@ class SampleTask:
         side = self._side
         allowed, step = side.policy.allowed, jnp.int32(self._step)
         # As in a run, which moves the parameters once a rollout.
-        params = side.policy.placed.for_sampling(side.loaded.params)
+        params = side.policy.placed.sampling.params(side.loaded.params)
         jax.block_until_ready(self._run(params, self.prompts, allowed, step))
 
 
@@ -153,7 +153,7 @@ class GRPOTask:
     def flops(self) -> float | None:
         side, programs = self._side, self._programs()
         params, policy = side.loaded.params, side.policy
-        own = policy.placed.like_sampling
+        own = policy.placed.sampling.like
         arguments = own, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
         scored, _ = jax.eval_shape(programs.rollout, *arguments)
         # Shapes alone count: all arrays of a float32 for each token have the log-probabilities'.
