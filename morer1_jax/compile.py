@@ -1,11 +1,12 @@
-"""Compiles every program of a config for a TPU topology, and reads its costs off.
+"""Compiles the programs of a config for a TPU topology, and reads their costs off.
 
     python -m morer1_jax.compile --config=configs/qwen2_5_vl_3b_grpo.py --topology=v5e:4x4
 
 It needs neither a TPU nor weights nor data, only TPUs' compiler (`pip install 'morer1-jax[tpu]'`).
 Nothing is run: memory is what the compiler allots, times are estimates. Batches are the largest
-that the config permits. A topology is a TPU's version and the chips along each axis: v5e:4x4,
-v6e:2x2, v5p:2x2x4. The exit code is 1 where something does not fit or does not scale.
+that the config permits; training of the blind baselines, which is smaller, is left out. A topology
+is a TPU's version and the chips along each axis: v5e:4x4, v6e:2x2, v5p:2x2x4. The exit code is 1
+where something does not fit or does not scale.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from morer1_jax.model.family import published_sizes
 from morer1_jax.paths import local_path
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.placed import Placed, place
+from morer1_jax.run.trainee import embedding_rows
 from morer1_jax.stages.programs import PlannedProgram, planned_programs
 from morer1_jax.weights.folder import find_folder, read_json
 from morer1_jax.weights.published import CONFIG
@@ -59,8 +61,6 @@ _ENVIRONMENT = {
 }
 # The share of a chip's memory that must stay free: fragments, and what other programs leave.
 _SPARE = 0.08
-# Rows of a new model's embedding are a multiple of this; see `run.trainee`.
-_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def topology_mesh(topology: str, slices: int, run_settings: Settings) -> Mesh:
         import libtpu  # noqa: F401
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    except Exception as error:
+    except jax.errors.JaxRuntimeError as error:
         problem = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"--topology={topology}: expected a version and chips along each axis, such as "
@@ -153,7 +153,7 @@ def model_sizes(run_settings: Settings) -> ModelConfig:
     """
     path, own = run_settings.model.path, run_settings.model
     if path is None:
-        rows = own.text.vocab_size or -(-run_settings.data.vocabulary // _ROWS) * _ROWS
+        rows = own.text.vocab_size or embedding_rows(run_settings.data.vocabulary)
         text = dataclasses.replace(own.text, vocab_size=rows)
         vision = dataclasses.replace(own.vision, out_hidden_size=text.hidden_size)
         return ModelConfig(text=text, vision=vision, **DEFAULT_IDS)

@@ -76,7 +76,7 @@ def test_programs_of_a_small_config(run):
     assert len([line for line in printed.splitlines() if "model/" in line]) == 2
     # Each device gets the other's half of every matrix; the mesh's axis `data` holds copies.
     moved = figures["programs"]["move to the sampler"]["estimate"]["once"]["sent"]
-    assert {tuple(sent["axes"]) for sent in moved} <= {("fsdp",)}
+    assert {(sent["kind"], *sent["axes"]) for sent in moved} == {("all-gather", "fsdp")}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,29 @@ def test_errors_are_one_line(run, flags, message):
     code, _, errors, figures = run(f"--config={TINY}", "--config.stages=sft", *flags)
     assert (code, figures) == (2, None)
     assert message in errors.splitlines()[-1]
+
+
+@pytest.mark.soak
+def test_between_slices_only_gradients_are_summed(run):
+    code, printed, errors, figures = run(
+        f"--config={TINY}",
+        "--topology=v5e:2x2",
+        "--slices=2",
+        "--config.stages=sft",
+        "--config.sft.batch=8",
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=4",
+        "--programs=SFT step",
+    )
+    assert code == 0, errors
+    assert "8 × TPU v5e, data 2 × fsdp 4" in printed
+    sent = figures["programs"]["SFT step"]["estimate"]["once"]["sent"]
+    across = [(one["axes"], one["summed"]) for one in sent if one["across_slices"]]
+    within = [one["axes"] for one in sent if not one["across_slices"]]
+    assert across
+    assert all(axes == ["data"] and summed for axes, summed in across)
+    assert ["fsdp"] in within
+    assert all("data" not in axes for axes in within)
 
 
 @pytest.mark.soak

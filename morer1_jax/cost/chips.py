@@ -85,7 +85,13 @@ _CHIPS = (
     ("H100", _gpu("H100 SXM", 989e12, 79, 3350e9, 450, 50)),
     ("A100-SXM4-40GB", _gpu("A100 SXM 40GB", 312e12, 39, 1555e9, 300, 25)),
     ("A100-SXM4-80GB", _gpu("A100 SXM 80GB", 312e12, 79, 2039e9, 300, 25)),
+    ("A100", _gpu("A100 PCIe", 312e12, 39, 1555e9, 32, 25)),
 )
+
+
+def known_chip(device_kind: str) -> Chip | None:
+    """Returns the chip of a `jax.Device.device_kind`; None if it is not in the table, as a CPU."""
+    return next((known for name, known in _CHIPS if name in device_kind), None)
 
 
 def chip(device_kind: str) -> Chip:
@@ -94,8 +100,7 @@ def chip(device_kind: str) -> Chip:
     Raises:
         ConfigError: there is no such chip in the table.
     """
-    for name, known in _CHIPS:
-        if name in device_kind:
-            return known
+    if (known := known_chip(device_kind)) is not None:
+        return known
     names = ", ".join(name for name, _ in _CHIPS)
     raise ConfigError(f"device kind: expected one with {names} in it, found {device_kind!r}")

@@ -6,15 +6,8 @@ from morer1_jax.model.config import DEFAULT_IDS, ModelConfig, TextConfig, Vision
 
 # By the last part of the name on the hub.
 _TEXT = {
-    "Qwen2.5-VL-3B-Instruct": TextConfig(
-        vocab_size=151_936,
-        hidden_size=2048,
-        intermediate_size=11_008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
+    # The defaults of `TextConfig`.
+    "Qwen2.5-VL-3B-Instruct": TextConfig(tie_word_embeddings=True),
     "Qwen2.5-VL-7B-Instruct": TextConfig(
         vocab_size=152_064,
         hidden_size=3584,

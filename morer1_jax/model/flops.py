@@ -26,27 +26,6 @@ from jaxtyping import Int
 from morer1_jax.batch import FeatureBatch, VisionBatch
 from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
 
-# Dense bfloat16 FLOP/s of one device (a TPU chip or core as JAX counts them), of its data sheet.
-_PEAKS = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU7x", 1153.5e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Returns dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None if unknown, as of a CPU."""
-    return next((peak for name, peak in _PEAKS if name in device_kind), None)
-
 
 def linear_flops(text: TextConfig) -> int:
     """Returns the FLOPs of the decoder's linear maps for one token."""

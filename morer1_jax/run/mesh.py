@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,10 +27,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
 
     Args:
         axes: sizes by name, outermost first; at most one may be -1, for all remaining devices.
+            Slices of TPUs are outermost in the first.
 
     Raises:
         ConfigError: a size that is neither positive nor -1, two of -1, or sizes that do not fit the
-            number of devices.
+            number of devices or of slices.
     """
     # Each size by itself.
     devices = jax.devices() if devices is None else devices
@@ -58,12 +60,23 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
         raise ConfigError(
             f"mesh: expected {count} devices, found {shown} = {fixed}; give one axis the size -1"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
+    types = (AxisType.Auto,) * len(sizes)
+    # Of GPUs too some have slices, whose sense is another one.
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) <= 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+    # Between slices only gradients are sent, once a step: they are outermost in the first axis.
+    outer, *inner = sizes.values()
+    if outer % len(slices):
+        name = next(iter(sizes))
+        raise ConfigError(
+            f"mesh.{name}: expected a multiple of the {len(slices)} slices, found {outer}; change "
+            "it"
+        )
+    arranged = create_hybrid_device_mesh(
+        (outer // len(slices), *inner), (len(slices), *(1 for _ in inner)), devices
     )
+    return Mesh(arranged, tuple(sizes), axis_types=types)
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:

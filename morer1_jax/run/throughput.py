@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from morer1_jax.batch import PromptBatch, SequenceBatch
+from morer1_jax.cost.chips import known_chip
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import ModelConfig
-from morer1_jax.model.flops import batch_vision_flops, peak_flops, text_flops
+from morer1_jax.model.flops import batch_vision_flops, text_flops
 
 
 class Work(NamedTuple):
@@ -98,7 +99,7 @@ def throughput(work: Work, seconds: float) -> dict[str, float]:
     """Returns `throughput/tokens_per_second_per_device`, and `mfu` if the peak is known."""
     devices = jax.device_count()
     rates = {"throughput/tokens_per_second_per_device": work.tokens / seconds / devices}
-    peak = peak_flops(jax.devices()[0].device_kind)
-    if peak is not None:
-        rates["mfu"] = work.flops / seconds / devices / peak
+    chip = known_chip(jax.devices()[0].device_kind)
+    if chip is not None:
+        rates["mfu"] = work.flops / seconds / devices / chip.flops
     return rates

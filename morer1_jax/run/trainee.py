@@ -113,6 +113,11 @@ def open_trainee(
     return Trainee(policy, checkpoint=checkpoint, seed=settings.seed)
 
 
+def embedding_rows(tokens: int) -> int:
+    """Returns the rows of a new model's embedding, for a tokenizer of so many tokens."""
+    return -(-tokens // _ROWS) * _ROWS
+
+
 def _model_config(
     sizes: ModelSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Checkpoint | None
 ) -> ModelConfig:
@@ -121,7 +126,7 @@ def _model_config(
         config = checkpoint.config_with(tokenizer)
     else:
         special, text = SpecialIds.of(tokenizer), sizes.text
-        rows = -(-len(tokenizer) // _ROWS) * _ROWS
+        rows = embedding_rows(len(tokenizer))
         config = ModelConfig(
             text=dataclasses.replace(text, vocab_size=text.vocab_size or rows),
             vision=dataclasses.replace(sizes.vision, out_hidden_size=text.hidden_size),

@@ -6,16 +6,17 @@ take no memory: they repeat one number.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
 from morer1_jax.config.settings import DataSettings
-from morer1_jax.model.config import ModelConfig
+from morer1_jax.model.vlm import Qwen25VL
 
 _IMAGES = 2
 
 
-def sequences(data: DataSettings, config: ModelConfig, rows: int) -> SequenceBatch:
+def sequences(data: DataSettings, model: Qwen25VL, rows: int) -> SequenceBatch:
     """Returns samples of a prompt and a target each."""
     length = _rounded(data.prompt_length + data.completion_length, data.round_to)
     weights = np.zeros(length, np.float32)
@@ -27,11 +28,11 @@ def sequences(data: DataSettings, config: ModelConfig, rows: int) -> SequenceBat
         segment_ids=_repeated(1, (rows, length)),
         positions=_repeated(0, (rows, 3, length)),
         vision_index=_repeated(-1, (rows, length)),
-        vision=_vision(data, config, rows),
+        vision=_vision(data, model, rows),
     )
 
 
-def prompts(data: DataSettings, config: ModelConfig, rows: int) -> PromptBatch:
+def prompts(data: DataSettings, model: Qwen25VL, rows: int) -> PromptBatch:
     """Returns prompts to sample from."""
     length = prompt_length(data)
     return PromptBatch(
@@ -42,7 +43,7 @@ def prompts(data: DataSettings, config: ModelConfig, rows: int) -> PromptBatch:
         next_position=_repeated(0, (rows,)),
         fact=_repeated(0, (rows,)),
         gold=_repeated(0, (rows,)),
-        vision=_vision(data, config, rows),
+        vision=_vision(data, model, rows),
     )
 
 
@@ -51,13 +52,14 @@ def prompt_length(data: DataSettings) -> int:
     return _rounded(data.prompt_length, data.round_to)
 
 
-def _vision(data: DataSettings, config: ModelConfig, rows: int) -> VisionBatch | FeatureBatch:
-    vision, windows = config.vision, data.windows
+def _vision(data: DataSettings, model: Qwen25VL, rows: int) -> VisionBatch | FeatureBatch:
+    vision, windows = model.config.vision, data.windows
     slots = (rows, windows, vision.window_patches)
     if data.keep_features:
         tokens = windows * vision.window_patches // vision.spatial_merge_size**2
-        shape = (rows, tokens, config.text.hidden_size)
-        return FeatureBatch(np.broadcast_to(np.float32(0), shape))
+        shape = (rows, tokens, model.config.text.hidden_size)
+        # As they are kept, in the dtype of activations.
+        return FeatureBatch(np.broadcast_to(np.zeros((), jnp.dtype(model.runtime.dtype)), shape))
     # Every second window is of the second image, and each window a part of its own.
     parts = np.arange(windows, dtype=np.int32)[:, None]
     return VisionBatch(

@@ -150,7 +150,7 @@ class _Plan:
         step = sft_program(placed, transform, own.micro_batches, self._settings.score.chunk)
         multiple = placed.parts * own.micro_batches
         rows = -(-own.batch // multiple) * multiple
-        batch = largest.sequences(self._settings.data, self._config, rows)
+        batch = largest.sequences(self._settings.data, placed.model, rows)
         shapes = like_on(batch, placed.rows)
         return PlannedProgram(
             name="SFT step",
@@ -287,7 +287,7 @@ class _Plan:
         )
 
     def _prompts(self, rows: int) -> PyTree:
-        return largest.prompts(self._settings.data, self._config, rows)
+        return largest.prompts(self._settings.data, self._placed.model, rows)
 
     def _forward_flops(self, rows: int, group: int, length: int) -> float:
         return self._flops(rows, group, length, updates=0)

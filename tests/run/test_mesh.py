@@ -1,3 +1,4 @@
+import types
 from typing import Any
 
 import flax.struct
@@ -70,6 +71,15 @@ def test_make_mesh_names_what_does_not_fit(axes, message):
         make_mesh(axes)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_slices_are_the_outermost_of_the_first_axis():
+    """Whose size they must divide; how they are arranged, `test_compile.py` shows on a topology."""
+    chips = [types.SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
+    with pytest.raises(
+        ConfigError, match=r"mesh\.data: expected a multiple of the 2 slices, found 1"
+    ):
+        make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, chips)
 
 
 def test_the_rules_cover_every_matrix_of_the_model():

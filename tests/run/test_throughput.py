@@ -1,5 +1,7 @@
 """What a step has done, counted from its batch: no padding, and each prompt once for its group."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -68,7 +70,8 @@ def test_what_does_not_train_has_no_gradient(parts, expected):
 
 
 def test_speed_and_mfu(monkeypatch):
-    monkeypatch.setattr(throughput, "peak_flops", lambda kind: 1e12)
+    chip = types.SimpleNamespace(flops=1e12)
+    monkeypatch.setattr(throughput, "known_chip", lambda kind: chip)
     monkeypatch.setattr(throughput.jax, "device_count", lambda: 4)
     found = throughput.throughput(Work(4000.0, 2e12) + Work(4000.0, 2e12), seconds=2.0)
     assert found == {"throughput/tokens_per_second_per_device": 1000.0, "mfu": 0.5}

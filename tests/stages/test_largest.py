@@ -21,17 +21,17 @@ def form(batch):
 @pytest.mark.parametrize("kind", ["prompts", "sequences"])
 def test_they_have_the_form_of_real_batches(tiny, kind):
     data = dataclasses.replace(DATA, prompt_length=32, completion_length=16, windows=5)
-    ours = getattr(largest, kind)(data, tiny.CONFIG, rows=8)
+    ours = getattr(largest, kind)(data, tiny.model(), rows=8)
     theirs = tiny.prompts() if kind == "prompts" else tiny.sequences()
     assert form(ours) == form(theirs)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(ours)} == {8}
 
 
 def test_every_place_is_filled(tiny):
-    batch = largest.sequences(DATA, tiny.CONFIG, rows=3)
+    batch = largest.sequences(DATA, tiny.model(), rows=3)
     assert batch.tokens.shape == (3, 48)  # 30 + 17, rounded up
     np.testing.assert_array_equal(batch.weights.sum(1), 17)
-    assert largest.prompts(DATA, tiny.CONFIG, rows=3).mask.all()
+    assert largest.prompts(DATA, tiny.model(), rows=3).mask.all()
     # Two images of three windows of 16 patches each.
     vision = tiny.CONFIG.vision
     patches, pairs = 6 * 16, {"window": 6 * 16**2, "image": 2 * (3 * 16) ** 2}
@@ -46,7 +46,8 @@ def test_every_place_is_filled(tiny):
     assert sequence_work(tiny.CONFIG, Passes(3, 3), batch).tokens == 3 * 48
 
 
-def test_kept_features_take_the_place_of_patches(tiny):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kept_features_take_the_place_of_patches(tiny, dtype):
     data = dataclasses.replace(DATA, keep_features=True)
-    features = largest.prompts(data, tiny.CONFIG, rows=2).vision.features
-    assert features.shape == (2, 6 * 16 // 4, 32)
+    features = largest.prompts(data, tiny.model(dtype), rows=2).vision.features
+    assert (features.shape, features.dtype) == ((2, 6 * 16 // 4, 32), dtype)
