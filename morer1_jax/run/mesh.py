@@ -64,7 +64,8 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     # Of GPUs too some have slices, whose sense is another one.
     slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(slices) <= 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+        shape, names = tuple(sizes.values()), tuple(sizes)
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
     # Between slices only gradients are sent, once a step: they are outermost in the first axis.
     outer, *inner = sizes.values()
     if outer % len(slices):
