@@ -41,6 +41,7 @@ from morer1_jax.run import mesh as meshes
 from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.trainee import embedding_rows
 from morer1_jax.stages.programs import PlannedProgram, planned_programs
+from morer1_jax.stages.table import stages_to_run
 from morer1_jax.weights.folder import find_folder, read_json
 from morer1_jax.weights.published import CONFIG
 
@@ -94,6 +95,8 @@ def main(argv: list[str]) -> None:
         run_settings.tune,
         run_settings.mesh.sampling_tensor,
     )
+    if any(stage.name == "grpo" for stage in stages_to_run(run_settings)):
+        meshes.check_rows("grpo.prompts", run_settings.grpo.prompts, mesh)
     planned = planned_programs(run_settings, placed)
     if unknown := {*_PROGRAMS.value} - {program.name for program in planned}:
         raise ConfigError(

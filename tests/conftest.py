@@ -55,6 +55,7 @@ LONGEST = (
     "test_published.py",
     "test_steady.py",
     "tools/bench/test_ours.py",
+    "test_meshes.py",
     "learn/test_grpo_update.py",
     "model/test_scorer.py",
     "model/test_parity.py",

@@ -54,6 +54,7 @@ class DecoderLayer(nn.Module):
         q = rotate(linear(q_heads, name="q", bias=True)(y), rotary)
         k = rotate(linear(kv_heads, name="k", bias=True)(y), rotary)
         v = linear(kv_heads, name="v", bias=True)(y)
+        q, k, v = run.layout.heads(q, k, v)
         y, cache = attend(q, k, v, cache)
         x = x + linear(cfg.hidden_size, name="o", axis=(-2, -1))(y)
         sizes = (cfg.hidden_size, cfg.intermediate_size)

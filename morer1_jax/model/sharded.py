@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
@@ -19,9 +17,7 @@ from morer1_jax.model.attention import Kernels, Keys, Queries
 class ShardedKernels:
     """`attention.Kernels` that run one device's kernels on every device's own rows and heads.
 
-    Key-value heads that the axis does not divide are repeated until it does, where that leaves
-    fewer than there are query heads. Where an axis still does not divide rows or heads, each of its
-    devices does all the work.
+    Rows and heads, key-value heads among them, must divide over their axes (`Layout.heads`).
 
     Attributes:
         kernels: those of one device.
@@ -57,22 +53,11 @@ class ShardedKernels:
         self, run: Callable[..., Queries], q: Queries, k: Keys, v: Keys, *masks: Array
     ) -> Queries:
         """Runs a kernel under `shard_map`; masks are split by rows alone."""
-        # Rows over all of their axes, or not at all.
-        sizes = self.mesh.shape
-        rows = None
-        if q.shape[0] % math.prod(sizes[axis] for axis in self.rows) == 0:
-            rows = self.rows
-        # Heads, with as few copies of key-value heads as make the axis divide them.
-        heads, devices = None, sizes.get(self.heads, 1)
-        copies = devices // math.gcd(devices, k.shape[2])
-        if devices > 1 and q.shape[2] % (copies * k.shape[2]) == 0:
-            heads = self.heads
-            k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-        spec = P(rows, None, heads)
+        spec = P(self.rows, None, self.heads)
         return jax.shard_map(
             run,
             mesh=self.mesh,
-            in_specs=(spec, spec, spec, *(P(rows) for _ in masks)),
+            in_specs=(spec, spec, spec, *(P(self.rows) for _ in masks)),
             out_specs=spec,
             check_vma=False,  # Pallas's outputs do not declare over which axes they vary.
         )(q, k, v, *masks)

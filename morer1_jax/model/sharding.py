@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -50,7 +51,8 @@ def partition_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
     """Returns how the parameter at `path` is split: by the first rule that matches.
 
     An axis of the array that its mesh axis does not divide, or whose mesh axis the mesh lacks, is
-    not split.  A parameter that no rule matches is replicated.
+    not split; of a model that fits its mesh (`run.fit`) these are key-value heads alone.  A
+    parameter that no rule matches is replicated.
 
     Raises:
         ValueError: the parameter has fewer axes than its rule names.
@@ -78,26 +80,54 @@ class Layout:
     mesh: Mesh | None = None
 
     def parts(self, rows: int) -> int:
-        """Returns into how many parts the mesh splits so many rows; 1 where it does not divide."""
-        if self.mesh is None:
-            return 1
-        count = self._batch_size
-        return 1 if rows % count else count
+        """Returns into how many parts the mesh splits so many rows.
+
+        Raises:
+            ValueError: the mesh does not divide the rows; see `rows`.
+        """
+        count = self._size(*BATCH_AXES)
+        if rows % count:
+            raise ValueError(
+                f"rows: expected a multiple of the {count} parts that the mesh splits them into, "
+                f"found {rows}"
+            )
+        return count
 
     def rows(self, x: jax.Array, heads: int | None = None, axis: int = 0) -> jax.Array:
-        """Splits an array by its rows; rows that do not divide are not split.
+        """Splits an array by its rows.
 
         Args:
             heads: the axis that is split as attention's heads are; None: no other is split.
             axis: of the rows.
+
+        Raises:
+            ValueError: the mesh does not divide the rows, so that every device would compute all of
+                them; batches are checked before (`run.mesh.check_rows`).
         """
-        if self.mesh is None or x.shape[axis] % self._batch_size:
+        if self.mesh is None:
             return x
+        self.parts(x.shape[axis])
         spec: list[Any] = [None] * x.ndim
-        spec[axis] = self._batch_axes
-        if heads is not None and x.shape[heads] % self.mesh.shape.get(HEAD_AXIS, 1) == 0:
-            spec[heads] = HEAD_AXIS if HEAD_AXIS in self.mesh.shape else None
+        spec[axis] = tuple(name for name in BATCH_AXES if name in self.mesh.shape)
+        if heads is not None and HEAD_AXIS in self.mesh.shape:
+            spec[heads] = HEAD_AXIS
         return self._constrained(x, P(*spec))
+
+    def heads(
+        self, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Splits queries [b, s, h, e], keys and values [b, s, k, e] by rows and heads.
+
+        Key-value heads that the heads' axis does not divide are repeated until it does, so that a
+        device has those that its own queries attend to, and no other.
+        """
+        if self.mesh is None:
+            return q, k, v
+        devices = self._size(HEAD_AXIS)
+        copies = devices // math.gcd(devices, k.shape[2])
+        if copies > 1:
+            k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        return self.rows(q, heads=2), self.rows(k, heads=2), self.rows(v, heads=2)
 
     def gathered(self, path: str, kernel: jax.Array) -> jax.Array:
         """Gathers a parameter as a product needs it: whole but for the heads' axis."""
@@ -112,13 +142,9 @@ class Layout:
             return kernel
         return self._constrained(kernel, partition_spec(self.mesh, path, kernel.shape))
 
-    @property
-    def _batch_axes(self) -> tuple[str, ...]:
-        return tuple(name for name in BATCH_AXES if name in self.mesh.shape)
-
-    @property
-    def _batch_size(self) -> int:
-        return math.prod(self.mesh.shape[name] for name in self._batch_axes)
+    def _size(self, *axes: str) -> int:
+        """Returns the number of devices along axes, those that the mesh lacks left out."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
 
     def _constrained(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

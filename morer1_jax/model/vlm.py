@@ -10,6 +10,7 @@ v vocabulary, l layers, k key-value heads, e head size, t completion.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from morer1_jax.model.attention import PackedCausal, Pattern
+from morer1_jax.model.attention import XLA, PackedCausal, Pattern
 from morer1_jax.model.config import LoRA, ModelConfig, Runtime
 from morer1_jax.model.decoding import Cached, KVCache, LayerKV
 from morer1_jax.model.language import Decoder
 from morer1_jax.model.logprobs import plain_logits, token_logprobs
+from morer1_jax.model.sharding import Layout
 from morer1_jax.model.vision import VisionInputs, VisionTower
 
 
@@ -141,6 +143,9 @@ def init_params(model: Qwen25VL, key: PRNGKeyArray) -> dict[str, Any]:
     Matrices are normal with the config's `initializer_range` as standard deviation, biases zero,
     scales of norms one.
     """
+    # One row, which no mesh splits, runs through the model for the parameters' shapes alone.
+    runtime = dataclasses.replace(model.runtime, kernels=XLA(), layout=Layout())
+    model = model.clone(runtime=runtime)
     vision = model.config.vision
     slots = (1, 1, vision.window_patches)
     images = VisionInputs(

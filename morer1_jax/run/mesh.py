@@ -53,7 +53,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
         if count % fixed:
             raise ConfigError(
                 f"mesh.{free[0]}: expected a multiple of {shown} = {fixed} devices, found {count}; "
-                "change the sizes"
+                f"let the other sizes multiply to a divisor of {count}"
             )
         sizes[free[0]] = count // fixed
     elif fixed != count:
@@ -127,6 +127,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_parts(mesh: Mesh) -> int:
     """Returns the number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES if name in mesh.shape)
+
+
+def check_rows(key: str, rows: int, mesh: Mesh) -> None:
+    """Checks that the mesh can split so many rows of a batch.
+
+    Raises:
+        ConfigError: it cannot; the error names the config's key.
+    """
+    parts = batch_parts(mesh)
+    if rows % parts:
+        raise ConfigError(
+            f"config.{key}: expected a multiple of mesh.data × mesh.fsdp = {parts}, found {rows}; "
+            f"use {-(-rows // parts) * parts}, or change the mesh"
+        )
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:

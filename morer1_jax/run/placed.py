@@ -19,6 +19,7 @@ from morer1_jax.model.layers import Params
 from morer1_jax.model.sharding import Layout
 from morer1_jax.model.vlm import Qwen25VL, for_products
 from morer1_jax.run import mesh as meshes
+from morer1_jax.run.fit import check_mesh
 from morer1_jax.run.kernels import choose
 from morer1_jax.run.sampling import SamplingLayout, sampling_mesh
 
@@ -128,11 +129,13 @@ def place(
             axis `tensor` has.
 
     Raises:
-        ConfigError: the kernels that the runtime names do not fit devices, dtype or heads, or
-            `sampling_tensor` does not fit the mesh.
+        ConfigError: the kernels that the runtime names do not fit devices, dtype or heads, or the
+            mesh or `sampling_tensor` does not fit the model.
     """
+    check_mesh(config, mesh)
+    sampling = sampling_mesh(config, mesh, sampling_tensor)
     model = Qwen25VL(config, _on_mesh(config, runtime, mesh), trainable.adapters)
-    return Placed(model, mesh, sampling_mesh(mesh, sampling_tensor), trainable)
+    return Placed(model, mesh, sampling, trainable)
 
 
 def _on_mesh(config: ModelConfig, runtime: Runtime, mesh: Mesh) -> Runtime:

@@ -17,12 +17,13 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from morer1_jax.errors import ConfigError
+from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.decoding import separate_layers
 from morer1_jax.model.layers import Params
 from morer1_jax.model.sharding import HEAD_AXIS, partition_spec
 from morer1_jax.model.vlm import Qwen25VL, for_products
 from morer1_jax.run import mesh as meshes
+from morer1_jax.run.fit import check_sampling
 
 _LAYERS = "language/layers/"
 
@@ -120,22 +121,17 @@ class SamplingLayout:
         return separate_layers(whole) if self._layers_apart else whole
 
 
-def sampling_mesh(mesh: Mesh, tensor: int | None) -> Mesh:
+def sampling_mesh(config: ModelConfig, mesh: Mesh, tensor: int | None) -> Mesh:
     """Returns a mesh of rows and heads over the devices of training's mesh.
 
     Args:
         tensor: devices that parameters are split over; None: as many as training's axis `tensor`.
 
     Raises:
-        ConfigError: `tensor` does not fit the mesh.
+        ConfigError: `tensor` does not fit mesh or model.
     """
-    rows = meshes.batch_parts(mesh)
-    tensor = mesh.size // rows if tensor is None else tensor
-    if mesh.size % tensor or rows % (mesh.size // tensor):
-        raise ConfigError(
-            f"mesh.sampling_tensor: expected a divisor of the mesh's {mesh.size} devices that "
-            f"leaves a divisor of the {rows} parts its rows are split into, found {tensor}; use a "
-            "multiple of mesh.tensor"
-        )
+    if tensor is None:
+        tensor = mesh.size // meshes.batch_parts(mesh)
+    check_sampling(config, mesh, tensor)
     devices = mesh.devices.reshape(-1, tensor)
     return Mesh(devices, ("data", HEAD_AXIS), axis_types=(AxisType.Auto,) * 2)

@@ -237,18 +237,11 @@ def _print_other_limits(
 
 
 def _check_batches(settings: Settings) -> None:
-    """Checks that the mesh can split the rows of every batch."""
-    parts = meshes.batch_parts(meshes.make_mesh(settings.mesh.axes))
-    for key, rows in (
-        ("rate.batch", settings.rate.batch),
-        ("grpo.prompts", settings.grpo.prompts),
-        ("evaluate.batch", settings.evaluate.batch),
-    ):
-        if rows % parts:
-            raise ConfigError(
-                f"config.{key}: expected a multiple of mesh.data × mesh.fsdp = {parts}, found "
-                f"{rows}; change it or the mesh"
-            )
+    """Checks that the mesh can split the rows of every batch; SFT's are filled up until it can."""
+    mesh = meshes.make_mesh(settings.mesh.axes)
+    meshes.check_rows("rate.batch", settings.rate.batch, mesh)
+    meshes.check_rows("grpo.prompts", settings.grpo.prompts, mesh)
+    meshes.check_rows("evaluate.batch", settings.evaluate.batch, mesh)
 
 
 def _bind_data(setup: Setup, dataset: Dataset) -> None:

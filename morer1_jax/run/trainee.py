@@ -20,6 +20,7 @@ from morer1_jax.model.layers import Params
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.fit import any_mesh
 from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.policy import Policy
 from morer1_jax.task.ontology import Ontology
@@ -99,15 +100,20 @@ def open_trainee(
     tokenizer: PreTrainedTokenizerFast,
     ontology: Ontology,
     checkpoint: Checkpoint | None,
+    *,
+    mesh_of_config: bool = True,
 ) -> Trainee:
     """Builds a run's model on its mesh; makes and reads no parameters.
+
+    Args:
+        mesh_of_config: whether the mesh is the config's, or any that fits this machine's devices.
 
     Raises:
         ConfigError: sizes, devices, kernels or tokenizer do not fit each other.
         DataError: a label that the tokenizer cannot write.
     """
-    mesh = meshes.make_mesh(settings.mesh.axes)
     config = _model_config(settings.model, tokenizer, checkpoint)
+    mesh = meshes.make_mesh(settings.mesh.axes) if mesh_of_config else any_mesh(config)
     placed = place(config, settings.runtime, mesh, settings.tune, settings.mesh.sampling_tensor)
     policy = Policy(placed, tokenizer, ontology)
     return Trainee(policy, checkpoint=checkpoint, seed=settings.seed)

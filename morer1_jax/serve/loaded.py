@@ -24,8 +24,8 @@ from morer1_jax.model.config import ImageConfig, Runtime
 from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
-from morer1_jax.run import mesh as meshes
 from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.fit import any_mesh
 from morer1_jax.run.manifest import MANIFEST
 from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.policy import Policy
@@ -45,8 +45,6 @@ TASK = "more_r1.json"
 LABELS = "rel2id.json"
 # Stages whose models can be opened; a workdir stands for the first that it has.
 _BY_RANK = [s.name for s in sorted(STAGES, key=lambda stage: -stage.rank) if s.rank]
-# Parameters are split over all devices, so that a large model fits.
-_MESH = MeshSettings()
 # A prompt of photo, crop and question has some hundred tokens; buckets are rounded up to this.
 _ROUND = 16
 
@@ -195,7 +193,7 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
     # The run's config, for this machine's devices instead of those it was trained on.
     workdir = stage.parent
     config = read_json(workdir / RUN_CONFIG, needed=False)
-    config["mesh"] = dataclasses.asdict(_MESH)
+    config["mesh"] = dataclasses.asdict(MeshSettings())
     if isinstance(runtime := config.get("runtime"), dict):
         runtime["attention"] = "auto"
     try:
@@ -211,7 +209,7 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
         )
     tokenizer = load_tokenizer(folder)
     ontology = ontology or more.read_ontology(setup.data)
-    trainee = open_trainee(setup.settings, tokenizer, ontology, checkpoint)
+    trainee = open_trainee(setup.settings, tokenizer, ontology, checkpoint, mesh_of_config=False)
     return LoadedModel(
         placed=trainee.placed,
         load=lambda: trainee.whole(trainee.best_params(stage)),
@@ -259,11 +257,11 @@ def _published(path: str, ontology: Ontology | None, completion: int | None) -> 
     folder = checkpoint.local_files
     if ontology is None and (folder / LABELS).exists():
         ontology = read_ontology_file(folder / LABELS)
-    mesh = meshes.make_mesh(_MESH.axes)
     dtype = checkpoint.dtype
     tokenizer = load_tokenizer(folder)
-    runtime = Runtime(param_dtype=dtype, dtype=dtype)
-    placed = place(checkpoint.config_with(tokenizer), runtime, mesh)
+    runtime, sizes = Runtime(param_dtype=dtype, dtype=dtype), checkpoint.config_with(tokenizer)
+    # Parameters are split over all devices, so that a large model fits.
+    placed = place(sizes, runtime, any_mesh(sizes))
     task = _task(folder / TASK)
     return LoadedModel(
         placed=placed,

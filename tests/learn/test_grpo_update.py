@@ -1,23 +1,18 @@
-"""GRPO's gradients through the model: parts, photos, devices, and the first update."""
+"""GRPO's gradients through the model: parts, photos, and the first update."""
 
 import dataclasses
 
 import jax
 import numpy as np
-import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from morer1_jax.learn.grpo import (
     GroupBatch,
     LossConfig,
     grpo_gradients,
-    make_grpo_update,
     token_weights,
 )
 from morer1_jax.model.scorer import ScoreConfig
-from morer1_jax.run import mesh as meshes
 
 CONFIG = LossConfig(beta=0.05, clip_low=0.1, clip_high=0.15, mask_truncated=True)
 SCORE = ScoreConfig(chunk=24)
@@ -150,50 +145,3 @@ def test_a_fully_masked_batch_is_zero(tiny, learn, batch):
             gradients, metrics = learn(micro_batches=micro_batches)(tiny.params(), masked)
             assert all(value == 0 for value in metrics.values())
             assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradients))
-
-
-@pytest.mark.parametrize(
-    ("axes", "micro_batches"),
-    [
-        ({"data": 1, "fsdp": 2, "tensor": 4}, 2),
-        # Of each layout a step is tried daily: this one by SFT's.
-        pytest.param({"data": 2, "fsdp": 4, "tensor": 1}, 1, marks=pytest.mark.soak),
-    ],
-    ids=str,
-)
-def test_an_update_on_eight_devices(tiny, learn, batch, axes, micro_batches):
-    """As a run compiles it; the optimizer keeps the gradients it is given."""
-    mesh = tiny.mesh(**axes)
-    keep = optax.trace(decay=0.0)
-    params = tiny.params()
-    state = tiny.fresh_state(params, keep)
-    shardings = meshes.state_shardings(mesh, state, params)
-    whole = NamedSharding(mesh, P())
-    update = tiny.jit(
-        make_grpo_update(tiny.model(mesh=mesh), keep, CONFIG, SCORE, micro_batches),
-        in_shardings=(shardings, {}, meshes.batch_sharding(mesh), whole),
-        out_shardings=(shardings, whole),
-    )
-    after, metrics = update(
-        tiny.place(state, shardings), {}, meshes.put_batch(batch, mesh), tiny.ALLOWED
-    )
-    gradients, expected = learn()(params, batch)
-    tiny.assert_near(after.opt_state.trace, gradients, 1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], tiny.norm(gradients), rtol=1e-5)
-    tiny.assert_near({name: metrics[name] for name in expected}, expected, 1e-5)
-    tiny.assert_near(after.params, jax.tree.map(np.add, params, gradients), 1e-5)
-    # Rollouts are counted by the caller.
-    assert (after.step, metrics["skipped_updates"]) == (0, 0)
-    assert (metrics["not_finite"] == -1).all()
-    # The importance weight's cap and the clip would hide an infinity: its update is skipped, too.
-    drawn, padding = (tuple(np.argwhere(mask)[-1]) for mask in (batch.mask, ~batch.mask))
-    for name, value in (("sampler", -np.inf), ("old", -np.inf), ("reference", np.nan)):
-        for place, skipped in ((drawn, 1), (padding, 0)):
-            spoilt = getattr(batch, name).copy()
-            spoilt[place] = value
-            given = meshes.put_batch(batch.replace(**{name: spoilt}), mesh)
-            left, metrics = update(after, {}, given, tiny.ALLOWED)
-            assert (tiny.distance(left.params, after.params) == 0) == skipped
-            assert metrics["skipped_updates"] == skipped
-            expected = np.where(np.arange(tiny.PROMPTS) == place[0], 100 + place[0], -1)
-            np.testing.assert_array_equal(metrics["not_finite"], expected if skipped else -1)

@@ -3,16 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from morer1_jax.learn.sft import make_sft_step, sft_gradients
+from morer1_jax.learn.sft import sft_gradients
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.model.vision import VisionInputs
-from morer1_jax.run import mesh as meshes
 
 SCORE = ScoreConfig(temperature=0.5, chunk=20)  # the temperature is of sampling alone
 
@@ -110,48 +106,3 @@ def test_a_batch_without_targets_is_zero(tiny, learn):
         gradients, metrics = learn(micro_batches)(tiny.params(), batch)
         assert all(value == 0 for value in metrics.values())
         assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradients))
-
-
-@pytest.mark.parametrize(
-    ("axes", "micro_batches"),
-    [
-        ({"data": 2, "fsdp": 4, "tensor": 1}, 1),
-        # Of each layout a step is tried daily: this one by GRPO's update.
-        pytest.param({"data": 1, "fsdp": 2, "tensor": 4}, 2, marks=pytest.mark.soak),
-    ],
-    ids=str,
-)
-def test_a_step_on_eight_devices(tiny, learn, axes, micro_batches):
-    """As a run compiles it; the optimizer keeps the gradients it is given, and takes one whole."""
-    mesh = tiny.mesh(**axes)
-    params, batch = tiny.params(), in_rows(tiny)
-    keep = optax.trace(decay=0.0)
-    state = tiny.fresh_state(params, keep)
-    shardings = meshes.state_shardings(mesh, state, params)
-    whole = NamedSharding(mesh, P())
-    step = tiny.jit(
-        make_sft_step(tiny.model(mesh=mesh), keep, SCORE, micro_batches),
-        in_shardings=(shardings, {}, meshes.batch_sharding(mesh)),
-        out_shardings=(shardings, whole),
-    )
-    after, metrics = step(tiny.place(state, shardings), {}, meshes.put_batch(batch, mesh))
-    gradients, expected = learn()(params, batch)
-    tiny.assert_near(after.opt_state.trace, gradients, 1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], tiny.norm(gradients), rtol=1e-5)
-    tiny.assert_near({name: metrics[name] for name in expected}, expected, 1e-5)
-    tiny.assert_near(after.params, jax.tree.map(np.add, params, gradients), 1e-5)
-    np.testing.assert_allclose(metrics["param_norm"], tiny.norm(after.params), rtol=1e-5)
-    assert (after.step, metrics["skipped_updates"]) == (1, 0)
-    # A photo that is not finite changes nothing, but the batch is spent.
-    mean = batch.vision.mean.copy()
-    mean[5, 0] = np.nan
-    spoilt = batch._replace(vision=batch.vision._replace(mean=mean))
-    left, metrics = step(after, {}, meshes.put_batch(spoilt, mesh))
-    for name in ("params", "opt_state"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(left, name), getattr(after, name))
-    assert not np.isfinite(metrics["grad_norm"])
-    assert (left.step, metrics["skipped_updates"]) == (2, 1)
-    assert (
-        after.params["head"].addressable_shards[0].data.size
-        == 32 * 32 // axes["fsdp"] // axes["tensor"]
-    )

@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from morer1_jax.cost.hlo import parse
+from morer1_jax.cost.program import cost_of
+from morer1_jax.model.attention import PackedCausal
+from morer1_jax.model.decoding import Cached, init_cache
 from morer1_jax.model.sharding import Layout, partition_spec
 from morer1_jax.run.mesh import make_mesh
 
@@ -53,9 +58,6 @@ def test_rows_are_split_over_all_axes_but_the_heads():
     assert placed(layout, "rows", jnp.ones((8, 3))) == P(ROWS)
     out = jax.jit(lambda x: layout.rows(x, heads=2))(jnp.ones((4, 3, 6)))
     assert out.sharding.spec == P(ROWS, None, "tensor")
-    # An axis of heads that does not divide is whole.
-    out = jax.jit(lambda x: layout.rows(x, heads=2))(jnp.ones((4, 3, 5)))
-    assert out.sharding.spec == P(ROWS)
     assert placed(Layout(mesh(fsdp=4)), "rows", jnp.ones((8, 3))) == P("fsdp")
 
 
@@ -71,8 +73,79 @@ def test_a_kernel_is_gathered_but_for_its_heads_and_split_again():
 
 def test_parts_of_the_rows():
     assert Layout(MESH).parts(8) == 4
-    assert Layout(MESH).parts(6) == 1
-    assert Layout().parts(8) == 1
+    assert Layout().parts(7) == 1
+
+
+def test_rows_that_every_device_would_compute_are_refused():
+    message = "rows: expected a multiple of the 4 parts that the mesh splits them into, found 6"
+    with pytest.raises(ValueError, match=message):
+        Layout(MESH).parts(6)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(Layout(MESH).rows, jnp.ones((6, 4)))
+
+
+# (query heads, key-value heads, devices that heads are split over, key-value heads of a device)
+HEADS = [(4, 4, 4, 1), (4, 2, 4, 1), (8, 2, 4, 1), (6, 2, 3, 2), (12, 4, 6, 2), (8, 4, 2, 2)]
+
+
+def attended(q, k, v, layout):
+    """Whole sequences, then one more token of two samples, whose cache holds these."""
+    q, k, v = layout.heads(q, k, v)
+    mask = jnp.ones(q.shape[:2], jnp.int32)
+    out, _ = PackedCausal(mask)(q, k, v)
+    cache = init_cache((k, v), mask > 0, group=2, length=4, layout=layout).layers
+    last = (x[:, -2:] for x in (q, k, v))
+    token, cache = Cached(mask > 0, jnp.int32(1))(*last, cache.replace(layer=None))
+    return out, token, cache
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tensor", "own"), HEADS)
+def test_each_device_attends_with_its_own_heads_alone(heads, kv_heads, tensor, own):
+    """Whether these divide or not: no query, key or value moves, in values as on one device."""
+    rng, layout = np.random.default_rng(0), Layout(mesh(fsdp=1, tensor=tensor))
+    q, k, v = (
+        rng.standard_normal((2, 6, n, 8)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
+    )
+    split, whole = (NamedSharding(layout.mesh, P(None, None, axis)) for axis in ("tensor", None))
+
+    def run(q, k, v):
+        return attended(q, k, v, layout)
+
+    run = jax.jit(run, in_shardings=(split, whole, whole), out_shardings=(split, split, None))
+    compiled = run.lower(q, k, v).compile()
+    assert cost_of(parse(compiled.as_text()), tensor).transfers == []
+    *ours, cache = compiled(*jax.device_put((q, k, v), (split, whole, whole)))
+    *expected, _ = attended(q, k, v, Layout())
+    for got, wanted in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
+    # Of the cache too a device holds no more.
+    for x in (cache.prompt_k, cache.prompt_v, cache.k, cache.v):
+        assert {shard.data.shape[1] for shard in x.addressable_shards} == {own}
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tensor"), [(4, 2, 4), (6, 2, 3)])
+def test_of_repeated_heads_only_keys_and_values_gradients_are_sent(heads, kv_heads, tensor):
+    """Sums over the queries of each, once; the queries' own gradients stay where they are."""
+    rng, layout = np.random.default_rng(0), Layout(mesh(fsdp=1, tensor=tensor))
+    q, k, v = (
+        rng.standard_normal((2, 6, n, 8)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
+    )
+    split, whole = (NamedSharding(layout.mesh, P(None, None, axis)) for axis in ("tensor", None))
+
+    def gradients(layout):
+        def total(q, k, v):
+            return jnp.sum(jnp.sin(attended(q, k, v, layout)[0]))
+
+        return jax.grad(total, (0, 1, 2))
+
+    placement = split, whole, whole
+    run = jax.jit(gradients(layout), in_shardings=placement, out_shardings=placement)
+    compiled = run.lower(q, k, v).compile()
+    cost = cost_of(parse(compiled.as_text()), tensor)
+    assert 0 < cost.bytes <= 2 * (k.nbytes + v.nbytes)
+    ours = compiled(*jax.device_put((q, k, v), placement))
+    for got, wanted in zip(ours, gradients(Layout())(q, k, v), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_on_one_device_nothing_is_said():

@@ -30,7 +30,8 @@ def config(small_world):
     config.data.folder = str(small_world)
     config.data.keep_features = True
     config.tune.update(vision=0.0, merger=0.0)
-    config.mesh.update(data=2, fsdp=1, tensor=4)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config.grpo.prompts = 4
     return config
 
 

@@ -60,7 +60,11 @@ def test_make_mesh_fills_in_the_free_axis():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"data": -1, "fsdp": 3}, "mesh.data: expected a multiple of fsdp 3 = 3 devices, found 8"),
+        (
+            {"data": -1, "fsdp": 3},
+            "mesh.data: expected a multiple of fsdp 3 = 3 devices, found 8; let the other sizes "
+            "multiply to a divisor of 8",
+        ),
         ({"data": 2, "fsdp": 2}, "expected 8 devices, found data 2 × fsdp 2 = 4;"),
         ({"data": -1, "fsdp": -1}, "at most one size of -1, found data and fsdp;"),
         ({"data": -1, "tensor": 0}, "mesh.tensor: expected a positive size or -1, found 0"),

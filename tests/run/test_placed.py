@@ -1,6 +1,4 @@
-"""Where a model's parameters lie for training and for sampling, and that sampling is the same."""
-
-import dataclasses
+"""Where a model's parameters lie for training and for sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,6 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import Runtime
 from morer1_jax.model.decoding import separate_layers
-from morer1_jax.run.batch_sampler import sampler_program
-from morer1_jax.run.mesh import fetch
 from morer1_jax.run.placed import place
 
 
@@ -109,44 +105,14 @@ def test_a_reference_is_in_the_products_dtype(tiny):
         np.testing.assert_array_equal(head, np.asarray(params["head"]).astype(dtype))
 
 
-@pytest.mark.parametrize("tensor", [3, 1, 16])
-def test_a_layout_for_sampling_that_does_not_fit_is_refused(tiny, tensor):
-    """Rows must be split no finer than in training, whose batches divide over its parts."""
-    mesh = tiny.mesh(data=1, fsdp=4, tensor=2)
-    with pytest.raises(ConfigError, match=r"mesh\.sampling_tensor: expected a divisor.*found"):
-        place(tiny.CONFIG, Runtime(), mesh, sampling_tensor=tensor)
-
-
-@pytest.mark.parametrize(
-    ("axes", "sampling_tensor"),
-    [
-        pytest.param({"data": 8, "fsdp": 1, "tensor": 1}, None, marks=pytest.mark.soak),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
-        pytest.param({"data": 1, "fsdp": 8, "tensor": 1}, 2, marks=pytest.mark.soak),
-        pytest.param({"data": 1, "fsdp": 2, "tensor": 4}, 8, marks=pytest.mark.soak),
-    ],
-    ids=str,
-)
-def test_every_layout_draws_the_same(tiny, axes, sampling_tensor):
-    config = tiny.sample_config()
-
-    def draw(mesh, params, tensor):
-        runtime = Runtime(decode_unroll=mesh.size > 1)
-        placed = place(tiny.CONFIG, runtime, mesh, sampling_tensor=tensor)
-        run = sampler_program(placed, config, seed=3)
-        given = placed.put(tiny.prompts()), tiny.GRAMMAR, tiny.ALLOWED
-        return fetch(run(placed.sampling.params(put(params, placed)), *given))
-
-    one = tiny.mesh(data=1, fsdp=1, tensor=1)
-    for params in tiny.params(), tiny.chain_params(6.0):
-        ours = draw(tiny.mesh(**axes), params, sampling_tensor)
-        theirs = draw(one, params, None)
-        for field in dataclasses.fields(theirs):
-            a, b = getattr(ours, field.name), getattr(theirs, field.name)
-            if field.name == "logprobs":
-                np.testing.assert_allclose(a, b, atol=2e-5)
-            else:
-                np.testing.assert_array_equal(a, b, err_msg=field.name)
+def test_a_mesh_that_does_not_fit_the_model_is_refused(tiny):
+    """Training's, and sampling's by the setting's own name; see `test_fit.py`."""
+    mesh = tiny.mesh(data=1, fsdp=1, tensor=8)
+    with pytest.raises(ConfigError, match=r"^mesh\.tensor: expected a divisor .*, found 8; use 1"):
+        place(tiny.CONFIG, Runtime(), mesh)
+    mesh = tiny.mesh(data=1, fsdp=8, tensor=1)
+    with pytest.raises(ConfigError, match=r"^mesh\.sampling_tensor: .*, found 8; use 1, 2 or 4$"):
+        place(tiny.CONFIG, Runtime(), mesh, sampling_tensor=8)
 
 
 @pytest.mark.parametrize(

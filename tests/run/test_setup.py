@@ -23,7 +23,8 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 def config(small_world):
     config = read_config(TINY)
     config.data.folder = str(small_world)
-    config.mesh.update(data=2, fsdp=1, tensor=4)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config.grpo.prompts = 4
     return config
 
 
@@ -83,7 +84,9 @@ def test_a_batch_that_the_mesh_cannot_split_is_named_before_any_work(config, tmp
     config.data.folder = str(tmp_path / "absent")  # Not looked at: that comes after.
     branch, leaf = key.split(".")
     config[branch][leaf] = 3
-    with pytest.raises(ConfigError, match=rf"^config\.{key}: expected a multiple .* = 2, found 3;"):
+    with pytest.raises(
+        ConfigError, match=rf"^config\.{key}: expected a multiple .* = 4, found 3; use 4"
+    ):
         opened(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -18,7 +18,7 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 @pytest.fixture(scope="module")
 def config(small_world):
     config = read_config(TINY)
-    config.mesh.update(data=2, fsdp=1, tensor=4)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
     return settings(config)
 
 

@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 def config(small_world):
     config = read_config(ROOT / "tests" / "configs" / "tiny.py")
     config.data.folder = str(small_world)
-    config.mesh.update(data=2, fsdp=1, tensor=4)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config.grpo.prompts = 4
     return config
 
 
