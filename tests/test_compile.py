@@ -87,6 +87,10 @@ def test_programs_of_a_small_config(run):
             ["--topology=v5e:2x2", "--config.mesh.fsdp=3"],
             "mesh.data: expected a multiple of fsdp 3",
         ),
+        (
+            ["--topology=v5e:2x2", "--config.stages=grpo", "--config.grpo.prompts=6"],
+            "config.grpo.prompts: expected a multiple of mesh.data × mesh.fsdp = 4, found 6; use 8",
+        ),
     ],
 )
 def test_errors_are_one_line(run, flags, message):

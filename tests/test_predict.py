@@ -175,6 +175,7 @@ def spoilt(exported, tmp_path_factory):
     return folder, f"{folder / SINGLE}: {name}: expected finite values, found 1 of {size} "
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("stage", ["sft", "rate", "grpo"])
 def test_a_tensor_that_is_not_finite_is_trained_by_no_stage(spoilt, small_world, tmp_path, stage):
     folder, message = spoilt

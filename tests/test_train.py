@@ -23,6 +23,9 @@ from morer1_jax.stages.grpo import _pools, _schedule, run_grpo
 from morer1_jax.stages.table import BY_NAME
 from morer1_jax.train import train
 
+# The tiny model has too few heads for all devices.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "configs" / "tiny.py"
 

@@ -51,7 +51,7 @@ def encode(run, workdir):
 
 def test_log_probabilities_are_those_of_the_pixels(tiny, run):
     reasoning, trainee = run.dataset.reasoning, run.trainee
-    facts = [fact for fact in run.dataset.splits["train"] if fact.id in reasoning][:6]
+    facts = [fact for fact in run.dataset.splits["train"] if fact.id in reasoning][:8]
     params = trainee.whole(trainee.init_params(0))
     model, limits = trainee.policy.model, run.reader.limits
     shape = Shape(limits.prompt + limits.completion, limits.slots)
