@@ -17,7 +17,7 @@ SPLITS = ("train", "valid", "test")
 
 
 @pytest.fixture
-def config():
+def config(one_device):
     spec = importlib.util.spec_from_file_location("tiny_config", TINY)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
