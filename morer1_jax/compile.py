@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
     results, faults = [], []
     for program in planned:
         if not _PROGRAMS.value or program.name in _PROGRAMS.value:
-            result = compiled(program, mesh, target)
+            result = compiled(program, target)
             results.append(result)
             print("\n".join(_lines(result, mesh, target, _TOP.value)), flush=True)
             faults += faults_of(result, target)
@@ -165,7 +165,7 @@ def model_sizes(run_settings: Settings) -> ModelConfig:
     return ModelConfig.from_hf(read_json(find_folder(path, [CONFIG]) / CONFIG))
 
 
-def compiled(planned: PlannedProgram, mesh: Mesh, target: Chip) -> Compiled:
+def compiled(planned: PlannedProgram, target: Chip) -> Compiled:
     """Compiles a program and reads its costs off."""
     before = time.perf_counter()
     try:
@@ -175,6 +175,8 @@ def compiled(planned: PlannedProgram, mesh: Mesh, target: Chip) -> Compiled:
         return Compiled(planned, None, _compile_problem(str(error)), seconds)
     seconds = time.perf_counter() - before
     beside = {name: meshes.device_bytes(tree) for name, tree in planned.beside.items()}
+    # Sampling's mesh has axes of its own over the same devices.
+    mesh = jax.tree.leaves(planned.params)[0].sharding.mesh
     return Compiled(
         planned, estimate(executable, mesh, target, planned.params, beside), "", seconds
     )

@@ -79,6 +79,23 @@ def test_programs_of_a_small_config(run):
     assert {(sent["kind"], *sent["axes"]) for sent in moved} == {("all-gather", "fsdp")}
 
 
+def test_programs_that_sample_are_read_by_samplings_own_axes(run):
+    """Activations are summed over its heads, which lie on devices of training's rows."""
+    code, _, errors, figures = run(
+        f"--config={TINY}",
+        "--topology=v5e:2x2",
+        "--config.stages=evaluate",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=4",
+        "--config.mesh.sampling_tensor=2",
+        "--programs=greedy answers",
+    )
+    assert code == 0, errors
+    assert figures["sampling"] == {"data": 2, "tensor": 2}
+    sent = figures["programs"]["greedy answers"]["estimate"]["once"]["sent"]
+    assert {tuple(one["axes"]) for one in sent} == {("tensor",)}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
