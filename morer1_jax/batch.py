@@ -31,6 +31,16 @@ class VisionBatch(NamedTuple):
     inverse_std: Float[np.ndarray, "b k"]
 
 
+class EncodedBatch(NamedTuple):
+    """Images that the vision tower has run on, up to its merger, in place of patches.
+
+    Attributes:
+        hidden: what the tower's blocks give for each slot of the layout, n = w·p.
+    """
+
+    hidden: Float[np.ndarray, "b n d"]
+
+
 class FeatureBatch(NamedTuple):
     """Features computed before training, in place of patches.
 
@@ -38,6 +48,10 @@ class FeatureBatch(NamedTuple):
     """
 
     features: Float[np.ndarray, "b m d"]
+
+
+Images = VisionBatch | EncodedBatch | FeatureBatch
+"""The images of a batch's rows, in one of three stages of encoding."""
 
 
 class SequenceBatch(NamedTuple):
@@ -58,7 +72,7 @@ class SequenceBatch(NamedTuple):
     segment_ids: Int[np.ndarray, "b s"]
     positions: Int[np.ndarray, "b 3 s"]
     vision_index: Int[np.ndarray, "b s"]
-    vision: VisionBatch | FeatureBatch
+    vision: Images
 
 
 class PromptBatch(NamedTuple):
@@ -81,7 +95,7 @@ class PromptBatch(NamedTuple):
     next_position: Int[np.ndarray, " b"]
     fact: Int[np.ndarray, " b"]
     gold: Int[np.ndarray, " b"]
-    vision: VisionBatch | FeatureBatch
+    vision: Images
 
 
 def pad(values: np.ndarray, length: int, fill: float) -> np.ndarray:

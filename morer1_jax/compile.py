@@ -36,6 +36,7 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.files import write_json
 from morer1_jax.model.config import DEFAULT_IDS, ModelConfig
 from morer1_jax.model.family import published_sizes
+from morer1_jax.model.logprobs import IF_COUNTED
 from morer1_jax.paths import local_path
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.placed import Placed, place
@@ -177,9 +178,9 @@ def compiled(planned: PlannedProgram, target: Chip) -> Compiled:
     beside = {name: meshes.device_bytes(tree) for name, tree in planned.beside.items()}
     # Sampling's mesh has axes of its own over the same devices.
     mesh = jax.tree.leaves(planned.params)[0].sharding.mesh
-    return Compiled(
-        planned, estimate(executable, mesh, target, planned.params, beside), "", seconds
-    )
+    taken = {IF_COUNTED: planned.counted}
+    costs = estimate(executable, mesh, target, planned.params, beside, taken)
+    return Compiled(planned, costs, "", seconds)
 
 
 def _compile_problem(message: str) -> str:

@@ -293,13 +293,14 @@ def test_samples(tiny, of_samples, sizes, tensor, unroll):
     greedy = sampler_program(placed, tiny.sample_config(group=1, temperature=0.0), SEED)
     prompts, others = placed.put(tiny.prompts()), (tiny.GRAMMAR, tiny.ALLOWED)
     for params, (scored, expected), likeliest in of_samples:
-        params = placed.sampling.params(tiny.place(params, placed.param_shardings))
-        ours, metrics = fetch(rollout(params, prompts, *others, np.int32(STEP)))
+        params = tiny.place(params, placed.param_shardings)
+        encoded, params = placed.encode(params, prompts), placed.sampling.params(params)
+        ours, metrics = fetch(rollout(params, encoded, *others, np.int32(STEP)))
         check_samples(ours.rollout, scored.rollout)
         np.testing.assert_allclose(ours.reward, scored.reward, rtol=1e-6)
         np.testing.assert_allclose(ours.advantages, scored.advantages, atol=BOUND)
         tiny.assert_near(metrics, expected, BOUND)
-        check_samples(fetch(greedy(params, prompts, *others)), likeliest)
+        check_samples(fetch(greedy(params, encoded, *others)), likeliest)
     # Neither is the same answer all over.
     assert len(np.unique(scored.rollout.tokens, axis=1)) > 1
     assert 0 < scored.rollout.format.mean() < 1

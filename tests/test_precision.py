@@ -26,7 +26,7 @@ from morer1_jax.rollout.program import make_rollout
 from morer1_jax.rollout.reward import RewardConfig
 
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|dot|convolution)\b.*: \((tensor<.*>)\) -> ")
-SCORE = ScoreConfig(chunk=24)
+SCORE = ScoreConfig(chunk=192)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -506,7 +506,7 @@ def test_a_run_out_of_memory_goes_on_with_other_parts_and_for_longer(
     marker = json.loads((workdir / "sft" / "DONE.json").read_text())
     config.sft.update(steps=4, micro_batches=2, eval_facts=2)
     config.runtime.update(remat="full", decode_unroll=False)
-    config.score.chunk = 64
+    config.score.chunk = 256
     config.evaluate.batch = 2
     train(config, workdir)
     assert marker["config"]["sft.steps"] == 2

@@ -251,7 +251,7 @@ def _sampler(dtype, config):
 
 def scorer(temperature=1.0, dtype="float32", kernels=PLAIN):
     """Compiled `(params, prompts, tokens, mask, allowed) -> (logprobs, entropy)`."""
-    return _scorer(ScoreConfig(temperature=temperature, chunk=24), dtype, kernels)
+    return _scorer(ScoreConfig(temperature=temperature, chunk=192), dtype, kernels)
 
 
 @functools.cache
@@ -268,7 +268,7 @@ def pullback(kernels=PLAIN):
 
     `(params, prompts, tokens, mask, allowed, cotangent) -> ((logprobs, entropy), gradients)`
     """
-    return _pullback(ScoreConfig(chunk=24), kernels)
+    return _pullback(ScoreConfig(chunk=192), kernels)
 
 
 @functools.cache

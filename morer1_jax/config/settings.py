@@ -118,9 +118,9 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreSettings:
-    """Places of a sequence whose logits exist at once."""
+    """Places of a device's rows whose logits exist at once; at least one of each row."""
 
-    chunk: int = at_least(1, 128)
+    chunk: int = at_least(1, 1024)
 
     def __post_init__(self) -> None:
         check_bounds(self)

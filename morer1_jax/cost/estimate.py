@@ -122,16 +122,22 @@ class Estimate:
 
 
 def estimate(
-    compiled: jax.stages.Compiled, mesh: Mesh, chip: Chip, params: Any, beside: Mapping[str, int]
+    compiled: jax.stages.Compiled,
+    mesh: Mesh,
+    chip: Chip,
+    params: Any,
+    beside: Mapping[str, int],
+    taken: Mapping[str, float] | None = None,
 ) -> Estimate:
     """Reads a program's costs off its optimised form.
 
     Args:
         params: tree of the model's parameters as the program takes them, shapes with shardings.
         beside: bytes on a device that are not among the program's arguments, by name.
+        taken: see `cost_of`.
     """
     slices = {getattr(device, "slice_index", 0) for device in mesh.devices.flat}
-    cost = cost_of(parse(compiled.as_text()), mesh.size // len(slices))
+    cost = cost_of(parse(compiled.as_text()), mesh.size // len(slices), taken)
     parts = [_part(part, mesh, chip, params) for part in (cost, *_decode_loops(cost))]
     return Estimate(_memory(compiled, beside), parts[0], tuple(parts[1:]))
 

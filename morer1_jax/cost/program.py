@@ -1,15 +1,16 @@
 """Sums what an optimised HLO module does: compute cycles and bytes sent, loops multiplied out.
 
 A loop that ends by data keeps its own sum, for one turn of it. Of a conditional's branches the one
-with the most cycles counts. A program for several slices is that of each one of them; what crosses
-slices is a `send` to the runtime that joins them, which names the operation.
+with the most cycles counts, in all turns or in a given share of them. A program for several slices
+is that of each one of them; what crosses slices is a `send` to the runtime that joins them, which
+names the operation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Transfer:
     entering: tuple[Array, ...]
     groups: tuple[tuple[int, ...], ...]
     bytes: float
-    times: int
+    times: float
     op_name: str
     sources: tuple[str, ...]
     computation: str
@@ -72,7 +73,7 @@ class Work:
     instruction: Instruction
     operands: tuple[Array, ...]
     cycles: int | None
-    times: int
+    times: float
     op_name: str
     sources: tuple[str, ...]
 
@@ -100,23 +101,26 @@ class Cost:
         return sum(transfer.bytes * transfer.times for transfer in self.transfers)
 
 
-def cost_of(module: Module, devices: int) -> Cost:
+def cost_of(module: Module, devices: int, taken: Mapping[str, float] | None = None) -> Cost:
     """Returns what the program does on one of its devices.
 
     Args:
         devices: that the program was compiled for; of several slices those of one.
+        taken: by the name of a scope, in what share of their turns its conditionals do the work;
+            others always do.
     """
-    return _Walk(module, devices).cost(module.computations[module.entry], 1)
+    return _Walk(module, devices, taken or {}).cost(module.computations[module.entry], 1)
 
 
 class _Walk:
     """Follows calls from a computation down."""
 
-    def __init__(self, module: Module, devices: int) -> None:
+    def __init__(self, module: Module, devices: int, taken: Mapping[str, float]) -> None:
         self.module = module
         self.devices = devices
+        self.taken = taken
 
-    def cost(self, computation: Computation, times: int) -> Cost:
+    def cost(self, computation: Computation, times: float) -> Cost:
         """Returns what a computation does that runs so many times."""
         total = Cost()
         channels: set[str] = set()
@@ -131,7 +135,7 @@ class _Walk:
         self,
         computation: Computation,
         instruction: Instruction,
-        times: int,
+        times: float,
         channels: set[str],
     ) -> Iterator[Cost]:
         opcode, computations = instruction.opcode, self.module.computations
@@ -148,7 +152,11 @@ class _Walk:
             else:
                 yield self.cost(body, times * turns)
         elif opcode == "conditional":
-            branches = [self.cost(computations[name], times) for name in instruction.callees]
+            scopes = instruction.op_name.split("/")
+            share = next((self.taken[scope] for scope in scopes if scope in self.taken), 1)
+            branches = [
+                self.cost(computations[name], times * share) for name in instruction.callees
+            ]
             yield max(branches, key=lambda branch: (branch.cycles, branch.bytes))
         elif opcode == "fusion" or opcode.startswith("custom-call"):
             yield Cost(work=self._work(computation, instruction, times))
@@ -162,7 +170,7 @@ class _Walk:
         else:
             yield Cost(work=self._work(computation, instruction, times))
 
-    def _fused(self, fusion: Instruction, times: int, channels: set[str]) -> Iterator[Transfer]:
+    def _fused(self, fusion: Instruction, times: float, channels: set[str]) -> Iterator[Transfer]:
         """Yields the collectives in a fusion.
 
         One that runs beside other work is written into the fusion of each such work, always with
@@ -190,7 +198,7 @@ class _Walk:
                     )
                 yield transfer
 
-    def _work(self, computation: Computation, instruction: Instruction, times: int) -> list[Work]:
+    def _work(self, computation: Computation, instruction: Instruction, times: float) -> list[Work]:
         window = instruction.backend_config.get("window_config", {})
         cycles = window.get("estimated_cycles")
         kernel = instruction.attributes.get("custom_call_target") == '"tpu_custom_call"'
@@ -209,7 +217,7 @@ class _Walk:
         ]
 
     def _transfer(
-        self, computation: Computation, instruction: Instruction, kind: str, times: int
+        self, computation: Computation, instruction: Instruction, kind: str, times: float
     ) -> Transfer:
         if instruction.opcode.startswith("collective-permute"):
             groups = source_target_pairs(instruction)
@@ -223,7 +231,7 @@ class _Walk:
         return self._sent(computation, instruction, kind, operands, arrays, groups, times)
 
     def _between_slices(
-        self, computation: Computation, send: Instruction, times: int
+        self, computation: Computation, send: Instruction, times: float
     ) -> list[Transfer]:
         operation = _attribute_of_slices(send, "transfer_type")
         kind = _BETWEEN_SLICES.get(operation, operation.lower().replace("_", "-"))
@@ -248,7 +256,7 @@ class _Walk:
         operands: list[Instruction],
         arrays: tuple[Array, ...],
         groups: np.ndarray,
-        times: int,
+        times: float,
     ) -> Transfer:
         """Returns a transfer by its kind; `arrays` are the results of an all-gather."""
         size = groups.shape[1]

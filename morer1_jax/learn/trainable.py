@@ -16,6 +16,7 @@ from morer1_jax.bounds import at_least, check_bounds, one_of
 from morer1_jax.errors import FieldError
 from morer1_jax.model.config import DType, LoRA
 from morer1_jax.model.layers import Params
+from morer1_jax.model.vision import is_merger
 
 ADAPTER = ("lora_a", "lora_b")
 
@@ -65,7 +66,7 @@ class TrainableParts:
         """Returns the share of the learning rate at which the leaf at `path` trains."""
         # The merger's parameters lie in the tower's branch.
         if path[0] == "vision":
-            return self.merger if path[1].startswith("merger") else self.vision
+            return self.merger if is_merger(path[1]) else self.vision
         if self.adapters is not None and path[-1] not in ADAPTER:
             return 0.0
         return self.language

@@ -34,6 +34,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.products import einsum
+from morer1_jax.model.rotary import Rotary, rotate
 
 # Finite, so that a token which sees nothing (padding) gets a finite output and no NaN.
 HIDDEN_SCORE = -1e30
@@ -51,6 +52,10 @@ class Kernels(Protocol):
 
     Outputs at padding are finite; their values may differ between kernels.
     """
+
+    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+        """Rotates queries or keys by their positions; see `rotary.rotate`."""
+        ...
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
         """Attends from each token to itself and to earlier tokens of its own segment."""
@@ -75,6 +80,10 @@ class Kernels(Protocol):
 @dataclasses.dataclass(frozen=True)
 class XLA:
     """`Kernels` of plain products and softmax, as the compiler fuses them."""
+
+    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+        """Rotates half by half."""
+        return rotate(x, rotary)
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
         """Attends in blocks of queries; see `causal_attention`."""

@@ -325,6 +325,8 @@ class Runtime:
         decode_unroll: whether sampling runs layers in a plain loop, with their parameters apart,
             not in a scan. It takes longer to compile. Decoding is much faster on a CPU, and on TPUs
             by the compiler's estimate: a scan copies each layer's part of the cache every token.
+        gradient_sums: dtype in which a mesh sums parameters' gradients over its devices; "bfloat16"
+            halves the bytes that are sent, and rounds (by 2% on 256 devices).
         attention: name of the kernels; "auto" chooses by device (see `run.kernels`).
         kernels: what computes attention over whole sequences.
         layout: where activations and gathered parameters lie on the mesh.
@@ -338,6 +340,7 @@ class Runtime:
     remat: Remat = one_of(Remat, "none")
     scan_unroll: int = at_least(1, 1)
     decode_unroll: bool = False
+    gradient_sums: DType = one_of(DType, "float32")
     attention: AttentionChoice = one_of(AttentionChoice, "auto")
     kernels: Kernels = derived(XLA())
     layout: Layout = derived(Layout())

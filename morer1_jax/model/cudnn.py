@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from morer1_jax.model.attention import Keys, Queries, causal_mask, same_segment
+from morer1_jax.model.rotary import Rotary, rotate
 
 # Head sizes that cuDNN computes: multiples of the first, up to the second.
 HEAD_MULTIPLE, HEAD_MAX = 8, 128
@@ -27,6 +28,10 @@ class CuDNN:
     """
 
     implementation: Literal["cudnn", "xla"] = "cudnn"
+
+    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+        """Rotates half by half."""
+        return rotate(x, rotary)
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
         """Attends under the segments' mask and the kernel's own causal one."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int
 
-from morer1_jax.batch import FeatureBatch, VisionBatch
+from morer1_jax.batch import EncodedBatch, FeatureBatch, Images
 from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
 
 
@@ -79,9 +79,12 @@ def vision_flops(
     return patches * (patch_flops(vision) + merger) + 4 * vision.hidden_size * pairs
 
 
-def batch_vision_flops(vision: VisionConfig, images: VisionBatch | FeatureBatch) -> float:
-    """Returns the FLOPs of encoding a batch's images once, padding left out; 0 for features."""
-    if isinstance(images, FeatureBatch):
+def batch_vision_flops(vision: VisionConfig, images: Images) -> float:
+    """Returns the FLOPs of encoding a batch's images once, padding left out.
+
+    It is 0 for features, and where the tower has run; its merger alone is too small to count.
+    """
+    if isinstance(images, EncodedBatch | FeatureBatch):
         return 0.0
     image_sizes, window_sizes = (_count_slots(ids) for ids in (images.image_ids, images.part_ids))
     return vision_flops(

@@ -20,14 +20,13 @@ from morer1_jax.model.config import LoRA, Runtime, TextConfig
 from morer1_jax.model.cpu import cos_sin
 from morer1_jax.model.decoding import KV
 from morer1_jax.model.layers import (
-    Rotary,
     SwiGLU,
     dense,
     rematerialised,
     rms_norm,
-    rotate,
     scanned,
 )
+from morer1_jax.model.rotary import Rotary
 
 
 class DecoderLayer(nn.Module):
@@ -51,8 +50,8 @@ class DecoderLayer(nn.Module):
         q_heads = (cfg.num_attention_heads, cfg.head_dim)
         kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
         linear = functools.partial(dense, runtime=run, std=std, lora=self.lora)
-        q = rotate(linear(q_heads, name="q", bias=True)(y), rotary)
-        k = rotate(linear(kv_heads, name="k", bias=True)(y), rotary)
+        q = run.kernels.rotate(linear(q_heads, name="q", bias=True)(y), rotary)
+        k = run.kernels.rotate(linear(kv_heads, name="k", bias=True)(y), rotary)
         v = linear(kv_heads, name="v", bias=True)(y)
         q, k, v = run.layout.heads(q, k, v)
         y, cache = attend(q, k, v, cache)

@@ -1,4 +1,4 @@
-"""Layers of tower and decoder: projections and LoRA adapters, norm, SwiGLU, rotation, scans."""
+"""Layers of tower and decoder: projections and LoRA adapters, norm, SwiGLU, scans."""
 
 from __future__ import annotations
 
@@ -76,18 +76,6 @@ class SwiGLU(nn.Module):
         gate = dense(self.features, run, std, name="gate", **common)(x)
         up = dense(self.features, run, std, name="up", **common)(x)
         return dense(self.hidden, run, std, name="down", **common)(nn.silu(gate) * up)
-
-
-Rotary = tuple[Float[Array, "*s r"], Float[Array, "*s r"]]
-"""Cosines and sines of the angles of the first half of a head, r = e/2."""
-
-
-def rotate(x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
-    """Rotates each pair (x_i, x_{i+e/2}) by its angle, in float32 (RoFormer, arXiv 2104.09864)."""
-    cos, sin = (angle[..., None, :] for angle in rotary)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def rematerialised(

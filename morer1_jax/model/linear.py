@@ -75,8 +75,35 @@ def _backward(
     x_gradient = dot_general(cotangent, ready, ((inner, features), ((), ())))
     # Axes come out as (free, contracted), each in its old order.
     x_gradient = jnp.moveaxis(x_gradient, range(x.ndim), (*free, *axes))
-    kernel_gradient = dot_general(x, cotangent, ((free, outer), ((), ())), kernel.dtype)
-    return x_gradient, layout.split(path, kernel_gradient)
+    return x_gradient, _kernel_gradient(x, cotangent, kernel, free, outer, layout, path)
+
+
+def _kernel_gradient(
+    x: Array,
+    cotangent: Array,
+    kernel: Array,
+    free: tuple[int, ...],
+    outer: tuple[int, ...],
+    layout: Layout,
+    path: str,
+) -> Array:
+    """Returns the product of activations and cotangent over all tokens, split as the kernel is.
+
+    On a mesh TPUs' compiler transposes the product's first operand: better the smaller one, though
+    the result then has to be transposed in turn.
+
+    Args:
+        free, outer: the axes of tokens, of `x` and of `cotangent`.
+    """
+    if layout.mesh is None or x.size <= cotangent.size + kernel.size:
+        gradient = dot_general(x, cotangent, ((free, outer), ((), ())), kernel.dtype)
+        return layout.split(path, gradient)
+    features = cotangent.ndim - len(outer)
+    gradient = dot_general(cotangent, x, ((outer, free), ((), ())), kernel.dtype)
+    gradient = layout.split(path, gradient, turned=features)
+    # Without a barrier the compiler would turn the product itself around.
+    gradient = jax.lax.optimization_barrier(gradient)
+    return jnp.transpose(gradient, (*range(features, kernel.ndim), *range(features)))
 
 
 linear_product.defvjp(_forward, _backward)

@@ -21,6 +21,8 @@ from morer1_jax.model.sharding import Layout
 # Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN, so that
 # a masked position whose target is not allowed leaves loss and gradient finite.
 DISALLOWED = -1e30
+# Names what is skipped in chunks without a counted place, for estimates of a program's time.
+IF_COUNTED = "if_counted"
 
 LogprobsAndEntropies = tuple[Float[Array, "*b"], Float[Array, "*b"]]
 
@@ -127,10 +129,11 @@ def _forward_chunks(
     def skip(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
         return (jnp.zeros(targets.shape, jnp.float32),) * 3
 
-    return jax.lax.map(
-        lambda chunk: jax.lax.cond(jnp.any(chunk[2]), compute, skip, *chunk[:2]),
-        (hidden, targets, counted),
-    )
+    def of_chunk(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        with jax.named_scope(IF_COUNTED):
+            return jax.lax.cond(jnp.any(chunk[2]), compute, skip, *chunk[:2])
+
+    return jax.lax.map(of_chunk, (hidden, targets, counted))
 
 
 def _ready(head: Array, hidden: Array, layout: Layout) -> Array:
@@ -201,16 +204,17 @@ def _backward(
     head_sum = None
     if head_trains is not None:
         head_sum = layout.rows(jnp.zeros((parts, *head.shape[::-1]), jnp.float32), heads=2)
-    head_sum, hidden_grad = jax.lax.scan(
-        lambda head_sum, chunk: jax.lax.cond(
-            jnp.any(chunk["counted"]), compute, skip, head_sum, chunk
-        ),
-        head_sum,
-        chunks,
-    )
+
+    def of_chunk(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
+        with jax.named_scope(IF_COUNTED):
+            return jax.lax.cond(jnp.any(chunk["counted"]), compute, skip, head_sum, chunk)
+
+    head_sum, hidden_grad = jax.lax.scan(of_chunk, head_sum, chunks)
     head_grad = None
     if head_sum is not None:
-        head_grad = layout.split("head", jnp.sum(head_sum, axis=0).T).astype(head.dtype)
+        # Over parts on other devices.
+        total = jnp.sum(head_sum.astype(layout.sums), axis=0) if parts > 1 else head_sum[0]
+        head_grad = layout.split("head", total.T).astype(head.dtype)
     return hidden_grad, head_grad, None, None, None, None
 
 

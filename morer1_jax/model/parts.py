@@ -12,7 +12,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from morer1_jax.model.sharding import Layout
+
 PyTree = Any
+
+# Tokens or patches that a device runs at once without a backward pass: enough to fill its matrix
+# units.
+_AT_ONCE = 8192
+
+
+def fitting_parts(layout: Layout, rows: int, length: int) -> int:
+    """Returns in how many parts rows are run without a backward pass, so that each fits.
+
+    Args:
+        length: tokens or patches of a row.
+    """
+    on_device = rows // layout.parts(rows)
+    fitting = (
+        parts
+        for parts in range(1, on_device + 1)
+        if on_device % parts == 0 and on_device // parts * length <= _AT_ONCE
+    )
+    return next(fitting, on_device)
 
 
 def split_rows(batch: PyTree, parts: int) -> PyTree:

@@ -12,10 +12,11 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch
+from morer1_jax.batch import EncodedBatch, FeatureBatch, PromptBatch, SequenceBatch
 from morer1_jax.bounds import above, at_least, check_bounds
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.layers import Params
+from morer1_jax.model.sharding import Layout
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
 
@@ -26,24 +27,33 @@ class ScoreConfig:
 
     Attributes:
         temperature: logits are divided by it before normalisation; the sampler's own.
-        chunk: places of a sequence whose logits exist at once.
+        chunk: places of a device's rows whose logits exist at once; at least one of each row.
 
     Raises:
         FieldError: a field is out of its bounds.
     """
 
     temperature: float = above(0, 1.0)
-    chunk: int = at_least(1, 128)
+    chunk: int = at_least(1, 1024)
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+    def of_row(self, rows: int, layout: Layout) -> int:
+        """Returns how many of each row's places are a chunk of a batch of so many rows."""
+        places = max(self.chunk // (rows // layout.parts(rows)), 1)
+        # Whole tiles of a matrix unit's operands, where there is more than one.
+        return places - places % 8 if places > 8 else places
 
 
 def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float[Array, "b s d"]:
     """Embeds tokens, with the images' features in their places; runs inside `model.apply`.
 
-    Images are encoded here, unless the batch has their features.
+    Images are encoded here, as far as the batch's are not yet.
     """
+    if isinstance(batch.vision, EncodedBatch):
+        images = module.merge_patches(batch.vision.hidden)
+        return module.embed(batch.tokens, images, batch.vision_index)
     # The features of a frozen tower, computed before training.
     if isinstance(batch.vision, FeatureBatch):
         return module.embed(batch.tokens, batch.vision.features, batch.vision_index)
@@ -67,7 +77,8 @@ def sequence_logprobs(
         attend = PackedCausal(batch.segment_ids, model.runtime.kernels)
         hidden = module.forward(x, positions, attend)
         counted = batch.weights > 0
-        return module.logprobs(hidden, batch.targets, counted=counted, chunk=config.chunk)
+        chunk = config.of_row(len(hidden), model.runtime.layout)
+        return module.logprobs(hidden, batch.targets, counted=counted, chunk=chunk)
 
     return model.apply({"params": params}, method=run)
 
@@ -118,7 +129,7 @@ def group_logprobs(
             counted=mask.reshape(b, g * t),
             allowed=allowed,
             temperature=config.temperature,
-            chunk=config.chunk,
+            chunk=config.of_row(b, model.runtime.layout),
         )
 
     logps, entropy = model.apply({"params": params}, method=run)

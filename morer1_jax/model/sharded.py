@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from morer1_jax.model.attention import Kernels, Keys, Queries
+from morer1_jax.model.rotary import Rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,10 @@ class ShardedKernels:
     mesh: Mesh
     rows: tuple[str, ...]
     heads: str | None
+
+    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+        """Rotates as `kernels` does; the compiler can partition that."""
+        return self.kernels.rotate(x, rotary)
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
         """Attends as `kernels` does, on each device's shard."""

@@ -75,9 +75,11 @@ class Layout:
 
     Attributes:
         mesh: the devices; None: one device, or whatever the compiler chooses.
+        sums: dtype in which parameters' gradients are summed over devices.
     """
 
     mesh: Mesh | None = None
+    sums: str = "float32"
 
     def parts(self, rows: int) -> int:
         """Returns into how many parts the mesh splits so many rows.
@@ -136,11 +138,20 @@ class Layout:
         spec = partition_spec(self.mesh, path, kernel.shape)
         return self._constrained(kernel, P(*(n if n == HEAD_AXIS else None for n in spec)))
 
-    def split(self, path: str, kernel: jax.Array) -> jax.Array:
-        """Splits a parameter's gradient as the parameter itself is."""
+    def split(self, path: str, gradient: jax.Array, turned: int = 0) -> jax.Array:
+        """Splits a parameter's gradient as the parameter itself is, summed over devices.
+
+        Args:
+            turned: the parameter's trailing axes that come first in the gradient.
+        """
         if self.mesh is None:
-            return kernel
-        return self._constrained(kernel, partition_spec(self.mesh, path, kernel.shape))
+            return gradient
+        shape = gradient.shape
+        spec = partition_spec(self.mesh, path, shape[turned:] + shape[:turned])
+        names = tuple(spec) + (None,) * (len(shape) - len(spec))
+        first = len(shape) - turned
+        spec = P(*names[first:], *names[:first])
+        return self._constrained(gradient.astype(self.sums), spec).astype(gradient.dtype)
 
     def _size(self, *axes: str) -> int:
         """Returns the number of devices along axes, those that the mesh lacks left out."""

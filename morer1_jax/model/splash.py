@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Int
 
 from morer1_jax.model.attention import Keys, Queries
 from morer1_jax.model.products import exact
+from morer1_jax.model.rotary import Rotary, rotate_by_product
 
 # The width of a TPU's vector registers, which heads and blocks are padded to multiples of.
 _LANES = 128
@@ -42,6 +43,10 @@ class Splash:
     """
 
     interpret: bool = False
+
+    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+        """Rotates by a product."""
+        return rotate_by_product(x, rotary)
 
     def causal(self, q: Queries, k: Keys, v: Keys, segment_ids: Int[Array, "b s"]) -> Queries:
         """Attends under the kernel's causal mask."""

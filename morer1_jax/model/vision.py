@@ -18,14 +18,13 @@ from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import Runtime, VisionConfig
 from morer1_jax.model.cpu import cos_sin
 from morer1_jax.model.layers import (
-    Rotary,
     SwiGLU,
     dense,
     rematerialised,
     rms_norm,
-    rotate,
     scanned,
 )
+from morer1_jax.model.rotary import Rotary
 
 # Fixed by the architecture: no config of the family carries it.
 _NORM_EPSILON = 1e-6
@@ -99,7 +98,7 @@ class VisionAttention(nn.Module):
             (3, cfg.num_heads, cfg.head_dim), run, cfg.initializer_range, name="qkv", bias=True
         )(x)
         q, k, v = jnp.moveaxis(qkv, -3, 0)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = (run.kernels.rotate(x, rotary) for x in (q, k))
         b, w, p = ids.shape
         rows, length = (b, w * p) if self.full else (b * w, p)
         ids = ids.reshape(rows, length)
@@ -177,8 +176,19 @@ class VisionTower(nn.Module):
     runtime: Runtime
 
     @nn.compact
-    def __call__(self, inputs: VisionInputs) -> Float[Array, "b m d"]:
-        """Returns image tokens in slot order, m = w·p / merge²; those of padding are finite."""
+    def __call__(
+        self, images: VisionInputs | Float[Array, "b n d"], merge: bool = True
+    ) -> Float[Array, "b m d"] | Float[Array, "b n d"]:
+        """Returns image tokens in slot order, m = w·p / merge²; those of padding are finite.
+
+        Args:
+            images: or what the blocks gave for them, from which the merger goes on.
+            merge: False: what the blocks give is returned.
+        """
+        x = self._blocks(images) if isinstance(images, VisionInputs) else images
+        return self._merger(x) if merge else x
+
+    def _blocks(self, inputs: VisionInputs) -> Float[Array, "b n d"]:
         cfg, run = self.config, self.runtime
         std = cfg.initializer_range
         # The reference's convolution has a stride as large as its kernel, so is linear in patches.
@@ -193,12 +203,22 @@ class VisionTower(nn.Module):
             for i in range(cfg.depth):
                 full = i in cfg.fullatt_block_indexes
                 x, _ = block(cfg, run, full, name=f"block_{i}")(x, *slots)
-        # The merger: a merged slot's patches lie one after another.
+        return x.reshape(x.shape[0], -1, cfg.hidden_size)
+
+    def _merger(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
+        cfg, run = self.config, self.runtime
+        std = cfg.initializer_range
+        # A merged slot's patches lie one after another.
         x = rms_norm(_NORM_EPSILON, run, name="merger_norm")(x)
         merged = cfg.hidden_size * cfg.spatial_merge_size**2
         x = x.reshape(x.shape[0], -1, merged)
         x = nn.gelu(dense(merged, run, std, name="merger_in", bias=True)(x), approximate=False)
         return dense(cfg.out_hidden_size, run, std, name="merger_out", bias=True)(x)
+
+
+def is_merger(name: str) -> bool:
+    """Returns whether an entry of the tower's parameters is of its merger."""
+    return name.startswith("merger")
 
 
 def axial_rotary(positions: Int[Array, "b w p 2"], config: VisionConfig) -> Rotary:

@@ -3,6 +3,7 @@
     encode_images → embed → forward → logprobs            training, scoring
     encode_images → embed → forward(keep_kv) → init_cache → (logits, embed, decode)*   sampling
 
+Where the tower's blocks have run before, by themselves, `merge_patches` stands for `encode_images`.
 Every verb is a method for `model.apply({"params": params}, ..., method=...)`; there is no
 hidden state.  Axes: b batch, s sequence, g samples of one prompt, m image tokens, d model,
 v vocabulary, l layers, k key-value heads, e head size, t completion.
@@ -24,7 +25,7 @@ from morer1_jax.model.decoding import Cached, KVCache, LayerKV
 from morer1_jax.model.language import Decoder
 from morer1_jax.model.logprobs import plain_logits, token_logprobs
 from morer1_jax.model.sharding import Layout
-from morer1_jax.model.vision import VisionInputs, VisionTower
+from morer1_jax.model.vision import VisionInputs, VisionTower, is_merger
 
 
 class Qwen25VL(nn.Module):
@@ -60,6 +61,10 @@ class Qwen25VL(nn.Module):
     def encode_images(self, images: VisionInputs) -> Float[Array, "b m d"]:
         """Returns the image tokens of each row in slot order, m = windows · slots / merge²."""
         return self.vision(images)
+
+    def merge_patches(self, hidden: Float[Array, "b n e"]) -> Float[Array, "b m d"]:
+        """Returns the image tokens of each row from what the tower's blocks give for its slots."""
+        return self.vision(hidden)
 
     def embed(
         self,
@@ -157,6 +162,14 @@ def init_params(model: Qwen25VL, key: PRNGKeyArray) -> dict[str, Any]:
     token = jnp.zeros((1, 1), jnp.int32)
     positions = jnp.zeros((3, 1, 1), jnp.int32)
     return model.init(key, token, positions, PackedCausal(token), images, token)["params"]
+
+
+def split_tower(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the tower's blocks of a tree of parameters, and all the rest, its merger too."""
+    vision = params.get("vision", {})
+    merger = {name: branch for name, branch in vision.items() if is_merger(name)}
+    tower = {name: branch for name, branch in vision.items() if not is_merger(name)}
+    return {"vision": tower}, params | ({"vision": merger} if vision else {})
 
 
 def for_products(params: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The compiled group sampler: G answers to each prompt, by noise keyed by fact and sample.
 
-One program encodes the images, prefills each prompt once, and decodes the group's samples token by
-token until all have ended. Noise is keyed by (seed, step, fact, sample, position), so a sample
-depends on no other row and not on the mesh. Axes: b prompts, g samples of a prompt, t tokens of a
-completion, v vocabulary, d model.
+One program prefills each prompt once, its images too where they are not encoded yet, and decodes
+the group's samples token by token until all have ended. Noise is keyed by (seed, step, fact,
+sample, position), so a sample depends on no other row and not on the mesh. Axes: b prompts, g
+samples of a prompt, t tokens of a completion, v vocabulary, d model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import KV, KVCache, init_cache
 from morer1_jax.model.layers import Params
-from morer1_jax.model.parts import PyTree, map_rows
+from morer1_jax.model.parts import PyTree, fitting_parts, map_rows
 from morer1_jax.model.scorer import embed_prompts, last_valid
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL
@@ -31,8 +31,6 @@ from morer1_jax.rollout.draw import draw_token, leads_to_end
 
 # Tokens that the completions' cache has room for at first, where completions may be longer.
 _MIN_CACHE_LENGTH = 64
-# Tokens of prompts that a device runs at once: enough to fill its matrix units.
-_PREFILL_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +171,7 @@ def sample(
 
     # Prompts and images run once. Their last hidden state gives the first token of every sample,
     # so that the loop decodes one token less than it samples.
-    parts = prefill_parts(model, *prompts.tokens.shape)
+    parts = fitting_parts(model.runtime.layout, *prompts.tokens.shape)
     hidden, cache = prefill(model, params, prompts, config.group, lengths[0], parts)
     state = append(first_state(cache, grammar, hidden.shape[:2], config.length), hidden)
     # Attention reads all of the cache that is allocated: a loop for each length it grows to.
@@ -189,21 +187,6 @@ def sample(
 def cache_lengths(length: int) -> tuple[int, ...]:
     """Returns the lengths that the completions' cache grows through, up to `length` tokens."""
     return tuple(sorted({min(length, max(_MIN_CACHE_LENGTH, length // n)) for n in (4, 2, 1)}))
-
-
-def prefill_parts(model: Qwen25VL, rows: int, length: int) -> int:
-    """Returns in how many parts prompts are run, so that a device has few tokens at once.
-
-    Args:
-        length: tokens of a prompt.
-    """
-    on_device = rows // model.runtime.layout.parts(rows)
-    fitting = (
-        parts
-        for parts in range(1, on_device + 1)
-        if on_device % parts == 0 and on_device // parts * length <= _PREFILL_TOKENS
-    )
-    return next(fitting, on_device)
 
 
 def prefill(

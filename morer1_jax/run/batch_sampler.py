@@ -130,13 +130,14 @@ class BatchSampler:
             samples = [self._reader.read(facts[place]) for place in host_places]
             return collator.prompts(samples, host_places, self.shape)
 
-        params = policy.placed.sampling.params(params)
+        placed = policy.placed
+        ready = placed.sampling.params(params)
         count = -(-len(facts) // size)
         with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
             batches = load_ahead(make, start // size, count, workers=self._workers)
             for number, prompts in enumerate(batches, start=start // size):
-                given = policy.placed.put(prompts), policy.grammar, policy.allowed
-                rollout = fetch(self._rollout(params, *given))
+                encoded = placed.encode(params, placed.put(prompts))
+                rollout = fetch(self._rollout(ready, encoded, policy.grammar, policy.allowed))
                 chunk = facts[number * size : (number + 1) * size]
                 for row, fact in enumerate(chunk):
                     completions = jax.tree.map(lambda x, row=row: x[row], rollout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,12 +13,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from morer1_jax.batch import EncodedBatch, PromptBatch, VisionBatch
 from morer1_jax.learn.state import TrainState, abstract_params, new_state
 from morer1_jax.learn.trainable import ALL, TrainableParts, join, split
 from morer1_jax.model.config import ModelConfig, Runtime
 from morer1_jax.model.layers import Params
+from morer1_jax.model.parts import fitting_parts, map_rows
 from morer1_jax.model.sharding import Layout
-from morer1_jax.model.vlm import Qwen25VL, for_products
+from morer1_jax.model.vision import VisionInputs, VisionTower
+from morer1_jax.model.vlm import Qwen25VL, for_products, split_tower
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.fit import check_mesh
 from morer1_jax.run.kernels import choose
@@ -98,7 +102,46 @@ class Placed:
         """The model as it samples."""
         model, mesh = self.model, self.sampling_mesh
         sampler = model.clone(runtime=_on_mesh(model.config, model.runtime, mesh))
-        return SamplingLayout(sampler, mesh, join(self.like, self.like_frozen))
+        # Sampling takes images that the tower has run on.
+        _, params = split_tower(join(self.like, self.like_frozen))
+        return SamplingLayout(sampler, mesh, params)
+
+    @property
+    def tower_trains(self) -> bool:
+        """Whether images have to be encoded anew, with gradients, wherever they are used."""
+        return self.trainable.vision > 0
+
+    def encode(self, params: Params, prompts: PromptBatch) -> PromptBatch:
+        """Runs the vision tower on a batch's images, for all the programs that use them.
+
+        The merger, which may train where the tower does not, is left to these programs. Features,
+        and a shape without slots for images, are returned as they are.
+
+        Args:
+            params: of the whole model, as training holds them.
+        """
+        images = prompts.vision
+        if not isinstance(images, VisionBatch) or not images.patches.shape[1]:
+            return prompts
+        return prompts._replace(vision=self.tower(split_tower(params)[0], images))
+
+    @functools.cached_property
+    def tower(self) -> Callable[[Params, VisionBatch], EncodedBatch]:
+        """The compiled tower without its merger; it takes the first tree of `split_tower`."""
+        vision, runtime = self.model.config.vision, self.model.runtime
+        tower = VisionTower(vision, runtime)
+
+        def run(params: Params, images: VisionBatch) -> EncodedBatch:
+            def of_part(part: VisionBatch) -> jax.Array:
+                inputs = VisionInputs.of(part, vision.temporal_patch_size)
+                return tower.apply({"params": params["vision"]}, inputs, merge=False)
+
+            rows, windows, slots = images.patches.shape[:3]
+            parts = fitting_parts(runtime.layout, rows, windows * slots)
+            return EncodedBatch(map_rows(of_part, images, parts))
+
+        takes = split_tower(self.param_shardings)[0], self.rows
+        return meshes.program(run, takes=takes, gives=self.rows)
 
     @functools.cached_property
     def like_reference(self) -> Params:
@@ -140,5 +183,5 @@ def place(
 
 def _on_mesh(config: ModelConfig, runtime: Runtime, mesh: Mesh) -> Runtime:
     kernels = choose(runtime.attention, runtime.dtype, config.head_sizes, mesh)
-    layout = Layout(mesh if mesh.size > 1 else None)
+    layout = Layout(mesh if mesh.size > 1 else None, runtime.gradient_sums)
     return dataclasses.replace(runtime, kernels=kernels, layout=layout)

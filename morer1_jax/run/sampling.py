@@ -21,7 +21,7 @@ from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.decoding import separate_layers
 from morer1_jax.model.layers import Params
 from morer1_jax.model.sharding import HEAD_AXIS, partition_spec
-from morer1_jax.model.vlm import Qwen25VL, for_products
+from morer1_jax.model.vlm import Qwen25VL, for_products, split_tower
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.fit import check_sampling
 
@@ -34,7 +34,7 @@ class SamplingLayout:
 
     Attributes:
         model: with the kernels and the layout of `mesh`.
-        before: shapes, dtypes and shardings of all parameters in training's layout.
+        before: shapes, dtypes and shardings in training's layout of all parameters but the tower's.
     """
 
     model: Qwen25VL
@@ -43,7 +43,7 @@ class SamplingLayout:
 
     @functools.cached_property
     def like(self) -> Params:
-        """Shapes, dtypes and shardings of all parameters as the sampler takes them."""
+        """Shapes, dtypes and shardings of the parameters as the sampler takes them."""
         return self._assembled(self.targets)
 
     @functools.cached_property
@@ -75,11 +75,15 @@ class SamplingLayout:
         }
 
     def params(self, params: Params) -> Params:
-        """Moves parameters here from training's layout; what lies here already is not copied."""
+        """Moves parameters here from training's layout; what lies here already is not copied.
+
+        Args:
+            params: of the whole model; the vision tower's, but its merger's, are left out.
+        """
         return self._assembled(
             [
                 self.move(number)(leaf) if number in self.moved else leaf
-                for number, leaf in enumerate(jax.tree.leaves(params))
+                for number, leaf in enumerate(jax.tree.leaves(split_tower(params)[1]))
             ]
         )
 

@@ -43,12 +43,10 @@ class Passes(NamedTuple):
     def of(cls, parts: TrainableParts) -> Passes:
         """Returns the passes of a step that trains these parts.
 
-        The adapters' own products are too small to count. The tower has no backward pass if only
-        the decoder trains.
+        Products of adapters, and of a merger that trains without its tower, are too small to count.
         """
-        through = parts.vision > 0 or parts.merger > 0
         whole = parts.language > 0 and parts.adapters is None
-        return cls(text=2 + whole, vision=1 + through + (parts.vision > 0))
+        return cls(text=2 + whole, vision=3 if parts.vision > 0 else 1)
 
 
 def sequence_work(config: ModelConfig, passes: Passes, batch: SequenceBatch) -> Work:
@@ -91,7 +89,8 @@ def group_work(
     text = text_flops(config.text, tokens, pairs, lengths.sum())
     vision = batch_vision_flops(config.vision, prompts.vision)
     flops = (1 + scored + updates * passes.text) * text
-    flops += (1 + scored + updates * passes.vision) * vision
+    # A frozen tower runs once for rollout, reference and updates.
+    flops += (1 + scored + updates * passes.vision if passes.vision > 1 else 1) * vision
     return Work(float(tokens), float(flops))
 
 

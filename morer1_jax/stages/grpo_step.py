@@ -139,12 +139,16 @@ def make_grpo_step(
         state: TrainState, prompts: PromptBatch, number: int
     ) -> tuple[TrainState, dict[str, Any], ScoredRollout]:
         # Rollout: completions with their rewards and advantages.
-        prompts = policy.placed.put(prompts)
-        params = policy.placed.sampling.params(join(state.params, frozen))
+        placed, params = policy.placed, join(state.params, frozen)
+        prompts = placed.put(prompts)
+        encoded = placed.encode(params, prompts)
+        params = placed.sampling.params(params)
         scored, metrics = programs.rollout(
-            params, prompts, policy.grammar, policy.allowed, np.int32(number)
+            params, encoded, policy.grammar, policy.allowed, np.int32(number)
         )
         del params  # a second model's weights, which only the rollout needs
+        # What a frozen tower gave holds for the reference and for the update too.
+        prompts = prompts if placed.tower_trains else encoded
         timer.phase("rollout", scored.reward)
         completions = scored.rollout
 

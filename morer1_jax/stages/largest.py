@@ -6,14 +6,19 @@ take no memory: they repeat one number.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from morer1_jax.batch import FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
+from morer1_jax.batch import EncodedBatch, FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
 from morer1_jax.config.settings import DataSettings
+from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.vlm import Qwen25VL
 
 _IMAGES = 2
+# The tables of a readable answer follow from tokenizer and labels. Those of Qwen's tokenizer and
+# some 20 labels are smaller than these sizes, with which they take four megabytes.
+_CLASSES, _STEP_STATES, _ANSWER_STATES = 1024, 512, 1024
 
 
 def sequences(data: DataSettings, model: Qwen25VL, rows: int) -> SequenceBatch:
@@ -32,9 +37,20 @@ def sequences(data: DataSettings, model: Qwen25VL, rows: int) -> SequenceBatch:
     )
 
 
-def prompts(data: DataSettings, model: Qwen25VL, rows: int) -> PromptBatch:
-    """Returns prompts to sample from."""
+def prompts(
+    data: DataSettings, model: Qwen25VL, rows: int, *, encoded: bool = False
+) -> PromptBatch:
+    """Returns prompts to sample from.
+
+    Args:
+        encoded: whether the tower has run on their images.
+    """
     length = prompt_length(data)
+    images = _vision(data, model, rows)
+    if encoded and isinstance(images, VisionBatch):
+        vision = model.config.vision
+        shape = (rows, data.windows * vision.window_patches, vision.hidden_size)
+        images = EncodedBatch(np.broadcast_to(np.zeros((), jnp.dtype(model.runtime.dtype)), shape))
     return PromptBatch(
         tokens=_repeated(0, (rows, length)),
         mask=np.broadcast_to(np.True_, (rows, length)),
@@ -43,13 +59,27 @@ def prompts(data: DataSettings, model: Qwen25VL, rows: int) -> PromptBatch:
         next_position=_repeated(0, (rows,)),
         fact=_repeated(0, (rows,)),
         gold=_repeated(0, (rows,)),
-        vision=_vision(data, model, rows),
+        vision=images,
     )
 
 
 def prompt_length(data: DataSettings) -> int:
     """Returns the tokens of a prompt's row."""
     return _rounded(data.prompt_length, data.round_to)
+
+
+def grammar(rows: int) -> GrammarTables:
+    """Returns the shapes of the answer's tables over a vocabulary of so many rows."""
+    return GrammarTables(
+        token_class=jax.ShapeDtypeStruct((rows,), jnp.int16),
+        steps_next=jax.ShapeDtypeStruct((_CLASSES, _STEP_STATES), jnp.int16),
+        answer_next=jax.ShapeDtypeStruct((_CLASSES, _ANSWER_STATES), jnp.int16),
+        effort_added=jax.ShapeDtypeStruct((_CLASSES, _STEP_STATES), jnp.int16),
+        steps_accept=jax.ShapeDtypeStruct((_STEP_STATES,), bool),
+        answer_label=jax.ShapeDtypeStruct((_ANSWER_STATES,), jnp.int16),
+        steps_distance=jax.ShapeDtypeStruct((_STEP_STATES,), jnp.int16),
+        answer_distance=jax.ShapeDtypeStruct((_ANSWER_STATES,), jnp.int16),
+    )
 
 
 def _vision(data: DataSettings, model: Qwen25VL, rows: int) -> VisionBatch | FeatureBatch:

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from morer1_jax.batch import PromptBatch, SequenceBatch
 from morer1_jax.config.settings import Settings
-from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.learn.grpo import GroupBatch
 from morer1_jax.learn.trainable import join
+from morer1_jax.model.flops import batch_vision_flops
 from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.model.sharding import HEAD_AXIS
+from morer1_jax.model.vlm import split_tower
 from morer1_jax.rollout.program import ScoredRollout
 from morer1_jax.rollout.sampler import SampleConfig, cache_lengths
 from morer1_jax.run import mesh as meshes
@@ -35,9 +37,6 @@ from morer1_jax.stages.grpo_step import Programs, make_programs
 from morer1_jax.stages.sft import sft_program
 from morer1_jax.stages.table import stages_to_run
 
-# The tables of a readable answer follow from tokenizer and labels. Those of Qwen's tokenizer and
-# some 20 labels are smaller than these sizes, with which they take four megabytes.
-_CLASSES, _STEP_STATES, _ANSWER_STATES = 1024, 512, 1024
 # Qwen's id; any other makes a program of the same cost.
 _END_OF_TURN = 151_645
 
@@ -54,6 +53,7 @@ class PlannedProgram:
         flops: model FLOPs of a call (`model.flops`) over all devices, without those of its decode
             loops.
         loops: its decode loops in their order.
+        counted: the share of chunks of logits with a place that counts.
     """
 
     name: str
@@ -62,6 +62,7 @@ class PlannedProgram:
     beside: dict[str, PyTree]
     flops: float
     loops: tuple[DecodeLoop, ...] = ()
+    counted: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,11 @@ def planned_programs(settings: Settings, placed: Placed) -> list[PlannedProgram]
     if "grpo" in names:
         held = plan.grpo_state
     sampled = names & {"sft", "baselines", "rate", "grpo", "control", "evaluate"}
+    if sampled and not settings.data.keep_features:
+        batches = settings.evaluate.batch, settings.rate.batch, settings.grpo.prompts
+        asked = sampled - {"rate", "grpo"}, names & {"rate"}, names & {"grpo"}
+        most = max(batch for batch, stages in zip(batches, asked, strict=True) if stages)
+        programs.append(plan.images(most, held))
     if sampled and placed.sampling.moved:
         programs.append(plan.move(held))
     if sampled - {"rate"}:
@@ -122,13 +128,14 @@ class _Plan:
         self._length = settings.data.completion_length
         whole, ids = placed.replicated, self._config.text.vocab_size
         self._allowed = like_on(jax.ShapeDtypeStruct((ids,), bool), whole)
-        self._grammar = like_on(_grammar(ids), whole)
+        self._grammar = like_on(largest.grammar(ids), whole)
         self._params = join(placed.like, placed.like_frozen)
+        self._tower = split_tower(self._params)[0]
 
     @property
     def parameters(self) -> dict[str, PyTree]:
         """What of the parameters in training's layout the sampler's own do not share."""
-        return {"parameters": list(self._placed.sampling.moved.values())}
+        return {"parameters": [*self._placed.sampling.moved.values(), self._tower]}
 
     @property
     def sft_state(self) -> dict[str, PyTree]:
@@ -158,6 +165,27 @@ class _Plan:
             params=self._params,
             beside={"next batch": shapes},
             flops=sequence_work(self._config, self._passes, batch).flops,
+            counted=self._counted(batch, own.micro_batches),
+        )
+
+    def _counted(self, batch: SequenceBatch, micro_batches: int) -> float:
+        rows, length = batch.weights.shape
+        config = ScoreConfig(chunk=self._settings.score.chunk)
+        chunk = config.of_row(rows // micro_batches, self._placed.model.runtime.layout)
+        counted = np.count_nonzero(batch.weights, axis=1).max()
+        return math.ceil(counted / chunk) / math.ceil(length / chunk)
+
+    def images(self, batch: int, held: dict[str, PyTree]) -> PlannedProgram:
+        """The vision tower on a batch's images, before answers are sampled."""
+        placed, config = self._placed, self._config
+        prompts = self._prompts(self._rows(batch), encoded=False)
+        images = like_on(prompts.vision, placed.rows)
+        return PlannedProgram(
+            name="images",
+            lower=lambda: placed.tower.lower(self._tower, images),
+            params=self._tower,
+            beside=held | {"parameters": split_tower(self._params)[1], "next batch": images},
+            flops=batch_vision_flops(config.vision, prompts.vision),
         )
 
     def move(self, held: dict[str, PyTree]) -> PlannedProgram:
@@ -174,7 +202,8 @@ class _Plan:
             beside=held
             | {
                 "parameters": [
-                    leaf for key, leaf in placed.sampling.moved.items() if key != number
+                    *(leaf for key, leaf in placed.sampling.moved.items() if key != number),
+                    self._tower,
                 ],
                 "moved before": [
                     t for key, t in enumerate(placed.sampling.targets) if key != number
@@ -188,15 +217,15 @@ class _Plan:
     ) -> PlannedProgram:
         """Answers to a batch of facts, for rating or evaluation."""
         placed = self._placed
-        rows = -(-batch // placed.parts) * placed.parts
+        rows = self._rows(batch)
         run = sampler_program(placed, self._sampling(group, temperature), seed=0)
-        prompts = like_on(self._prompts(rows), placed.rows)
+        prompts = like_on(self._prompts(rows, encoded=True), placed.rows)
         return PlannedProgram(
             name=name,
             lower=lambda: run.lower(placed.sampling.like, prompts, self._grammar, self._allowed),
             params=placed.sampling.like,
             beside=beside | {"next batch": prompts},
-            flops=self._forward_flops(rows, group, 0),
+            flops=self._flops(rows, group, 0),
             loops=self._loops(rows, group),
         )
 
@@ -213,45 +242,63 @@ class _Plan:
             seed=0,
             end_of_turn=_END_OF_TURN,
         )
-        state, prompts = self.grpo_state, like_on(self._prompts(own.prompts), placed.rows)
+        prompts = like_on(self._prompts(own.prompts, encoded=True), placed.rows)
+        state = self.grpo_state
         step = like_on(jax.ShapeDtypeStruct((), jnp.int32), placed.replicated)
         given = (placed.sampling.like, prompts, self._grammar, self._allowed, step)
         scored: ScoredRollout = jax.eval_shape(programs.rollout, *given)[0]
         scored = like_on(scored, placed.rows)
+        following = {"next batch": like_on(self._prompts(own.prompts, encoded=False), placed.rows)}
         rollout = PlannedProgram(
             name="rollout",
             lower=lambda: programs.rollout.lower(*given),
             params=placed.sampling.like,
-            beside=state | {"next batch": prompts},
-            flops=self._forward_flops(own.prompts, own.group, 0),
+            beside=state | following,
+            flops=self._flops(own.prompts, own.group, 0),
             loops=self._loops(own.prompts, own.group),
         )
-        others = [self._update(programs, scored, prompts)]
-        if own.loss.beta or own.updates > 1:
-            others.insert(0, self._score(programs, scored, prompts, state))
-        return [rollout, *others]
+        # A tower that trains is an argument of what follows, one that does not lies beside it.
+        if placed.tower_trains:
+            prompts = following["next batch"]
+        else:
+            following["tower"] = self._tower
+        score = self._score(programs, scored, prompts, following)
+        update = self._update(programs, scored, prompts, following)
+        return [rollout, score, update] if own.loss.beta or own.updates > 1 else [rollout, update]
 
     def _score(
         self,
         programs: Programs,
         scored: ScoredRollout,
         prompts: PyTree,
-        state: dict[str, PyTree],
+        beside: dict[str, PyTree],
     ) -> PlannedProgram:
         own, drawn = self._settings.grpo, scored.rollout
+        transform = own.optimizer.build(own.steps * own.updates, self._placed.trainable)
         # The reference is scored in place of the parameters that train.
+        state = {
+            "optimizer": self._placed.like_state(transform).opt_state,
+            "parameters": self._placed.like,
+        }
         params = join(self._placed.like_reference, self._placed.like_frozen)
-        beside = {"optimizer": state["optimizer"], "parameters": self._placed.like}
         given = (params, prompts, drawn.tokens, drawn.mask, self._allowed)
         return PlannedProgram(
             name="score",
             lower=lambda: programs.score.lower(*given),
             params=params,
-            beside=beside | {"next batch": prompts, "rollout": scored},
-            flops=self._forward_flops(own.prompts, own.group, self._length),
+            beside=beside | state | {"rollout": scored},
+            flops=self._flops(
+                own.prompts, own.group, self._length, encoded=not self._placed.tower_trains
+            ),
         )
 
-    def _update(self, programs: Programs, scored: ScoredRollout, prompts: PyTree) -> PlannedProgram:
+    def _update(
+        self,
+        programs: Programs,
+        scored: ScoredRollout,
+        prompts: PyTree,
+        beside: dict[str, PyTree],
+    ) -> PlannedProgram:
         own, placed, drawn = self._settings.grpo, self._placed, scored.rollout
         like = placed.like_state(own.optimizer.build(own.steps * own.updates, placed.trainable))
         batch = GroupBatch(
@@ -264,13 +311,22 @@ class _Plan:
             old=drawn.logprobs if own.updates > 1 else None,
             reference=drawn.logprobs if own.loss.beta else None,
         )
-        forward = self._forward_flops(own.prompts, own.group, self._length)
+        forward, with_update = (
+            self._flops(
+                own.prompts,
+                own.group,
+                self._length,
+                encoded=not placed.tower_trains,
+                updates=updates,
+            )
+            for updates in (0, 1)
+        )
         return PlannedProgram(
             name="update",
             lower=lambda: programs.update.lower(like, placed.like_frozen, batch, self._allowed),
             params=self._params,
-            beside={"next batch": prompts} | self._reference,
-            flops=self._flops(own.prompts, own.group, self._length, updates=1) - forward,
+            beside=beside | self._reference,
+            flops=with_update - forward,
         )
 
     def _held(self, transform: optax.GradientTransformation) -> dict[str, PyTree]:
@@ -286,22 +342,25 @@ class _Plan:
             group=group, length=self._length, temperature=temperature, end_of_turn=_END_OF_TURN
         )
 
-    def _prompts(self, rows: int) -> PyTree:
-        return largest.prompts(self._settings.data, self._placed.model, rows)
+    def _rows(self, batch: int) -> int:
+        """Returns the rows of a batch of facts that are asked."""
+        return -(-batch // self._placed.parts) * self._placed.parts
 
-    def _forward_flops(self, rows: int, group: int, length: int) -> float:
-        return self._flops(rows, group, length, updates=0)
+    def _prompts(self, rows: int, *, encoded: bool) -> PromptBatch:
+        return largest.prompts(self._settings.data, self._placed.model, rows, encoded=encoded)
 
-    def _flops(self, rows: int, group: int, length: int, updates: int) -> float:
-        lengths = np.full((rows, group), length)
-        batch = self._prompts(rows)
+    def _flops(
+        self, rows: int, group: int, length: int, *, encoded: bool = True, updates: int = 0
+    ) -> float:
+        """Returns the FLOPs of a forward pass over prompts and completions, and of updates."""
+        lengths, batch = np.full((rows, group), length), self._prompts(rows, encoded=encoded)
         work = group_work(self._config, self._passes, batch, lengths, scored=0, updates=updates)
         return work.flops
 
     def _loops(self, rows: int, group: int) -> tuple[DecodeLoop, ...]:
         """Returns the decode loops, whose caches grow from one to the next."""
         ends = cache_lengths(self._length)
-        flops = [self._forward_flops(rows, group, end) for end in (0, *ends)]
+        flops = [self._flops(rows, group, end) for end in (0, *ends)]
         # The first token of each sample comes from the prompt.
         starts = (1, *ends[:-1])
         return tuple(
@@ -330,17 +389,3 @@ class _Plan:
         size = 2 * text.num_hidden_layers * heads * text.head_dim
         itemsize = jnp.dtype(placed.model.runtime.dtype).itemsize
         return meshes.device_bytes(weights) + tokens * size * itemsize
-
-
-def _grammar(rows: int) -> GrammarTables:
-    """Returns the shapes of the answer's tables over a vocabulary of so many rows."""
-    return GrammarTables(
-        token_class=jax.ShapeDtypeStruct((rows,), jnp.int16),
-        steps_next=jax.ShapeDtypeStruct((_CLASSES, _STEP_STATES), jnp.int16),
-        answer_next=jax.ShapeDtypeStruct((_CLASSES, _ANSWER_STATES), jnp.int16),
-        effort_added=jax.ShapeDtypeStruct((_CLASSES, _STEP_STATES), jnp.int16),
-        steps_accept=jax.ShapeDtypeStruct((_STEP_STATES,), bool),
-        answer_label=jax.ShapeDtypeStruct((_ANSWER_STATES,), jnp.int16),
-        steps_distance=jax.ShapeDtypeStruct((_STEP_STATES,), jnp.int16),
-        answer_distance=jax.ShapeDtypeStruct((_ANSWER_STATES,), jnp.int16),
-    )

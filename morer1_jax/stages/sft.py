@@ -48,7 +48,7 @@ def sft_program(
 
     Args:
         transform: the optimizer.
-        chunk: places of a sequence whose logits exist at once.
+        chunk: see `ScoreConfig`.
     """
     like = placed.like_state(transform)
     return program(

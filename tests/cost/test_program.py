@@ -147,6 +147,17 @@ def test_of_branches_the_one_with_most_cycles_then_bytes_counts(cycles, sent):
     assert (cost.cycles, cost.bytes) == (max(cycles, 20), sent)
 
 
+def test_a_named_conditional_works_in_a_share_of_its_turns():
+    text = BRANCHES.replace("CYCLES", "40").replace(
+        "branch_computations={%busy, %sends}",
+        'branch_computations={%busy, %sends}, metadata={op_name="jit(f)/if_counted/cond"}',
+    )
+    assert cost_of(parse(text), 4, {"if_counted": 0.25}).cycles == 10
+    # Another's share does not matter, and where none is given the work is always done.
+    assert cost_of(parse(text), 4, {"counted": 0.25}).cycles == 40
+    assert cost_of(parse(text), 4).cycles == 40
+
+
 KERNEL = """
 ENTRY %main (x: f32[1024]) -> f32[1024] {
   %x = f32[1024] parameter(0)

@@ -15,7 +15,7 @@ from morer1_jax.learn.grpo import (
 from morer1_jax.model.scorer import ScoreConfig
 
 CONFIG = LossConfig(beta=0.05, clip_low=0.1, clip_high=0.15, mask_truncated=True)
-SCORE = ScoreConfig(chunk=24)
+SCORE = ScoreConfig(chunk=192)
 
 
 @pytest.fixture(scope="module")

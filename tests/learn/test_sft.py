@@ -10,7 +10,7 @@ from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.model.vision import VisionInputs
 
-SCORE = ScoreConfig(temperature=0.5, chunk=20)  # the temperature is of sampling alone
+SCORE = ScoreConfig(temperature=0.5, chunk=160)  # the temperature is of sampling alone
 
 
 def in_rows(tiny, rows=None):

@@ -88,6 +88,30 @@ def test_gradients_are_clipped_and_their_norm_is_that_before(tiny):
     assert seen["grad_norm"] == 5
 
 
+def test_moments_in_bfloat16_follow_those_in_float32(tiny):
+    """Kept in half the memory; parameters after ten updates differ by rounding alone."""
+    rng = np.random.default_rng(0)
+    grads = [{"kernel": jnp.asarray(rng.standard_normal(64) + 1, jnp.float32)} for _ in range(10)]
+    after, states = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = OptimizerConfig(lr=0.1, moments=dtype).build(10)
+        step = tiny.jit(lambda state, grad, by=optimizer: apply_gradients(state, grad, by)[:2])
+        state = new_state({"kernel": jnp.zeros(64)}, optimizer)
+        for grad in grads:
+            params, opt_state = step(state, grad)
+            state = state.replace(params=params, opt_state=opt_state)
+        after[dtype], states[dtype] = np.asarray(params["kernel"]), opt_state
+    for name in ("mu", "nu"):
+        exact, kept = (optax.tree_utils.tree_get(states[dtype], name)["kernel"] for dtype in after)
+        assert (exact.dtype, kept.dtype) == (jnp.float32, jnp.bfloat16)
+        # Every update rounds by at most 1/256, and forgets: nine tenths of it stay of the first.
+        bound = {"mu": 10, "nu": 20}[name] / 256 * np.abs(exact).max()
+        np.testing.assert_allclose(kept.astype(jnp.float32), exact, atol=bound)
+    assert np.abs(after["float32"]).max() > 0.5
+    np.testing.assert_allclose(after["bfloat16"], after["float32"], atol=0.02)
+    assert np.any(after["bfloat16"] != after["float32"])
+
+
 @pytest.fixture(scope="module")
 def split_update(tiny):
     """A state on eight devices, and an update of it as a run compiles it: its buffers given away.

@@ -16,7 +16,7 @@ from morer1_jax.model.layers import merged_kernel
 from morer1_jax.model.scorer import ScoreConfig, sequence_logprobs
 from morer1_jax.model.vlm import Qwen25VL, init_params
 
-SCORE = ScoreConfig(chunk=24)
+SCORE = ScoreConfig(chunk=192)
 ADAPTERS = LoRA(rank=3, alpha=6.0)
 
 

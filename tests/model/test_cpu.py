@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.model.cpu import cos_sin
-from morer1_jax.model.layers import rotate
+from morer1_jax.model.rotary import rotate
 
 
 def draw(*shape):

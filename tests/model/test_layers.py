@@ -3,22 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax.model.config import Runtime
-from morer1_jax.model.layers import SwiGLU, rms_norm, rotate
+from morer1_jax.model.layers import SwiGLU, rms_norm
 
 RUNTIME = Runtime(dtype="bfloat16")
 
 
 def draw(*shape):
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-
-
-def test_rotate_turns_pairs_by_their_angle():
-    x = draw(2, 3, 4, 6)
-    angles = draw(2, 3, 3)
-    turned = rotate(x, (jnp.cos(angles), jnp.sin(angles)))
-    pairs = np.asarray(x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * np.asarray(angles))[:, :, None]
-    np.testing.assert_allclose(turned[..., :3], pairs.real, atol=1e-6)
-    np.testing.assert_allclose(turned[..., 3:], pairs.imag, atol=1e-6)
 
 
 def test_rms_norm_is_in_float32_whatever_comes_in():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from morer1_jax.model.config import LoRA, Runtime
 from morer1_jax.model.linear import Linear, linear_product
@@ -60,6 +61,34 @@ def test_a_kernels_gradient_is_not_rounded_to_the_activations_dtype():
     np.testing.assert_allclose(gradient, exact, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("path", ["down/kernel", "o/kernel", "q/kernel"])
+def test_the_smaller_operand_of_a_gradient_is_transposed(path):
+    """On a mesh; the gradient is the same, and split as its kernel."""
+    contracted = {"o/kernel": (4, 8), "q/kernel": (32,)}.get(path, (32,))
+    features = (2, 4) if path == "q/kernel" else (8,)
+    x, kernel = draw(16, 40, *contracted), draw(*contracted, *features)
+    axes = tuple(range(2, x.ndim))
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+
+    def run(layout):
+        return lambda x, kernel: linear_product(x, kernel, axes, layout, path)
+
+    expected = gradients(run(Layout()), x, kernel)
+    split = NamedSharding(mesh, partition_spec(mesh, path, kernel.shape))
+    given = (
+        jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")))),
+        jax.device_put(kernel, split),
+    )
+    value, (of_x, of_kernel) = gradients(run(Layout(mesh)), *given)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    wanted = np.asarray(expected[1][1])
+    np.testing.assert_allclose(of_kernel, wanted, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(of_x, expected[1][0], atol=1e-5)
+    assert of_kernel.sharding.is_equivalent_to(split, kernel.ndim)
+    lowered = jax.jit(jax.grad(lambda *a: jnp.sum(run(Layout(mesh))(*a)), 1)).lower(*given)
+    assert "optimization_barrier" in lowered.as_text()
+
+
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}], ids=str)
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=4.0)], ids=["plain", "adapter"])
 def test_a_mesh_changes_nothing_but_rounding(axes, lora):
@@ -80,7 +109,8 @@ def test_a_mesh_changes_nothing_but_rounding(axes, lora):
         name: NamedSharding(mesh, partition_spec(mesh, f"q/{name}", leaf.shape))
         for name, leaf in params.items()
     }
-    value, (of_params, of_x) = run(Layout(mesh))(jax.device_put(params, split), x)
+    given = jax.device_put(params, split), x
+    value, (of_params, of_x) = run(Layout(mesh))(*given)
     for got, wanted in zip(
         jax.tree.leaves((value, (of_params, of_x))), jax.tree.leaves(expected), strict=True
     ):
@@ -88,3 +118,11 @@ def test_a_mesh_changes_nothing_but_rounding(axes, lora):
         np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
     # A kernel's gradient lies as the kernel does.
     assert of_params["kernel"].sharding.is_equivalent_to(split["kernel"], 3)
+    # Gradients summed in bfloat16 are rounded by it, and no other number is.
+    rounded, (of_params, of_x_again) = run(Layout(mesh, "bfloat16"))(*given)
+    assert rounded == value
+    np.testing.assert_array_equal(of_x_again, of_x)
+    exact = np.asarray(expected[1][0]["kernel"])
+    error = np.abs(of_params["kernel"] - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 2e-2
+    assert of_params["kernel"].dtype == jnp.float32

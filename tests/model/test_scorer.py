@@ -26,7 +26,7 @@ def of_rows(tiny):
         def run(params, batch, cotangent):
             model = tiny.model(kernels=kernels)
             values, pull = jax.vjp(
-                lambda params: sequence_logprobs(model, params, batch, ScoreConfig(chunk=24)),
+                lambda params: sequence_logprobs(model, params, batch, ScoreConfig(chunk=192)),
                 params,
             )
             return values, pull((cotangent, jnp.zeros_like(cotangent)))[0]

@@ -65,6 +65,10 @@ def test_a_kernel_is_gathered_but_for_its_heads_and_split_again():
     layout, kernel = Layout(MESH), jnp.arange(8.0 * 4 * 2).reshape(8, 4, 2)
     assert placed(layout, "gathered", "q/kernel", kernel) == P(None, "tensor")
     assert placed(layout, "split", "q/kernel", kernel) == P("fsdp", "tensor")
+    # A gradient whose last two axes, of features, come first.
+    turned = jax.jit(lambda x: layout.split("q/kernel", x, turned=2))(jnp.moveaxis(kernel, 0, 2))
+    assert turned.sharding.spec == P("tensor", None, "fsdp")
+    np.testing.assert_array_equal(turned, jnp.moveaxis(kernel, 0, 2))
     # Stacked over layers too.
     stacked = jnp.stack([kernel] * 3)
     assert placed(layout, "split", "q/kernel", stacked) == P(None, "fsdp", "tensor")

@@ -6,16 +6,26 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from morer1_jax.batch import EncodedBatch
+from morer1_jax.data.shapes import Shape
 from morer1_jax.errors import ConfigError
 from morer1_jax.learn.trainable import TrainableParts
+from morer1_jax.model import parts
 from morer1_jax.model.config import Runtime
 from morer1_jax.model.decoding import separate_layers
+from morer1_jax.model.scorer import embed_prompts
 from morer1_jax.run.placed import place
 
 
 def put(params, placed):
     """The parameters as training holds them."""
     return jax.device_put(jax.device_get(params), placed.param_shardings)
+
+
+def sampled(params):
+    """What sampling needs of a tree: all but the tower, of which it has the merger."""
+    vision = {name: params["vision"][name] for name in ("merger_norm", "merger_in", "merger_out")}
+    return params | {"vision": vision}
 
 
 def specs(like):
@@ -52,14 +62,14 @@ def test_what_is_moved_is_cast_and_whole(tiny):
         assert (leaf.dtype, leaf.sharding.spec) == (like.dtype, like.sharding.spec)
         np.testing.assert_array_equal(leaf, np.asarray(before).astype(like.dtype))
 
-    jax.tree.map(check, moved, placed.sampling.like, tiny.params())
+    jax.tree.map(check, moved, placed.sampling.like, sampled(tiny.params()))
 
 
 def test_layers_come_apart_for_a_plain_loop(tiny):
     mesh = tiny.mesh(data=1, fsdp=2, tensor=2)
     placed = place(tiny.CONFIG, Runtime(dtype="bfloat16", decode_unroll=True), mesh)
     moved = placed.sampling.params(put(tiny.params(), placed))
-    expected = separate_layers(tiny.params())
+    expected = separate_layers(sampled(tiny.params()))
 
     def check(leaf, like, before):
         assert (leaf.dtype, leaf.sharding.spec) == (like.dtype, like.sharding.spec)
@@ -80,10 +90,11 @@ def test_what_lies_ready_is_not_copied(tiny):
     one = tiny.mesh(data=1, fsdp=1, tensor=1)
     placed = place(tiny.CONFIG, Runtime(), one)
     params = put(tiny.params(), placed)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, placed.sampling.params(params), params))
+    moved = placed.sampling.params(params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, moved, sampled(params)))
     # With frozen parameters in the products' dtype only those that train are cast.
-    parts = TrainableParts(vision=0.0, merger=0.0, frozen_dtype="bfloat16")
-    placed = place(tiny.CONFIG, Runtime(dtype="bfloat16"), one, parts)
+    trainable = TrainableParts(vision=0.0, merger=0.0, frozen_dtype="bfloat16")
+    placed = place(tiny.CONFIG, Runtime(dtype="bfloat16"), one, trainable)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, placed.like | placed.like_frozen)
     params = jax.tree.map(lambda x, dtype: jnp.asarray(x, dtype), tiny.params(), dtypes)
     moved = placed.sampling.params(params)
@@ -91,6 +102,40 @@ def test_what_lies_ready_is_not_copied(tiny):
     assert kernel(moved["vision"]) is kernel(params["vision"])
     assert moved["embedding"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(moved["embedding"], params["embedding"].astype(jnp.bfloat16))
+
+
+def test_images_encoded_beforehand_give_the_same_embeddings_and_gradients(tiny):
+    """On a mesh whose devices run their rows in several parts."""
+    placed = place(tiny.CONFIG, Runtime(), tiny.mesh(data=1, fsdp=2, tensor=1))
+    params, prompts = put(tiny.params(), placed), placed.put(tiny.prompts())
+    encoded = placed.encode(params, prompts)
+    assert isinstance(encoded.vision, EncodedBatch)
+    assert encoded.vision.hidden.sharding.is_equivalent_to(placed.rows, 3)
+
+    def total(params, prompts):
+        x = placed.model.apply({"params": params}, prompts, method=embed_prompts)
+        return jnp.sum(jnp.sin(x)), x
+
+    run = tiny.jit(jax.value_and_grad(total, has_aux=True))
+    ((_, ours), grads), ((_, theirs), expected) = run(params, encoded), run(params, prompts)
+    tiny.assert_near(ours, theirs, 1e-6)
+    # The tower has none, the merger the same.
+    tiny.assert_near(sampled(grads), sampled(expected), 1e-5)
+    assert not np.any(grads["vision"]["patch_embed"]["kernel"])
+    # What has no patches stays as it is.
+    blind = [sample for sample in tiny.samples() if not sample.images.grids]
+    for batch in (encoded, tiny.COLLATOR.prompts(blind, range(len(blind)), Shape(32, 0))):
+        assert placed.encode(params, batch) is batch
+
+
+def test_a_tower_runs_in_parts_that_fit(tiny, monkeypatch):
+    placed = place(tiny.CONFIG, Runtime(), tiny.mesh(data=1, fsdp=2, tensor=1))
+    params, prompts = put(tiny.params(), placed), placed.put(tiny.prompts())
+    whole = placed.encode(params, prompts).vision.hidden
+    monkeypatch.setattr(parts, "_AT_ONCE", prompts.vision.image_ids[0].size)
+    again = place(tiny.CONFIG, Runtime(), tiny.mesh(data=1, fsdp=2, tensor=1))
+    assert parts.fitting_parts(again.model.runtime.layout, tiny.PROMPTS, 80) == tiny.PROMPTS // 2
+    tiny.assert_near(again.encode(params, prompts).vision.hidden, whole, 1e-6)
 
 
 def test_a_reference_is_in_the_products_dtype(tiny):

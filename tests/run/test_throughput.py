@@ -59,7 +59,7 @@ LORA = LoRA(rank=2, alpha=4.0)
     ("parts", "expected"),
     [
         (TrainableParts(), Passes(text=3, vision=3)),
-        (TrainableParts(vision=0.0), Passes(text=3, vision=2)),
+        (TrainableParts(vision=0.0), Passes(text=3, vision=1)),
         (TrainableParts(vision=0.0, merger=0.0), Passes(text=3, vision=1)),
         (TrainableParts(vision=0.0, merger=0.0, lora=LORA), Passes(text=2, vision=1)),
         (TrainableParts(language=0.0), Passes(text=2, vision=3)),

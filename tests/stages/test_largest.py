@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from morer1_jax.config.settings import DataSettings
+from morer1_jax.data.grammar import build_tables, token_bytes
 from morer1_jax.model.flops import batch_vision_flops
 from morer1_jax.run.throughput import Passes, sequence_work
 from morer1_jax.stages import largest
+from morer1_jax.task.more import read_ontology
 
 DATA = DataSettings(prompt_length=30, completion_length=17, windows=6, round_to=16)
 
@@ -51,3 +53,13 @@ def test_kept_features_take_the_place_of_patches(tiny, dtype):
     data = dataclasses.replace(DATA, keep_features=True)
     features = largest.prompts(data, tiny.model(dtype), rows=2).vision.features
     assert (features.shape, features.dtype) == ((2, 6 * 16 // 4, 32), dtype)
+
+
+@pytest.mark.soak
+def test_the_answers_tables_have_room(qwen_tokenizer, small_world):
+    """For Qwen's vocabulary and the labels of a dataset in MORE's form."""
+    pieces = token_bytes(qwen_tokenizer, 151_936)
+    tables = build_tables(pieces, read_ontology(small_world).labels)
+    bounds = largest.grammar(151_936)
+    for table, bound in zip(tables, bounds, strict=True):
+        assert all(size <= most for size, most in zip(table.shape, bound.shape, strict=True))

@@ -1,5 +1,6 @@
 """The programs of a config by shapes alone: those its stages run, each with what lies beside it."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -8,13 +9,11 @@ import pytest
 
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
-from morer1_jax.data.grammar import build_tables, token_bytes
 from morer1_jax.learn.state import abstract_params
+from morer1_jax.model.vlm import split_tower
 from morer1_jax.run.mesh import device_bytes, make_mesh
 from morer1_jax.run.placed import place
-from morer1_jax.stages import programs
 from morer1_jax.stages.programs import planned_programs
-from morer1_jax.task.more import read_ontology
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.py"
 
@@ -23,29 +22,32 @@ CONFIG = Path(__file__).parents[1] / "configs" / "tiny.py"
 def plan(tiny):
     """`plan(stages, **mesh)`: the programs of the tiny config, and its placed model."""
 
-    def plan(stages, dtype="bfloat16", updates=1, **axes):
+    def plan(stages, dtype="bfloat16", updates=1, chunk=1024, layers=2, **axes):
         config = read_config(CONFIG)
         config.stages, config.runtime.dtype = stages, dtype
         config.runtime.decode_unroll = False
         config.grpo.update(prompts=8, updates=updates)
+        config.score.chunk = chunk
         config.mesh.update(axes)
         made = settings(config)
         mesh = make_mesh(made.mesh.axes, jax.devices()[: int(np.prod([*axes.values()]))])
-        placed = place(tiny.CONFIG, made.runtime, mesh, made.tune)
+        text = dataclasses.replace(tiny.CONFIG.text, num_hidden_layers=layers)
+        model = dataclasses.replace(tiny.CONFIG, text=text)
+        placed = place(model, made.runtime, mesh, made.tune)
         return planned_programs(made, placed), placed
 
     return plan
 
 
-MOVE, GREEDY = "move to the sampler", "greedy answers"
+IMAGES, MOVE, GREEDY = "images", "move to the sampler", "greedy answers"
 
 
 @pytest.mark.parametrize(
     ("stages", "names"),
     [
-        ("sft,evaluate", ["SFT step", MOVE, GREEDY]),
-        ("rate", [MOVE, "rating"]),
-        ("rate,grpo,evaluate", [MOVE, GREEDY, "rating", "rollout", "score", "update"]),
+        ("sft,evaluate", ["SFT step", IMAGES, MOVE, GREEDY]),
+        ("rate", [IMAGES, MOVE, "rating"]),
+        ("rate,grpo,evaluate", [IMAGES, MOVE, GREEDY, "rating", "rollout", "score", "update"]),
         ("synthesise", []),
     ],
 )
@@ -56,9 +58,12 @@ def test_each_stage_has_its_programs(plan, stages, names):
 
 def test_nothing_is_moved_where_training_and_sampling_are_alike(plan):
     planned, placed = plan("evaluate", dtype="float32", data=1, fsdp=1, tensor=1)
-    assert [program.name for program in planned] == [GREEDY]
+    assert [program.name for program in planned] == [IMAGES, GREEDY]
     assert placed.sampling.moved == {}
-    assert planned[0].beside["parameters"] == []
+    # What both layouts have is the sampler's own; the tower alone lies beside.
+    tower = split_tower(abstract_params(placed.model))[0]
+    found = {leaf.shape for leaf in jax.tree.leaves(planned[1].beside["parameters"])}
+    assert found == {leaf.shape for leaf in jax.tree.leaves(tower)}
 
 
 def test_every_program_lowers_with_its_arguments(plan):
@@ -92,11 +97,26 @@ def test_decode_loops_cover_all_tokens_but_the_first(plan):
         assert loop.reads == device_bytes(weights) + kept
 
 
-@pytest.mark.soak
-def test_the_answers_tables_have_room(qwen_tokenizer, small_world):
-    """For Qwen's vocabulary and the labels of a dataset in MORE's form."""
-    pieces = token_bytes(qwen_tokenizer, 151_936)
-    tables = build_tables(pieces, read_ontology(small_world).labels)
-    bounds = programs._grammar(151_936)
-    for table, bound in zip(tables, bounds, strict=True):
-        assert all(size <= most for size, most in zip(table.shape, bound.shape, strict=True))
+def test_the_share_of_logits_that_count(plan):
+    """Of a row of 224 + 136 tokens, rounded up to 368, chunks of 24 hold the 136 of the target."""
+    planned, _ = plan("sft,grpo", data=1, fsdp=2, tensor=1, chunk=96)
+    shares = {program.name: program.counted for program in planned}
+    assert shares["SFT step"] == 6 / 16
+    assert shares["update"] == shares["score"] == 1
+
+
+def test_programs_do_not_grow_with_the_layers(plan):
+    """Those that train and score, which run the decoder's layers in a loop."""
+
+    def sizes(layers):
+        planned, _ = plan("sft,grpo", data=1, fsdp=2, tensor=1, layers=layers)
+        return {
+            program.name: len(program.lower().as_text())
+            for program in planned
+            if program.name in ("SFT step", "score", "update")
+        }
+
+    few, many = sizes(2), sizes(28)
+    assert len(few) == 3
+    for name, size in many.items():
+        assert size <= 1.3 * few[name], name

@@ -33,6 +33,7 @@ from morer1_jax.learn.grpo import (
 from morer1_jax.learn.sft import make_sft_step, sft_gradients
 from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
+from morer1_jax.model.sharding import Layout
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, sample_keys
 from morer1_jax.run.memory import keep_freed_memory
@@ -40,7 +41,7 @@ from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.shapes import row_cost
 from morer1_jax.stages.grpo_step import Programs, make_grpo_step, make_programs
 
-_SCORE = ScoreConfig(chunk=64)
+_SCORE = ScoreConfig(chunk=512)
 # An end-of-turn id that no token has, so that every completion has the full length.
 _NEVER = -1
 
@@ -49,7 +50,7 @@ class SFTTask:
     """One step of SFT on `examples`, in micro-batches."""
 
     def __init__(self, side: Ours, examples: list[Example], micro_batches: int = 1) -> None:
-        self._side = side
+        self._side, self._micro_batches = side, micro_batches
         samples = [side.reader.read(example.prompt, example.target) for example in examples]
         sizes = [side.reader.size_of(sample) for sample in samples]
         # Packed as a run of such samples would pack them.
@@ -66,7 +67,9 @@ class SFTTask:
         """See `task.Task`."""
         # Chunks of logits without a target are skipped; places with a target go first in each row.
         targets = int(jnp.max(jnp.sum(self.batch.weights > 0, axis=1)))
-        chunks, all_chunks = (-(-n // _SCORE.chunk) for n in (targets, self.batch.tokens.shape[1]))
+        rows, length = self.batch.tokens.shape
+        chunk = _SCORE.of_row(rows // self._micro_batches, Layout())
+        chunks, all_chunks = (-(-n // chunk) for n in (targets, length))
         arguments = self._side.like_state(), {}, self.batch
         return self._side.flops(self._step, *arguments, taken=chunks / all_chunks)
 
@@ -103,8 +106,12 @@ class SampleTask:
     def flops(self) -> float | None:
         side = self._side
         params = side.policy.placed.sampling.like
-        arguments = params, self.prompts, side.policy.allowed, jnp.int32(0)
-        return side.flops(self._run, *arguments, trips=_trips(self._length))
+        arguments = params, side.encoded(self.prompts), side.policy.allowed, jnp.int32(0)
+        parts = (
+            side.tower_flops(self.prompts),
+            side.flops(self._run, *arguments, trips=_trips(self._length)),
+        )
+        return None if None in parts else sum(parts)
 
     def _sampler(self, **changes: Any) -> Callable[..., Any]:
         side, preset = self._side, self._side.preset
@@ -125,7 +132,7 @@ class SampleTask:
         greedy = self._sampler(group=1, length=32, temperature=0.0)
         allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
         params = side.policy.placed.sampling.params(side.loaded.params)
-        rollout = greedy(params, self.prompts, allowed, jnp.int32(0))
+        rollout = greedy(params, side.encoded(self.prompts), allowed, jnp.int32(0))
         return {"tokens": rollout.tokens[:, 0].tolist()}
 
     def prepare(self) -> None:
@@ -136,9 +143,10 @@ class SampleTask:
         self._step += 1
         side = self._side
         allowed, step = side.policy.allowed, jnp.int32(self._step)
-        # As in a run, which moves the parameters once a rollout.
+        # As in a run, which encodes the images and moves the parameters once a rollout.
         params = side.policy.placed.sampling.params(side.loaded.params)
-        jax.block_until_ready(self._run(params, self.prompts, allowed, step))
+        encoded = side.encoded(self.prompts)
+        jax.block_until_ready(self._run(params, encoded, allowed, step))
 
 
 class GRPOTask:
@@ -154,7 +162,8 @@ class GRPOTask:
         side, programs = self._side, self._programs()
         params, policy = side.loaded.params, side.policy
         own = policy.placed.sampling.like
-        arguments = own, self.prompts, policy.grammar, policy.allowed, jnp.int32(0)
+        encoded = side.encoded(self.prompts)
+        arguments = own, encoded, policy.grammar, policy.allowed, jnp.int32(0)
         scored, _ = jax.eval_shape(programs.rollout, *arguments)
         # Shapes alone count: all arrays of a float32 for each token have the log-probabilities'.
         completions = scored.rollout
@@ -169,6 +178,7 @@ class GRPOTask:
             reference=per_token,
         )
         parts = (
+            side.tower_flops(self.prompts),
             side.flops(programs.rollout, *arguments, trips=_trips(side.preset.completion)),
             side.flops(
                 programs.score,
@@ -305,8 +315,7 @@ def grpo_settings(preset: Preset) -> GRPOSettings:
 
 
 def _group_score(preset: Preset) -> ScoreConfig:
-    """Returns chunks that hold as many logits in a micro-batch as 128 places do in the batch."""
-    return ScoreConfig(chunk=128 * preset.micro_batches)
+    return ScoreConfig(chunk=128 * preset.batch)
 
 
 def _group_batch(

@@ -21,6 +21,7 @@ from morer1_jax.data.shapes import Shape
 from morer1_jax.learn.state import OptimizerConfig, TrainState, new_state
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.config import Runtime
+from morer1_jax.model.vlm import split_tower
 from morer1_jax.run.placed import place
 from morer1_jax.run.policy import Policy
 from morer1_jax.serve.loaded import LoadedModel, open_model
@@ -77,6 +78,15 @@ class Ours:
         if self.model.runtime.kernels != XLA():
             return None
         return call_flops(function, *arguments, **options)
+
+    def encoded(self, prompts: PromptBatch) -> PromptBatch:
+        """Returns prompts with images that the tower has run on."""
+        return self.policy.placed.encode(self.loaded.params, prompts)
+
+    def tower_flops(self, prompts: PromptBatch) -> float | None:
+        """Returns what `encoded` takes, as `flops` does."""
+        tower, _ = split_tower(self.loaded.params)
+        return self.flops(self.policy.placed.tower, tower, prompts.vision)
 
     def state(self) -> TrainState:
         """Returns a new state with a copy of the folder's parameters."""
