@@ -13,9 +13,10 @@ where nothing is public.
 from ml_collections import ConfigDict
 
 from morer1_jax.config.settings import default_config
+from morer1_jax.config.topologies import fit
 
 
-def get_config() -> ConfigDict:
+def get_config(topology: str | None = "v5e:4x4") -> ConfigDict:
     config = default_config()
     config.stages = "sft,evaluate"
     config.data.folder = "data/MORE"
@@ -40,4 +41,4 @@ def get_config() -> ConfigDict:
     config.grpo.mix.update(start=0.5, end=0.1, until=160, shape="linear")
     # Six steps of a sentence or two are 400 to 900 bytes; the ramp is ours.
     config.grpo.reward.update(effort_from=200, effort_to=500)
-    return config
+    return config if topology is None else fit(config, "3b", topology)

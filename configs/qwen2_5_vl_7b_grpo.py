@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from morer1_jax.config.binding import read_config
 
 
-def get_config() -> ConfigDict:
+def get_config(topology: str = "v6e:4x4") -> ConfigDict:
     # The two stages are one run: all keys but these are the SFT config's.
-    config = read_config(Path(__file__).with_name("qwen2_5_vl_7b_sft.py"))
+    config = read_config(Path(__file__).with_name("qwen2_5_vl_7b_sft.py"), topology)
     config.stages = "rate,grpo,evaluate"
     return config

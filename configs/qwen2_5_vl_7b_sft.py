@@ -11,10 +11,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from morer1_jax.config.binding import read_config
+from morer1_jax.config.topologies import fit
 
 
-def get_config() -> ConfigDict:
-    config = read_config(Path(__file__).with_name("qwen2_5_vl_3b_sft.py"))
+def get_config(topology: str = "v6e:4x4") -> ConfigDict:
+    config = read_config(Path(__file__).with_name("qwen2_5_vl_3b_sft.py"), None)
     config.model.path = "Qwen/Qwen2.5-VL-7B-Instruct"
     config.model.text.update(
         vocab_size=152_064,
@@ -26,7 +27,4 @@ def get_config() -> ConfigDict:
         tie_word_embeddings=False,
     )
     config.data.vocabulary = 152_064
-    # Activations of twice the width: half as many rows at once.
-    config.sft.micro_batches = 2
-    config.grpo.micro_batches = 8
-    return config
+    return fit(config, "7b", topology)

@@ -5,17 +5,15 @@
 It needs neither a TPU nor weights nor data, only TPUs' compiler (`pip install 'morer1-jax[tpu]'`).
 Nothing is run: memory is what the compiler allots, times are estimates. Batches are the largest
 that the config permits; training of the blind baselines, which is smaller, is left out. A topology
-is a TPU's version and the chips along each axis: v5e:4x4, v6e:2x2, v5p:2x2x4. The exit code is 1
-where something does not fit or does not scale.
+is a TPU's version and the chips along each axis: v5e:4x4, v6e:2x2, v5p:2x2x4. For GPUs, such as
+h100:8, TPUs' compiler stands in: temporary memory is an estimate too, and times are not given. The
+exit code is 1 where something does not fit or does not scale.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -24,14 +22,14 @@ from typing import Any
 
 import jax
 from absl import flags
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from morer1_jax.cli import needs_extra, run_main
+from morer1_jax.cli import run_main
 from morer1_jax.config.settings import Settings, settings
-from morer1_jax.cost.chips import Chip, chip
+from morer1_jax.cost.chips import Chip
 from morer1_jax.cost.estimate import Estimate, Part, estimate
+from morer1_jax.cost.topology import describe
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import write_json
 from morer1_jax.model.config import DEFAULT_IDS, ModelConfig
@@ -47,20 +45,12 @@ from morer1_jax.weights.folder import find_folder, read_json
 from morer1_jax.weights.published import CONFIG
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4, v6e:2x2 or v5p:2x2x4.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:2x2x4 or h100:8.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", 1)
 _PROGRAMS = flags.DEFINE_list("programs", [], "Names of programs; by default all.")
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 _TOP = flags.DEFINE_integer("top", 0, "Source lines to list of each program, the costliest.", 0)
 
-# What TPUs' compiler reads, where no TPU is.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    # Else of two processes that load the library at once one ends with an error.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-}
 # The share of a chip's memory that must stay free: fragments, and what other programs leave.
 _SPARE = 0.08
 
@@ -86,8 +76,8 @@ def main(argv: list[str]) -> None:
     del argv
     out = None if _JSON.value is None else local_path(_JSON.value, "--json")
     run_settings = settings(_CONFIG.value)
-    mesh = topology_mesh(_TOPOLOGY.value, _SLICES.value, run_settings)
-    target = chip(mesh.devices.flat[0].device_kind)
+    topology = describe(_TOPOLOGY.value, _SLICES.value)
+    mesh, target = meshes.make_mesh(run_settings.mesh.axes, topology.devices), topology.chip
     sizes = model_sizes(run_settings)
     placed = place(
         sizes,
@@ -117,37 +107,6 @@ def main(argv: list[str]) -> None:
     if faults:
         print("\n".join(f"fault: {line}" for line in faults), file=sys.stderr)
         sys.exit(1)
-
-
-def topology_mesh(topology: str, slices: int, run_settings: Settings) -> Mesh:
-    """Returns the config's mesh over the chips of a topology that need not exist here.
-
-    Raises:
-        ConfigError: TPUs' compiler is missing, or does not know the topology; or the mesh does not
-            fit it.
-    """
-    version, _, shape = topology.partition(":")
-    chips = math.prod(int(size) for size in re.findall(r"\d+", shape))
-    # The versions with two cores a chip are named by cores.
-    cores = 2 * chips if version in ("v4", "v5p") else chips
-    for name, value in {**_ENVIRONMENT, "TPU_ACCELERATOR_TYPE": f"{version}-{cores}"}.items():
-        os.environ.setdefault(name, value)
-    # A TPU of this host is left alone.
-    jax.config.update("jax_platforms", "cpu")
-    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if version == "v4":
-        options["chip_config_name"] = "megacore"
-    with needs_extra("tpu"):
-        import libtpu  # noqa: F401
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    except jax.errors.JaxRuntimeError as error:
-        problem = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"--topology={topology}: expected a version and chips along each axis, such as "
-            f"v5e:4x4, found one that TPUs' compiler refuses ({problem})"
-        ) from None
-    return meshes.make_mesh(run_settings.mesh.axes, described.devices)
 
 
 def model_sizes(run_settings: Settings) -> ModelConfig:
@@ -210,9 +169,14 @@ def _head(placed: Placed, target: Chip) -> str:
     mesh = placed.mesh
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     sampling = dict(placed.sampling_mesh.shape)["tensor"]
+    times = "Times are estimates."
+    if target.clock is None:
+        times = (
+            "TPUs stand in for the compiler's work: memory is an estimate, times there are none."
+        )
     return (
         f"Compiled, not run: {mesh.size} × {target.name}, {axes}; sampling splits weights over "
-        f"{sampling}.\nTimes are estimates. A chip: {target.flops / 1e12:g} TFLOP/s, "
+        f"{sampling}.\n{times} A chip: {target.flops / 1e12:g} TFLOP/s, "
         f"{_size(target.hbm)} for programs at {target.hbm_bytes / 1e9:g} GB/s, links "
         f"{target.link_bytes / 1e9:g} GB/s, between slices {target.network_bytes / 1e9:g} GB/s."
     )
@@ -238,11 +202,12 @@ def _lines(result: Compiled, mesh: Mesh, target: Chip, top: int) -> Iterator[str
 
 def _part_lines(part: Part, flops: float, reads: float, target: Chip, top: int) -> Iterator[str]:
     seconds = part.seconds(target)
-    mfu = f"; estimated MFU {flops / target.flops / seconds:.0%}" if flops else ""
-    yield (
-        f"  time     {_time(seconds)}: compute {_time(part.compute)}, sending "
-        f"{_time(part.wire_seconds(target))}{mfu}"
-    )
+    if seconds is not None:
+        mfu = f"; estimated MFU {flops / target.flops / seconds:.0%}" if flops else ""
+        yield (
+            f"  time     {_time(seconds)}: compute {_time(part.compute)}, sending "
+            f"{_time(part.wire_seconds(target))}{mfu}"
+        )
     yield (
         f"  bounds   FLOPs at peak {_time(flops / target.flops)}, bytes of memory "
         f"{_time(reads / target.hbm_bytes)}, bytes sent {_time(part.wire_seconds(target))}"

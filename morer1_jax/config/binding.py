@@ -37,6 +37,7 @@ OPERATIONAL = (
     "rate.batch",
     "evaluate.batch",
     "*.micro_batches",
+    "grpo.rollout_parts",
     "*.eval_facts",
     "*.workers",
     "*.worker_kind",
@@ -51,12 +52,12 @@ _ABSENT = object()
 Tree = ConfigDict | Mapping[str, Any]
 
 
-def read_config(path: str | os.PathLike[str]) -> ConfigDict:
-    """Returns the config of another config file: what its `get_config()` returns."""
+def read_config(path: str | os.PathLike[str], *arguments: Any) -> ConfigDict:
+    """Returns the config of another config file: what its `get_config(*arguments)` returns."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*arguments)
 
 
 def flatten(config: Tree) -> dict[str, Any]:

@@ -229,6 +229,8 @@ class GRPOSettings(LoopSettings):
         updates: optimizer updates on each rollout; 1 is on-policy, without old log-probabilities.
         micro_batches: parts that a rollout is scored and trained on in, one after another; fewer
             where a part would not fill the mesh.
+        rollout_parts: parts that a rollout is sampled in, likewise, where keys and values of all
+            completions would not fit.
         temperature: of sampling and scoring.
         scale_rewards: what advantages are divided by; see `rollout.reward.advantages`.
         mixing: False draws from all facts alike, rated easy or hard (an ablation).
@@ -241,6 +243,7 @@ class GRPOSettings(LoopSettings):
     group: int = at_least(2, 8)
     updates: int = at_least(1, 1)
     micro_batches: int = at_least(1, 4)
+    rollout_parts: int = at_least(1, 1)
     temperature: float = above(0, 1.0)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     mixing: bool = True
@@ -253,12 +256,13 @@ class GRPOSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if self.prompts % self.micro_batches:
-            raise FieldError(
-                "micro_batches",
-                f"expected a divisor of the {self.prompts} prompts of a batch, found "
-                f"{self.micro_batches}",
-            )
+        for name in ("micro_batches", "rollout_parts"):
+            if self.prompts % getattr(self, name):
+                raise FieldError(
+                    name,
+                    f"expected a divisor of the {self.prompts} prompts of a batch, found "
+                    f"{getattr(self, name)}",
+                )
 
 
 @dataclasses.dataclass(frozen=True)

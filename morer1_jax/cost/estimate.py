@@ -70,13 +70,14 @@ class Part:
     """A program without its decode loops, or one turn of one of these, on one device.
 
     Attributes:
-        compute: seconds, by the compiler's estimate and kernels' FLOPs at the peak.
+        compute: seconds, by the compiler's estimate and kernels' FLOPs at the peak; None for GPUs,
+            of whose programs there is none.
         sent: largest first.
         unknown_kernels: names of kernels whose FLOPs are not counted.
         places: seconds by source line, the costliest first.
     """
 
-    compute: float
+    compute: float | None
     sent: tuple[Sent, ...]
     unknown_kernels: tuple[str, ...]
     places: tuple[tuple[str, float], ...]
@@ -91,9 +92,9 @@ class Part:
         rate = {True: chip.network_bytes, False: chip.link_bytes}
         return sum(sent.bytes / rate[sent.across_slices] for sent in self.sent)
 
-    def seconds(self, chip: Chip) -> float:
-        """Returns the estimated time, with nothing sent while computing."""
-        return self.compute + self.wire_seconds(chip)
+    def seconds(self, chip: Chip) -> float | None:
+        """Returns the estimated time, with nothing sent while computing; None as `compute`."""
+        return None if self.compute is None else self.compute + self.wire_seconds(chip)
 
     def faults(self, *, in_decode_loop: bool) -> list[str]:
         """Returns what does not scale: one line for each kind of transfer."""
@@ -164,11 +165,14 @@ def _part(cost: Cost, mesh: Mesh, chip: Chip, params: Any) -> Part:
         key = (transfer.kind, one.what, one.summed, one.axes, one.across_slices)
         sent[key] += transfer.bytes * transfer.times
     places: collections.Counter[str] = collections.Counter()
-    for work in cost.work:
-        if work.cycles is not None:
-            places[_place(work.sources)] += work.cycles * work.times / chip.clock
+    compute = None
+    if chip.clock is not None:
+        compute = cost.cycles / chip.clock + kernels.flops / chip.flops
+        for work in cost.work:
+            if work.cycles is not None:
+                places[_place(work.sources)] += work.cycles * work.times / chip.clock
     return Part(
-        compute=cost.cycles / chip.clock + kernels.flops / chip.flops,
+        compute=compute,
         sent=tuple(Sent(*key, size) for key, size in sent.most_common()),
         unknown_kernels=kernels.unknown,
         places=tuple(places.most_common()),

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.layers import Params
+from morer1_jax.model.parts import map_rows
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.rollout.reward import (
     REWARD_PARTS,
@@ -42,7 +43,12 @@ class ScoredRollout:
 
 
 def make_rollout(
-    model: Qwen25VL, config: SampleConfig, reward: RewardConfig, scale_rewards: str, seed: int
+    model: Qwen25VL,
+    config: SampleConfig,
+    reward: RewardConfig,
+    scale_rewards: str,
+    seed: int,
+    parts: int = 1,
 ) -> Callable[..., tuple[ScoredRollout, Metrics]]:
     """Returns `rollout(params, prompts, grammar, allowed, step) -> (scored, metrics)`, to jit.
 
@@ -52,6 +58,7 @@ def make_rollout(
     Args:
         scale_rewards: whose deviation advantages are divided by; see `reward.advantages`.
         seed: of the sampling noise, together with `step`.
+        parts: of the prompts that are sampled one after another.
     """
 
     def rollout(
@@ -62,11 +69,16 @@ def make_rollout(
         step: Int[Array, ""],
     ) -> tuple[ScoredRollout, Metrics]:
         keys = sample_keys(seed, step, prompts.fact, config.group)
-        samples = sample(model, params, prompts, grammar, allowed, keys, config)
-        parts = reward_parts(samples, prompts.gold, reward)
-        total = total_reward(parts, reward)
+
+        def of_part(part: tuple[PromptBatch, Key[Array, "b g"]]) -> Rollout:
+            prompts, keys = part
+            return sample(model, params, prompts, grammar, allowed, keys, config)
+
+        samples = map_rows(of_part, (prompts, keys), parts)
+        by_part = reward_parts(samples, prompts.gold, reward)
+        total = total_reward(by_part, reward)
         advantage, all_equal = advantages(total, scale_rewards)
-        scored = ScoredRollout(samples, parts, total, advantage)
+        scored = ScoredRollout(samples, by_part, total, advantage)
         return scored, rollout_metrics(scored, all_equal)
 
     return rollout

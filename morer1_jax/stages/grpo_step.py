@@ -93,7 +93,12 @@ def make_programs(
     return Programs(
         rollout=program(
             make_rollout(
-                placed.sampling.model, sampling, settings.reward, settings.scale_rewards, seed
+                placed.sampling.model,
+                sampling,
+                settings.reward,
+                settings.scale_rewards,
+                seed,
+                placed.micro_batches(settings.prompts, settings.rollout_parts),
             ),
             takes=(placed.sampling.like, rows, whole, whole, whole),
             gives=(rows, whole),

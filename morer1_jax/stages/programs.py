@@ -255,7 +255,9 @@ class _Plan:
             params=placed.sampling.like,
             beside=state | following,
             flops=self._flops(own.prompts, own.group, 0),
-            loops=self._loops(own.prompts, own.group),
+            loops=self._loops(
+                own.prompts // placed.micro_batches(own.prompts, own.rollout_parts), own.group
+            ),
         )
         # A tower that trains is an argument of what follows, one that does not lies beside it.
         if placed.tower_trains:

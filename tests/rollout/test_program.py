@@ -58,3 +58,18 @@ def test_noise_is_of_the_seed_and_the_step(tiny, run):
     expected = tiny.sampler()(params, prompts, keys, tiny.ALLOWED)
     np.testing.assert_array_equal(drawn.tokens, expected.tokens)
     assert (run(params, 3)[0].rollout.tokens != drawn.tokens).any((1, 2)).all()
+
+
+def test_parts_draw_the_same(tiny, run):
+    """One after another: tokens, rewards, and metrics over all of them."""
+    given = tiny.sample_config(), REWARD, "batch", SEED
+    params, others = tiny.params(), (tiny.prompts(), tiny.GRAMMAR, tiny.ALLOWED, np.int32(2))
+    whole, in_parts = (
+        jax.device_get(tiny.jit(make_rollout(tiny.model(), *given, parts))(params, *others))
+        for parts in (1, 4)
+    )
+    np.testing.assert_array_equal(in_parts[0].rollout.tokens, whole[0].rollout.tokens)
+    np.testing.assert_allclose(in_parts[0].rollout.logprobs, whole[0].rollout.logprobs, atol=1e-5)
+    np.testing.assert_allclose(in_parts[0].advantages, whole[0].advantages, atol=1e-5)
+    for name, value in whole[1].items():
+        np.testing.assert_allclose(in_parts[1][name], value, rtol=1e-5, err_msg=name)

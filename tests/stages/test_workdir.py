@@ -35,7 +35,8 @@ mesh: data fsdp tensor sampling_tensor
 runtime: attention remat scan_unroll decode_unroll
 sft: micro_batches eval_every eval_facts save_every log_every keep_checkpoints
 baselines: eval_every eval_facts
-grpo: micro_batches eval_every eval_facts save_every log_every rollouts_every keep_checkpoints
+grpo: micro_batches rollout_parts eval_every eval_facts save_every log_every rollouts_every
+grpo: keep_checkpoints
 """)
 # Keys that some number depends on. A new key is put here or above.
 BINDING = keys("""
@@ -47,7 +48,7 @@ model.text: num_key_value_heads mrope_section rope_theta initializer_range tie_w
 model.vision: depth hidden_size intermediate_size num_heads fullatt_block_indexes patch_size
 model.vision: temporal_patch_size spatial_merge_size window_size initializer_range
 tune: vision merger language frozen_dtype lora.rank lora.alpha lora.targets
-runtime: param_dtype dtype
+runtime: param_dtype dtype gradient_sums
 sft: steps batch
 baselines: facts steps batch
 rate: begin file samples temperature easy_from never
@@ -55,9 +56,9 @@ grpo: steps prompts group updates temperature scale_rewards mixing
 grpo.mix: start end until shape
 grpo.reward: format effort accuracy effort_from effort_to
 grpo.loss: clip_low clip_high beta normalisation importance_cap mask_truncated
-sft.optimizer: lr schedule warmup final b1 b2 eps weight_decay clip_norm
-baselines.optimizer: lr schedule warmup final b1 b2 eps weight_decay clip_norm
-grpo.optimizer: lr schedule warmup final b1 b2 eps weight_decay clip_norm
+sft.optimizer: lr schedule warmup final b1 b2 eps weight_decay clip_norm moments
+baselines.optimizer: lr schedule warmup final b1 b2 eps weight_decay clip_norm moments
+grpo.optimizer: lr schedule warmup final b1 b2 eps weight_decay clip_norm moments
 """)
 
 
