@@ -19,7 +19,6 @@ from morer1_jax.files import check_writable, read_jsonl
 from morer1_jax.paths import any_path, expand_home, local_path
 from morer1_jax.processes import check_alone
 from morer1_jax.report.report import write_report
-from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
@@ -63,11 +62,8 @@ def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
     facts = more.read_split(data, split, more.read_ontology(data))
     loaded = open_model(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
     sizes = more.photo_sizes(facts, data)
-    reader = loaded.reader(data, facts, sizes)
     batch = min(_BATCH.value, len(facts))
-    sampler = BatchSampler(
-        loaded.policy, reader, batch=batch, group=1, temperature=0.0, guided=_GUIDED.value
-    )
+    sampler = loaded.sampler(data, facts, sizes, batch=batch, guided=_GUIDED.value)
     answers = sampler.answers(loaded.params, facts, f"evaluate {name}")
     write_scores(out, name, facts, answers, loaded.policy.ontology)
     print(metrics.format_table(read_scores(out)))

@@ -17,7 +17,6 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.files import check_writable
 from morer1_jax.paths import any_path, local_path
 from morer1_jax.processes import check_alone
-from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
@@ -76,9 +75,10 @@ def _rate(data: epath.Path, out: Path) -> None:
     loaded = open_model(_CHECKPOINT.value, labels=data / LABELS, completion=_LENGTH.value)
     photos = more.check_photos(facts, data)
     sizes = {photo: info.size for photo, info in photos.items()}
-    sampler = BatchSampler(
-        loaded.policy,
-        loaded.reader(data, facts, sizes),
+    sampler = loaded.sampler(
+        data,
+        facts,
+        sizes,
         batch=config.batch,
         group=config.samples,
         temperature=config.temperature,

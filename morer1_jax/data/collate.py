@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,9 @@ from morer1_jax.errors import DataError
 from morer1_jax.model.config import ImageConfig, VisionConfig
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vision_layout import Grid, VisionLayout
+
+# Stands for the images of rows that are not laid out yet.
+_LATER = np.zeros(0, np.int32)
 
 
 class Collator:
@@ -54,6 +58,7 @@ class Collator:
 
         Args:
             noise_ids: the key of each row's sampling noise.
+            shape: of the rows; consecutive rows share a row of images as it says.
 
         Raises:
             DataError: a sample exceeds the shape; the message names it and the config's keys.
@@ -61,30 +66,33 @@ class Collator:
         rows = []
         for sample, noise_id in zip(samples, noise_ids, strict=True):
             length = len(sample.prompt)
-            self._check_room([sample], length, shape)
+            self._check_length([sample], length, shape)
             positions = self._positions(sample.prompt, sample.images.grids)
-            layout = self._layout([sample.images], shape.slots)
             rows.append(
                 PromptBatch(
                     tokens=pad(sample.prompt, shape.length, self._special.pad),
                     mask=np.arange(shape.length) < length,
                     positions=pad(positions, shape.length, 0),
-                    vision_index=self._vision_index(layout, sample.prompt, shape.length),
+                    vision_index=_LATER,
                     next_position=np.int32(positions.max() + 1),
                     fact=np.int32(noise_id),
                     gold=np.int32(sample.gold),
-                    vision=self._vision(layout, [sample.images]),
+                    vision=_LATER,
                 )
             )
-        return stack(rows)
+        return self._with_images(stack(rows), [[sample] for sample in samples], shape)
 
     def sequences(self, rows: Sequence[Sequence[Sample]], shape: Shape) -> SequenceBatch:
         """Lays prompts and targets out, the samples of a row one after another; a row may be empty.
 
+        Args:
+            shape: of the rows; consecutive rows share a row of images as it says.
+
         Raises:
             DataError: a row exceeds the shape; the message names its facts and the config's keys.
         """
-        return stack([self._sequence(samples, shape) for samples in rows])
+        batch = stack([self._sequence(samples, shape) for samples in rows])
+        return self._with_images(batch, rows, shape)
 
     def image(self, image: Patches, slots: int) -> tuple[VisionBatch, Int[np.ndarray, " m"]]:
         """Lays one image out alone, in a row without its axis.
@@ -107,27 +115,49 @@ class Collator:
             segments.append(np.full(len(ids), number, np.int32))
             positions.append(self._positions(ids, sample.images.grids))
         row, length = np.concatenate(tokens), shape.length
-        self._check_room(samples, len(row), shape)
-        images = [sample.images for sample in samples]
-        layout = self._layout(images, shape.slots)
+        self._check_length(samples, len(row), shape)
         return SequenceBatch(
             tokens=pad(row, length, self._special.pad),
             targets=pad(np.concatenate(targets), length, self._special.pad),
             weights=pad(np.concatenate(weights), length, 0.0),
             segment_ids=pad(np.concatenate(segments), length, 0),
             positions=pad(np.concatenate(positions, axis=1), length, 0),
-            vision_index=self._vision_index(layout, row, length),
-            vision=self._vision(layout, images),
+            vision_index=_LATER,
+            vision=_LATER,
         )
 
-    def _check_room(self, samples: Sequence[Sample], tokens: int, shape: Shape) -> None:
-        slots = sum(self._vision_config.image_cost(sample.images.grids).slots for sample in samples)
-        if tokens > shape.length or slots > shape.slots:
-            names = ", ".join(sample.name for sample in samples)
+    def _with_images(
+        self,
+        batch: PromptBatch | SequenceBatch,
+        rows: Sequence[Sequence[Sample]],
+        shape: Shape,
+    ) -> PromptBatch | SequenceBatch:
+        """Returns a batch with the images of its rows' samples."""
+        indices, images = [], []
+        for start in range(0, len(rows), shape.sharing):
+            neighbours = slice(start, start + shape.sharing)
+            samples = list(itertools.chain(*rows[neighbours]))
+            self._check_slots(samples, shape)
+            row_images = [sample.images for sample in samples]
+            layout = self._layout(row_images, shape.slots)
+            tokens = batch.tokens[neighbours]
+            indices.append(self._vision_index(layout, tokens.reshape(-1)).reshape(tokens.shape))
+            images.append(self._vision(layout, row_images))
+        return batch._replace(vision_index=np.concatenate(indices), vision=stack(images))
+
+    def _check_length(self, samples: Sequence[Sample], tokens: int, shape: Shape) -> None:
+        if tokens > shape.length:
             raise DataError(
-                f"{names}: expected a row with room for {tokens} tokens and {slots} attention "
-                f"windows, found {shape.length} and {shape.slots}; raise data.prompt_length, "
-                "data.completion_length or data.windows, or pack fewer"
+                f"{_names(samples)}: expected a row with room for {tokens} tokens, found "
+                f"{shape.length}; raise data.prompt_length or data.completion_length, or pack fewer"
+            )
+
+    def _check_slots(self, samples: Sequence[Sample], shape: Shape) -> None:
+        slots = sum(self._vision_config.image_cost(sample.images.grids).slots for sample in samples)
+        if slots > shape.slots:
+            raise DataError(
+                f"{_names(samples)}: expected a row with room for {slots} attention windows, found "
+                f"{shape.slots}; raise data.windows, or pack fewer"
             )
 
     def _positions(
@@ -148,15 +178,13 @@ class Collator:
         return self._vision_config.layout(grids, samples=counts, slots=slots)
 
     def _vision_index(
-        self, layout: VisionLayout, tokens: Int[np.ndarray, " s"], length: int
+        self, layout: VisionLayout, tokens: Int[np.ndarray, " s"]
     ) -> Int[np.ndarray, " s"]:
         if self._features is not None:
             # Features from a store stand in the order of the text's image tokens.
             is_image = tokens == self._special.image
-            index = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
-        else:
-            index = layout.feature_index(tokens, image_token_id=self._special.image)
-        return pad(index, length, -1)
+            return np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
+        return layout.feature_index(tokens, image_token_id=self._special.image)
 
     def _vision(
         self, layout: VisionLayout, images: Sequence[Patches]
@@ -174,6 +202,10 @@ class Collator:
             mean=self._mean,
             inverse_std=self._inverse_std,
         )
+
+
+def _names(samples: Sequence[Sample]) -> str:
+    return ", ".join(sample.name for sample in samples)
 
 
 def _values(empty: Shaped[np.ndarray, "0 c"], images: Sequence[Patches]) -> np.ndarray:

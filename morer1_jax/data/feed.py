@@ -15,8 +15,9 @@ from jaxtyping import Int
 
 from morer1_jax.batch import PromptBatch, SequenceBatch
 from morer1_jax.data.collate import Collator
+from morer1_jax.data.rows import RowPlan
 from morer1_jax.data.sample import Sample, SampleReader
-from morer1_jax.data.shapes import RowPlan, SampleSize, Shape, smallest, widest
+from morer1_jax.data.shapes import SampleSize, Shape, share_images, smallest, widest
 from morer1_jax.errors import DataError
 from morer1_jax.task.fact import Fact
 
@@ -64,9 +65,10 @@ class SequenceFeed:
     def __call__(self, step: int) -> SequenceBatch:
         """Makes this host's rows of a step's batch."""
         fact_indices = self.draw(step)
-        rows = self.host.rows(self.plan.rows([self.sizes[i] for i in fact_indices]))
+        shape, rows = self.plan.rows([self.sizes[i] for i in fact_indices])
+        rows = self.host.rows(rows)
         samples = [[self._sample(self.facts[fact_indices[place]]) for place in row] for row in rows]
-        return Collator.of(self.reader).sequences(samples, self.plan.shape)
+        return Collator.of(self.reader).sequences(samples, shape)
 
     def _sample(self, fact: Fact) -> Sample:
         return self.reader.read(fact, self.targets[fact.id])
@@ -92,11 +94,17 @@ class PromptFeed:
 
     def __call__(self, step: int) -> PromptBatch:
         """Makes this host's rows of a step's batch."""
-        fact_indices = self.draw(step)
-        shape = smallest(self.shapes, widest([self.sizes[i] for i in fact_indices]))
+        fact_indices = self.indices(step)
+        content = widest([self.sizes[i] for i in fact_indices], self.shapes[0].sharing)
+        shape = smallest(self.shapes, content)
         samples = [self.reader.read(self.facts[i]) for i in self.host.rows(fact_indices)]
         ids = self.host.rows(noise_ids(fact_indices, len(self.facts)))
         return Collator.of(self.reader).prompts(samples, ids, shape)
+
+    def indices(self, step: int) -> Int[np.ndarray, " b"]:
+        """Returns the indices of a step's facts in the order of its rows; see `share_images`."""
+        drawn = self.draw(step)
+        return drawn[share_images([self.sizes[i].slots for i in drawn], self.shapes[0].sharing)]
 
 
 def noise_ids(drawn: Int[np.ndarray, " b"], total: int) -> Int[np.ndarray, " b"]:

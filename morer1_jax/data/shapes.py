@@ -1,23 +1,22 @@
-"""Packs samples into rows, and chooses the fixed shapes of a run's batches from its data.
+"""Chooses the fixed shapes of a run's batches from its data.
 
 A compiled program has fixed shapes, and a shape that fits the longest sample wastes most of its
 places on the others. So a run has a few shapes, chosen to cost least on batches of its own data,
-and each batch takes the smallest that holds it. All of it is a pure function of the sizes and the
-draws, the same on any host.
+and each batch takes the smallest that holds it. Photos differ most: their patches lie in rows of
+their own, each of which a few consecutive rows of tokens share, put together so that all fill
+about as much of it. All of it is a pure function of the sizes and the draws, the same on any host.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import heapq
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-# Batches that row lengths are tried on.
-_TRIED = 32
+T = TypeVar("T")
 
 
 class SampleSize(NamedTuple):
@@ -39,151 +38,103 @@ class SampleSize(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The room of a row: tokens, and places of images in the vision tower's layout."""
+    """The room of a row of tokens, and of the row of images that it shares with its neighbours.
+
+    Attributes:
+        length: tokens.
+        slots: places of images in the vision tower's layout, in a row of images.
+        sharing: number of consecutive rows of tokens that share a row of images.
+    """
 
     length: int
     slots: int
+    sharing: int = 1
 
     def holds(self, other: Shape) -> bool:
-        """Returns whether a row of this shape has room for what fills `other`."""
-        return self.length >= other.length and self.slots >= other.slots
+        """Returns whether rows of this shape have room for what fills `other`."""
+        has_room = self.length >= other.length and self.slots >= other.slots
+        return has_room and self.sharing == other.sharing
 
     def rounded(self, multiple: int) -> Shape:
         """Returns the shape with its tokens rounded up to a multiple."""
-        return Shape(-(-self.length // multiple) * multiple, self.slots)
+        return self._replace(length=round_up(self.length, multiple))
 
 
 Cost = Callable[[Shape], float]
-"""What one row of a shape costs, in any unit."""
+"""What one row of tokens of a shape costs, with its share of a row of images, in any unit."""
 
 
-def pack(sizes: Sequence[SampleSize], shape: Shape) -> list[list[int]]:
-    """Puts samples into as few rows as best-fit decreasing finds.
+def share_images(slots: Sequence[int], sharing: int) -> list[int]:
+    """Orders rows so that each `sharing` consecutive ones together fill about as many slots.
 
     Args:
-        sizes: one a sample, each of which fits a row by itself.
+        slots: of each row's images.
 
     Returns:
-        For each row the places of its samples in `sizes`, in order.
+        The rows' places in `slots`; in their order if each has a row of images of its own.
+
+    Raises:
+        ValueError: `sharing` does not divide the rows.
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].tokens, i))
-    rows: list[list[int]] = []
-    # A run packs all its batches before its first step: plain numbers beat arrays for a few rows.
-    free: list[Shape] = []
-    for place in order:
-        tokens, slots = sizes[place].tokens, sizes[place].slots
-        # The fullest row that still has room, or a new one.
-        best_row, least_free = len(rows), math.inf
-        for row, (free_tokens, free_slots) in enumerate(free):
-            if tokens <= free_tokens < least_free and slots <= free_slots:
-                best_row, least_free = row, free_tokens
-        if best_row == len(rows):
-            rows.append([])
-            free.append(shape)
-        free_tokens, free_slots = free[best_row]
-        rows[best_row].append(place)
-        free[best_row] = Shape(free_tokens - tokens, free_slots - slots)
-    return [sorted(row) for row in rows]
+    if sharing == 1:
+        return list(range(len(slots)))
+    if len(slots) % sharing:
+        raise ValueError(f"sharing: expected a divisor of {len(slots)} rows, found {sharing}")
+    # The row that fills most first, each to the least filled group with room.
+    groups: list[list[int]] = [[] for _ in range(len(slots) // sharing)]
+    filled = [(0, number) for number in range(len(groups))]
+    for place in sorted(range(len(slots)), key=lambda i: (-slots[i], i)):
+        total, number = heapq.heappop(filled)
+        groups[number].append(place)
+        if len(groups[number]) < sharing:
+            heapq.heappush(filled, (total + slots[place], number))
+    return list(itertools.chain(*groups))
 
 
-@dataclasses.dataclass(frozen=True)
-class RowPlan:
-    """The rule by which the samples of a step become rows.
-
-    Attributes:
-        shape: the shape of every row.
-        counts: the numbers of rows that a batch may have, increasing multiples of `multiple`.
-        multiple: a batch of more rows than `counts` has is rounded up to a multiple of this.
-    """
-
-    shape: Shape
-    counts: tuple[int, ...]
-    multiple: int
-
-    def rows(self, sizes: Sequence[SampleSize]) -> list[list[int]]:
-        """Packs samples as `pack` does, and adds empty rows up to one of the counts."""
-        rows = pack(sizes, self.shape)
-        fallback = _round_up(len(rows), self.multiple)
-        count = next((count for count in self.counts if count >= len(rows)), fallback)
-        return rows + [[] for _ in range(count - len(rows))]
-
-
-def plan_rows(
-    draws: Iterable[Sequence[SampleSize]],
-    cost: Cost,
-    *,
-    multiple: int = 1,
-    round_to: int = 16,
-    max_counts: int = 2,
-) -> RowPlan:
-    """Chooses the rows that cost least on these batches.
-
-    Args:
-        draws: the sizes of every step's samples. Any of them fits a row of the plan, and the last
-            of its counts is enough for every step.
-        multiple: a batch's number of rows is a multiple of this, for a mesh or micro-batches.
-        round_to: a row's tokens are a multiple of this.
-        max_counts: the most different numbers of rows; each takes a compiled program of its own.
-    """
-    draws = [list(draw) for draw in draws]
-    all_sizes = list(itertools.chain(*draws))
-    units_of_longest = -(-max(size.tokens for size in all_sizes) // round_to)
-    max_slots = max(size.slots for size in all_sizes)
-    trial_draws = draws[:_TRIED]
-    # Rows as long as the longest sample, up to four times as long; a longer one must save 1 %.
-    best: tuple[float, Shape] | None = None
-    for units in sorted({round(units_of_longest * factor) for factor in np.linspace(1, 4, 25)}):
-        length = units * round_to
-        # Packed by tokens alone, to see how many slots a row then takes.
-        rows_of_draws = [pack(draw, Shape(length, 1 << 30)) for draw in trial_draws]
-        slots = max(
-            sum(draw[i].slots for i in row)
-            for draw, rows in zip(trial_draws, rows_of_draws, strict=True)
-            for row in rows
-        )
-        shape = Shape(length, max(slots, max_slots))
-        total_cost = sum(_round_up(len(rows), multiple) for rows in rows_of_draws) * cost(shape)
-        if best is None or total_cost < 0.99 * best[0]:
-            best = total_cost, shape
-    # The numbers of rows of all steps, not only of those tried.
-    shape = best[1]
-    counts = [_round_up(len(pack(draw, shape)), multiple) for draw in draws]
-    return RowPlan(shape, cheapest_levels(counts, float, max_counts), multiple)
+def shared_slots(slots: Sequence[int], sharing: int) -> int:
+    """Returns the most slots that `sharing` consecutive rows fill together."""
+    return max(sum(slots[i : i + sharing]) for i in range(0, len(slots), sharing))
 
 
 def plan_prompts(
     draws: Iterable[Sequence[SampleSize]],
-    largest: Shape,
     cost: Cost,
     *,
     round_to: int = 16,
     max_shapes: int = 2,
+    sharing: Sequence[int] = (1,),
 ) -> tuple[Shape, ...]:
     """Chooses shapes of batches of one prompt a row, which cost least on these batches.
 
     Args:
-        draws: the sizes of every step's prompts.
-        largest: the most room of any prompt; the last shape holds it.
+        draws: the sizes of every step's prompts; `share_images` orders them.
         round_to: a row's tokens are a multiple of this.
         max_shapes: the most shapes; each takes a compiled program of its own.
+        sharing: the numbers of rows that may share a row of images; all shapes have the same.
     """
-    last = largest.rounded(round_to)
-    shapes_of_draws = [widest(draw).rounded(round_to) for draw in draws]
-    lengths = cheapest_levels(
-        [shape.length for shape in shapes_of_draws],
-        lambda length: cost(Shape(length, last.slots)),
-        max_shapes,
-    )
-    shapes = []
-    for length in lengths[:-1]:
-        slots = [shape.slots for shape in shapes_of_draws if shape.length <= length]
-        shapes.append(Shape(length, max(slots)))
-    return (*shapes, last)
+    draws = [list(draw) for draw in draws]
+    keys = (lambda shape: shape.length, lambda shape: shape.slots)
+    plans = []
+    for rows_a_row in sharing:
+        contents = []
+        for draw in draws:
+            order = share_images([size.slots for size in draw], rows_a_row)
+            content = widest([draw[place] for place in order], rows_a_row)
+            contents.append(content.rounded(round_to))
+        plans += [nested_levels(contents, key, largest_shape, cost, max_shapes) for key in keys]
+    return min(plans)[1]
 
 
-def widest(sizes: Sequence[SampleSize]) -> Shape:
-    """Returns the least shape of a row that holds any one of the prompts."""
-    return Shape(max(size.prompt for size in sizes), max(size.slots for size in sizes))
+def largest_shape(shapes: Sequence[Shape]) -> Shape:
+    """Returns the least shape that holds all of these, which share images alike."""
+    length, slots = (max(sizes) for sizes in list(zip(*shapes, strict=True))[:2])
+    return shapes[0]._replace(length=length, slots=slots)
+
+
+def widest(sizes: Sequence[SampleSize], sharing: int = 1) -> Shape:
+    """Returns the least shape of rows that holds the prompts, which share images in this order."""
+    slots = shared_slots([size.slots for size in sizes], sharing)
+    return Shape(max(size.prompt for size in sizes), slots, sharing)
 
 
 def smallest(shapes: Sequence[Shape], content: Shape) -> Shape:
@@ -196,6 +147,29 @@ def smallest(shapes: Sequence[Shape], content: Shape) -> Shape:
         if shape.holds(content):
             return shape
     raise ValueError(f"expected a batch of at most {shapes[-1]}, found {content}")
+
+
+def nested_levels(
+    contents: Sequence[T],
+    key: Callable[[T], int],
+    largest: Callable[[Sequence[T]], T],
+    cost: Callable[[T], float],
+    max_levels: int,
+) -> tuple[float, tuple[T, ...]]:
+    """Chooses levels, each of which holds all contents up to some value of the key.
+
+    Returns:
+        The sum of what the contents' levels cost, and the levels, in increasing order.
+    """
+    values = [key(content) for content in contents]
+    at = {
+        value: largest([content for content in contents if key(content) <= value])
+        for value in set(values)
+    }
+    levels = cheapest_levels(values, lambda value: cost(at[value]), max_levels)
+    of_value = {value: min(level for level in levels if level >= value) for value in set(values)}
+    total = sum(cost(at[of_value[value]]) for value in values)
+    return total, tuple(at[level] for level in levels)
 
 
 def cheapest_levels(
@@ -226,5 +200,6 @@ def cheapest_levels(
     return tuple(reversed(chosen))
 
 
-def _round_up(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
+    """Returns the least multiple that is at least `count`."""
     return -(-count // multiple) * multiple

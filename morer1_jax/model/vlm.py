@@ -69,17 +69,21 @@ class Qwen25VL(nn.Module):
     def embed(
         self,
         tokens: Int[Array, "b s"],
-        vision_tokens: Float[Array, "b m d"] | None = None,
+        vision_tokens: Float[Array, "r m d"] | None = None,
         vision_index: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """Embeds tokens; where `vision_index` is not -1, takes that image token in their place."""
+        """Embeds tokens; where `vision_index` is not -1, takes that image token in their place.
+
+        Args:
+            vision_tokens: of r rows of images, each shared by b / r consecutive rows of tokens.
+        """
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.runtime.dtype)
         if vision_tokens is None:
             return x
         # Where there is no image token, any is gathered and then left out.
-        place = jnp.maximum(vision_index, 0)[..., None]
+        place = jnp.maximum(vision_index, 0).reshape(len(vision_tokens), -1, 1)
         vision = jnp.take_along_axis(vision_tokens, place, axis=1).astype(x.dtype)
-        return jnp.where(vision_index[..., None] >= 0, vision, x)
+        return jnp.where(vision_index[..., None] >= 0, vision.reshape(x.shape), x)
 
     def forward(
         self,

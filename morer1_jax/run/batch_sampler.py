@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.config.settings import Settings
+from morer1_jax.data.asking import Asked, AskPlan, asked_batches
 from morer1_jax.data.collate import Collator
 from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.data.loader import load_ahead
 from morer1_jax.data.sample import SampleReader
-from morer1_jax.data.shapes import SampleSize, Shape, widest
+from morer1_jax.data.shapes import SampleSize, Shape, round_up
 from morer1_jax.errors import ConfigError
 from morer1_jax.model.layers import Params
 from morer1_jax.progress import progress
@@ -24,6 +25,7 @@ from morer1_jax.run.hooks import Validation
 from morer1_jax.run.mesh import fetch, program, this_host
 from morer1_jax.run.placed import Placed
 from morer1_jax.run.policy import Policy
+from morer1_jax.run.shapes import ask_plan
 from morer1_jax.run.trainee import Trainee
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
@@ -53,7 +55,7 @@ class Answer:
 
 
 class BatchSampler:
-    """Samples answers to any number of facts, batch by batch, by one compiled program.
+    """Samples answers to any number of facts, in batches of facts of about one size.
 
     Args:
         reader: makes a fact's prompt; a blind baseline's hides the photo or the title.
@@ -63,7 +65,8 @@ class BatchSampler:
         guided: whether to draw only tokens that can still lead to a readable answer.
         seed: of the noise.
         workers: threads that prepare batches.
-        shape: of the prompts; None: the reader's limits.
+        plan: the batches' shapes, each of which has a compiled program; None: one that holds what
+            the reader's limits permit, and facts are asked in their order.
 
     Raises:
         ConfigError: the shortest guided answer is longer than the reader's limit.
@@ -80,13 +83,11 @@ class BatchSampler:
         guided: bool = False,
         seed: int = 0,
         workers: int = 1,
-        shape: Shape | None = None,
+        plan: AskPlan | None = None,
     ) -> None:
         limits = reader.limits
-        self.shape = Shape(limits.prompt, limits.slots) if shape is None else shape
-        self._policy, self._reader = policy, reader
-        parts = policy.placed.parts
-        self.batch, self._workers = -(-batch // parts) * parts, workers
+        self._policy, self._reader, self._plan = policy, reader, plan
+        self.batch, self._workers = round_up(batch, policy.placed.parts), workers
         config = SampleConfig(
             group=group,
             length=limits.completion,
@@ -108,59 +109,76 @@ class BatchSampler:
         return self._policy.ontology
 
     def sample(
-        self, params: Params, facts: Sequence[Fact], desc: str, start: int = 0
+        self,
+        params: Params,
+        facts: Sequence[Fact],
+        desc: str,
+        done: Container[str] = frozenset(),
     ) -> Iterator[tuple[Fact, Rollout]]:
         """Yields each fact with its completions, as NumPy arrays without the batch axis.
 
+        Their order is that of the batches, which follow from all facts: those that are done are
+        left out only with all of their batch, so that the others have the same neighbours.
+
         Args:
             params: of the whole model.
+            facts: whose places among all of them key the noise.
             desc: text before the progress bar.
-            start: number of facts to skip, a multiple of the batch.
+            done: ids of facts not to yield.
 
         Raises:
             NotFiniteError: a token of an answer has a log-probability that is not finite.
         """
-        policy, size, collator = self._policy, self.batch, Collator.of(self._reader)
+        policy, collator = self._policy, Collator.of(self._reader)
+        # Each batch with the first of its rows that has each fact left to be asked.
+        batches = []
+        for asked in self._batches(facts):
+            rows = {place: row for row, place in reversed(list(enumerate(asked.places)))}
+            rows = {place: row for place, row in rows.items() if facts[place].id not in done}
+            if rows:
+                batches.append((asked, rows))
+        left = sum(len(rows) for _, rows in batches)
 
         def make(number: int) -> PromptBatch:
-            places = list(range(number * size, min((number + 1) * size, len(facts))))
-            # The last batch repeats its last fact up to the compiled size; it is yielded once.
-            places += places[-1:] * (size - len(places))
-            host_places = this_host().rows(places)
+            asked, _ = batches[number]
+            host_places = this_host().rows(asked.places)
             samples = [self._reader.read(facts[place]) for place in host_places]
-            return collator.prompts(samples, host_places, self.shape)
+            return collator.prompts(samples, host_places, asked.shape)
 
         placed = policy.placed
         ready = placed.sampling.params(params)
-        count = -(-len(facts) // size)
-        with progress(desc=desc, total=len(facts), initial=start, unit="fact") as bar:
-            batches = load_ahead(make, start // size, count, workers=self._workers)
-            for number, prompts in enumerate(batches, start=start // size):
+        with progress(desc=desc, total=len(facts), initial=len(facts) - left, unit="fact") as bar:
+            ahead = load_ahead(make, 0, len(batches), workers=self._workers)
+            for prompts, (_, rows) in zip(ahead, batches, strict=True):
                 encoded = placed.encode(params, placed.put(prompts))
                 rollout = fetch(self._rollout(ready, encoded, policy.grammar, policy.allowed))
-                chunk = facts[number * size : (number + 1) * size]
-                for row, fact in enumerate(chunk):
+                for place, row in sorted(rows.items()):
                     completions = jax.tree.map(lambda x, row=row: x[row], rollout)
-                    check_drawn(fact.id, completions, policy.model.runtime.dtype)
-                    yield fact, completions
-                bar.update(len(chunk))
+                    check_drawn(facts[place].id, completions, policy.model.runtime.dtype)
+                    yield facts[place], completions
+                bar.update(len(rows))
 
     def answers(self, params: Params, facts: Sequence[Fact], desc: str) -> list[Answer]:
-        """Returns the first answer to each fact; see `sample`."""
+        """Returns the first answer to each fact, in the order of the facts; see `sample`."""
         labels, tokenizer = self._policy.ontology.labels, self._policy.tokenizer
-        answers = []
+        answers = {}
         for fact, completions in self.sample(params, facts, desc):
             label = int(completions.answer[0])
-            answers.append(
-                Answer(
-                    fact=fact.id,
-                    label=labels[label] if label >= 0 else None,
-                    text=tokenizer.decode(completions.tokens[0][completions.mask[0]]),
-                    format=bool(completions.format[0]),
-                    effort=int(completions.effort[0]),
-                )
+            answers[fact.id] = Answer(
+                fact=fact.id,
+                label=labels[label] if label >= 0 else None,
+                text=tokenizer.decode(completions.tokens[0][completions.mask[0]]),
+                format=bool(completions.format[0]),
+                effort=int(completions.effort[0]),
             )
-        return answers
+        return [answers[fact.id] for fact in facts]
+
+    def _batches(self, facts: Sequence[Fact]) -> list[Asked]:
+        if self._plan is not None:
+            return self._plan.batches(facts, self.batch)
+        limits = self._reader.limits
+        sizes = [SampleSize(limits.prompt, 0, limits.slots)] * len(facts)
+        return asked_batches(sizes, self.batch, [Shape(limits.prompt, limits.slots)])
 
 
 def sampler_program(placed: Placed, config: SampleConfig, seed: int) -> Callable[..., Rollout]:
@@ -183,12 +201,17 @@ def sampler_program(placed: Placed, config: SampleConfig, seed: int) -> Callable
 
 
 def greedy_sampler(
-    settings: Settings, policy: Policy, reader: SampleReader, sizes: Sequence[SampleSize]
+    settings: Settings,
+    policy: Policy,
+    reader: SampleReader,
+    sizes: Mapping[str, SampleSize],
+    sets: Sequence[Sequence[Fact]],
 ) -> BatchSampler:
     """Returns a sampler of the likeliest answers, for evaluation and validation.
 
     Args:
-        sizes: of all facts it will be given; its prompts have room for each of them.
+        sizes: by the fact's id, of all facts it may be given.
+        sets: of facts that it will be given, for which its shapes are chosen.
     """
     return BatchSampler(
         policy,
@@ -197,7 +220,7 @@ def greedy_sampler(
         group=1,
         temperature=0.0,
         workers=settings.data.workers,
-        shape=widest(sizes).rounded(settings.data.round_to),
+        plan=ask_plan(policy.placed, settings.data, sizes, sets, settings.evaluate.batch),
     )
 
 

@@ -81,9 +81,11 @@ class Run:
 
     @functools.cached_property
     def greedy(self) -> BatchSampler:
-        """Samples the likeliest answer to any fact; compiled once for all stages."""
-        sizes = list(self.sizes.values())
-        return greedy_sampler(self.settings, self.trainee.policy, self.reader, sizes)
+        """Samples the likeliest answer to any fact; the same programs serve all stages."""
+        settings, splits = self.settings, self.dataset.splits
+        counts = {settings.sft.eval_facts, settings.grpo.eval_facts}
+        sets = [*(splits["valid"][:count] for count in sorted(counts)), splits["test"]]
+        return greedy_sampler(settings, self.trainee.policy, self.reader, self.sizes, sets)
 
     @property
     def loop_options(self) -> dict[str, Any]:

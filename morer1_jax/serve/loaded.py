@@ -12,11 +12,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.config.binding import FILE as RUN_CONFIG
-from morer1_jax.config.settings import MeshSettings, settings
+from morer1_jax.config.settings import DataSettings, MeshSettings, settings
 from morer1_jax.data.digests import of_lines, of_tokenizer
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits, SampleReader
-from morer1_jax.data.shapes import widest
+from morer1_jax.data.shapes import SampleSize, widest
 from morer1_jax.data.tokenizer import load_tokenizer
 from morer1_jax.errors import ConfigError, WeightsError
 from morer1_jax.files import read_text
@@ -24,12 +24,14 @@ from morer1_jax.model.config import ImageConfig, Runtime
 from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
+from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.fit import any_mesh
 from morer1_jax.run.manifest import MANIFEST
 from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.setup import image_config, open_setup
+from morer1_jax.run.shapes import ask_plan
 from morer1_jax.run.trainee import open_trainee
 from morer1_jax.stages.table import STAGES
 from morer1_jax.task import more
@@ -45,8 +47,8 @@ TASK = "more_r1.json"
 LABELS = "rel2id.json"
 # Stages whose models can be opened; a workdir stands for the first that it has.
 _BY_RANK = [s.name for s in sorted(STAGES, key=lambda stage: -stage.rank) if s.rank]
-# A prompt of photo, crop and question has some hundred tokens; buckets are rounded up to this.
-_ROUND = 16
+# How the shapes of batches are chosen. A prompt of photo, crop and question has some hundred tokens.
+_DATA = DataSettings(round_to=16)
 
 
 @dataclasses.dataclass
@@ -123,6 +125,45 @@ class LoadedModel:
             photo_sizes: (width, height) of the photos, by `Fact.photo`.
             photo_path: `(data, fact) -> path` of the fact's photo.
         """
+        return self._measured(data, facts, photo_sizes, photo_path)[0]
+
+    def sampler(
+        self,
+        data: Path,
+        facts: Sequence[Fact],
+        photo_sizes: Mapping[str, tuple[int, int]],
+        *,
+        batch: int,
+        group: int = 1,
+        temperature: float = 0.0,
+        guided: bool = False,
+        seed: int = 0,
+        photo_path: PhotoPath = more.photo_path,
+    ) -> BatchSampler:
+        """Returns a sampler whose batches have the shapes that cost least on these facts.
+
+        Args and errors are those of `reader` and of `BatchSampler`.
+        """
+        reader, sizes = self._measured(data, facts, photo_sizes, photo_path)
+        return BatchSampler(
+            self.policy,
+            reader,
+            batch=batch,
+            group=group,
+            temperature=temperature,
+            guided=guided,
+            seed=seed,
+            plan=ask_plan(self.placed, _DATA, sizes, [facts], batch),
+        )
+
+    def _measured(
+        self,
+        data: Path,
+        facts: Sequence[Fact],
+        photo_sizes: Mapping[str, tuple[int, int]],
+        photo_path: PhotoPath,
+    ) -> tuple[SampleReader, dict[str, SampleSize]]:
+        """Returns a reader of the facts, and what each of them takes of a row, by its id."""
         reader = SampleReader(
             self.policy.tokenizer,
             self.policy.ontology,
@@ -130,10 +171,10 @@ class LoadedModel:
             self.model.config.vision,
             Limits(prompt=0, completion=self.completion, slots=0),
         )
-        needed = widest([reader.size(fact, photo_sizes[fact.photo]) for fact in facts])
-        needed = needed.rounded(_ROUND)
+        sizes = {fact.id: reader.size(fact, photo_sizes[fact.photo]) for fact in facts}
+        needed = widest(list(sizes.values())).rounded(_DATA.round_to)
         limits = Limits(needed.length, self.completion, needed.slots)
-        return dataclasses.replace(reader, limits=limits)
+        return dataclasses.replace(reader, limits=limits), sizes
 
 
 def open_model(

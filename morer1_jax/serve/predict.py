@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from morer1_jax.errors import DataError
 from morer1_jax.files import read_jsonl
-from morer1_jax.run.batch_sampler import Answer, BatchSampler
+from morer1_jax.run.batch_sampler import Answer
 from morer1_jax.serve.loaded import LoadedModel
 from morer1_jax.task import more
 from morer1_jax.task.answer import read_steps
@@ -133,9 +133,8 @@ def predict(
         guided: whether to choose only tokens that can still lead to a readable answer.
     """
     sizes = more.photo_sizes(facts, Path(), photo_path=photo_path)
-    reader = loaded.reader(Path(), facts, sizes, photo_path=photo_path)
-    sampler = BatchSampler(
-        loaded.policy, reader, batch=batch, group=1, temperature=0.0, guided=guided
+    sampler = loaded.sampler(
+        Path(), facts, sizes, batch=batch, guided=guided, photo_path=photo_path
     )
     yield from sampler.answers(loaded.params, facts, "predict")
 

@@ -44,8 +44,16 @@ def run_baselines(run: Run) -> None:
     # Train and score one model after the other.
     for stream, (name, view) in enumerate(BLIND.items(), start=1):
         reader = run.reader.showing(view, longest)
-        sizes = reader.sizes(dataset.facts, dataset.photo_sizes, {})
-        sampler = greedy_sampler(run.settings, trainee.policy, reader, sizes)
+        facts, splits = dataset.facts, dataset.splits
+        sizes = dict(
+            zip(
+                (fact.id for fact in facts),
+                reader.sizes(facts, dataset.photo_sizes, {}),
+                strict=True,
+            )
+        )
+        sets = [splits["valid"][: config.eval_facts], splits["test"]]
+        sampler = greedy_sampler(run.settings, trainee.policy, reader, sizes, sets)
         train_sft(
             run,
             f"baselines/{name}",

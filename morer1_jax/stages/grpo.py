@@ -56,7 +56,8 @@ def run_grpo(run: Run) -> None:
     draw = _schedule(run, pools)
     _bind_ratings(run)
     sizes = [run.sizes[fact.id] for fact in facts]
-    shapes = prompt_shapes(run, sizes, draw, grpo.steps)
+    shapes = prompt_shapes(trainee.placed, run.settings.data, grpo, sizes, draw)
+    feed = PromptFeed(run.reader, facts, draw, this_host(), sizes, shapes)
     # Compile the step's programs.
     transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.placed.trainable)
     timer = PhaseTimer()
@@ -81,13 +82,13 @@ def run_grpo(run: Run) -> None:
         share = float(np.mean([i in easy for i in draw(number)]))
         metrics |= {"curriculum/easy_share": share, "curriculum/hard_share": 1.0 - share}
         if (number + 1) % grpo.rollouts_every == 0:
-            facts_of_step = [facts[i] for i in draw(number)]
+            facts_of_step = [facts[i] for i in feed.indices(number)]
             records.write(number + 1, list(_records(run, facts_of_step, fetch(scored))))
             records.sync()
         return state, metrics
 
     hooks = Hooks(
-        batch=PromptFeed(run.reader, facts, draw, this_host(), sizes, shapes),
+        batch=feed,
         # Read again: a reference in another dtype is rounded, and the update donates its state.
         begin=lambda: trainee.new_state(starting_params(run), transform),
         like=trainee.placed.like_state(transform),

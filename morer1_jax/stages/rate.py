@@ -23,6 +23,7 @@ from morer1_jax.model.layers import Params
 from morer1_jax.paths import local_path
 from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.setup import Run
+from morer1_jax.run.shapes import ask_plan
 from morer1_jax.task.fact import Fact
 
 # Entries of an unfinished rating's first line that may differ when it goes on.
@@ -37,6 +38,8 @@ def run_rate(run: Run) -> None:
     elif (whole := _whole(out, facts, config)) is not None:
         _write(out, whole)
     else:
+        placed, data = run.trainee.placed, run.settings.data
+        plan = ask_plan(placed, data, run.sizes, [facts], config.batch)
         sampler = BatchSampler(
             run.trainee.policy,
             run.reader,
@@ -44,8 +47,8 @@ def run_rate(run: Run) -> None:
             group=config.samples,
             temperature=config.temperature,
             seed=run.settings.seed,
-            workers=run.settings.data.workers,
-            shape=run.greedy.shape,
+            workers=data.workers,
+            plan=plan,
         )
         rate(sampler, run.trainee.whole(starting_params(run)), facts, config, out)
 
@@ -116,21 +119,22 @@ def rate(
     # Read what a killed rating has done.
     unfinished = unfinished_path(out)
     head = json.loads(json.dumps({"batch": sampler.batch, "out": out.name, **(identity or {})}))
-    ratings = _pooled(_read_unfinished(unfinished, head), config)
-    # Keep whole batches, so that each fact is in the batch it would be in without interruption.
-    # Those of another size stay: noise is a fact's own; the rest of a batch changes rounding alone.
-    ratings = ratings[: len(ratings) // sampler.batch * sampler.batch]
-    write_jsonl(unfinished, [head, *map(dataclasses.asdict, ratings)])
-    # Rate the other facts, each written at once.
+    rated = _pooled(_read_unfinished(unfinished, head), config)
+    ratings = {rating.fact: rating for rating in rated}
+    write_jsonl(unfinished, [head, *map(dataclasses.asdict, ratings.values())])
+    # Rate the other facts, each written at once. Noise is a fact's own, and batches follow from all
+    # facts, so that neither the order nor an interruption changes a rating.
     with named(unfinished), open(unfinished, "a", buffering=1, encoding="utf-8") as file:
-        for fact, completions in sampler.sample(params, facts, "rate", start=len(ratings)):
+        for fact, completions in sampler.sample(params, facts, "rate", done=frozenset(ratings)):
             is_right = completions.answer == sampler.ontology.ids[fact.label]
             pass_rate = float(np.mean(is_right))
-            ratings.append(Rating(fact.id, pass_rate, classify(pass_rate, config)))
-            file.write(json.dumps(dataclasses.asdict(ratings[-1])) + "\n")
-    write_ratings(out, ratings)
+            rating = Rating(fact.id, pass_rate, classify(pass_rate, config))
+            ratings[fact.id] = rating
+            file.write(json.dumps(dataclasses.asdict(rating)) + "\n")
+    in_order = [ratings[fact.id] for fact in facts]
+    write_ratings(out, in_order)
     unfinished.unlink()
-    print(histogram(ratings))
+    print(histogram(in_order))
 
 
 def pool_again(path: Path, config: RateSettings) -> list[Rating]:

@@ -86,7 +86,8 @@ def train_sft(
     pool = Pool("training", np.arange(len(facts)), (run.settings.seed, 10, stream))
     draw = functools.partial(pool.batch, size=settings.batch)
     sizes = reader.sizes(facts, run.dataset.photo_sizes, targets)
-    plan = sequence_plan(run, sizes, draw, settings.steps, settings.micro_batches)
+    data, steps = run.settings.data, settings.steps
+    plan = sequence_plan(placed, data, sizes, draw, steps, settings.micro_batches)
     # Compile the step's program; frozen parameters are loaded before a step is timed.
     frozen = trainee.frozen
     # Plain cross-entropy: the temperature is that of GRPO's sampling.

@@ -149,7 +149,7 @@ def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
     draw = functools.partial(pool.batch, size=batch)
     epoch = -(-len(facts) // batch)
     sizes = [run.sizes[fact.id] for fact in facts]
-    plan = sequence_plan(run, sizes, draw, epochs * epoch, 1)
+    plan = sequence_plan(run.trainee.placed, data, sizes, draw, epochs * epoch, 1)
     feed = SequenceFeed(run.reader, facts, reasoning, draw, this_host(), sizes, plan)
     # The first batch, which waits for the workers to start.
     options = {"workers": data.workers, "kind": data.worker_kind}

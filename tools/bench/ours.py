@@ -22,7 +22,7 @@ from morer1_jax.batch import PromptBatch, SequenceBatch
 from morer1_jax.config.settings import GRPOSettings
 from morer1_jax.data.collate import Collator
 from morer1_jax.data.curriculum import MixConfig
-from morer1_jax.data.shapes import plan_rows
+from morer1_jax.data.rows import plan_rows
 from morer1_jax.learn.grpo import (
     GroupBatch,
     LossConfig,
@@ -56,8 +56,9 @@ class SFTTask:
         # Packed as a run of such samples would pack them.
         cost = row_cost(side.model.config)
         plan = plan_rows([sizes], cost, multiple=micro_batches)
-        rows = [[samples[i] for i in row] for row in plan.rows(sizes)]
-        batch = Collator.of(side.reader).sequences(rows, plan.shape)
+        shape, places = plan.rows(sizes)
+        rows = [[samples[i] for i in row] for row in places]
+        batch = Collator.of(side.reader).sequences(rows, shape)
         self.batch: SequenceBatch = jax.device_put(batch)
         step = make_sft_step(side.model, side.optimizer, _SCORE, micro_batches)
         self._step = jax.jit(step, donate_argnums=0)
