@@ -47,7 +47,7 @@ TASK = "more_r1.json"
 LABELS = "rel2id.json"
 # Stages whose models can be opened; a workdir stands for the first that it has.
 _BY_RANK = [s.name for s in sorted(STAGES, key=lambda stage: -stage.rank) if s.rank]
-# How the shapes of batches are chosen. A prompt of photo, crop and question has some hundred tokens.
+# How the shapes of batches are chosen. A prompt has some hundred tokens.
 _DATA = DataSettings(round_to=16)
 
 

@@ -1,6 +1,7 @@
 """Samples to arrays of fixed shapes: what stands where, and what a row has no room for."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -192,6 +193,46 @@ def test_blind_encoders_leave_out_what_they_hide(make, facts, special, small_tok
     text = small_tokenizer.decode(deaf.tokens[0][deaf.mask[0]])
     assert facts[0].title not in text
     assert facts[0].entity_text in text
+
+
+@pytest.mark.parametrize("kind", ["prompts", "sequences"])
+def test_rows_that_share_a_row_of_images_find_their_own_in_it(make, facts, reasoning, kind):
+    reader = make(dataclasses.replace(LIMITS, slots=40))
+    chosen = [fact for fact in facts if fact.id in reasoning][:4]
+    if kind == "prompts":
+        samples = [reader.read(fact) for fact in chosen]
+        lay = functools.partial(Collator.of(reader).prompts, samples, range(4))
+    else:
+        samples = [[reader.read(fact, reasoning[fact.id])] for fact in chosen]
+        lay = functools.partial(Collator.of(reader).sequences, samples)
+    length = LIMITS.prompt + LIMITS.completion
+    alone, shared = lay(Shape(length, 20)), lay(Shape(length, 40, 2))
+    for name, ours, theirs in zip(alone._fields, shared, alone, strict=True):
+        if not name.startswith("vision"):
+            np.testing.assert_array_equal(ours, theirs, name)
+    assert shared.vision.patches.shape[:2] == (2, 40)
+    assert len(shared.vision.mean) == 2
+    for row in range(4):
+        is_image = alone.vision_index[row] >= 0
+        np.testing.assert_array_equal(shared.vision_index[row] >= 0, is_image)
+        for name in ("patches", "positions"):
+            tokens_of = [
+                getattr(batch.vision, name)[place].reshape(-1, 4, size)[batch.vision_index[row]]
+                for batch, place in ((alone, row), (shared, row // 2))
+                for size in [getattr(batch.vision, name).shape[-1]]
+            ]
+            np.testing.assert_array_equal(tokens_of[0][is_image], tokens_of[1][is_image])
+    # Each row's photo and crop have numbers of their own.
+    assert set(np.unique(shared.vision.image_ids)) == {-1, 0, 1, 2, 3}
+
+
+def test_images_that_together_overfill_their_row_are_named(make, facts):
+    reader = make(dataclasses.replace(LIMITS, slots=40))
+    samples = [reader.read(fact) for fact in facts[:2]]
+    slots = sum(reader.size_of(sample).slots for sample in samples)
+    Collator.of(reader).prompts(samples, range(2), Shape(LIMITS.prompt, slots, 2))
+    with pytest.raises(DataError, match=rf"^{facts[0].id}, {facts[1].id}: .*data\.windows"):
+        Collator.of(reader).prompts(samples, range(2), Shape(LIMITS.prompt, slots - 1, 2))
 
 
 def test_samples_that_together_overfill_a_row_are_named(reader, facts, reasoning):

@@ -12,8 +12,9 @@ from morer1_jax.data.curriculum import MixConfig, Mixer, Pool
 from morer1_jax.data.feed import Host, PromptFeed, SequenceFeed, noise_ids
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.loader import load_ahead
+from morer1_jax.data.rows import plan_rows
 from morer1_jax.data.sample import Limits, SampleReader
-from morer1_jax.data.shapes import plan_prompts, plan_rows, widest
+from morer1_jax.data.shapes import plan_prompts
 from morer1_jax.errors import DataError
 from morer1_jax.model.config import ImageConfig, VisionConfig
 from morer1_jax.task import more
@@ -43,9 +44,12 @@ def test_rows_that_do_not_divide_among_the_hosts_are_an_error():
         Host(0, 3).rows(range(8))
 
 
-@pytest.fixture(scope="module")
-def feeds(small_world, small_tokenizer):
-    """What makes the feed of a host: of samples, and of prompts from an easy and a hard pool."""
+@pytest.fixture(scope="module", params=[1, 2])
+def feeds(request, small_world, small_tokenizer):
+    """What makes the feed of a host: of samples, and of prompts from an easy and a hard pool.
+
+    Rows share their images with none, or with the next one.
+    """
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "train", ontology)
     texts = more.read_reasoning(small_world / "reasoning.jsonl", facts, ontology)
@@ -62,13 +66,14 @@ def feeds(small_world, small_tokenizer):
         [[written_sizes[i] for i in draw(step)] for step in range(STEPS)],
         lambda shape: shape.length,
         multiple=4,
+        sharing=[request.param],
     )
     asked = reader.sizes(facts, sizes, {})
     shapes = plan_prompts(
         [[asked[i] for i in mixer.batch(step)] for step in range(STEPS)],
-        widest(asked),
         lambda shape: shape.length,
         round_to=1,
+        sharing=[request.param],
     )
 
     def sequences(host):
@@ -78,6 +83,17 @@ def feeds(small_world, small_tokenizer):
         return PromptFeed(reader, facts, mixer.batch, host, asked, shapes)
 
     return {"sequences": sequences, "prompts": prompts}
+
+
+def test_a_step_of_prompts_has_the_facts_that_are_drawn(feeds):
+    feed = feeds["prompts"](Host())
+    for step in range(STEPS):
+        drawn, batch = feed.draw(step), feed(step)
+        assert sorted(feed.indices(step)) == sorted(drawn)
+        # The key of a fact's noise is its own, whatever row it has.
+        assert sorted(batch.fact) == sorted(noise_ids(drawn, len(feed.facts)))
+        np.testing.assert_array_equal(batch.fact % len(feed.facts), feed.indices(step))
+        assert len(batch.vision.patches) * feed.shapes[0].sharing == len(batch.tokens)
 
 
 def equal(ours, theirs):

@@ -1,95 +1,31 @@
-"""Packing loses nothing and overfills nothing; levels are the cheapest there are."""
+"""Shapes hold every batch, and levels are the cheapest there are."""
 
 import itertools
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from morer1_jax.data.shapes import (
-    RowPlan,
     SampleSize,
     Shape,
     cheapest_levels,
-    pack,
     plan_prompts,
-    plan_rows,
+    share_images,
+    shared_slots,
     smallest,
     widest,
 )
 
 NEEDS = st.builds(SampleSize, st.integers(1, 40), st.integers(0, 24), st.integers(0, 6))
-DRAWS = st.lists(st.lists(NEEDS, min_size=1, max_size=12), min_size=1, max_size=5)
 
 
 def by_tokens(shape):
     return shape.length
 
 
-@given(st.lists(NEEDS, max_size=30), st.integers(64, 200), st.integers(6, 20))
-def test_every_sample_is_in_one_row_that_has_room(needs, length, windows):
-    rows = pack(needs, Shape(length, windows))
-    assert sorted(itertools.chain(*rows)) == list(range(len(needs)))
-    for row in rows:
-        assert row
-        assert sum(needs[i].tokens for i in row) <= length
-        assert sum(needs[i].slots for i in row) <= windows
-
-
-@given(st.lists(NEEDS, min_size=1, max_size=30))
-def test_no_two_rows_could_be_one(needs):
-    shape = Shape(80, 12)
-    rows = pack(needs, shape)
-    for a, b in itertools.combinations(rows, 2):
-        together = [needs[i] for i in a + b]
-        tokens, windows = (sum(n.tokens for n in together), sum(n.slots for n in together))
-        assert not shape.holds(Shape(tokens, windows))
-
-
-def test_rows_are_filled_best_fit_first():
-    needs = [SampleSize(n, 0, 0) for n in (6, 5, 4, 3, 2)]
-    # 6 and 4, then 5, 3 and 2: two full rows where a row each would be five.
-    assert pack(needs, Shape(10, 0)) == [[0, 2], [1, 3, 4]]
-
-
-@given(DRAWS, st.integers(1, 4), st.integers(1, 3))
-def test_a_plan_holds_every_batch(draws, multiple, most):
-    plan = plan_rows(draws, by_tokens, multiple=multiple, round_to=8, max_counts=most)
-    assert plan.shape.length % 8 == 0
-    assert len(plan.counts) <= most
-    assert all(count % multiple == 0 for count in plan.counts)
-    for draw in draws:
-        assert len(plan.rows(draw)) in plan.counts
-        check_rows(plan, draw)
-
-
-def check_rows(plan, needs):
-    """Each sample is in one row, and each row has room for its own."""
-    rows = plan.rows(needs)
-    assert sorted(itertools.chain(*rows)) == list(range(len(needs)))
-    for row in rows:
-        filled = Shape(sum(needs[i].tokens for i in row), sum(needs[i].slots for i in row))
-        assert plan.shape.holds(filled)
-
-
-def test_a_batch_of_more_rows_than_were_planned_for_gets_them():
-    plan = RowPlan(Shape(10, 0), counts=(2, 4), multiple=2)
-    needs = [SampleSize(9, 0, 0)] * 5
-    assert [len(plan.rows(needs[:n])) for n in (1, 2, 3, 4, 5)] == [2, 2, 4, 4, 6]
-    assert plan.rows(needs[:1]) == [[0], []]
-
-
-def test_short_samples_share_rows_and_long_ones_do_not():
-    noise = np.random.default_rng(0)
-    lengths = (64 * 4 ** noise.random((40, 32))).astype(int)
-    draws = [[SampleSize(int(n), 0, 0) for n in draw] for draw in lengths]
-    plan = plan_rows(draws, by_tokens)
-    spent = sum(len(plan.rows(draw)) for draw in draws) * plan.shape.length
-    # A sample a row of the longest would fill 0.54 of the places.
-    assert lengths.sum() / spent > 0.85
-    same = [[SampleSize(100, 0, 0)] * 4] * 3
-    assert plan_rows(same, lambda shape: shape.length**2).shape.length == 112
+def by_slots(shape):
+    return shape.slots / shape.sharing
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4))
@@ -109,18 +45,64 @@ def test_levels_are_the_cheapest(values, most):
     assert spent(found) == min(map(spent, ways))
 
 
-@given(DRAWS, st.integers(1, 3))
-def test_every_batch_of_prompts_has_a_shape(draws, most):
-    everything = widest(list(itertools.chain(*draws)))
-    shapes = plan_prompts(draws, everything, by_tokens, round_to=8, max_shapes=most)
-    assert 1 <= len(shapes) <= most
-    assert shapes[-1].holds(everything)
-    for draw in draws:
-        chosen = smallest(shapes, widest(draw))
-        assert chosen.holds(widest(draw))
-        assert chosen.length % 8 == 0
+@given(st.data(), st.integers(1, 3), st.sampled_from([(1,), (1, 2), (4,)]))
+def test_every_batch_of_prompts_has_a_shape(data, most, sharing):
+    draws = data.draw(st.lists(st.lists(NEEDS, min_size=8, max_size=8), min_size=1, max_size=5))
+    for cost in (by_tokens, by_slots):
+        shapes = plan_prompts(draws, cost, round_to=8, max_shapes=most, sharing=sharing)
+        assert 1 <= len(shapes) <= most
+        assert list(shapes) == sorted(shapes)
+        (rows_a_row,) = {shape.sharing for shape in shapes}
+        assert rows_a_row in sharing
+        for draw in draws:
+            order = share_images([need.slots for need in draw], rows_a_row)
+            content = widest([draw[place] for place in order], rows_a_row)
+            chosen = smallest(shapes, content)
+            assert chosen.holds(content)
+            assert chosen.length % 8 == 0
+
+
+def test_shapes_follow_what_the_batches_differ_in():
+    """Four batches of one length and three sizes of images, or the other way about."""
+    by_both = lambda shape: shape.length + 16 * shape.slots  # noqa: E731
+    draws = [[SampleSize(60, 0, slots)] * 2 for slots in (2, 2, 4, 9)]
+    shapes = plan_prompts(draws, by_both, max_shapes=3)
+    assert shapes == (Shape(64, 2), Shape(64, 4), Shape(64, 9))
+    draws = [[SampleSize(prompt, 0, 4)] * 2 for prompt in (30, 30, 90, 200)]
+    shapes = plan_prompts(draws, by_both, max_shapes=3)
+    assert shapes == (Shape(32, 4), Shape(96, 4), Shape(208, 4))
+
+
+def test_prompts_share_images_where_that_costs_less():
+    draws = [[SampleSize(60, 0, slots) for slots in (1, 9, 2, 8)]] * 2
+    assert plan_prompts(draws, by_slots, sharing=(1, 2)) == (Shape(64, 10, 2),)
+    squared = lambda shape: shape.slots**2 / shape.sharing  # noqa: E731
+    draws = [[SampleSize(60, 0, 5)] * 4] * 2
+    assert plan_prompts(draws, squared, sharing=(1, 2)) == (Shape(64, 5, 1),)
+
+
+@given(st.lists(st.integers(0, 65), min_size=12, max_size=12), st.sampled_from([1, 2, 3, 4]))
+def test_rows_that_share_images_fill_about_as_much(slots, sharing):
+    order = share_images(slots, sharing)
+    assert sorted(order) == list(range(12))
+    if sharing == 1:
+        assert order == list(range(12))
+    in_order = [slots[place] for place in order]
+    most = shared_slots(in_order, sharing)
+    sums = [sum(in_order[i : i + sharing]) for i in range(0, 12, sharing)]
+    assert most == max(sums)
+    # No group is fuller than the others by more than its largest row.
+    assert most <= sum(slots) / len(sums) + max(slots)
+
+
+def test_large_images_are_put_to_small_ones():
+    assert share_images([1, 9, 2, 8, 5, 5], 2) == [1, 0, 3, 2, 4, 5]
+    with pytest.raises(ValueError, match="expected a divisor of 5 rows, found 2"):
+        share_images([1] * 5, 2)
 
 
 def test_what_fits_no_shape_is_an_error():
-    with pytest.raises(ValueError, match=r"at most Shape\(.* found Shape\(length=9, slots=0\)"):
+    with pytest.raises(ValueError, match=r"at most Shape\(.* found Shape\(length=9, slots=0"):
         smallest([Shape(8, 1)], Shape(9, 0))
+    # Rows that share images hold none that do not.
+    assert not Shape(8, 4, 2).holds(Shape(8, 4))

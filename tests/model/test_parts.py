@@ -17,7 +17,7 @@ BATCH = {"x": jnp.arange(24.0).reshape(8, 3), "empty": jnp.zeros((8, 0, 2)), "no
 def test_parts_are_joined_in_the_order_of_the_rows(parts):
     split = split_rows(BATCH, parts)
     assert split["x"].shape == (parts, 8 // parts, 3)
-    jax.tree.map(np.testing.assert_array_equal, join_rows(split), BATCH)
+    jax.tree.map(np.testing.assert_array_equal, join_rows(split, 8), BATCH)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8])
@@ -31,6 +31,25 @@ def test_what_is_computed_of_parts_is_what_is_computed_of_all(parts):
     ours = map_rows(function, BATCH, parts)
     assert set(sizes) == {8 // parts}
     jax.tree.map(np.testing.assert_array_equal, ours, function(BATCH))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_rows_that_share_a_row_are_in_one_part(parts):
+    batch = {"rows": jnp.arange(8), "shared": jnp.arange(4)}
+    split = split_rows(batch, parts)
+    assert split["rows"].shape == (parts, 8 // parts)
+    for part in range(parts):
+        np.testing.assert_array_equal(
+            split["rows"][part].reshape(-1, 2) // 2, np.tile(split["shared"][part][:, None], 2)
+        )
+    jax.tree.map(np.testing.assert_array_equal, join_rows(split, 4), batch)
+
+    def function(batch):
+        return batch["rows"] + 10 * jnp.repeat(batch["shared"], 2)
+
+    np.testing.assert_array_equal(map_rows(function, batch, parts), function(batch))
+    with pytest.raises(ValueError, match=r"parts: expected .* 4 rows, found 8"):
+        split_rows(batch, 8)
 
 
 def test_no_row_changes_its_device():
