@@ -136,9 +136,10 @@ def samples():
 
 
 @functools.cache
-def prompts():
-    """All prompts, a row each."""
-    return COLLATOR.prompts(samples(), [100 + i for i in range(PROMPTS)], Shape(32, 5))
+def prompts(sharing=1):
+    """All prompts, a row each; `sharing` of them share a row of images."""
+    shape = Shape(32, 5 * sharing, sharing)
+    return COLLATOR.prompts(samples(), [100 + i for i in range(PROMPTS)], shape)
 
 
 def sequences(rows=None, prompt=32, completion=LENGTH, windows=5):

@@ -130,10 +130,11 @@ class BatchSampler:
             NotFiniteError: a token of an answer has a log-probability that is not finite.
         """
         policy, collator = self._policy, Collator.of(self._reader)
-        # Each batch with the first of its rows that has each fact left to be asked.
-        batches = []
+        # Each batch with the rows of those facts that are to be yielded, each once.
+        batches, met = [], set()
         for asked in self._batches(facts):
-            rows = {place: row for row, place in reversed(list(enumerate(asked.places)))}
+            rows = {place: row for row, place in enumerate(asked.places) if place not in met}
+            met.update(rows)
             rows = {place: row for place, row in rows.items() if facts[place].id not in done}
             if rows:
                 batches.append((asked, rows))

@@ -131,6 +131,7 @@ def test_a_feed_and_its_copy_give_the_same(feeds, name):
     assert not np.array_equal(feed(0).tokens, feed(1).tokens)
 
 
+@pytest.mark.parametrize("feeds", [2], indirect=True)
 def test_worker_processes_give_what_threads_give(feeds):
     both = [feeds[name](Host(1, 2)) for name in ("sequences", "prompts")]
 

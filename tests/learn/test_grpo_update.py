@@ -91,6 +91,20 @@ def test_micro_batches_do_not_matter(tiny, learn, batch):
     assert whole[1]["sampling/sampling_logp_difference/max"] > 0
 
 
+def test_prompts_that_share_rows_of_images_train_as_those_with_their_own(tiny, learn, batch):
+    """Tower and all, also in parts, which split no row of images."""
+    whole = learn()(tiny.params(), batch)
+    shared = batch.replace(prompts=tiny.prompts(sharing=2))
+    assert len(shared.prompts.vision.patches) == tiny.PROMPTS // 2
+    tiny.assert_near(learn(micro_batches=2)(tiny.params(), shared), whole, 1e-5)
+    # Another's photo is not one's own.
+    order = [1, 0, *range(2, tiny.PROMPTS)]
+    index = shared.prompts.vision_index[order]
+    mixed = shared.replace(prompts=shared.prompts._replace(vision_index=index))
+    gradients, _ = learn(micro_batches=2)(tiny.params(), mixed)
+    assert tiny.distance(gradients["language"], whole[0]["language"]) > 1e-2
+
+
 def test_a_photo_matters(tiny, learn, batch):
     before, metrics = learn()(tiny.params(), batch)
     swapped = batch.replace(prompts=tiny.with_photo(batch.prompts, 5))

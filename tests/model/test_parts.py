@@ -64,6 +64,29 @@ def test_no_row_changes_its_device():
     np.testing.assert_array_equal(run(x), jnp.sin(x))
 
 
+def test_no_row_of_images_changes_its_device(tiny):
+    """Nor do the tokens that share it: each finds its own on its device, in each part."""
+    mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])
+    rows = NamedSharding(mesh, P("fsdp"))
+    model, params = tiny.model(), tiny.params()
+    tokens = jnp.full((16, 6), tiny.IMAGE)
+    index = jnp.arange(96).reshape(16, 6) % 10
+    features = jnp.arange(8 * 10 * 32.0).reshape(8, 10, 32)
+
+    def embed(part):
+        given = part["tokens"], part["features"], part["index"]
+        return model.apply({"params": params}, *given, method="embed")
+
+    run = jax.jit(lambda batch: map_rows(embed, batch, 2), in_shardings=rows, out_shardings=rows)
+    batch = {"tokens": tokens, "features": features, "index": index}
+    text = run.lower(batch).compile().as_text()
+    assert "while" in text
+    assert not any(f"{word}(" in text for word in ("all-gather", "all-to-all", "all-reduce"))
+    assert "collective-permute(" not in text
+    expected = [features[row // 2][index[row]] for row in range(16)]
+    np.testing.assert_array_equal(run(batch), np.stack(expected))
+
+
 @pytest.mark.parametrize("parts", [0, 3, 16, -1])
 def test_parts_must_divide_the_batch(parts):
     with pytest.raises(ValueError, match=f"parts: expected .* 8 rows, found {parts}"):

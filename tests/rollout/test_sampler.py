@@ -250,6 +250,11 @@ def test_place_and_neighbours_do_not_matter(tiny, draw):
     assert_same_draw(draw(params, prompts=take_rows(prompts, mixed)), take_rows(before, mixed))
 
 
+def test_prompts_that_share_rows_of_images_draw_the_same_samples(tiny, draw):
+    shared = draw(tiny.params(), prompts=tiny.prompts(sharing=2))
+    assert_same_draw(shared, draw(tiny.params()))
+
+
 def test_noise_depends_on_seed_step_fact_sample_and_position(tiny, draw):
     # All ids are as likely here, so that equal noise is equal tokens.
     params, prompts = tiny.chain_params(0.0, end=-1e9), tiny.prompts()

@@ -184,17 +184,17 @@ def published():
 def test_padding_of_news_photos_is_small(published):
     """In window slots, of all that is trained on or asked."""
     own, placed = published
-    sizes = news_sizes(placed.model.config.vision, 2048)
+    sizes = news_sizes(placed.model.config.vision, 1024)
     padding = {}
     # SFT.
-    draw = functools.partial(Pool("t", np.arange(1024), (0,)).batch, size=own.sft.batch)
+    draw = functools.partial(Pool("t", np.arange(512), (0,)).batch, size=own.sft.batch)
     plan = sequence_plan(placed, own.data, sizes, draw, 32, own.sft.micro_batches)
     rows = [plan.rows([sizes[i] for i in draw(step)]) for step in range(32)]
     spent = sum(len(of_step) * shape.slots / shape.sharing for shape, of_step in rows)
     padding["sft"] = 1 - sum(sizes[i].slots for step in range(32) for i in draw(step)) / spent
     # GRPO.
     grpo = dataclasses.replace(own.grpo, steps=32)
-    draw = functools.partial(Pool("t", np.arange(2048), (1,)).batch, size=grpo.prompts)
+    draw = functools.partial(Pool("t", np.arange(1024), (1,)).batch, size=grpo.prompts)
     shapes = prompt_shapes(placed, own.data, grpo, sizes, draw)
     spent = used = 0
     for step in range(32):
@@ -205,11 +205,11 @@ def test_padding_of_news_photos_is_small(published):
         used += sum(size.slots for size in drawn)
     padding["grpo"] = 1 - used / spent
     # Rating, and validation with evaluation.
-    facts = [types.SimpleNamespace(id=str(number)) for number in range(2048)]
+    facts = [types.SimpleNamespace(id=str(number)) for number in range(1024)]
     by_id = {fact.id: size for fact, size in zip(facts, sizes, strict=True)}
     for name, sets, batch in (
         ("rate", [facts], own.rate.batch),
-        ("evaluate", [facts[:512], facts[512:]], own.evaluate.batch),
+        ("evaluate", [facts[:256], facts[256:]], own.evaluate.batch),
     ):
         asking = ask_plan(placed, own.data, by_id, sets, batch)
         assert len(asking.shapes) <= own.data.shapes

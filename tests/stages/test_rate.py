@@ -157,22 +157,37 @@ class Asked:
     def __init__(self, die_at=None):
         self.die_at, self.seen = die_at, []
 
-    def sample(self, params, facts, desc, start=0):
-        for number, fact in enumerate(facts[start:], start=start):
+    def sample(self, params, facts, desc, done=frozenset()):
+        for number, fact in enumerate(facts):
+            if fact.id in done:
+                continue
             if number == self.die_at:
                 raise KeyboardInterrupt
             self.seen.append(fact.id)
             yield fact, types.SimpleNamespace(answer=np.where(np.arange(4) < number, 0, -1))
 
 
-def test_a_rating_that_was_killed_goes_on_at_its_last_whole_batch(tmp_path):
+def test_a_rating_that_was_killed_goes_on_with_the_facts_that_are_left(tmp_path):
     out = tmp_path / "ratings.jsonl"
     with pytest.raises(KeyboardInterrupt):
         rate(Asked(die_at=3), None, FACTS, RATE, out, {"checkpoint": "a"})
     assert not out.exists()
     again = Asked()
     rate(again, None, FACTS, RATE, out, {"checkpoint": "a"})
-    assert again.seen == ["train:3", "train:4"]
+    assert again.seen == ["train:4"]
+    assert [rating.pass_rate for rating in read_ratings(out)] == [0, 0.25, 0.5, 0.75]
+
+
+def test_facts_may_be_rated_in_any_order(tmp_path):
+    """Ratings are written in that of the facts."""
+
+    class Sorted(Asked):
+        def sample(self, params, facts, desc, done=frozenset()):
+            yield from reversed(list(super().sample(params, facts, desc, done)))
+
+    out = tmp_path / "ratings.jsonl"
+    rate(Sorted(), None, FACTS, RATE, out)
+    assert [rating.fact for rating in read_ratings(out)] == ALL
     assert [rating.pass_rate for rating in read_ratings(out)] == [0, 0.25, 0.5, 0.75]
 
 
@@ -190,7 +205,7 @@ def rated(out, identity):
     return again.seen
 
 
-ALL, REST = [fact.id for fact in FACTS], ["train:3", "train:4"]
+ALL, REST = [fact.id for fact in FACTS], ["train:4"]
 
 
 def test_ratings_of_another_kind_are_not_overwritten(tmp_path):
@@ -245,12 +260,13 @@ def staged(tmp_path, monkeypatch, **changes):
     asked = Asked()
     monkeypatch.setattr("morer1_jax.stages.rate.BatchSampler", lambda *_, **__: asked)
     monkeypatch.setattr("morer1_jax.stages.rate.starting_params", lambda run: None)
+    monkeypatch.setattr("morer1_jax.stages.rate.ask_plan", lambda *_: None)
     run = types.SimpleNamespace(
         workdir=tmp_path,
         dataset=types.SimpleNamespace(splits={"train": FACTS}),
-        trainee=types.SimpleNamespace(policy=None, whole=lambda params: params),
+        trainee=types.SimpleNamespace(policy=None, placed=None, whole=lambda params: params),
         reader=None,
-        greedy=types.SimpleNamespace(shape=None),
+        sizes=None,
         settings=types.SimpleNamespace(
             rate=dataclasses.replace(RATE, **changes),
             seed=0,
@@ -312,7 +328,7 @@ def test_a_rating_goes_on_under_other_pools(tmp_path):
         rate(Asked(die_at=3), None, FACTS, RATE, out, {"easy_from": 0.5, "never": "hard", "a": 1})
     again, other = Asked(), dataclasses.replace(RATE, easy_from=0.25, never="drop")
     rate(again, None, FACTS, other, out, {"a": 1})
-    assert again.seen == ["train:3", "train:4"]
+    assert again.seen == ["train:4"]
     assert [rating.pool for rating in read_ratings(out)] == ["dropped", "easy", "easy", "easy"]
 
 
