@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from morer1_jax.config.binding import read_config
@@ -630,6 +631,43 @@ def test_pass_rates_that_changed_since_grpo_began_are_named(config, workdir, mon
     path.write_text(path.read_text().replace("0.25", "0.5", 1))
     with pytest.raises(DataError, match=rf"^{workdir}: rate/ratings\.jsonl changed since"):
         run_grpo(run)
+
+
+def test_a_record_is_of_the_fact_in_its_row(config, workdir, monkeypatch):
+    """Rows have the order in which they best share images, not that of the draw."""
+    prompts, trained = 8, []
+
+    def grpo_step(state, batch, number):
+        # Each fact's right label as its answer.
+        answer = np.broadcast_to(batch.gold[:, None], (prompts, 2))
+        empty = np.zeros((prompts, 2, 1), np.int32)
+        rollout = types.SimpleNamespace(tokens=empty, mask=empty > 0, answer=answer)
+        rewards = np.zeros((prompts, 2))
+        scored = types.SimpleNamespace(
+            rollout=rollout, reward=rewards, advantages=rewards, reward_parts={}
+        )
+        return state, {}, scored
+
+    def train(name, folder, hooks, *_, **options):
+        trained.append(hooks.batch(0))
+        hooks.step(None, trained[0], 0)
+
+    monkeypatch.setattr("morer1_jax.stages.grpo.make_programs", lambda *_, **__: None)
+    monkeypatch.setattr("morer1_jax.stages.grpo.make_grpo_step", lambda *_: grpo_step)
+    monkeypatch.setattr("morer1_jax.stages.grpo.fetch", lambda scored: scored)
+    monkeypatch.setattr("morer1_jax.stages.grpo.train", train)
+    monkeypatch.setattr(
+        "morer1_jax.data.feed.share_images", lambda slots, _: list(range(len(slots)))[::-1]
+    )
+    config.grpo.prompts, config.grpo.loss.beta = prompts, 0.0
+    run = opened(config, workdir)
+    facts = run.dataset.splits["train"]
+    rate_as(workdir, *(rating(fact.id, "hard") for fact in facts))
+    run_grpo(run)
+    records = list(map(json.loads, (workdir / "rollouts.jsonl").read_text().splitlines()))
+    assert [record["fact"] for record in records[::2]] == [facts[i].id for i in trained[0].fact]
+    assert [record["gold"] for record in records] == [record["answer"] for record in records]
+    assert len({record["gold"] for record in records}) > 1
 
 
 @pytest.fixture

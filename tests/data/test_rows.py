@@ -126,6 +126,18 @@ def test_short_samples_share_rows_and_long_ones_do_not():
     assert level.shape.length == 112
 
 
+def test_a_plans_rows_have_little_padding_of_images():
+    noise = np.random.default_rng(0)
+    draws = []
+    for slots in noise.integers(5, 60, (16, 64)):
+        targets = noise.integers(100, 300, 64)
+        pairs = zip(slots.tolist(), targets.tolist(), strict=True)
+        draws.append([SampleSize(350 + 16 * own, target, own) for own, target in pairs])
+    plan = plan_rows(draws, lambda shape: shape.length + 32 * shape.slots, multiple=8, max_levels=3)
+    spent = sum(len(rows) * shape.slots for shape, rows in map(plan.rows, draws))
+    assert 1 - sum(need.slots for draw in draws for need in draw) / spent < 0.12
+
+
 def test_levels_follow_the_images_where_all_batches_have_as_many_rows():
     draws = [[SampleSize(90, 0, slots)] * 4 for slots in (2, 2, 3, 8)]
     plan = plan_rows(draws, by_slots, multiple=4, max_levels=3)
