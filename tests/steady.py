@@ -50,6 +50,7 @@ def config_of(data, steps):
     config.sft.update(steps=steps - steps // 2, batch=8, save_every=1000, eval_every=1000)
     config.rate.update(samples=1, batch=24)
     config.grpo.update(steps=steps // 2, mixing=False, save_every=1000, eval_every=1000)
+    config.data.shapes = 2
     return config
 
 

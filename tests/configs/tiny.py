@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.world.update(train=24, valid=4, test=8, written=0.5)
     # Room for any wording of the world's: what is tested is not whether the demo's texts are short.
     config.data.update(vocabulary=1024, prompt_length=224, completion_length=136, windows=10)
+    config.data.shapes = 1  # Compiles fewer programs.
     config.model.text.update(
         hidden_size=32,
         intermediate_size=48,
