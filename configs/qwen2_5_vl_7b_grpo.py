@@ -1,13 +1,13 @@
 """Stage 2 for Qwen2.5-VL-7B on MORE: rating, then GRPO on a mix that grows harder.
 
-    python -m morer1_jax.train --config=configs/qwen2_5_vl_7b_grpo.py \\
+    python -m morer1_jax.train --config=configs/qwen2_5_vl_7b_grpo.py:v6e:4x4 \\
         --workdir=runs/7b --config.data.folder=data/MORE
 
 In the workdir of `qwen2_5_vl_7b_sft.py` it starts from the model that this trained. In a new
 workdir it can start from an SFT model's folder, as `tools/convert.py` writes it:
 `--config.rate.begin=checkpoint --config.model.path=…`.
 
-It has not been run yet, and as it stands it does not fit eight v6e chips (README).
+It has not been run yet; README says which topologies it has been compiled for.
 """
 
 from pathlib import Path

@@ -35,7 +35,8 @@ class EncodedBatch(NamedTuple):
     """Images that the vision tower has run on, up to its merger, in place of patches.
 
     Attributes:
-        hidden: what the tower's blocks give for each slot of the layout, n = w·p.
+        hidden: what the tower's blocks give for the patches of the image token at each place of the
+            row, n = places · merge²; whatever is finite where there is none.
     """
 
     hidden: Float[np.ndarray, "b n d"]

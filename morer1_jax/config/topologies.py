@@ -1,9 +1,10 @@
-"""What makes the configs of Qwen2.5-VL fit a topology.
+"""Values of the configs of Qwen2.5-VL by the topology that they run on.
 
     --config=configs/qwen2_5_vl_3b_grpo.py:v6e:2x2
 
 A topology is named as `python -m morer1_jax.compile --topology=…` names it: a TPU's version and its
-chips along each axis; or GPUs and their number, `h100:8`.
+chips along each axis; or GPUs and their number, `h100:8`. That command tells whether a config fits;
+README says which have been compiled. The others are where to begin.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _BFLOAT16_MOMENTS = {"sft.optimizer.moments": "bfloat16", "grpo.optimizer.moment
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "3b": {
         "v5e:2x4": {
+            # The update still needs 17.9 of the chip's 16.9 GB.
             "grpo.micro_batches": 16,
             "mesh.sampling_tensor": 2,
             "score.chunk": 512,

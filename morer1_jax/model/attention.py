@@ -53,7 +53,7 @@ class Kernels(Protocol):
     Outputs at padding are finite; their values may differ between kernels.
     """
 
-    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+    def rotate(self, x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
         """Rotates queries or keys by their positions; see `rotary.rotate`."""
         ...
 
@@ -81,7 +81,7 @@ class Kernels(Protocol):
 class XLA:
     """`Kernels` of plain products and softmax, as the compiler fuses them."""
 
-    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+    def rotate(self, x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
         """Rotates half by half."""
         return rotate(x, rotary)
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.attention import Keys, Queries, causal_mask, same_segment
 from morer1_jax.model.rotary import Rotary, rotate
@@ -29,7 +29,7 @@ class CuDNN:
 
     implementation: Literal["cudnn", "xla"] = "cudnn"
 
-    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+    def rotate(self, x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
         """Rotates half by half."""
         return rotate(x, rotary)
 

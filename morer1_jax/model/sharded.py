@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.attention import Kernels, Keys, Queries
 from morer1_jax.model.rotary import Rotary
@@ -31,7 +31,7 @@ class ShardedKernels:
     rows: tuple[str, ...]
     heads: str | None
 
-    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+    def rotate(self, x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
         """Rotates as `kernels` does; the compiler can partition that."""
         return self.kernels.rotate(x, rotary)
 

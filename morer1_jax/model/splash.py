@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.attention import Keys, Queries
 from morer1_jax.model.products import exact
@@ -44,7 +44,7 @@ class Splash:
 
     interpret: bool = False
 
-    def rotate(self, x: Queries, rotary: Rotary) -> Queries:
+    def rotate(self, x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
         """Rotates by a product."""
         return rotate_by_product(x, rotary)
 

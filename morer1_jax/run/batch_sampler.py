@@ -86,7 +86,7 @@ class BatchSampler:
         plan: AskPlan | None = None,
     ) -> None:
         limits = reader.limits
-        self._policy, self._reader, self._plan = policy, reader, plan
+        self._policy, self._reader, self.plan = policy, reader, plan
         self.batch, self._workers = round_up(batch, policy.placed.parts), workers
         config = SampleConfig(
             group=group,
@@ -175,8 +175,8 @@ class BatchSampler:
         return [answers[fact.id] for fact in facts]
 
     def _batches(self, facts: Sequence[Fact]) -> list[Asked]:
-        if self._plan is not None:
-            return self._plan.batches(facts, self.batch)
+        if self.plan is not None:
+            return self.plan.batches(facts, self.batch)
         limits = self._reader.limits
         sizes = [SampleSize(limits.prompt, 0, limits.slots)] * len(facts)
         return asked_batches(sizes, self.batch, [Shape(limits.prompt, limits.slots)])

@@ -123,24 +123,37 @@ class Placed:
         images = prompts.vision
         if not isinstance(images, VisionBatch) or not images.patches.shape[1]:
             return prompts
-        return prompts._replace(vision=self.tower(split_tower(params)[0], images))
+        encoded, index = self.tower(split_tower(params)[0], images, prompts.vision_index)
+        return prompts._replace(vision=encoded, vision_index=index)
 
     @functools.cached_property
-    def tower(self) -> Callable[[Params, VisionBatch], EncodedBatch]:
-        """The compiled tower without its merger; it takes the first tree of `split_tower`."""
+    def tower(self) -> Callable[..., tuple[EncodedBatch, jax.Array]]:
+        """The compiled tower without its merger: `(params, images, index) -> (encoded, index)`.
+
+        It takes the first tree of `split_tower`, and takes and gives a `vision_index`. Rows of
+        tokens may share rows of images; what it gives has a row for each.
+        """
         vision, runtime = self.model.config.vision, self.model.runtime
         tower = VisionTower(vision, runtime)
 
-        def run(params: Params, images: VisionBatch) -> EncodedBatch:
+        def run(
+            params: Params, images: VisionBatch, index: jax.Array
+        ) -> tuple[EncodedBatch, jax.Array]:
             def of_part(part: VisionBatch) -> jax.Array:
                 inputs = VisionInputs.of(part, vision.temporal_patch_size)
                 return tower.apply({"params": params["vision"]}, inputs, merge=False)
 
             rows, windows, slots = images.patches.shape[:3]
             parts = fitting_parts(runtime.layout, rows, windows * slots)
-            return EncodedBatch(map_rows(of_part, images, parts))
+            hidden = map_rows(of_part, images, parts)
+            # From slots to places: the patches of an image token lie one after another.
+            merged = hidden.reshape(rows, -1, vision.spatial_merge_size**2 * vision.hidden_size)
+            place = jnp.maximum(index, 0).reshape(rows, -1, 1)
+            of_places = jnp.take_along_axis(merged, place, axis=1)
+            encoded = EncodedBatch(of_places.reshape(len(index), -1, vision.hidden_size))
+            return encoded, jnp.where(index >= 0, jnp.arange(index.shape[1]), -1)
 
-        takes = split_tower(self.param_shardings)[0], self.rows
+        takes = split_tower(self.param_shardings)[0], self.rows, self.rows
         return meshes.program(run, takes=takes, gives=self.rows)
 
     @functools.cached_property

@@ -11,7 +11,6 @@ from morer1_jax.data.rows import RowPlan, plan_rows
 from morer1_jax.data.shapes import Cost, SampleSize, Shape, plan_prompts, round_up
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.flops import row_flops
-from morer1_jax.rollout.sampler import prefill_parts
 from morer1_jax.run.placed import Placed
 from morer1_jax.task.fact import Fact
 
@@ -80,7 +79,7 @@ def prompt_shapes(
         row_cost(placed.model.config, encoded=data.keep_features),
         round_to=data.round_to,
         max_shapes=data.shapes,
-        sharing=_sharing(placed, data, sizes, grpo.prompts, micro_batches),
+        sharing=_sharing(placed, data, grpo.prompts, micro_batches),
     )
 
 
@@ -105,7 +104,7 @@ def ask_plan(
         row_cost(placed.model.config, encoded=data.keep_features),
         round_to=data.round_to,
         max_shapes=min(data.shapes, 1 + batches // _BATCHES_A_SHAPE),
-        sharing=_sharing(placed, data, list(sizes.values()), batch),
+        sharing=_sharing(placed, data, batch),
     )
     return AskPlan(sizes, shapes)
 
@@ -113,29 +112,21 @@ def ask_plan(
 def _sharing(
     placed: Placed,
     data: DataSettings,
-    sizes: Sequence[SampleSize],
     rows: int,
     micro_batches: int = 1,
 ) -> list[int]:
     """Returns how many prompts may share a row of images.
 
-    Those that do are always on one device and in one part of what it runs one after another.
+    Those that do are always on one device. Where the tower trains they are in one part, too, of
+    what a device scores and trains on one after another.
 
     Args:
-        sizes: of all prompts.
         rows: of a batch.
         micro_batches: most parts that a batch is scored and trained in.
     """
     if data.keep_features:
         return [1]
-    sampler = placed.sampling.model
-    longest = round_up(max(size.prompt for size in sizes), data.round_to)
-    most_prefill_parts = prefill_parts(sampler, rows, longest)
-    at_once = []
-    for on_device, most_parts in (
-        (rows // placed.parts, micro_batches),
-        (rows // sampler.runtime.layout.parts(rows), most_prefill_parts),
-    ):
-        divisors = [parts for parts in range(1, most_parts + 1) if on_device % parts == 0]
-        at_once += [on_device // parts for parts in divisors]
+    on_device = rows // placed.parts
+    most = micro_batches if placed.tower_trains else 1
+    at_once = [on_device // parts for parts in range(1, most + 1) if on_device % parts == 0]
     return [count for count in _SHARING if all(part % count == 0 for part in at_once)]

@@ -49,7 +49,7 @@ def prompts(
     images = _vision(data, model, rows)
     if encoded and isinstance(images, VisionBatch):
         vision = model.config.vision
-        shape = (rows, data.windows * vision.window_patches, vision.hidden_size)
+        shape = (rows, length * vision.spatial_merge_size**2, vision.hidden_size)
         images = EncodedBatch(np.broadcast_to(np.zeros((), jnp.dtype(model.runtime.dtype)), shape))
     return PromptBatch(
         tokens=_repeated(0, (rows, length)),

@@ -179,10 +179,10 @@ class _Plan:
         """The vision tower on a batch's images, before answers are sampled."""
         placed, config = self._placed, self._config
         prompts = self._prompts(self._rows(batch), encoded=False)
-        images = like_on(prompts.vision, placed.rows)
+        images, index = like_on((prompts.vision, prompts.vision_index), placed.rows)
         return PlannedProgram(
             name="images",
-            lower=lambda: placed.tower.lower(self._tower, images),
+            lower=lambda: placed.tower.lower(self._tower, images, index),
             params=self._tower,
             beside=held | {"parameters": split_tower(self._params)[1], "next batch": images},
             flops=batch_vision_flops(config.vision, prompts.vision),

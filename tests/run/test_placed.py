@@ -104,12 +104,16 @@ def test_what_lies_ready_is_not_copied(tiny):
     np.testing.assert_array_equal(moved["embedding"], params["embedding"].astype(jnp.bfloat16))
 
 
-def test_images_encoded_beforehand_give_the_same_embeddings_and_gradients(tiny):
-    """On a mesh whose devices run their rows in several parts."""
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_images_encoded_beforehand_give_the_same_embeddings_and_gradients(tiny, sharing):
+    """Each row has its own then, also where rows shared those of their images."""
     placed = place(tiny.CONFIG, Runtime(), tiny.mesh(data=1, fsdp=2, tensor=1))
-    params, prompts = put(tiny.params(), placed), placed.put(tiny.prompts())
+    params, prompts = put(tiny.params(), placed), placed.put(tiny.prompts(sharing=sharing))
+    assert len(prompts.vision.patches) == tiny.PROMPTS // sharing
     encoded = placed.encode(params, prompts)
     assert isinstance(encoded.vision, EncodedBatch)
+    # Of 32 places, for each the four patches of its token.
+    assert encoded.vision.hidden.shape == (tiny.PROMPTS, 32 * 4, tiny.CONFIG.vision.hidden_size)
     assert encoded.vision.hidden.sharding.is_equivalent_to(placed.rows, 3)
 
     def total(params, prompts):

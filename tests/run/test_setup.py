@@ -68,12 +68,18 @@ def test_every_fact_is_measured_with_its_reasoning(run):
         assert run.sizes[fact.id] == run.reader.size_of(sample)
 
 
-def test_greedy_answers_are_asked_for_in_a_shape_that_holds_any_prompt(run):
-    shape = run.greedy.shape
-    assert shape.length % run.settings.data.round_to == 0
-    longest = max(size.prompt for size in run.sizes.values())
-    assert longest <= shape.length < longest + run.settings.data.round_to
-    assert shape.slots == max(size.slots for size in run.sizes.values())
+def test_greedy_answers_are_asked_for_in_planned_shapes(run):
+    """Those of validation and evaluation, of which each holds its facts."""
+    plan = run.greedy.plan
+    for split in ("valid", "test"):
+        facts = run.dataset.splits[split]
+        asked = plan.batches(facts, run.greedy.batch)
+        assert {place for each in asked for place in each.places} == set(range(len(facts)))
+        for each in asked:
+            assert each.shape in plan.shapes
+            assert each.shape.length % run.settings.data.round_to == 0
+            longest = max(run.sizes[facts[place].id].prompt for place in each.places)
+            assert longest <= each.shape.length
 
 
 KEYS = ("rate.batch", "grpo.prompts", "evaluate.batch")

@@ -16,6 +16,7 @@ from morer1_jax.data.curriculum import Pool
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.rows import Level
 from morer1_jax.data.shapes import SampleSize, Shape, share_images, smallest, widest
+from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import (
     DEFAULT_IDS,
     ImageConfig,
@@ -126,6 +127,18 @@ def test_prompts_that_share_images_are_on_one_device_in_one_part(
     needs = [SampleSize(60, 0, 2), SampleSize(60, 0, 30)] * prompts
     grpo = GRPOSettings(steps=2, prompts=prompts, micro_batches=micro_batches)
     shapes = prompt_shapes(placed, DATA, grpo, needs, lambda step: np.arange(prompts) + step)
+    assert {shape.sharing for shape in shapes} == {sharing}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "micro_batches", "sharing"), [(4, 2, 2), (8, 4, 2), (6, 1, 1), (2, 1, 1)]
+)
+def test_what_a_frozen_tower_gives_has_rows_of_its_own(placed, prompts, micro_batches, sharing):
+    """So that only the tower's program needs rows that share images on one device."""
+    frozen = dataclasses.replace(placed, trainable=TrainableParts(vision=0.0))
+    needs = [SampleSize(60, 0, 2), SampleSize(60, 0, 30)] * prompts
+    grpo = GRPOSettings(steps=2, prompts=prompts, micro_batches=micro_batches)
+    shapes = prompt_shapes(frozen, DATA, grpo, needs, lambda step: np.arange(prompts) + step)
     assert {shape.sharing for shape in shapes} == {sharing}
 
 

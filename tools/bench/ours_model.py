@@ -86,7 +86,8 @@ class Ours:
     def tower_flops(self, prompts: PromptBatch) -> float | None:
         """Returns what `encoded` takes, as `flops` does."""
         tower, _ = split_tower(self.loaded.params)
-        return self.flops(self.policy.placed.tower, tower, prompts.vision)
+        given = tower, prompts.vision, prompts.vision_index
+        return self.flops(self.policy.placed.tower, *given)
 
     def state(self) -> TrainState:
         """Returns a new state with a copy of the folder's parameters."""

@@ -65,7 +65,7 @@ def test_branches():
 
 
 @pytest.mark.parametrize("task", ["sft", "update/128/1"])
-def test_both_sides_count_alike(folder, preset, task):
+def test_both_sides_count_alike(folder, preset, task, one_device):
     """Where both do the same work: one sample a row, no prompt shared, no padding of text."""
     # As many tokens as a chunk of logits has.
     preset = dataclasses.replace(preset, completion=128)
