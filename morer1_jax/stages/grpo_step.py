@@ -76,8 +76,8 @@ def make_programs(
     )
 
     micro_batches = placed.micro_batches(settings.prompts, settings.micro_batches)
-    # Without a backward pass twice the rows fit, and weights travel once a part.
-    score_parts = placed.micro_batches(settings.prompts, -(-micro_batches // 2))
+    # Without a backward pass four times the rows fit, and weights travel once a part.
+    score_parts = placed.micro_batches(settings.prompts, -(-micro_batches // 4))
 
     def score(
         params: Params, prompts: PromptBatch, tokens: jax.Array, mask: jax.Array, allowed: jax.Array
