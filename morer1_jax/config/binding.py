@@ -47,6 +47,9 @@ OPERATIONAL = (
     "*.rollouts_every",
     "*.keep_checkpoints",
 )
+# Keys that older versions had not, with the value that says what these did, so that their workdirs
+# go on.
+ADDED = {"runtime.gradient_sums": "float32", "*.optimizer.moments": "float32"}
 FILE = "config.json"
 _ABSENT = object()
 Tree = ConfigDict | Mapping[str, Any]
@@ -152,7 +155,7 @@ def differences(
     """Returns each key whose values differ, with both of them, and why it is bound; see `bind`."""
     changed = []
     for key in sorted(kept.keys() | current.keys()):
-        before, now = kept.get(key, _ABSENT), current.get(key, _ABSENT)
+        before, now = kept.get(key, _before(key)), current.get(key, _ABSENT)
         # In Python, True == 1; to whoever reads a config they are not the same.
         if before == now and isinstance(before, bool) == isinstance(now, bool):
             continue
@@ -161,6 +164,11 @@ def differences(
             reason = f" ({why})" if why else ""
             changed.append(f"{key}: expected {_show(now)}, found {_show(before)}{reason}")
     return changed
+
+
+def _before(key: str) -> Any:
+    """Returns what a key's absence from a kept config means."""
+    return next((value for added, value in ADDED.items() if matches(key, [added])), _ABSENT)
 
 
 def _show(value: Any) -> str:

@@ -89,6 +89,24 @@ def test_identity_keys_may_not_change(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == kept
 
 
+def test_a_workdir_of_a_version_without_a_key_goes_on(tmp_path):
+    """As long as the key says what that version did; then it is kept, and binds."""
+    old = {"runtime": {"dtype": "float32"}, "sft": {"optimizer": {"lr": 1.0}}}
+    bind(old, tmp_path)
+    new = {
+        "runtime": {"dtype": "float32", "gradient_sums": "float32"},
+        "sft": {"optimizer": {"lr": 1.0, "moments": "float32"}},
+    }
+    other = {**new, "sft": {"optimizer": {"lr": 1.0, "moments": "bfloat16"}}}
+    found = r'sft\.optimizer\.moments: expected "bfloat16", found "float32"'
+    with pytest.raises(ConfigError, match=found):
+        bind(other, tmp_path)
+    bind(new, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == new
+    with pytest.raises(ConfigError, match=found):
+        bind(other, tmp_path)
+
+
 def test_true_is_not_one(tmp_path):
     bind({"flag": True}, tmp_path)
     with pytest.raises(ConfigError, match="flag: expected 1, found true"):
