@@ -171,9 +171,7 @@ def _head(placed: Placed, target: Chip) -> str:
     sampling = dict(placed.sampling_mesh.shape)["tensor"]
     times = "Times are estimates."
     if target.clock is None:
-        times = (
-            "TPUs stand in for the compiler's work: memory is an estimate, times there are none."
-        )
+        times = "TPUs stand in for it: memory is an estimate, and times are not given."
     return (
         f"Compiled, not run: {mesh.size} × {target.name}, {axes}; sampling splits weights over "
         f"{sampling}.\n{times} A chip: {target.flops / 1e12:g} TFLOP/s, "

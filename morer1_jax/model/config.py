@@ -326,7 +326,7 @@ class Runtime:
             not in a scan. It takes longer to compile. Decoding is much faster on a CPU, and on TPUs
             by the compiler's estimate: a scan copies each layer's part of the cache every token.
         gradient_sums: dtype in which a mesh sums parameters' gradients over its devices; "bfloat16"
-            halves the bytes that are sent, and rounds (by 2% on 256 devices).
+            halves the bytes that are sent, and rounds every sum.
         attention: name of the kernels; "auto" chooses by device (see `run.kernels`).
         kernels: what computes attention over whole sequences.
         layout: where activations and gathered parameters lie on the mesh.

@@ -74,7 +74,6 @@ def make_programs(
         temperature=settings.temperature,
         end_of_turn=end_of_turn,
     )
-
     micro_batches = placed.micro_batches(settings.prompts, settings.micro_batches)
     # Without a backward pass four times the rows fit, and weights travel once a part.
     score_parts = placed.micro_batches(settings.prompts, -(-micro_batches // 4))

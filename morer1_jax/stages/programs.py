@@ -146,9 +146,7 @@ class _Plan:
     @property
     def grpo_state(self) -> dict[str, PyTree]:
         """What lies beside the sampler's parameters in a step of GRPO."""
-        own = self._settings.grpo
-        held = self._held(own.optimizer.build(own.steps * own.updates, self._placed.trainable))
-        return held | self._reference
+        return self._held(self._grpo_optimizer) | self._reference
 
     def sft(self) -> PlannedProgram:
         """One step of SFT; each sample has a row of its own."""
@@ -232,11 +230,10 @@ class _Plan:
     def grpo(self) -> list[PlannedProgram]:
         """Rollout, score and update of GRPO's step."""
         own, placed = self._settings.grpo, self._placed
-        transform = own.optimizer.build(own.steps * own.updates, placed.trainable)
         programs = make_programs(
             placed,
             own,
-            transform,
+            self._grpo_optimizer,
             score_config=ScoreConfig(own.temperature, self._settings.score.chunk),
             length=self._length,
             seed=0,
@@ -276,12 +273,8 @@ class _Plan:
         beside: dict[str, PyTree],
     ) -> PlannedProgram:
         own, drawn = self._settings.grpo, scored.rollout
-        transform = own.optimizer.build(own.steps * own.updates, self._placed.trainable)
         # The reference is scored in place of the parameters that train.
-        state = {
-            "optimizer": self._placed.like_state(transform).opt_state,
-            "parameters": self._placed.like,
-        }
+        state = self._held(self._grpo_optimizer) | {"parameters": self._placed.like}
         params = join(self._placed.like_reference, self._placed.like_frozen)
         given = (params, prompts, drawn.tokens, drawn.mask, self._allowed)
         return PlannedProgram(
@@ -302,7 +295,7 @@ class _Plan:
         beside: dict[str, PyTree],
     ) -> PlannedProgram:
         own, placed, drawn = self._settings.grpo, self._placed, scored.rollout
-        like = placed.like_state(own.optimizer.build(own.steps * own.updates, placed.trainable))
+        like = placed.like_state(self._grpo_optimizer)
         batch = GroupBatch(
             prompts=prompts,
             tokens=drawn.tokens,
@@ -330,6 +323,11 @@ class _Plan:
             beside=beside | self._reference,
             flops=with_update - forward,
         )
+
+    @property
+    def _grpo_optimizer(self) -> optax.GradientTransformation:
+        own = self._settings.grpo
+        return own.optimizer.build(own.steps * own.updates, self._placed.trainable)
 
     def _held(self, transform: optax.GradientTransformation) -> dict[str, PyTree]:
         optimizer = self._placed.like_state(transform).opt_state

@@ -98,10 +98,10 @@ def test_decode_loops_cover_all_tokens_but_the_first(plan):
 
 
 def test_the_share_of_logits_that_count(plan):
-    """Of a row of 224 + 136 tokens, rounded up to 368, chunks of 24 hold the 136 of the target."""
+    """Of 368 places of a row, in chunks of 96 of the two rows of a device, 136 are the target's."""
     planned, _ = plan("sft,grpo", data=1, fsdp=2, tensor=1, chunk=96)
     shares = {program.name: program.counted for program in planned}
-    assert shares["SFT step"] == 6 / 16
+    assert shares["SFT step"] == 3 / 8
     assert shares["update"] == shares["score"] == 1
 
 
