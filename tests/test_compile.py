@@ -141,15 +141,20 @@ def test_between_slices_only_gradients_are_summed(run):
 
 @pytest.mark.soak
 def test_a_step_that_does_not_scale_is_a_fault(run, tmp_path):
-    """Where activations may lie anywhere, XLA splits the contraction and sums what comes out."""
+    """Where activations are split by features, not by rows, every product has to be summed."""
     wide = tmp_path / "wide.py"
     wide.write_text(WIDE)
     flags = (f"--config={wide}", "--topology=v5e:4x4", "--programs=SFT step")
     code, _, errors, figures = run(*flags)
     assert (code, figures["faults"]) == (0, []), errors
     broken = (
+        "from jax.sharding import PartitionSpec as P\n"
         "from morer1_jax.model.sharding import Layout\n"
-        "Layout.rows = lambda self, x, **options: x\n"
+        "def features(self, x, heads=None, axis=0):\n"
+        "    if self.mesh is None or heads is not None or x.ndim < 3:\n"
+        "        return x\n"
+        "    return self._constrained(x, P(*(None,) * (x.ndim - 1), 'fsdp'))\n"
+        "Layout.rows = features\n"
         "Layout.gathered = lambda self, path, kernel: kernel"
     )
     code, _, errors, figures = run(*flags, before=broken)
