@@ -8,9 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from morer1_jax.learn.trainable import join, select
+from morer1_jax.model.layers import Params
 from morer1_jax.model.parts import split_rows
+from morer1_jax.model.vlm import Qwen25VL
 
 PyTree = Any
+Loss = Callable[[Params, Params], tuple[jax.Array, PyTree]]
 
 
 def add(total: PyTree, summand: PyTree) -> PyTree:
@@ -19,32 +23,77 @@ def add(total: PyTree, summand: PyTree) -> PyTree:
 
 
 def accumulate(
-    gradients: Callable[[PyTree], PyTree],
+    gradients: Callable[[PyTree, Params | None], tuple[Params, PyTree]],
+    params: Params,
     batch: PyTree,
     micro_batches: int,
     combine: Callable[[PyTree, PyTree], PyTree] = add,
-) -> PyTree:
-    """Sums `gradients(micro_batch)` over micro-batches of equal size, one after another.
+) -> tuple[Params, PyTree]:
+    """Sums gradients and metrics over micro-batches of equal size, one after another.
 
     Only one's activations are in memory. What is summed must be a plain sum over rows: a loss is
     divided beforehand by its normaliser over the whole batch, so that 1 and 8 micro-batches give
     the same.
 
     Args:
-        gradients: maps a micro-batch to a tree of sums (loss, gradients, metrics).
+        gradients: `gradients(micro_batch, total)` returns the total plus the micro-batch's
+            gradients, and its metrics; without a total the gradients alone.
+        params: whose gradients are summed.
         batch: a tree of arrays with rows leading.
-        combine: joins the total so far, from zeros, with a micro-batch's sums.
+        combine: joins the metrics so far, from zeros, with a micro-batch's.
 
     Raises:
         ValueError: `micro_batches` does not divide the rows.
     """
     if micro_batches == 1:
-        return gradients(batch)
+        return gradients(batch, None)
     stacked = split_rows(batch, micro_batches)
-    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], stacked))
+    first = jax.tree.map(lambda x: x[0], stacked)
+    shapes = params, jax.eval_shape(lambda part: gradients(part, None)[1], first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def step(total: PyTree, micro_batch: PyTree) -> tuple[PyTree, None]:
-        return combine(total, gradients(micro_batch)), None
+    def step(
+        state: tuple[Params, PyTree], micro_batch: PyTree
+    ) -> tuple[tuple[Params, PyTree], None]:
+        total, metrics = state
+        total, own = gradients(micro_batch, total)
+        return (total, combine(metrics, own)), None
 
     return jax.lax.scan(step, zeros, stacked)[0]
+
+
+def add_gradients(
+    loss: Loss, params: Params, total: Params | None, model: Qwen25VL
+) -> tuple[Params, PyTree]:
+    """Adds a loss's gradients to a total.
+
+    Where the decoder's layers are rematerialised in full, theirs are added in the backward pass
+    itself (`model.running`), so that no second array of their size exists.
+
+    Args:
+        loss: `loss(params, sums) -> (value, what else it returns)`; `sums` go with the parameters
+            to the model.
+        params: the trainable parameters.
+        total: None: there is none yet, and the gradients alone are returned.
+
+    Returns:
+        The new total, and what else the loss returns.
+    """
+    if total is None:
+        (_, rest), grads = jax.value_and_grad(loss, has_aux=True)(params, {})
+        return grads, rest
+
+    def in_place(path: tuple[str, ...]) -> bool:
+        # XLA would merge a single layer's second run with its first and save no memory.
+        repeats = model.runtime.remat == "full" and model.config.text.num_hidden_layers > 1
+        return repeats and path[:2] == ("language", "layers")
+
+    layers = select(params, in_place)
+
+    def own_loss(apart: Params, sums: Params) -> tuple[jax.Array, PyTree]:
+        return loss(join(apart, layers), sums)
+
+    apart, so_far = (select(tree, lambda path: not in_place(path)) for tree in (params, total))
+    run = jax.value_and_grad(own_loss, argnums=(0, 1), has_aux=True)
+    (_, rest), (grads, sums) = run(apart, select(total, in_place))
+    return join(add(so_far, grads), sums), rest

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.bounds import above, at_least, check_bounds, one_of
-from morer1_jax.learn.accumulate import accumulate, add
+from morer1_jax.learn.accumulate import accumulate, add, add_gradients
 from morer1_jax.learn.state import TrainState, apply_gradients
 from morer1_jax.learn.trainable import join
 from morer1_jax.model.layers import Params
@@ -173,8 +173,8 @@ def grpo_gradients(
         frozen: the model's other parameters; see `learn.trainable`.
     """
 
-    def micro_gradients(micro_batch: GroupBatch) -> tuple[Params, Metrics]:
-        def loss(params: Params) -> tuple[Array, Metrics]:
+    def micro_gradients(micro_batch: GroupBatch, so_far: Params | None) -> tuple[Params, Metrics]:
+        def loss(params: Params, running: Params) -> tuple[Array, Metrics]:
             new, entropy = group_logprobs(
                 model,
                 join(params, frozen or {}),
@@ -183,6 +183,7 @@ def grpo_gradients(
                 micro_batch.mask,
                 allowed,
                 score,
+                running,
             )
             # Places beyond a completion's end hold no token: their numbers, which can be so large
             # that a ratio of them is infinite, are kept out of losses and metrics.
@@ -208,18 +209,16 @@ def grpo_gradients(
             }
             return sums["loss"], jax.lax.stop_gradient(sums)
 
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, sums
+        return add_gradients(loss, params, so_far, model)
 
-    grads, sums = accumulate(micro_gradients, batch, micro_batches, _combine)
+    grads, sums = accumulate(micro_gradients, params, batch, micro_batches, _combine)
     return grads, _means(sums)
 
 
-def _combine(total: tuple[Params, Metrics], sums: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+def _combine(total: Metrics, sums: Metrics) -> Metrics:
     """Adds a micro-batch's sums to the total, but takes the maximum of `difference_max`."""
-    grads, metrics = add(total, sums)
-    largest = jnp.maximum(total[1]["difference_max"], sums[1]["difference_max"])
-    return grads, metrics | {"difference_max": largest}
+    largest = jnp.maximum(total["difference_max"], sums["difference_max"])
+    return add(total, sums) | {"difference_max": largest}
 
 
 def combined_metrics(updates: Sequence[Metrics]) -> Metrics:

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array
 
 from morer1_jax.batch import SequenceBatch
-from morer1_jax.learn.accumulate import accumulate
+from morer1_jax.learn.accumulate import accumulate, add_gradients
 from morer1_jax.learn.state import TrainState, apply_gradients
 from morer1_jax.learn.trainable import join
 from morer1_jax.model.layers import Params
@@ -25,10 +25,18 @@ Metrics = dict[str, Array]
 
 
 def sft_sums(
-    model: Qwen25VL, params: Params, batch: SequenceBatch, config: ScoreConfig
+    model: Qwen25VL,
+    params: Params,
+    batch: SequenceBatch,
+    config: ScoreConfig,
+    running: Params | None = None,
 ) -> dict[str, Array]:
-    """Returns sums over the batch's target tokens: `loss` (cross-entropy), `entropy`, `tokens`."""
-    logps, entropy = sequence_logprobs(model, params, batch, config)
+    """Returns sums over the batch's target tokens: `loss` (cross-entropy), `entropy`, `tokens`.
+
+    Args:
+        running: sums of gradients, to which a backward pass adds; see `model.running`.
+    """
+    logps, entropy = sequence_logprobs(model, params, batch, config, running)
     return {
         "loss": -jnp.sum(logps * batch.weights),
         "entropy": jnp.sum(jax.lax.stop_gradient(entropy) * batch.weights),
@@ -56,15 +64,16 @@ def sft_gradients(
     # Summed over the whole batch beforehand, so that a micro-batch's loss is a plain sum.
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
-    def micro_gradients(micro_batch: SequenceBatch) -> tuple[Params, dict[str, Array]]:
-        def loss(params: Params) -> tuple[Array, dict[str, Array]]:
-            sums = sft_sums(model, join(params, frozen or {}), micro_batch, config)
+    def micro_gradients(
+        micro_batch: SequenceBatch, so_far: Params | None
+    ) -> tuple[Params, dict[str, Array]]:
+        def loss(params: Params, running: Params) -> tuple[Array, dict[str, Array]]:
+            sums = sft_sums(model, join(params, frozen or {}), micro_batch, config, running)
             return sums["loss"] / total, sums
 
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, sums
+        return add_gradients(loss, params, so_far, model)
 
-    grads, sums = accumulate(micro_gradients, batch, micro_batches)
+    grads, sums = accumulate(micro_gradients, params, batch, micro_batches)
     return grads, {
         "loss": sums["loss"] / total,
         "entropy": sums["entropy"] / total,

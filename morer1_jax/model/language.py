@@ -20,6 +20,7 @@ from morer1_jax.model.config import LoRA, Runtime, TextConfig
 from morer1_jax.model.cpu import cos_sin
 from morer1_jax.model.decoding import KV
 from morer1_jax.model.layers import (
+    Params,
     SwiGLU,
     dense,
     rematerialised,
@@ -27,6 +28,7 @@ from morer1_jax.model.layers import (
     scanned,
 )
 from morer1_jax.model.rotary import Rotary
+from morer1_jax.model.running import SUMS, run_layers
 
 
 class DecoderLayer(nn.Module):
@@ -105,6 +107,15 @@ class Decoder(nn.Module):
                 caches.append(layer_cache)
                 kept.append(kv)
             return norm(x), tuple(caches), tuple(kept) if keep_kv else None
+        # Sums of their gradients, to which the backward pass adds.
+        if cache is None and not keep_kv and self.has_variable(SUMS, "layers"):
+            layer = DecoderLayer(cfg, run, self.lora, keep_kv=False, parent=None)
+
+            def one_layer(params: Params, x: Array, inputs: tuple[Rotary, Pattern]) -> Array:
+                return layer.apply({"params": params}, (x, None), *inputs)[0][0]
+
+            own = (self.get_variable(name, "layers") for name in ("params", SUMS))
+            return norm(run_layers(one_layer, *own, x, (rotary, attend))), None, None
         # Decoding (with a cache) has no backward pass, so nothing is rematerialised there.
         layer, count, unroll = DecoderLayer, cfg.num_hidden_layers, 1
         if cache is None:

@@ -16,6 +16,7 @@ from morer1_jax.batch import EncodedBatch, FeatureBatch, PromptBatch, SequenceBa
 from morer1_jax.bounds import above, at_least, check_bounds
 from morer1_jax.model.attention import PackedCausal, SharedPrefix
 from morer1_jax.model.layers import Params
+from morer1_jax.model.running import SUMS
 from morer1_jax.model.sharding import Layout
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
@@ -64,11 +65,18 @@ def embed_prompts(module: Qwen25VL, batch: PromptBatch | SequenceBatch) -> Float
 
 
 def sequence_logprobs(
-    model: Qwen25VL, params: Params, batch: SequenceBatch, config: ScoreConfig
+    model: Qwen25VL,
+    params: Params,
+    batch: SequenceBatch,
+    config: ScoreConfig,
+    sums: Params | None = None,
 ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
     """Returns each target's log-probability and its distribution's entropy.
 
     Both are float32 in nats, 0 where a target has no weight.
+
+    Args:
+        sums: of parameters' gradients, to which a backward pass adds; see `model.running`.
     """
 
     def run(module: Qwen25VL) -> tuple[Array, Array]:
@@ -80,7 +88,7 @@ def sequence_logprobs(
         chunk = config.of_row(len(hidden), model.runtime.layout)
         return module.logprobs(hidden, batch.targets, counted=counted, chunk=chunk)
 
-    return model.apply({"params": params}, method=run)
+    return model.apply({"params": params, SUMS: sums or {}}, method=run)
 
 
 def group_logprobs(
@@ -91,6 +99,7 @@ def group_logprobs(
     mask: Bool[Array, "b g t"],
     allowed: Bool[Array, " v"],
     config: ScoreConfig,
+    sums: Params | None = None,
 ) -> tuple[Float[Array, "b g t"], Float[Array, "b g t"]]:
     """Returns each completion token's log-probability and its distribution's entropy.
 
@@ -103,6 +112,7 @@ def group_logprobs(
         completions: int32 ids of the sampled tokens; any id may stand where `mask` is False.
         mask: True for the tokens of a completion, end-of-turn among them.
         allowed: ids that can be sampled; the rest are left out of the distribution.
+        sums: of parameters' gradients, to which a backward pass adds; see `model.running`.
     """
     b, g, t = completions.shape
     s = prompts.tokens.shape[1]
@@ -132,7 +142,7 @@ def group_logprobs(
             chunk=config.of_row(b, model.runtime.layout),
         )
 
-    logps, entropy = model.apply({"params": params}, method=run)
+    logps, entropy = model.apply({"params": params, SUMS: sums or {}}, method=run)
     return logps.reshape(b, g, t), entropy.reshape(b, g, t)
 
 

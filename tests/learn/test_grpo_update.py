@@ -20,15 +20,17 @@ SCORE = ScoreConfig(chunk=192)
 
 @pytest.fixture(scope="module")
 def learn(tiny):
-    """`learn(config, micro_batches)`: compiled `(params, batch) -> (gradients, metrics)`."""
+    """`learn(config, micro_batches, remat)`: compiled `(params, batch) -> (gradients, metrics)`."""
     programs = {}
 
-    def learn(config=CONFIG, micro_batches=1):
-        key = config, micro_batches
+    def learn(config=CONFIG, micro_batches=1, remat="none"):
+        key = config, micro_batches, remat
         if key not in programs:
+            runtime = dataclasses.replace(tiny.model().runtime, remat=remat)
+            model = tiny.model().clone(runtime=runtime)
             programs[key] = tiny.jit(
                 lambda params, batch: grpo_gradients(
-                    tiny.model(), params, batch, tiny.ALLOWED, config, SCORE, micro_batches
+                    model, params, batch, tiny.ALLOWED, config, SCORE, micro_batches
                 )
             )
         return programs[key]
@@ -88,6 +90,8 @@ def test_micro_batches_do_not_matter(tiny, learn, batch):
     """Metrics too, the greatest difference among them, whichever part has it."""
     whole = learn()(tiny.params(), batch)
     tiny.assert_near(learn(micro_batches=8)(tiny.params(), batch), whole, 1e-5)
+    # In sums that each backward pass adds to (`model.running`).
+    tiny.assert_near(learn(micro_batches=4, remat="full")(tiny.params(), batch), whole, 1e-5)
     assert whole[1]["sampling/sampling_logp_difference/max"] > 0
 
 
