@@ -1,7 +1,7 @@
 """Sums what an optimised HLO module does: compute cycles and bytes sent, loops multiplied out.
 
-A loop that ends by data keeps its own sum, for one turn of it. Of a conditional's branches the one
-with the most cycles counts, in all turns or in a given share of them. A program for several slices
+A loop that ends by data keeps its own sum, for one turn of it, unless its number of turns is given.
+Of a conditional's branches the one with the most cycles counts. A program for several slices
 is that of each one of them; what crosses slices is a `send` to the runtime that joins them, which
 names the operation.
 """
@@ -101,24 +101,23 @@ class Cost:
         return sum(transfer.bytes * transfer.times for transfer in self.transfers)
 
 
-def cost_of(module: Module, devices: int, taken: Mapping[str, float] | None = None) -> Cost:
+def cost_of(module: Module, devices: int, turns: Mapping[str, int] | None = None) -> Cost:
     """Returns what the program does on one of its devices.
 
     Args:
         devices: that the program was compiled for; of several slices those of one.
-        taken: by the name of a scope, in what share of their turns its conditionals do the work;
-            others always do.
+        turns: by the name of a scope, of those of its loops that end by data.
     """
-    return _Walk(module, devices, taken or {}).cost(module.computations[module.entry], 1)
+    return _Walk(module, devices, turns or {}).cost(module.computations[module.entry], 1)
 
 
 class _Walk:
     """Follows calls from a computation down."""
 
-    def __init__(self, module: Module, devices: int, taken: Mapping[str, float]) -> None:
+    def __init__(self, module: Module, devices: int, turns: Mapping[str, int]) -> None:
         self.module = module
         self.devices = devices
-        self.taken = taken
+        self.turns = turns
 
     def cost(self, computation: Computation, times: float) -> Cost:
         """Returns what a computation does that runs so many times."""
@@ -148,15 +147,14 @@ class _Walk:
             body = computations[instruction.attributes["body"].lstrip("%")]
             turns = trip_count(self.module, computation, instruction)
             if turns is None:
+                scopes = instruction.op_name.split("/")
+                turns = next((self.turns[scope] for scope in scopes if scope in self.turns), None)
+            if turns is None:
                 yield Cost(loops=[(instruction.op_name, self.cost(body, 1))])
             else:
                 yield self.cost(body, times * turns)
         elif opcode == "conditional":
-            scopes = instruction.op_name.split("/")
-            share = next((self.taken[scope] for scope in scopes if scope in self.taken), 1)
-            branches = [
-                self.cost(computations[name], times * share) for name in instruction.callees
-            ]
+            branches = [self.cost(computations[name], times) for name in instruction.callees]
             yield max(branches, key=lambda branch: (branch.cycles, branch.bytes))
         elif opcode == "fusion" or opcode.startswith("custom-call"):
             yield Cost(work=self._work(computation, instruction, times))

@@ -8,6 +8,7 @@ rows, s places of a row, n places of a chunk, d model, v vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ from morer1_jax.model.sharding import Layout
 # Stands for -inf in logits: its exponential is exactly 0, yet 0 times it is 0 and not NaN, so that
 # a masked position whose target is not allowed leaves loss and gradient finite.
 DISALLOWED = -1e30
-# Names what is skipped in chunks without a counted place, for estimates of a program's time.
-IF_COUNTED = "if_counted"
+# Names the loops over chunks, which end where no more places count: estimates of a program's time
+# must be told how many turns they take.
+CHUNKS = "chunks_of_logits"
 
 LogprobsAndEntropies = tuple[Float[Array, "*b"], Float[Array, "*b"]]
 
@@ -97,7 +99,7 @@ def _chunked_logprobs(
     temperature: Float[Array, ""],
     layout: Layout,
 ) -> tuple[Float[Array, "chunks b n"], Float[Array, "chunks b n"]]:
-    """Returns log-probabilities and entropies; chunks without a counted place are skipped.
+    """Returns log-probabilities and entropies; chunks without a counted place are left out.
 
     The gradient is written out, since it is short: with logits l, probabilities p, log-normaliser
     z and entropy H, the derivative of log p(y) with respect to l_i is 1[i = y] - p_i, and that of H
@@ -106,16 +108,25 @@ def _chunked_logprobs(
     sum over chunks, and these are added up once.
     """
     head = _ready(head, hidden, layout)
-    logprob, entropy, _ = _forward_chunks(hidden, head, targets, counted, allowed, temperature)
+    logprob, entropy, _ = _forward_chunks(
+        hidden, head, targets, counted, allowed, temperature, layout
+    )
     return logprob, entropy
 
 
 def _forward_chunks(
-    hidden: Array, head: Array, targets: Array, counted: Array, allowed: Array, temperature: Array
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    counted: Array,
+    allowed: Array,
+    temperature: Array,
+    layout: Layout,
 ) -> tuple[Array, Array, Array]:
     """Returns log-probabilities, entropies and log-normalisers."""
 
-    def compute(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
+    def compute(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
+        hidden, targets = chunk
         logits = _logits(hidden, head, allowed, temperature)
         largest = jnp.max(logits, axis=-1)
         weights = jnp.exp(logits - largest[..., None])
@@ -124,16 +135,53 @@ def _forward_chunks(
         # Ids that are not allowed have weight 0 and a finite logit.
         entropy = normaliser - jnp.sum(weights * logits, axis=-1) / total
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - normaliser, entropy, normaliser
+        return None, (chosen - normaliser, entropy, normaliser)
 
-    def skip(hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
-        return (jnp.zeros(targets.shape, jnp.float32),) * 3
+    _, results = _over_chunks(compute, None, (hidden, targets), counted, layout)
+    return results
 
-    def of_chunk(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        with jax.named_scope(IF_COUNTED):
-            return jax.lax.cond(jnp.any(chunk[2]), compute, skip, *chunk[:2])
 
-    return jax.lax.map(of_chunk, (hidden, targets, counted))
+def _over_chunks(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    total: Any,
+    chunks: Any,
+    counted: Bool[Array, "chunks b n"],
+    layout: Layout,
+) -> tuple[Any, Any]:
+    """Runs `step(total, chunk) -> (total, results)` over the chunks with a counted place.
+
+    These come first. A `scan` with a `cond` in it would copy the total, as large as the head, in
+    every turn.
+
+    Args:
+        chunks: tree of arrays [chunks, b, …].
+
+    Returns:
+        The last total, and the results of all chunks, [chunks, b, …]; 0 where none was computed.
+    """
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunks)
+    shapes = jax.eval_shape(step, total, one)[1]
+    number = counted.shape[0]
+    results = jax.tree.map(
+        lambda x: layout.rows(jnp.zeros((number, *x.shape), x.dtype), axis=1), shapes
+    )
+
+    def turn(index: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        total, results = state
+        chunk = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), chunks
+        )
+        total, result = step(total, chunk)
+        results = jax.tree.map(
+            lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, index, 0),
+            results,
+            result,
+        )
+        return total, results
+
+    with jax.named_scope(CHUNKS):
+        turns = jnp.sum(jnp.any(counted, axis=(1, 2)))
+        return jax.lax.fori_loop(0, turns, turn, (total, results))
 
 
 def _ready(head: Array, hidden: Array, layout: Layout) -> Array:
@@ -145,7 +193,7 @@ def _forward(*arguments: Any) -> tuple[LogprobsAndEntropies, tuple[Any, ...]]:
     *primals, layout = arguments
     hidden, head, targets, counted, allowed, temperature = (x.value for x in primals)
     logprob, entropy, normaliser = _forward_chunks(
-        hidden, _ready(head, hidden, layout), targets, counted, allowed, temperature
+        hidden, _ready(head, hidden, layout), targets, counted, allowed, temperature, layout
     )
     # A frozen head needs no gradient, the costliest of all; None marks it.
     head_trains = jnp.zeros(()) if primals[1].perturbed else None
@@ -188,14 +236,10 @@ def _backward(
             head_sum = layout.rows(head_sum, heads=2)
         return head_sum, hidden_grad
 
-    def skip(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
-        return head_sum, jnp.zeros_like(chunk["hidden"])
-
     # All chunks in turn, with the head's gradient as their running sum.
     chunks = {
         "hidden": hidden,
         "targets": targets,
-        "counted": counted,
         "entropy": entropy,
         "normaliser": normaliser,
         "of_logprob": of_logprob,
@@ -205,16 +249,10 @@ def _backward(
     if head_trains is not None:
         head_sum = layout.rows(jnp.zeros((parts, *head.shape[::-1]), jnp.float32), heads=2)
 
-    def of_chunk(head_sum: Array | None, chunk: dict[str, Array]) -> tuple[Array | None, Array]:
-        with jax.named_scope(IF_COUNTED):
-            return jax.lax.cond(jnp.any(chunk["counted"]), compute, skip, head_sum, chunk)
-
-    head_sum, hidden_grad = jax.lax.scan(of_chunk, head_sum, chunks)
+    head_sum, hidden_grad = _over_chunks(compute, head_sum, chunks, counted, layout)
     head_grad = None
     if head_sum is not None:
-        # Over parts on other devices.
-        total = jnp.sum(head_sum.astype(layout.sums), axis=0) if parts > 1 else head_sum[0]
-        head_grad = layout.split("head", total.T).astype(head.dtype)
+        head_grad = layout.summed("head", head_sum, turned=1).T.astype(head.dtype)
     return hidden_grad, head_grad, None, None, None, None
 
 

@@ -146,12 +146,39 @@ class Layout:
         """
         if self.mesh is None:
             return gradient
-        shape = gradient.shape
-        spec = partition_spec(self.mesh, path, shape[turned:] + shape[:turned])
-        names = tuple(spec) + (None,) * (len(shape) - len(spec))
-        first = len(shape) - turned
-        spec = P(*names[first:], *names[:first])
+        spec = self._turned(path, gradient.shape, turned)
         return self._constrained(gradient.astype(self.sums), spec).astype(gradient.dtype)
+
+    def summed(self, path: str, parts: jax.Array, turned: int = 0) -> jax.Array:
+        """Sums a parameter's gradients of all parts of the rows; splits the sum as `split` does.
+
+        Each device sends what the others keep, and receives what it keeps itself; left to itself
+        the compiler would have every one receive the whole sum of an array of these sizes.
+
+        Args:
+            parts: split by its leading axis, as rows are, and over `tensor` where the parameter is.
+        """
+        if self.mesh is None:
+            return jnp.sum(parts, axis=0)
+        spec = self._turned(path, parts.shape[1:], turned)
+        axes = tuple(name for name in BATCH_AXES if name in self.mesh.shape)
+
+        def of_device(part: jax.Array) -> jax.Array:
+            total = jnp.sum(part, axis=0).astype(self.sums)
+            for axis, name in enumerate(spec):
+                if name in axes:
+                    total = jax.lax.psum_scatter(total, name, scatter_dimension=axis, tiled=True)
+            return jax.lax.psum(total, tuple(name for name in axes if name not in spec))
+
+        heads = (name if name == HEAD_AXIS else None for name in spec)
+        run = jax.shard_map(of_device, mesh=self.mesh, in_specs=P(axes, *heads), out_specs=spec)
+        return run(parts).astype(parts.dtype)
+
+    def _turned(self, path: str, shape: tuple[int, ...], turned: int) -> P:
+        """Returns how an array is split that is a parameter with `turned` trailing axes first."""
+        names = tuple(partition_spec(self.mesh, path, shape[turned:] + shape[:turned]))
+        first = len(shape) - turned
+        return P(*names[first:], *names[:first])
 
     def _size(self, *axes: str) -> int:
         """Returns the number of devices along axes, those that the mesh lacks left out."""

@@ -5,8 +5,9 @@
 
 Where the tower's blocks have run before, by themselves, `merge_patches` stands for `encode_images`.
 Every verb is a method for `model.apply({"params": params}, ..., method=...)`; there is no
-hidden state.  Axes: b batch, s sequence, g samples of one prompt, m image tokens, d model,
-v vocabulary, l layers, k key-value heads, e head size, t completion.
+hidden state, and `model.running` says what else may stand beside the parameters.  Axes: b batch,
+s sequence, g samples of one prompt, m image tokens, d model, v vocabulary, l layers, k key-value
+heads, e head size, t completion.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from morer1_jax.model.attention import XLA, PackedCausal, Pattern
 from morer1_jax.model.config import LoRA, ModelConfig, Runtime
 from morer1_jax.model.decoding import Cached, KVCache, LayerKV
+from morer1_jax.model.embedding import embed_tokens
 from morer1_jax.model.language import Decoder
 from morer1_jax.model.logprobs import plain_logits, token_logprobs
 from morer1_jax.model.sharding import Layout
@@ -77,7 +79,7 @@ class Qwen25VL(nn.Module):
         Args:
             vision_tokens: of r rows of images, each shared by b / r consecutive rows of tokens.
         """
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.runtime.dtype)
+        x = embed_tokens(self.embedding, tokens, self.runtime.dtype, self.runtime.layout)
         if vision_tokens is None:
             return x
         # Where there is no image token, any is gathered and then left out.

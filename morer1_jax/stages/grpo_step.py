@@ -74,9 +74,7 @@ def make_programs(
         temperature=settings.temperature,
         end_of_turn=end_of_turn,
     )
-    micro_batches = placed.micro_batches(settings.prompts, settings.micro_batches)
-    # Without a backward pass four times the rows fit, and weights travel once a part.
-    score_parts = placed.micro_batches(settings.prompts, -(-micro_batches // 4))
+    micro_batches, score_parts = parts_of(placed, settings)
 
     def score(
         params: Params, prompts: PromptBatch, tokens: jax.Array, mask: jax.Array, allowed: jax.Array
@@ -118,6 +116,13 @@ def make_programs(
             out_shardings=(like.step.sharding, whole),
         ),
     )
+
+
+def parts_of(placed: Placed, settings: GRPOSettings) -> tuple[int, int]:
+    """Returns in how many parts the prompts go through an update, and through scoring."""
+    micro_batches = placed.micro_batches(settings.prompts, settings.micro_batches)
+    # Without a backward pass four times the rows fit, and weights travel once a part.
+    return micro_batches, placed.micro_batches(settings.prompts, -(-micro_batches // 4))
 
 
 def make_grpo_step(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from morer1_jax.batch import PromptBatch, SequenceBatch
+from morer1_jax.batch import PromptBatch
 from morer1_jax.config.settings import Settings
 from morer1_jax.learn.grpo import GroupBatch
 from morer1_jax.learn.trainable import join
@@ -33,7 +33,7 @@ from morer1_jax.run.mesh import PyTree, like_on
 from morer1_jax.run.placed import Placed
 from morer1_jax.run.throughput import Passes, group_work, sequence_work
 from morer1_jax.stages import largest
-from morer1_jax.stages.grpo_step import Programs, make_programs
+from morer1_jax.stages.grpo_step import Programs, make_programs, parts_of
 from morer1_jax.stages.sft import sft_program
 from morer1_jax.stages.table import stages_to_run
 
@@ -53,7 +53,7 @@ class PlannedProgram:
         flops: model FLOPs of a call (`model.flops`) over all devices, without those of its decode
             loops.
         loops: its decode loops in their order.
-        counted: the share of chunks of logits with a place that counts.
+        chunks: of logits, in each of its parts.
     """
 
     name: str
@@ -62,7 +62,7 @@ class PlannedProgram:
     beside: dict[str, PyTree]
     flops: float
     loops: tuple[DecodeLoop, ...] = ()
-    counted: float = 1.0
+    chunks: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,15 +163,21 @@ class _Plan:
             params=self._params,
             beside={"next batch": shapes},
             flops=sequence_work(self._config, self._passes, batch).flops,
-            counted=self._counted(batch, own.micro_batches),
+            chunks=self._chunks(rows // own.micro_batches, (batch.weights > 0).sum(1).max()),
         )
 
-    def _counted(self, batch: SequenceBatch, micro_batches: int) -> float:
-        rows, length = batch.weights.shape
-        config = ScoreConfig(chunk=self._settings.score.chunk)
-        chunk = config.of_row(rows // micro_batches, self._placed.model.runtime.layout)
-        counted = np.count_nonzero(batch.weights, axis=1).max()
-        return math.ceil(counted / chunk) / math.ceil(length / chunk)
+    @property
+    def _score_config(self) -> ScoreConfig:
+        return ScoreConfig(self._settings.grpo.temperature, self._settings.score.chunk)
+
+    def _chunks(self, rows: int, counted: int) -> int:
+        """Returns how many chunks of logits rows have, of which so many places count."""
+        layout = self._placed.model.runtime.layout
+        return math.ceil(counted / self._score_config.of_row(rows, layout))
+
+    def _chunks_of_groups(self, parts: int) -> int:
+        own = self._settings.grpo
+        return self._chunks(own.prompts // parts, own.group * self._length)
 
     def images(self, batch: int, held: dict[str, PyTree]) -> PlannedProgram:
         """The vision tower on a batch's images, before answers are sampled."""
@@ -234,7 +240,7 @@ class _Plan:
             placed,
             own,
             self._grpo_optimizer,
-            score_config=ScoreConfig(own.temperature, self._settings.score.chunk),
+            score_config=self._score_config,
             length=self._length,
             seed=0,
             end_of_turn=_END_OF_TURN,
@@ -285,6 +291,7 @@ class _Plan:
             flops=self._flops(
                 own.prompts, own.group, self._length, encoded=not self._placed.tower_trains
             ),
+            chunks=self._chunks_of_groups(parts_of(self._placed, own)[1]),
         )
 
     def _update(
@@ -322,6 +329,7 @@ class _Plan:
             params=self._params,
             beside=beside | self._reference,
             flops=with_update - forward,
+            chunks=self._chunks_of_groups(parts_of(placed, own)[0]),
         )
 
     @property

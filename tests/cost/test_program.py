@@ -147,15 +147,34 @@ def test_of_branches_the_one_with_most_cycles_then_bytes_counts(cycles, sent):
     assert (cost.cycles, cost.bytes) == (max(cycles, 20), sent)
 
 
-def test_a_named_conditional_works_in_a_share_of_its_turns():
-    text = BRANCHES.replace("CYCLES", "40").replace(
-        "branch_computations={%busy, %sends}",
-        'branch_computations={%busy, %sends}, metadata={op_name="jit(f)/if_counted/cond"}',
-    )
-    assert cost_of(parse(text), 4, {"if_counted": 0.25}).cycles == 10
-    # Another's share does not matter, and where none is given the work is always done.
-    assert cost_of(parse(text), 4, {"counted": 0.25}).cycles == 40
-    assert cost_of(parse(text), 4).cycles == 40
+UNTIL = """
+%body (p: f32[1024]) -> f32[1024] {
+  %p = f32[1024] parameter(0)
+  ROOT %a = f32[1024] tanh(%p), backend_config={"window_config":{"estimated_cycles":"40"}}
+}
+
+%condition (p: f32[1024]) -> pred[] {
+  %p = f32[1024] parameter(0)
+  ROOT %c = pred[] custom-call(%p), custom_call_target="x"
+}
+
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024] parameter(0)
+  ROOT %w = f32[1024] while(%x), condition=%condition, body=%body, \
+metadata={op_name="jit(f)/chunks/while"}
+}
+"""
+
+
+def test_a_loop_that_ends_by_data_takes_the_turns_that_are_given():
+    assert cost_of(parse(UNTIL), 4, {"chunks": 7}).cycles == 7 * 40
+    # Another's do not matter; without any it is counted apart.
+    for turns in ({"chunk": 7}, None):
+        cost = cost_of(parse(UNTIL), 4, turns)
+        assert (cost.cycles, [(name, loop.cycles) for name, loop in cost.loops]) == (
+            0,
+            [("jit(f)/chunks/while", 40)],
+        )
 
 
 KERNEL = """

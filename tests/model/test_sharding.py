@@ -75,6 +75,30 @@ def test_a_kernel_is_gathered_but_for_its_heads_and_split_again():
     assert placed(layout, "gathered", "norm/scale", jnp.ones(8)) == P()
 
 
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4}, {"data": 8}])
+@pytest.mark.parametrize("sums", ["float32", "bfloat16"])
+def test_parts_are_summed_where_the_sum_lies(axes, sums):
+    """Of a head [16, 8] turned; over `fsdp` no device receives more than its share."""
+    layout, rng = Layout(mesh(**axes), sums), np.random.default_rng(0)
+    count = layout.parts(8)
+    parts = jnp.asarray(rng.integers(-9, 9, (count, 8, 16)), jnp.float32)
+    split = layout.rows(parts, heads=2)
+    run = jax.jit(lambda x: layout.summed("head", x, turned=1)).lower(split).compile()
+    summed = run(split)
+    np.testing.assert_array_equal(summed, np.sum(parts, axis=0))
+    fsdp, tensor = (name if name in axes else None for name in ("fsdp", "tensor"))
+    assert summed.sharding.is_equivalent_to(NamedSharding(layout.mesh, P(fsdp, tensor)), 2)
+    transfers = cost_of(parse(run.as_text()), layout.mesh.size).transfers
+    sent = sorted((one.kind, one.bytes) for one in transfers if one.bytes)
+    own = 8 * 16 * jnp.dtype(sums).itemsize / axes.get("tensor", 1)
+    data, shares = axes.get("data", 1), axes.get("fsdp", 1)
+    expected = [("all-reduce", 2 * own / shares * (data - 1) / data)] if data > 1 else []
+    expected += [("reduce-scatter", own * (shares - 1) / shares)] if shares > 1 else []
+    if sums == "float32":  # A CPU sums bfloat16 in float32.
+        assert sent == expected
+    np.testing.assert_array_equal(Layout().summed("head", parts), np.sum(parts, axis=0))
+
+
 def test_parts_of_the_rows():
     assert Layout(MESH).parts(8) == 4
     assert Layout().parts(7) == 1

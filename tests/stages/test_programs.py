@@ -26,7 +26,7 @@ def plan(tiny):
         config = read_config(CONFIG)
         config.stages, config.runtime.dtype = stages, dtype
         config.runtime.decode_unroll = False
-        config.grpo.update(prompts=8, updates=updates)
+        config.grpo.update(prompts=8, updates=updates, micro_batches=2)
         config.score.chunk = chunk
         config.mesh.update(axes)
         made = settings(config)
@@ -97,21 +97,29 @@ def test_decode_loops_cover_all_tokens_but_the_first(plan):
         assert loop.reads == device_bytes(weights) + kept
 
 
-def test_the_share_of_logits_that_count(plan):
-    """Of 368 places of a row, in chunks of 96 of the two rows of a device, 136 are the target's."""
+def test_chunks_of_logits(plan):
+    """In chunks of 96 places of a device's rows.
+
+    SFT has two rows, each with 136 targets, an update two and a score four with twice as many.
+    """
     planned, _ = plan("sft,grpo", data=1, fsdp=2, tensor=1, chunk=96)
-    shares = {program.name: program.counted for program in planned}
-    assert shares["SFT step"] == 3 / 8
-    assert shares["update"] == shares["score"] == 1
+    chunks = {program.name: program.chunks for program in planned}
+    assert (chunks["SFT step"], chunks["score"], chunks["update"]) == (3, 12, 6)
+    assert not any(chunks[name] for name in chunks.keys() - {"SFT step", "score", "update"})
 
 
-def test_programs_do_not_grow_with_the_layers(plan):
+@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_programs_do_not_grow_with_the_layers(plan, optimised):
     """Those that train and score, which run the decoder's layers in a loop."""
+
+    def text(program):
+        lowered = program.lower()
+        return lowered.compile().as_text() if optimised else lowered.as_text()
 
     def sizes(layers):
         planned, _ = plan("sft,grpo", data=1, fsdp=2, tensor=1, layers=layers)
         return {
-            program.name: len(program.lower().as_text())
+            program.name: len(text(program))
             for program in planned
             if program.name in ("SFT step", "score", "update")
         }
@@ -119,4 +127,5 @@ def test_programs_do_not_grow_with_the_layers(plan):
     few, many = sizes(2), sizes(28)
     assert len(few) == 3
     for name, size in many.items():
+        print(f"{name}: {size / few[name]:.3f}")
         assert size <= 1.3 * few[name], name

@@ -20,23 +20,21 @@ def call_flops(function: Callable[..., Any], *arguments: Any, **options: Any) ->
     return product_flops(jax.jit(function).trace(*arguments).jaxpr, **options)
 
 
-def product_flops(program: ClosedJaxpr, trips: Sequence[int] = (), taken: float = 1.0) -> float:
+def product_flops(program: ClosedJaxpr, trips: Sequence[int] = ()) -> float:
     """Returns the FLOPs of a program's matrix products, two for a multiplication and its addition.
 
     Recomputation and padding count. The kernels of splash attention and cuDNN, in which JAX sees no
-    products, do not.
+    products, do not. Of a `cond` the costliest branch counts.
 
     Args:
         program: traced, `jax.jit(f).trace(…).jaxpr`.
         trips: number of iterations of each `while` loop, in the program's order.
-        taken: share of the times that a `cond` takes its costliest branch; the others count
-            nothing.
 
     Raises:
         ValueError: the program has another number of `while` loops.
     """
     remaining = iter(trips)
-    total = _flops(program.jaxpr, remaining, taken)
+    total = _flops(program.jaxpr, remaining)
     if rest := len(list(remaining)):
         raise ValueError(
             f"trips: expected one for each of {len(trips) - rest} loops, found {len(trips)}"
@@ -44,11 +42,11 @@ def product_flops(program: ClosedJaxpr, trips: Sequence[int] = (), taken: float 
     return total
 
 
-def _flops(jaxpr: Jaxpr, trips: Iterator[int], taken: float) -> float:
-    return sum(_equation(equation, trips, taken) for equation in jaxpr.eqns)
+def _flops(jaxpr: Jaxpr, trips: Iterator[int]) -> float:
+    return sum(_equation(equation, trips) for equation in jaxpr.eqns)
 
 
-def _equation(equation: JaxprEqn, trips: Iterator[int], taken: float) -> float:
+def _equation(equation: JaxprEqn, trips: Iterator[int]) -> float:
     params = equation.params
     match equation.primitive.name:
         case "dot_general":
@@ -57,17 +55,17 @@ def _equation(equation: JaxprEqn, trips: Iterator[int], taken: float) -> float:
             depth = math.prod(shape[axis] for axis in contracted)
             return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
         case "scan":
-            return params["length"] * _flops(params["jaxpr"].jaxpr, trips, taken)
+            return params["length"] * _flops(params["jaxpr"].jaxpr, trips)
         case "while":
             iterations = next(trips, None)
             if iterations is None:
                 raise ValueError("trips: expected one for each loop, found more loops")
-            return iterations * _flops(params["body_jaxpr"].jaxpr, trips, taken)
+            return iterations * _flops(params["body_jaxpr"].jaxpr, trips)
         case "cond":
-            return taken * max(_flops(branch.jaxpr, trips, taken) for branch in params["branches"])
+            return max(_flops(branch.jaxpr, trips) for branch in params["branches"])
         case "pallas_call":
             return 0.0
-    return sum(_flops(inner, trips, taken) for inner in _inner(params.values()))
+    return sum(_flops(inner, trips) for inner in _inner(params.values()))
 
 
 def _inner(values: Any) -> Iterator[Jaxpr]:

@@ -6,6 +6,7 @@ python -m bench.ours --folder=model --preset=small
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, samp
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.shapes import row_cost
-from morer1_jax.stages.grpo_step import Programs, make_grpo_step, make_programs
+from morer1_jax.stages.grpo_step import Programs, make_grpo_step, make_programs, parts_of
 
 _SCORE = ScoreConfig(chunk=512)
 # An end-of-turn id that no token has, so that every completion has the full length.
@@ -66,13 +67,11 @@ class SFTTask:
     @property
     def flops(self) -> float | None:
         """See `task.Task`."""
-        # Chunks of logits without a target are skipped; places with a target go first in each row.
         targets = int(jnp.max(jnp.sum(self.batch.weights > 0, axis=1)))
-        rows, length = self.batch.tokens.shape
-        chunk = _SCORE.of_row(rows // self._micro_batches, Layout())
-        chunks, all_chunks = (-(-n // chunk) for n in (targets, length))
+        rows = len(self.batch.tokens) // self._micro_batches
+        trips = [_chunks(_SCORE, rows, targets)] * 2
         arguments = self._side.like_state(), {}, self.batch
-        return self._side.flops(self._step, *arguments, taken=chunks / all_chunks)
+        return self._side.flops(self._step, *arguments, trips=trips)
 
     def numbers(self) -> Numbers:
         side = self._side
@@ -188,8 +187,16 @@ class GRPOTask:
                 completions.tokens,
                 completions.mask,
                 policy.allowed,
+                trips=_group_chunks(side.preset, parts_of(policy.placed, self.settings)[1]),
             ),
-            side.flops(programs.update, side.like_state(), {}, batch, policy.allowed),
+            side.flops(
+                programs.update,
+                side.like_state(),
+                {},
+                batch,
+                policy.allowed,
+                trips=_group_chunks(side.preset, side.preset.micro_batches) * 2,
+            ),
         )
         return None if None in parts else sum(parts)
 
@@ -257,7 +264,8 @@ class UpdateTask:
     def flops(self) -> float | None:
         side = self._side
         arguments = side.like_state(), {}, self.batch, side.policy.allowed
-        return side.flops(self._update, *arguments)
+        trips = _group_chunks(side.preset, side.preset.micro_batches, self.batch.tokens.shape[1])
+        return side.flops(self._update, *arguments, trips=trips * 2)
 
     def numbers(self) -> Numbers:
         return _update_numbers(self._side, self.batch, self._config)
@@ -289,6 +297,17 @@ def _trips(length: int) -> list[int]:
     """
     ends = cache_lengths(length)
     return [end - start for start, end in zip((1, *ends), ends, strict=False)]
+
+
+def _chunks(config: ScoreConfig, rows: int, counted: int) -> int:
+    """Returns the chunks of logits of so many rows, each with so many places that count."""
+    return math.ceil(counted / config.of_row(rows, Layout()))
+
+
+def _group_chunks(preset: Preset, parts: int, group: int | None = None) -> list[int]:
+    """Returns the chunks of logits of one of the parts that a batch of groups goes in."""
+    counted = (group or preset.group) * preset.completion
+    return [_chunks(_group_score(preset), preset.batch // parts, counted)]
 
 
 def grpo_settings(preset: Preset) -> GRPOSettings:

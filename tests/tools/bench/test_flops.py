@@ -61,7 +61,6 @@ def test_branches():
         return jax.lax.cond(a[0, 0, 0] > 0, product, lambda a, b: jnp.zeros((2, 3, 7)), a, b)
 
     assert call_flops(either, A, B) == PRODUCT
-    assert call_flops(either, A, B, taken=0.25) == PRODUCT / 4
 
 
 @pytest.mark.parametrize("task", ["sft", "update/128/1"])
