@@ -7,7 +7,9 @@ Nothing is run: memory is what the compiler allots, times are estimates. Batches
 that the config permits; training of the blind baselines, which is smaller, is left out. A topology
 is a TPU's version and the chips along each axis: v5e:4x4, v6e:2x2, v5p:2x2x4. For GPUs, such as
 h100:8, TPUs' compiler stands in: temporary memory is an estimate too, and times are not given. The
-exit code is 1 where something does not fit or does not scale.
+exit code is 1 where something does not fit or does not scale: too little memory stays free,
+activations are summed over axes that split rows, weights are sent for every token, or chips compute
+for far longer than their share of the FLOPs takes.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.files import write_json
 from morer1_jax.model.config import DEFAULT_IDS, ModelConfig
 from morer1_jax.model.family import published_sizes
-from morer1_jax.model.logprobs import IF_COUNTED
+from morer1_jax.model.logprobs import CHUNKS
 from morer1_jax.paths import local_path
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.placed import Placed, place
@@ -49,6 +51,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:2x2x4 or
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", 1)
 _PROGRAMS = flags.DEFINE_list("programs", [], "Names of programs; by default all.")
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
+_HLO = flags.DEFINE_string("hlo", None, "A folder for each program's optimised HLO.")
 _TOP = flags.DEFINE_integer("top", 0, "Source lines to list of each program, the costliest.", 0)
 
 # The share of a chip's memory that must stay free: fragments, and what other programs leave.
@@ -75,6 +78,7 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     del argv
     out = None if _JSON.value is None else local_path(_JSON.value, "--json")
+    hlo = None if _HLO.value is None else local_path(_HLO.value, "--hlo")
     run_settings = settings(_CONFIG.value)
     topology = describe(_TOPOLOGY.value, _SLICES.value)
     mesh, target = meshes.make_mesh(run_settings.mesh.axes, topology.devices), topology.chip
@@ -98,10 +102,10 @@ def main(argv: list[str]) -> None:
     results, faults = [], []
     for program in planned:
         if not _PROGRAMS.value or program.name in _PROGRAMS.value:
-            result = compiled(program, target)
+            result = compiled(program, target, hlo)
             results.append(result)
             print("\n".join(_lines(result, mesh, target, _TOP.value)), flush=True)
-            faults += faults_of(result, target)
+            faults += faults_of(result, mesh.size, target)
     if out is not None:
         write_json(out, _figures(placed, target, results, faults))
     if faults:
@@ -125,8 +129,12 @@ def model_sizes(run_settings: Settings) -> ModelConfig:
     return ModelConfig.from_hf(read_json(find_folder(path, [CONFIG]) / CONFIG))
 
 
-def compiled(planned: PlannedProgram, target: Chip) -> Compiled:
-    """Compiles a program and reads its costs off."""
+def compiled(planned: PlannedProgram, target: Chip, hlo: Path | None = None) -> Compiled:
+    """Compiles a program and reads its costs off.
+
+    Args:
+        hlo: a folder for its optimised form.
+    """
     before = time.perf_counter()
     try:
         executable = planned.lower().compile()
@@ -134,11 +142,16 @@ def compiled(planned: PlannedProgram, target: Chip) -> Compiled:
         seconds = time.perf_counter() - before
         return Compiled(planned, None, _compile_problem(str(error)), seconds)
     seconds = time.perf_counter() - before
+    if hlo is not None:
+        hlo.mkdir(parents=True, exist_ok=True)
+        (hlo / f"{planned.name.replace(' ', '_')}.txt").write_text(
+            executable.as_text(), encoding="utf-8"
+        )
     beside = {name: meshes.device_bytes(tree) for name, tree in planned.beside.items()}
     # Sampling's mesh has axes of its own over the same devices.
     mesh = jax.tree.leaves(planned.params)[0].sharding.mesh
-    taken = {IF_COUNTED: planned.counted}
-    costs = estimate(executable, mesh, target, planned.params, beside, taken)
+    turns = {CHUNKS: planned.chunks}
+    costs = estimate(executable, mesh, target, planned.params, beside, turns)
     return Compiled(planned, costs, "", seconds)
 
 
@@ -148,9 +161,9 @@ def _compile_problem(message: str) -> str:
     return next((line for line in lines if "Used " in line), lines[0])
 
 
-def faults_of(result: Compiled, target: Chip) -> list[str]:
+def faults_of(result: Compiled, devices: int, target: Chip) -> list[str]:
     """Returns what does not fit, or does not scale, in one line each."""
-    name = result.planned.name
+    planned, name = result.planned, result.planned.name
     if result.estimate is None:
         return [f"{name}: does not compile: {result.problem}"]
     lines, live = [], result.estimate.memory.live
@@ -160,8 +173,13 @@ def faults_of(result: Compiled, target: Chip) -> list[str]:
             f"{_size(live)} in use"
         )
     lines += [f"{name}: {line}" for line in result.estimate.once.faults(in_decode_loop=False)]
-    for loop in result.estimate.loops:
-        lines += [f"{name}, a token: {line}" for line in loop.faults(in_decode_loop=True)]
+    reads = result.estimate.memory.arguments
+    slow = result.estimate.once.slow(target, planned.flops / devices, reads)
+    lines += [f"{name}: {line}" for line in slow]
+    for loop, part in zip(planned.loops, result.estimate.loops, strict=True):
+        found = part.faults(in_decode_loop=True)
+        found += part.slow(target, loop.flops / devices, loop.reads)
+        lines += [f"{name}, a token: {line}" for line in found]
     return lines
 
 
@@ -246,6 +264,8 @@ def _figures(
             "estimate": None if costs is None else dataclasses.asdict(costs),
         }
     figures = {
+        "config": config_flags.get_config_filename(flags.FLAGS["config"]),
+        "changes": config_flags.get_override_values(flags.FLAGS["config"]),
         "topology": _TOPOLOGY.value,
         "slices": _SLICES.value,
         "chip": dataclasses.asdict(target),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from morer1_jax.config.topologies import PRESETS
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "configs" / "tiny.py"
 # The 3B's widths, with few layers.
@@ -53,7 +55,7 @@ def run(tmp_path):
     return run
 
 
-def test_programs_of_a_small_config(run):
+def test_programs_of_a_small_config(run, tmp_path):
     code, printed, errors, figures = run(
         f"--config={TINY}",
         "--topology=v5e:2x2",
@@ -63,10 +65,16 @@ def test_programs_of_a_small_config(run):
         "--config.mesh.data=2",
         "--programs=score,move to the sampler",
         "--top=2",
+        f"--hlo={tmp_path / 'hlo'}",
     )
     assert code == 0, errors
     assert "Compiled, not run: 4 × TPU v5e, data 2 × fsdp 2 × tensor 1" in printed
     assert list(figures["programs"]) == ["move to the sampler", "score"]
+    written = {file.name: file.read_text() for file in (tmp_path / "hlo").iterdir()}
+    assert written.keys() == {"move_to_the_sampler.txt", "score.txt"}
+    assert all("HloModule" in text for text in written.values())
+    assert figures["config"] == str(TINY)
+    assert figures["changes"]["grpo.prompts"] == 4
     assert figures["faults"] == []
     score = figures["programs"]["score"]["estimate"]
     # The reference in float32, half of each matrix, and what else the score takes.
@@ -139,25 +147,56 @@ def test_between_slices_only_gradients_are_summed(run):
     assert all("data" not in axes for axes in within)
 
 
+# Activations split by features, not by rows: every product has to be summed.
+_BY_FEATURES = """
+from jax.sharding import PartitionSpec as P
+from morer1_jax.model.sharding import Layout
+def features(self, x, heads=None, axis=0):
+    if self.mesh is None or heads is not None or x.ndim < 3:
+        return x
+    return self._constrained(x, P(*(None,) * (x.ndim - 1), 'fsdp'))
+Layout.rows = features
+Layout.gathered = lambda self, path, kernel: kernel
+"""
+# Every chip has all rows.
+_BY_EVERYONE = """
+from jax.sharding import PartitionSpec as P
+from morer1_jax.model.sharding import Layout
+def everywhere(self, x, heads=None, axis=0):
+    return x if self.mesh is None else self._constrained(x, P())
+Layout.rows = everywhere
+"""
+
+
 @pytest.mark.soak
-def test_a_step_that_does_not_scale_is_a_fault(run, tmp_path):
-    """Where activations are split by features, not by rows, every product has to be summed."""
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        (_BY_FEATURES, "activations are summed over axes that split rows"),
+        (_BY_EVERYONE, "expected to compute for at most 8 times its lower bound"),
+    ],
+)
+def test_a_step_that_does_not_scale_is_a_fault(run, tmp_path, broken, fault):
     wide = tmp_path / "wide.py"
     wide.write_text(WIDE)
     flags = (f"--config={wide}", "--topology=v5e:4x4", "--programs=SFT step")
     code, _, errors, figures = run(*flags)
     assert (code, figures["faults"]) == (0, []), errors
-    broken = (
-        "from jax.sharding import PartitionSpec as P\n"
-        "from morer1_jax.model.sharding import Layout\n"
-        "def features(self, x, heads=None, axis=0):\n"
-        "    if self.mesh is None or heads is not None or x.ndim < 3:\n"
-        "        return x\n"
-        "    return self._constrained(x, P(*(None,) * (x.ndim - 1), 'fsdp'))\n"
-        "Layout.rows = features\n"
-        "Layout.gathered = lambda self, path, kernel: kernel"
-    )
     code, _, errors, figures = run(*flags, before=broken)
     assert code == 1
-    assert any("activations are summed over axes that split rows" in f for f in figures["faults"])
-    assert "fault: SFT step: activations are summed" in errors
+    assert any(fault in line for line in figures["faults"])
+    assert f"fault: SFT step: {fault}" in errors
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize(
+    ("model", "topology"), [(model, topology) for model in PRESETS for topology in PRESETS[model]]
+)
+def test_published_sizes_fit_their_topologies(run, model, topology, stage):
+    """Some minutes for each program, of up to seven."""
+    config = ROOT / "configs" / f"qwen2_5_vl_{model}_{stage}.py"
+    code, printed, errors, figures = run(f"--config={config}:{topology}", f"--topology={topology}")
+    assert (code, figures["faults"]) == (0, []), errors
+    assert figures["programs"].keys() >= {"sft": {"SFT step"}, "grpo": {"rollout", "update"}}[stage]
+    print(printed)

@@ -136,9 +136,9 @@ def test_grpo_alone_needs_no_reasoning(config, tmp_path):
         train(alone, tmp_path)
 
 
-def test_what_grpo_of_the_3b_holds_is_most_of_an_h100():
-    """README's figure: of what trains the parameters, AdamW's two moments, two gradients (the sum
-    of parts and a part's own) in float32, the reference in bfloat16; before any activation."""
+def test_what_grpo_of_the_3b_holds_leaves_room_on_an_h100():
+    """README's figure: of what trains the parameters, AdamW's two moments and the sum of the
+    gradients in float32, the reference in bfloat16; before any activation."""
     made = settings(read_config(ROOT / "configs" / "qwen2_5_vl_3b_grpo.py"))
     shapes = published_sizes(made.model.path)
     runtime = Runtime(param_dtype=made.runtime.param_dtype, dtype=made.runtime.dtype)
@@ -146,7 +146,7 @@ def test_what_grpo_of_the_3b_holds_is_most_of_an_h100():
     assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {np.dtype("float32")}
     assert made.grpo.loss.beta > 0
     assert made.grpo.micro_batches > 1
-    held = (5 * 4 + 2) * sum(leaf.size for leaf in jax.tree.leaves(trained))
+    held = (4 * 4 + 2) * sum(leaf.size for leaf in jax.tree.leaves(trained))
     held += sum(leaf.size for leaf in jax.tree.leaves(frozen)) * 2
     print(f"{held / 1e9:.1f} GB")
-    assert 69e9 < held < 71e9
+    assert 56e9 < held < 58e9

@@ -5,7 +5,8 @@ parameter is recognised by the dimensions, in any order and merged or split, of 
 layer of a stack, and of what a device holds of either, gathered over none, some or all of the axes
 that split it. Everything that is not so recognised counts as activations, so that an activation is
 never taken for something else but where its shape is exactly a parameter's. What is summed is a
-gradient, but not in a forward pass, where the name that JAX gave it tells.
+gradient, but not in a forward pass, where the name that JAX gave it tells; nor where a gather of
+the same name brings the sum's parts together again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ WEIGHTS, GRADIENTS, ACTIVATIONS = "weights", "gradients", "activations"
 SMALL = "scalars and small"
 # What a transfer sends in all its turns to be looked at.
 _SMALL_BYTES = 2**20
+# Of arrays between slices: [tiles, 8, 128].
+_TILE = (8, 128)
 # Axes of layers stacked by scans: of layers, or of groups of layers.
 _MAX_STACKED = 2
 # XLA's names of the loops of windowed products: a weight goes round, or a sum does.
@@ -70,29 +73,68 @@ def attribute(transfers: Sequence[Transfer], mesh: Mesh, params: Any) -> list[Mo
     sums |= {
         _key(transfer): False for transfer in transfers if _is_windowed(transfer, _WINDOWED_GATHER)
     }
+    halves, slices = _halves(transfers), _slices(mesh)
+    within = max(mesh.devices.shape[0] // len(set(slices)), 1)
     moved = []
     for transfer in transfers:
         summed = _is_sum(transfer, sums)
-        axes, across = _joined(transfer, mesh)
-        moved.append(Moved(_what(transfer, forms, summed), summed, axes, across))
+        axes, across = _joined(transfer, mesh, slices)
+        what = _what(transfer, forms, summed, within if across else None)
+        if _half(transfer) in halves and what != SMALL:
+            what = ACTIVATIONS
+        moved.append(Moved(what, summed, axes, across))
     return moved
 
 
-def _what(transfer: Transfer, forms: dict[int, set[Dimensions]], summed: bool) -> str:
+def _halves(transfers: Sequence[Transfer]) -> set[Any]:
+    """Returns what names the halves of sums of activations that are compiled in two.
+
+    Each device first has a part of the sum, then all gather these. A weight is gathered, and its
+    gradient summed, under one name too, but in a backward pass.
+    """
+    of_kind = {
+        kind: {_half(transfer) for transfer in transfers if transfer.kind == kind}
+        for kind in ("reduce-scatter", "all-gather")
+    }
+    both = of_kind["reduce-scatter"] & of_kind["all-gather"]
+    return {half for half in both if half[0] and not _is_backward(half[0])}
+
+
+def _half(transfer: Transfer) -> Any:
+    return transfer.op_name, transfer.groups, tuple(array.shape for array in transfer.arrays)
+
+
+def _is_backward(name: str) -> bool:
+    """Returns whether an operation is a backward pass's own, and not a forward pass run again."""
+    last = name.rfind("jvp(")
+    return last >= 0 and name[:last].endswith("transpose(") and "rematted_computation" not in name
+
+
+def _what(
+    transfer: Transfer, forms: dict[int, set[Dimensions]], summed: bool, within: int | None
+) -> str:
+    """Returns what a transfer moves.
+
+    Args:
+        within: of one between slices the devices of a slice along the mesh's first axis; else None.
+    """
     if transfer.bytes * transfer.times < _SMALL_BYTES:
         return SMALL
     # Several may travel together. One that is unknown and not small makes them activations.
     unknown = [
         whole
         for whole, part in zip(transfer.arrays, transfer.entering, strict=True)
-        if not (_is_known(whole, forms) or _is_known(part, forms))
+        if not (
+            _is_known(whole, forms)
+            or _is_known(part, forms)
+            or (within is not None and _is_flat(whole, forms, within))
+        )
     ]
     if sum(array.bytes for array in unknown) * transfer.times >= _SMALL_BYTES:
         return ACTIVATIONS
     if not summed:
         return WEIGHTS
-    forward = "jvp(" in transfer.op_name and "transpose(" not in transfer.op_name
-    forward |= "rematted_computation" in transfer.op_name
+    forward = "jvp(" in transfer.op_name and not _is_backward(transfer.op_name)
     return ACTIVATIONS if forward else GRADIENTS
 
 
@@ -140,6 +182,21 @@ def _is_known(array: Array, forms: dict[int, set[Dimensions]]) -> bool:
     )
 
 
+def _is_flat(array: Array, forms: dict[int, set[Dimensions]], within: int) -> bool:
+    """Returns whether an array between slices is a parameter's, or a piece of one, in tiles.
+
+    There arrays travel flat. Devices of a slice that would send the same send a piece each.
+    """
+    if array.shape[1:] != _TILE:
+        return False
+    size = math.prod(_TILE)
+    return any(
+        array.shape[0] == math.ceil(count / (pieces * size))
+        for count in forms
+        for pieces in (1, within)
+    )
+
+
 def _is_merged(fine: Dimensions, coarse: Dimensions) -> bool:
     """Returns whether products of some of `fine` each, all used once, are `coarse`."""
     if not coarse:
@@ -153,7 +210,12 @@ def _is_merged(fine: Dimensions, coarse: Dimensions) -> bool:
     return False
 
 
-def _joined(transfer: Transfer, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
+def _slices(mesh: Mesh) -> list[int]:
+    """Returns the slice of each device, in the mesh's order."""
+    return [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat]
+
+
+def _joined(transfer: Transfer, mesh: Mesh, slices: Sequence[int]) -> tuple[tuple[str, ...], bool]:
     """Returns the axes along which the members of a group differ, and whether their slices do."""
     groups = np.array(transfer.groups, dtype=np.int64)
     if not groups.size:
@@ -164,5 +226,5 @@ def _joined(transfer: Transfer, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
         for name, place in zip(mesh.axis_names, places, strict=True)
         if (place != place[:, :1]).any()
     )
-    slices = np.array([getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat])
-    return axes, bool((slices[groups] != slices[groups[:, :1]]).any())
+    of_devices = np.array(slices)
+    return axes, bool((of_devices[groups] != of_devices[groups[:, :1]]).any())

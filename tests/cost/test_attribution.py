@@ -105,11 +105,37 @@ def test_whole_numbers_are_no_weights(mesh):
         ("jit(step)/add", GRADIENTS),
         (FORWARD, ACTIVATIONS),
         (BACKWARD.replace("/q", "/rematted_computation/q"), ACTIVATIONS),
+        # Layers that a backward pass runs again itself (`model.running`), and their gradients.
+        (BACKWARD.replace("/q", "/jvp()/q"), ACTIVATIONS),
+        (BACKWARD.replace("/q", "/transpose(jvp())/q"), GRADIENTS),
     ],
 )
 def test_a_sum_in_a_forward_pass_is_of_activations(mesh, name, what):
     """However much its shape is a weight's."""
     assert moved(mesh, transfer("all-reduce", (512, 8, 256), op_name=name))[0].what == what
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({}, [ACTIVATIONS, ACTIVATIONS]),
+        # Under another name, over other devices, or of another shape it is a weight.
+        ({"op_name": "jit(sample)/while/body/up/dot_general"}, [GRADIENTS, WEIGHTS]),
+        ({"groups": ((0, 1), (2, 3), (4, 5), (6, 7))}, [GRADIENTS, WEIGHTS]),
+        ({"arrays": (Array("bf16", (768, 1024)),)}, [GRADIENTS, WEIGHTS]),
+    ],
+)
+def test_a_sum_in_two_halves_is_of_activations(mesh, change, what):
+    """Of 1024 samples and 768 features, the shape of a weight."""
+    name = "jit(sample)/while/body/down/dot_general"
+    scattered = transfer("reduce-scatter", (1024, 768), op_name=name)
+    gathered = transfer("all-gather", (1024, 768), **({"op_name": name} | change))
+    assert [found.what for found in moved(mesh, scattered, gathered)] == what
+
+
+def test_a_weight_is_gathered_and_its_gradient_summed_under_one_name(mesh):
+    halves = transfer("reduce-scatter", (1024, 768)), transfer("all-gather", (1024, 768))
+    assert [found.what for found in moved(mesh, *halves)] == [GRADIENTS, WEIGHTS]
 
 
 def test_what_sends_less_than_a_megabyte_in_all_turns(mesh):
@@ -166,6 +192,26 @@ def test_slices(groups, across):
     slices = types.SimpleNamespace(devices=devices.reshape(2, 2), axis_names=("data", "fsdp"))
     (found,) = attribute([transfer("all-reduce", (8, 8), groups=groups)], slices, {})
     assert found.across_slices == across
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"),
+    [
+        # Of [512, 8, 256], half of it on a device: whole, a half each, neither; not in tiles.
+        ((512, 8, 128), GRADIENTS),
+        ((256, 8, 128), GRADIENTS),
+        ((384, 8, 128), ACTIVATIONS),
+        ((256, 1024), ACTIVATIONS),
+    ],
+)
+def test_between_slices_gradients_travel_flat(shape, what):
+    """Two slices, each with two parts of the rows and two of the parameters."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+    params = tree(mesh, {"q": ((512, 8, 256), P("fsdp", None, None))})
+    devices = np.array([types.SimpleNamespace(slice_index=i // 4) for i in range(8)])
+    slices = types.SimpleNamespace(devices=devices.reshape(4, 2), axis_names=("data", "fsdp"))
+    sent = transfer("all-reduce", shape, "f32", op_name="", groups=((0, 4), (1, 5)))
+    assert [one.what for one in attribute([sent], slices, params)] == [what]
 
 
 # The mesh and the shapes of `programs.py`: (program, weights, what is moved over which axes).
