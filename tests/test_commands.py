@@ -121,7 +121,9 @@ ALONE = {
 
 
 def test_every_tool_is_among_those_that_must_be_alone():
-    assert {path.stem for path in (ROOT / "tools").glob("*.py")} < ALONE.keys()
+    """But the one that reads files and prints."""
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    assert tools - {"compiled_table"} < ALONE.keys()
 
 
 @pytest.mark.parametrize("name", ALONE)
