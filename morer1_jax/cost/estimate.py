@@ -24,7 +24,7 @@ from morer1_jax.cost.program import Cost, cost_of
 # Axes that split a batch and parameters, over which no activation need be summed.
 _ROW_AXES = frozenset({"data", "fsdp"})
 # How many times its lower bound a program may compute for; shorter ones are not looked at. Ours
-# take 1.2 to 2 times theirs, with few layers 5. What all chips compute alike takes as many times
+# take 1.2 to 3 times theirs, with few layers 5. What all chips compute alike takes as many times
 # the bound as there are chips.
 _SLOW, _SLOW_SECONDS = 8.0, 0.01
 

@@ -150,8 +150,7 @@ def _over_chunks(
 ) -> tuple[Any, Any]:
     """Runs `step(total, chunk) -> (total, results)` over the chunks with a counted place.
 
-    These come first. A `scan` with a `cond` in it would copy the total, as large as the head, in
-    every turn.
+    These come first, so that a loop over them ends early.
 
     Args:
         chunks: tree of arrays [chunks, b, …].

@@ -152,8 +152,8 @@ class Layout:
     def summed(self, path: str, parts: jax.Array, turned: int = 0) -> jax.Array:
         """Sums a parameter's gradients of all parts of the rows; splits the sum as `split` does.
 
-        Each device sends what the others keep, and receives what it keeps itself; left to itself
-        the compiler would have every one receive the whole sum of an array of these sizes.
+        It is scattered over `fsdp` first, so that over `data`, and between slices, only a share is
+        summed. TPUs' compiler may still compile the scattering as a sum and a slice.
 
         Args:
             parts: split by its leading axis, as rows are, and over `tensor` where the parameter is.
