@@ -73,9 +73,10 @@ def params(tiny):
     return jax.tree_util.tree_map_with_path(smaller, tiny.params())
 
 
-def placed_on(tiny, sizes, sampling_tensor=None, **runtime):
+def placed_on(tiny, sizes, sampling_tensor=None, apart=False, **runtime):
     mesh = tiny.mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    return place(tiny.CONFIG, Runtime(**runtime), mesh, sampling_tensor=sampling_tensor)
+    placed = place(tiny.CONFIG, Runtime(**runtime), mesh, sampling_tensor=sampling_tensor)
+    return dataclasses.replace(placed, model=tiny.apart(placed.model)) if apart else placed
 
 
 def state_on(tiny, placed, params):
@@ -182,14 +183,18 @@ def check_split(placed, state):
         assert head.addressable_shards[0].data.size == head.size // parts
 
 
-# Every mesh, and the widest with all that a layer may keep for the backward pass.
-STEPS = [(sizes, "full") for sizes in MESHES]
-STEPS += [(sizes, remat) for sizes in MESHES[-2:] for remat in ("none", "dots")]
+# Every mesh, and the widest with all that a layer may keep for the backward pass; those with copies
+# of the parameters also as if these lay on several slices.
+STEPS = [(sizes, "full", False) for sizes in MESHES]
+STEPS += [(sizes, remat, False) for sizes in MESHES[-2:] for remat in ("none", "dots")]
+STEPS += [((8, 1, 1), "full", True), ((2, 2, 2), "full", True), ((2, 2, 2), "none", True)]
 
 
-@pytest.mark.parametrize(("sizes", "remat"), cases(((2, 2, 2), "full"), all_cases=STEPS))
-def test_a_step_of_sft(tiny, params, of_sft, sizes, remat):
-    placed, batch = placed_on(tiny, sizes, remat=remat), sixteen_rows(tiny)
+@pytest.mark.parametrize(
+    ("sizes", "remat", "apart"), cases(((2, 2, 2), "full", False), all_cases=STEPS)
+)
+def test_a_step_of_sft(tiny, params, of_sft, sizes, remat, apart):
+    placed, batch = placed_on(tiny, sizes, apart=apart, remat=remat), sixteen_rows(tiny)
     step = sft_program(placed, OPTIMIZER, 2, SCORE.chunk)
     after, metrics = step(state_on(tiny, placed, params), {}, placed.put(batch))
     check_step(tiny, params, after, metrics, of_sft)
@@ -206,9 +211,12 @@ def test_a_step_of_sft(tiny, params, of_sft, sizes, remat):
     assert (left.step, metrics["skipped_updates"]) == (2, 1)
 
 
-@pytest.mark.parametrize(("sizes", "remat"), cases(((1, 2, 4), "none"), all_cases=STEPS))
-def test_an_update_of_grpo(tiny, params, group_batch, of_grpo, sizes, remat):
-    placed = placed_on(tiny, sizes, remat=remat)
+@pytest.mark.parametrize(
+    ("sizes", "remat", "apart"),
+    cases(((1, 2, 4), "none", False), ((2, 2, 2), "full", True), all_cases=STEPS),
+)
+def test_an_update_of_grpo(tiny, params, group_batch, of_grpo, sizes, remat, apart):
+    placed = placed_on(tiny, sizes, apart=apart, remat=remat)
     update = programs_on(tiny, placed).update
     after, metrics = update(
         state_on(tiny, placed, params), {}, placed.put(group_batch), tiny.ALLOWED

@@ -4,6 +4,7 @@ Every id of its vocabulary is a whole piece of the answer's grammar, so that a c
 tokens is well formed. Programs are compiled once a session.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -295,6 +296,12 @@ def place(tree, shardings):
 def mesh(**axes):
     """A mesh over as many of the virtual devices as the axes ask for."""
     return meshes.make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
+
+
+def apart(model):
+    """A model whose mesh's copies of the parameters count as far apart, as on several slices."""
+    layout = dataclasses.replace(model.runtime.layout, apart=True)
+    return model.clone(runtime=dataclasses.replace(model.runtime, layout=layout))
 
 
 def norm(tree):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +13,13 @@ import jax.numpy as jnp
 from morer1_jax.learn.trainable import join, select
 from morer1_jax.model.layers import Params
 from morer1_jax.model.parts import split_rows
+from morer1_jax.model.sharded import in_copy
 from morer1_jax.model.vlm import Qwen25VL
 
 PyTree = Any
 Loss = Callable[[Params, Params], tuple[jax.Array, PyTree]]
+Gradients = Callable[[Qwen25VL, PyTree, Params | None], tuple[Params, PyTree]]
+Combine = Callable[[PyTree, PyTree], PyTree]
 
 
 def add(total: PyTree, summand: PyTree) -> PyTree:
@@ -23,21 +28,24 @@ def add(total: PyTree, summand: PyTree) -> PyTree:
 
 
 def accumulate(
-    gradients: Callable[[PyTree, Params | None], tuple[Params, PyTree]],
+    gradients: Gradients,
+    model: Qwen25VL,
     params: Params,
     batch: PyTree,
     micro_batches: int,
-    combine: Callable[[PyTree, PyTree], PyTree] = add,
+    combine: Combine = add,
 ) -> tuple[Params, PyTree]:
     """Sums gradients and metrics over micro-batches of equal size, one after another.
 
     Only one's activations are in memory. What is summed must be a plain sum over rows: a loss is
     divided beforehand by its normaliser over the whole batch, so that 1 and 8 micro-batches give
-    the same.
+    the same. Where copies of the parameters are `apart`, each sums the gradients of its own rows,
+    and these sums are added up once, after the last micro-batch.
 
     Args:
-        gradients: `gradients(micro_batch, total)` returns the total plus the micro-batch's
+        gradients: `gradients(model, micro_batch, total)` returns the total plus the micro-batch's
             gradients, and its metrics; without a total the gradients alone.
+        model: as `gradients` needs it; its layout says what a mesh's devices hold.
         params: whose gradients are summed.
         batch: a tree of arrays with rows leading.
         combine: joins the metrics so far, from zeros, with a micro-batch's.
@@ -46,8 +54,29 @@ def accumulate(
         ValueError: `micro_batches` does not divide the rows.
     """
     if micro_batches == 1:
-        return gradients(batch, None)
-    stacked = split_rows(batch, micro_batches)
+        return gradients(model, batch, None)
+
+    def of_rows(model: Qwen25VL, batch: PyTree) -> tuple[Params, PyTree]:
+        run = functools.partial(gradients, model)
+        return _in_turn(run, params, split_rows(batch, micro_batches), combine)
+
+    layout = model.runtime.layout
+    if not layout.apart:
+        return of_rows(model, batch)
+    own = model.clone(runtime=in_copy(model.runtime))
+    sums, metrics = layout.on_copies(functools.partial(of_rows, own), batch)
+    metrics = jax.tree.map(layout.whole, metrics)
+    of_copies = (jax.tree.map(operator.itemgetter(i), metrics) for i in range(layout.copies))
+    return jax.tree.map(layout.summed_over_copies, sums), functools.reduce(combine, of_copies)
+
+
+def _in_turn(
+    gradients: Callable[[PyTree, Params | None], tuple[Params, PyTree]],
+    params: Params,
+    stacked: PyTree,
+    combine: Combine,
+) -> tuple[Params, PyTree]:
+    """Sums gradients and metrics over the leading axis of `stacked`."""
     first = jax.tree.map(lambda x: x[0], stacked)
     shapes = params, jax.eval_shape(lambda part: gradients(part, None)[1], first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

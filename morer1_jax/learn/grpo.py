@@ -173,7 +173,9 @@ def grpo_gradients(
         frozen: the model's other parameters; see `learn.trainable`.
     """
 
-    def micro_gradients(micro_batch: GroupBatch, so_far: Params | None) -> tuple[Params, Metrics]:
+    def micro_gradients(
+        model: Qwen25VL, micro_batch: GroupBatch, so_far: Params | None
+    ) -> tuple[Params, Metrics]:
         def loss(params: Params, running: Params) -> tuple[Array, Metrics]:
             new, entropy = group_logprobs(
                 model,
@@ -211,7 +213,7 @@ def grpo_gradients(
 
         return add_gradients(loss, params, so_far, model)
 
-    grads, sums = accumulate(micro_gradients, params, batch, micro_batches, _combine)
+    grads, sums = accumulate(micro_gradients, model, params, batch, micro_batches, _combine)
     return grads, _means(sums)
 
 

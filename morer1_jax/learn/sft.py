@@ -65,7 +65,7 @@ def sft_gradients(
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def micro_gradients(
-        micro_batch: SequenceBatch, so_far: Params | None
+        model: Qwen25VL, micro_batch: SequenceBatch, so_far: Params | None
     ) -> tuple[Params, dict[str, Array]]:
         def loss(params: Params, running: Params) -> tuple[Array, dict[str, Array]]:
             sums = sft_sums(model, join(params, frozen or {}), micro_batch, config, running)
@@ -73,7 +73,7 @@ def sft_gradients(
 
         return add_gradients(loss, params, so_far, model)
 
-    grads, sums = accumulate(micro_gradients, params, batch, micro_batches)
+    grads, sums = accumulate(micro_gradients, model, params, batch, micro_batches)
     return grads, {
         "loss": sums["loss"] / total,
         "entropy": sums["entropy"] / total,

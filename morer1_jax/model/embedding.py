@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from morer1_jax.model.sharding import BATCH_AXES, Layout, partition_spec
+from morer1_jax.model.sharding import Layout, partition_spec
 
 
 def embed_tokens(
@@ -47,8 +47,6 @@ def embed_tokens(
             return found
         return jax.lax.all_to_all(found, columns, 0, found.ndim - 1, tiled=True)
 
-    rows = P(tuple(name for name in BATCH_AXES if name in layout.mesh.shape))
-    run = jax.shard_map(
-        of_device, mesh=layout.mesh, in_specs=(P(ids, columns), rows), out_specs=rows
-    )
+    rows = P(layout.row_axes)
+    run = layout.on_devices(of_device, (P(ids, columns), rows), rows)
     return run(table, tokens)

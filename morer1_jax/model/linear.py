@@ -95,14 +95,29 @@ def _kernel_gradient(
     Args:
         free, outer: the axes of tokens, of `x` and of `cotangent`.
     """
-    if layout.mesh is None or x.size <= cotangent.size + kernel.size:
-        gradient = dot_general(x, cotangent, ((free, outer), ((), ())), kernel.dtype)
-        return layout.split(path, gradient)
     features = cotangent.ndim - len(outer)
-    gradient = dot_general(cotangent, x, ((outer, free), ((), ())), kernel.dtype)
-    gradient = layout.split(path, gradient, turned=features)
-    # Without a barrier the compiler would turn the product itself around.
-    gradient = jax.lax.optimization_barrier(gradient)
+    turned = layout.mesh is not None and x.size > cotangent.size + kernel.size
+
+    def own(x: Array, cotangent: Array) -> Array:
+        if turned:
+            return dot_general(cotangent, x, ((outer, free), ((), ())), kernel.dtype)
+        return dot_general(x, cotangent, ((free, outer), ((), ())), kernel.dtype)
+
+    # Heads are an axis of what goes in or of what comes out.
+    heads = layout.head_dimension(path, kernel.shape)
+    inputs = tuple(axis for axis in range(x.ndim) if axis not in free)
+    of_x = None if heads is None or heads >= len(inputs) else inputs[heads]
+    of_cotangent = None if heads is None or of_x is not None else heads - len(inputs) + len(outer)
+    gradient = layout.summed(
+        path,
+        kernel.shape,
+        own,
+        (x, cotangent),
+        (of_x, of_cotangent),
+        turned=features if turned else 0,
+    )
+    if not turned:
+        return gradient
     return jnp.transpose(gradient, (*range(features, kernel.ndim), *range(features)))
 
 

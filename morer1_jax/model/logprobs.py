@@ -179,7 +179,7 @@ def _over_chunks(
         return total, results
 
     with jax.named_scope(CHUNKS):
-        turns = jnp.sum(jnp.any(counted, axis=(1, 2)))
+        turns = layout.most(jnp.sum(jnp.any(counted, axis=(1, 2))))
         return jax.lax.fori_loop(0, turns, turn, (total, results))
 
 
@@ -251,7 +251,11 @@ def _backward(
     head_sum, hidden_grad = _over_chunks(compute, head_sum, chunks, counted, layout)
     head_grad = None
     if head_sum is not None:
-        head_grad = layout.summed("head", head_sum, turned=1).T.astype(head.dtype)
+        heads = None if layout.head_dimension("head", head.shape) is None else 2
+        head_grad = layout.summed(
+            "head", head.shape, lambda own: jnp.sum(own, axis=0), [head_sum], [heads], turned=1
+        )
+        head_grad = head_grad.T.astype(head.dtype)
     return hidden_grad, head_grad, None, None, None, None
 
 

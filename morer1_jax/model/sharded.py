@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from morer1_jax.model.attention import Kernels, Keys, Queries
+from morer1_jax.model.config import Runtime
 from morer1_jax.model.rotary import Rotary
+from morer1_jax.model.sharding import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +22,11 @@ class ShardedKernels:
 
     Attributes:
         kernels: those of one device.
-        rows: the mesh's axes that rows are split over.
-        heads: the mesh's axis that heads are split over; None: they are not.
+        layout: how rows and heads are split; it has a mesh.
     """
 
     kernels: Kernels
-    mesh: Mesh
-    rows: tuple[str, ...]
-    heads: str | None
+    layout: Layout
 
     def rotate(self, x: Float[Array, "*s h e"], rotary: Rotary) -> Float[Array, "*s h e"]:
         """Rotates as `kernels` does; the compiler can partition that."""
@@ -58,11 +55,19 @@ class ShardedKernels:
         self, run: Callable[..., Queries], q: Queries, k: Keys, v: Keys, *masks: Array
     ) -> Queries:
         """Runs a kernel under `shard_map`; masks are split by rows alone."""
-        spec = P(self.rows, None, self.heads)
-        return jax.shard_map(
+        layout = self.layout
+        spec = P(layout.row_axes, None, layout.head_axis)
+        return layout.on_devices(
             run,
-            mesh=self.mesh,
-            in_specs=(spec, spec, spec, *(P(self.rows) for _ in masks)),
-            out_specs=spec,
+            (spec, spec, spec, *(P(layout.row_axes) for _ in masks)),
+            spec,
             check_vma=False,  # Pallas's outputs do not declare over which axes they vary.
         )(q, k, v, *masks)
+
+
+def in_copy(runtime: Runtime) -> Runtime:
+    """Returns a runtime for a program of `Layout.on_copies`."""
+    layout, kernels = dataclasses.replace(runtime.layout, in_copy=True), runtime.kernels
+    if isinstance(kernels, ShardedKernels):
+        kernels = dataclasses.replace(kernels, layout=layout)
+    return dataclasses.replace(runtime, layout=layout, kernels=kernels)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+PyTree = Any
+
 # The axes that the rows of a batch are split over; parameters are split over `fsdp` and `tensor`.
 BATCH_AXES = ("data", "fsdp")
+# Devices that differ in this axis alone have the same parameters: the axis counts their copies.
+COPIES_AXIS = "data"
+# The name of the copies inside of `Layout.on_copies`; the mesh's own is known there too.
+_COPIES = "copies"
 # The axis that attention's heads are split over.
 HEAD_AXIS = "tensor"
+# Over up to so many chips a sum is scattered in one step; see `Layout.summed`.
+ONE_STEP = 8
 
 # (pattern of the path's end, split of the trailing axes); the first that matches decides.  Matrices
 # that widen are split by output and those that narrow back by input, heads whole: the tensor axis
@@ -76,10 +84,71 @@ class Layout:
     Attributes:
         mesh: the devices; None: one device, or whatever the compiler chooses.
         sums: dtype in which parameters' gradients are summed over devices.
+        apart: whether each copy of the parameters sums its own rows' gradients over micro-batches
+            by itself, so that copies, which may lie on different slices, add them up once a step.
+        in_copy: whether the program is one of `on_copies`, which sees one copy's rows.
     """
 
     mesh: Mesh | None = None
     sums: str = "float32"
+    apart: bool = False
+    in_copy: bool = False
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """The mesh's axes that rows are split over."""
+        if self.mesh is None:
+            return ()
+        absent = (COPIES_AXIS,) if self.in_copy else ()
+        return tuple(name for name in BATCH_AXES if name in self.mesh.shape and name not in absent)
+
+    @property
+    def head_axis(self) -> str | None:
+        """The mesh's axis that attention's heads are split over; None: it has none."""
+        return HEAD_AXIS if self.mesh is not None and HEAD_AXIS in self.mesh.shape else None
+
+    @property
+    def copies(self) -> int:
+        """The number of copies of the parameters."""
+        return 1 if self.in_copy else self._size(COPIES_AXIS)
+
+    def on_devices(
+        self, run: Callable[..., PyTree], takes: PyTree, gives: PyTree, check_vma: bool = True
+    ) -> Callable[..., PyTree]:
+        """Returns a function that runs once on each device, on its shards of the arguments.
+
+        Args:
+            takes, gives: how arguments and results are split, as `jax.shard_map` wants it.
+            check_vma: whether JAX checks that results are as alike as `gives` says.
+        """
+        return jax.shard_map(
+            run, mesh=self.mesh, in_specs=takes, out_specs=gives, check_vma=check_vma
+        )
+
+    def on_copies(self, run: Callable[[PyTree], PyTree], batch: PyTree) -> PyTree:
+        """Runs a function once for each copy of the parameters, on the copy's own rows.
+
+        Devices of different copies send each other nothing but what `run` asks for. Inside, layouts
+        must be `in_copy`.
+
+        Args:
+            batch: a tree of arrays with rows leading.
+
+        Returns:
+            What the copies return, on a leading axis, split over them.
+        """
+
+        def apart(x: jax.Array) -> jax.Array:
+            x = x.reshape(self.copies, x.shape[0] // self.copies, *x.shape[1:])
+            return self._constrained(x, P(COPIES_AXIS, own.row_axes))
+
+        own = dataclasses.replace(self, in_copy=True)
+        run = jax.vmap(run, axis_name=_COPIES, spmd_axis_name=COPIES_AXIS)
+        return run(jax.tree.map(apart, batch))
+
+    def most(self, x: jax.Array) -> jax.Array:
+        """Returns a number that all devices agree on: the largest of the copies."""
+        return jax.lax.pmax(x, _COPIES) if self.in_copy else x
 
     def parts(self, rows: int) -> int:
         """Returns into how many parts the mesh splits so many rows.
@@ -87,7 +156,7 @@ class Layout:
         Raises:
             ValueError: the mesh does not divide the rows; see `rows`.
         """
-        count = self._size(*BATCH_AXES)
+        count = self._size(*self.row_axes)
         if rows % count:
             raise ValueError(
                 f"rows: expected a multiple of the {count} parts that the mesh splits them into, "
@@ -110,9 +179,9 @@ class Layout:
             return x
         self.parts(x.shape[axis])
         spec: list[Any] = [None] * x.ndim
-        spec[axis] = tuple(name for name in BATCH_AXES if name in self.mesh.shape)
-        if heads is not None and HEAD_AXIS in self.mesh.shape:
-            spec[heads] = HEAD_AXIS
+        spec[axis] = self.row_axes
+        if heads is not None:
+            spec[heads] = self.head_axis
         return self._constrained(x, P(*spec))
 
     def heads(
@@ -138,47 +207,78 @@ class Layout:
         spec = partition_spec(self.mesh, path, kernel.shape)
         return self._constrained(kernel, P(*(n if n == HEAD_AXIS else None for n in spec)))
 
-    def split(self, path: str, gradient: jax.Array, turned: int = 0) -> jax.Array:
-        """Splits a parameter's gradient as the parameter itself is, summed over devices.
+    def head_dimension(self, path: str, shape: Sequence[int]) -> int | None:
+        """Returns which axis of a parameter is split as heads are; None: there is none."""
+        names = () if self.mesh is None else tuple(partition_spec(self.mesh, path, shape))
+        return names.index(HEAD_AXIS) if HEAD_AXIS in names else None
+
+    def summed(
+        self,
+        path: str,
+        shape: Sequence[int],
+        own: Callable[..., jax.Array],
+        arrays: Sequence[jax.Array],
+        heads: Sequence[int | None],
+        turned: int = 0,
+    ) -> jax.Array:
+        """Sums a parameter's gradient over all rows; splits the sum as the parameter is.
+
+        It is scattered over `fsdp` first, so that over `data`, and between slices, only a share is
+        summed. Left to the compiler, it would sum whole gradients on some meshes, and on others
+        sum them while it multiplies, which takes longer.
 
         Args:
+            shape: the parameter's.
+            own: computes the gradient of a device's rows from its parts of `arrays`.
+            arrays: each with rows, or parts of the rows, leading.
+            heads: of each array the axis that is split as heads are; None: there is none.
             turned: the parameter's trailing axes that come first in the gradient.
         """
         if self.mesh is None:
-            return gradient
-        spec = self._turned(path, gradient.shape, turned)
-        return self._constrained(gradient.astype(self.sums), spec).astype(gradient.dtype)
+            return own(*arrays)
+        names = tuple(partition_spec(self.mesh, path, shape))
+        first = len(names) - turned
+        spec, axes = P(*names[first:], *names[:first]), self.row_axes
 
-    def summed(self, path: str, parts: jax.Array, turned: int = 0) -> jax.Array:
-        """Sums a parameter's gradients of all parts of the rows; splits the sum as `split` does.
-
-        It is scattered over `fsdp` first, so that over `data`, and between slices, only a share is
-        summed. TPUs' compiler may still compile the scattering as a sum and a slice.
-
-        Args:
-            parts: split by its leading axis, as rows are, and over `tensor` where the parameter is.
-        """
-        if self.mesh is None:
-            return jnp.sum(parts, axis=0)
-        spec = self._turned(path, parts.shape[1:], turned)
-        axes = tuple(name for name in BATCH_AXES if name in self.mesh.shape)
-
-        def of_device(part: jax.Array) -> jax.Array:
-            total = jnp.sum(part, axis=0).astype(self.sums)
+        def of_device(*arrays: jax.Array) -> jax.Array:
+            gradient = own(*arrays)
+            total = gradient.astype(self.sums)
             for axis, name in enumerate(spec):
                 if name in axes:
-                    total = jax.lax.psum_scatter(total, name, scatter_dimension=axis, tiled=True)
-            return jax.lax.psum(total, tuple(name for name in axes if name not in spec))
+                    total = scatter_sum(total, name, axis, self._factors(name))
+            total = jax.lax.psum(total, tuple(name for name in axes if name not in spec))
+            return total.astype(gradient.dtype)
 
-        heads = (name if name == HEAD_AXIS else None for name in spec)
-        run = jax.shard_map(of_device, mesh=self.mesh, in_specs=P(axes, *heads), out_specs=spec)
-        return run(parts).astype(parts.dtype)
+        takes = (
+            P(axes) if axis is None else P(axes, *(None,) * (axis - 1), HEAD_AXIS) for axis in heads
+        )
+        total = self.on_devices(of_device, tuple(takes), spec)(*arrays)
+        # Without a barrier the compiler may add up whole gradients of micro-batches, to sum these
+        # over devices once.
+        return jax.lax.optimization_barrier(total)
 
-    def _turned(self, path: str, shape: tuple[int, ...], turned: int) -> P:
-        """Returns how an array is split that is a parameter with `turned` trailing axes first."""
-        names = tuple(partition_spec(self.mesh, path, shape[turned:] + shape[:turned]))
-        first = len(shape) - turned
-        return P(*names[first:], *names[:first])
+    def summed_over_copies(self, gradients: jax.Array) -> jax.Array:
+        """Sums a parameter's gradients of all copies, which `on_copies` returned."""
+        # Not `jnp.sum`, which adds bfloat16 up in float32.
+        zero = jnp.zeros((), self.sums)
+        total = jax.lax.reduce(gradients.astype(self.sums), zero, jax.lax.add, (0,))
+        return total.astype(gradients.dtype)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """Brings an array whole to every device."""
+        return x if self.mesh is None else self._constrained(x, P())
+
+    def _factors(self, name: str) -> tuple[int, int]:
+        """Returns in which two steps, by their devices, a sum is scattered over an axis.
+
+        Of a sum over all of a slice's chips, if they are many, TPUs' compiler would otherwise bring
+        all of it to every chip.
+        """
+        devices = self.mesh.devices
+        slices = len({getattr(device, "slice_index", 0) for device in devices.flat})
+        size = self.mesh.shape[name]
+        whole = devices.flat[0].platform == "tpu" and size * slices == devices.size
+        return torus_sides(size) if whole and size > ONE_STEP else (1, size)
 
     def _size(self, *axes: str) -> int:
         """Returns the number of devices along axes, those that the mesh lacks left out."""
@@ -186,3 +286,39 @@ class Layout:
 
     def _constrained(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def torus_sides(devices: int) -> tuple[int, int]:
+    """Returns two numbers whose product is `devices`, as near to each other as can be."""
+    short = next(side for side in range(math.isqrt(devices), 0, -1) if devices % side == 0)
+    return short, devices // short
+
+
+def scatter_sum(x: jax.Array, name: str, axis: int, factors: tuple[int, int]) -> jax.Array:
+    """Sums an array over devices, of which each keeps its share along `axis`; in a `shard_map`.
+
+    Args:
+        name: the mesh's axis; of n devices the i-th keeps the i-th of n shares.
+        factors: of n. The sum goes in two steps, first over the devices that are equal modulo the
+            second factor, then over each so many that follow each other; one step if either is 1.
+    """
+    outer, inner = factors
+    strided = [[i * inner + j for i in range(outer)] for j in range(inner)]
+    adjacent = [[i * inner + j for j in range(inner)] for i in range(outer)]
+
+    def scattered(x: jax.Array) -> jax.Array:
+        for groups in [None] if 1 in factors else [strided, adjacent]:
+            x = jax.lax.psum_scatter(
+                x, name, scatter_dimension=axis, tiled=True, axis_index_groups=groups
+            )
+        return x
+
+    # An array of one of several copies (`Layout.on_copies`) has an axis of size 1 more on a device,
+    # with which TPUs' compiler would bring the whole sum to every chip.
+    once = jax.custom_batching.custom_vmap(scattered)
+
+    @once.def_vmap
+    def of_copies(size: int, _: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+        return (scattered(x[0])[None] if size == 1 else jax.vmap(scattered)(x)), True
+
+    return once(x)

@@ -11,7 +11,7 @@ from morer1_jax.model.attention import XLA, Kernels
 from morer1_jax.model.config import AttentionChoice
 from morer1_jax.model.cudnn import HEAD_MAX, HEAD_MULTIPLE, CuDNN
 from morer1_jax.model.sharded import ShardedKernels
-from morer1_jax.model.sharding import BATCH_AXES, HEAD_AXIS
+from morer1_jax.model.sharding import Layout
 
 
 def choose(
@@ -47,8 +47,7 @@ def choose(
         kernels = CuDNN()
     if mesh.size == 1:
         return kernels
-    rows = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-    return ShardedKernels(kernels, mesh, rows, HEAD_AXIS if HEAD_AXIS in mesh.shape else None)
+    return ShardedKernels(kernels, Layout(mesh))
 
 
 def _unfit_for_cudnn(dtype: str, head_sizes: Sequence[int], mesh: Mesh) -> str | None:

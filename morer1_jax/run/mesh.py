@@ -5,7 +5,7 @@ it fits both one layer and layers stacked along leading axes by `nn.scan`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from morer1_jax.data.feed import Host
 from morer1_jax.errors import ConfigError
-from morer1_jax.model.sharding import BATCH_AXES, partition_spec
+from morer1_jax.model.sharding import BATCH_AXES, partition_spec, torus_sides
 
 PyTree = Any
 
@@ -61,23 +61,35 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
             f"mesh: expected {count} devices, found {shown} = {fixed}; give one axis the size -1"
         )
     types = (AxisType.Auto,) * len(sizes)
-    # Of GPUs too some have slices, whose sense is another one.
-    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
-    if len(slices) <= 1:
-        shape, names = tuple(sizes.values()), tuple(sizes)
+    shape, names = tuple(sizes.values()), tuple(sizes)
+    slices = slices_of(devices)
+    if not slices:
         return jax.make_mesh(shape, names, axis_types=types, devices=devices)
-    # Between slices only gradients are sent, once a step: they are outermost in the first axis.
-    outer, *inner = sizes.values()
-    if outer % len(slices):
-        name = next(iter(sizes))
+    # Between slices only gradients are added up: they are outermost in the first axis.
+    if shape[0] % len(slices):
         raise ConfigError(
-            f"mesh.{name}: expected a multiple of the {len(slices)} slices, found {outer}; change "
-            "it"
+            f"mesh.{names[0]}: expected a multiple of the {len(slices)} slices, found {shape[0]}; "
+            "change it"
         )
-    arranged = create_hybrid_device_mesh(
-        (outer // len(slices), *inner), (len(slices), *(1 for _ in inner)), devices
-    )
-    return Mesh(arranged, tuple(sizes), axis_types=types)
+    # An axis over a whole slice follows the torus's rows, along which gradients are scattered.
+    of_slice = (shape[0] // len(slices), *shape[1:])
+    grid = [
+        side
+        for size in of_slice
+        for side in (torus_sides(size) if size * len(slices) == count else (1, size))
+    ]
+    if len(slices) == 1:
+        arranged = jax.make_mesh(grid, [f"side {i}" for i in range(len(grid))], devices=devices)
+        arranged = arranged.devices
+    else:
+        arranged = create_hybrid_device_mesh(grid, (len(slices), *(1 for _ in grid[1:])), devices)
+    return Mesh(arranged.reshape(shape), names, axis_types=types)
+
+
+def slices_of(devices: Iterable[jax.Device]) -> set[int]:
+    """Returns the numbers of the TPU slices that devices belong to."""
+    # Of GPUs too some have slices, whose sense is another one.
+    return {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:

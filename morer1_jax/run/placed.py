@@ -196,5 +196,7 @@ def place(
 
 def _on_mesh(config: ModelConfig, runtime: Runtime, mesh: Mesh) -> Runtime:
     kernels = choose(runtime.attention, runtime.dtype, config.head_sizes, mesh)
-    layout = Layout(mesh if mesh.size > 1 else None, runtime.gradient_sums)
+    # Not on GPUs, whose attention kernel JAX cannot map over copies of the parameters.
+    apart = mesh.devices.flat[0].platform == "tpu" and Layout(mesh).copies > 1
+    layout = Layout(mesh if mesh.size > 1 else None, runtime.gradient_sums, apart)
     return dataclasses.replace(runtime, kernels=kernels, layout=layout)

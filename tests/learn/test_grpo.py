@@ -24,7 +24,7 @@ B, G, T = 3, 6, 6
 
 
 @pytest.fixture
-def gradients_of(monkeypatch):
+def gradients_of(tiny, monkeypatch):
     """`gradients_of(batch, new, config)`: gradient by the new log-probabilities, and metrics.
 
     The scorer is replaced by the numbers themselves, which stand in for the parameters.
@@ -37,7 +37,9 @@ def gradients_of(monkeypatch):
 
     def run(batch, new, config):
         params = {"new": jnp.asarray(new)}
-        gradients, metrics = grpo_gradients(None, params, batch, None, config, ScoreConfig())
+        gradients, metrics = grpo_gradients(
+            tiny.model(), params, batch, None, config, ScoreConfig()
+        )
         return gradients["new"], metrics
 
     return run

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from morer1_jax.model.attention import XLA
+from morer1_jax.model.config import Runtime
 from morer1_jax.model.cudnn import CuDNN
-from morer1_jax.model.sharded import ShardedKernels
+from morer1_jax.model.sharded import ShardedKernels, in_copy
 from morer1_jax.model.sharding import Layout
 from morer1_jax.model.splash import Splash
 
@@ -88,7 +89,7 @@ def test_a_mesh_changes_nothing(tiny, axes, pattern, kernels):
             return run
 
     placed = jax.device_put(numbers(pattern)[0], NamedSharding(mesh, split))
-    sharded = ShardedKernels(Watched(), mesh, ROWS, "tensor")
+    sharded = ShardedKernels(Watched(), Layout(mesh))
     ours = value_and_gradients(sharded, pattern, placed, Layout(mesh))
     assert set(seen) == {part}
     for got, wanted in zip(*map(jax.tree.leaves, (ours, expected(pattern))), strict=True):
@@ -98,6 +99,28 @@ def test_a_mesh_changes_nothing(tiny, axes, pattern, kernels):
 def test_axes_that_a_mesh_does_not_have_split_nothing(tiny):
     mesh = tiny.mesh(data=8, fsdp=1, tensor=1)
     q, k = (jnp.ones((8, 4, heads, 8)) for heads in (2, 1))
-    kernels = ShardedKernels(XLA(), mesh, ("data",), None)
+    kernels = ShardedKernels(XLA(), Layout(mesh))
     out = jax.jit(kernels.causal)(q, k, k, jnp.ones((8, 4), jnp.int32))
     np.testing.assert_allclose(out, 1.0)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("pattern", ["causal", "shared_prefix"])
+def test_each_copy_of_the_parameters_by_itself_changes_nothing(tiny, pattern, kernels):
+    """Values and gradients where a copy's devices see its own rows alone, as in training."""
+    layout = Layout(tiny.mesh(data=2, fsdp=2, tensor=2))
+    own = in_copy(Runtime(kernels=ShardedKernels(KERNELS[kernels], layout), layout=layout))
+    arrays, given, weights = numbers(pattern)
+
+    def of_copy(batch):
+        arrays, given, weights = batch
+
+        def total(arrays):
+            out = getattr(own.kernels, pattern)(*own.layout.heads(*arrays), *given)
+            return jnp.sum(out * weights), out
+
+        return jax.grad(total, has_aux=True)(arrays)
+
+    ours = jax.jit(functools.partial(layout.on_copies, of_copy))((arrays, given, weights))
+    for got, wanted in zip(*map(jax.tree.leaves, (ours, expected(pattern))), strict=True):
+        np.testing.assert_allclose(np.reshape(got, wanted.shape), wanted, atol=1e-5)

@@ -11,7 +11,7 @@ from morer1_jax.cost.hlo import parse
 from morer1_jax.cost.program import cost_of
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.decoding import Cached, init_cache
-from morer1_jax.model.sharding import Layout, partition_spec
+from morer1_jax.model.sharding import Layout, partition_spec, scatter_sum, torus_sides
 from morer1_jax.run.mesh import make_mesh
 
 
@@ -61,18 +61,26 @@ def test_rows_are_split_over_all_axes_but_the_heads():
     assert placed(Layout(mesh(fsdp=4)), "rows", jnp.ones((8, 3))) == P("fsdp")
 
 
-def test_a_kernel_is_gathered_but_for_its_heads_and_split_again():
+def test_a_kernel_is_gathered_but_for_its_heads():
     layout, kernel = Layout(MESH), jnp.arange(8.0 * 4 * 2).reshape(8, 4, 2)
     assert placed(layout, "gathered", "q/kernel", kernel) == P(None, "tensor")
-    assert placed(layout, "split", "q/kernel", kernel) == P("fsdp", "tensor")
-    # A gradient whose last two axes, of features, come first.
-    turned = jax.jit(lambda x: layout.split("q/kernel", x, turned=2))(jnp.moveaxis(kernel, 0, 2))
-    assert turned.sharding.spec == P("tensor", None, "fsdp")
-    np.testing.assert_array_equal(turned, jnp.moveaxis(kernel, 0, 2))
-    # Stacked over layers too.
-    stacked = jnp.stack([kernel] * 3)
-    assert placed(layout, "split", "q/kernel", stacked) == P(None, "fsdp", "tensor")
     assert placed(layout, "gathered", "norm/scale", jnp.ones(8)) == P()
+
+
+def of_head(layout, parts):
+    """The sum of gradients [parts, 8, 16] of a head [16, 8], turned."""
+    heads = None if layout.head_dimension("head", (16, 8)) is None else 2
+    return layout.summed("head", (16, 8), lambda own: jnp.sum(own, axis=0), [parts], [heads], 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "dimension"),
+    [("q/kernel", (8, 4, 2), 1), ("mlp/down/kernel", (8, 4), 0), ("k/kernel", (8, 3, 2), None)],
+)
+def test_which_axis_of_a_parameter_is_split_as_heads_are(path, shape, dimension):
+    assert Layout(MESH).head_dimension(path, shape) == dimension
+    assert Layout(mesh(fsdp=4)).head_dimension(path, shape) is None
+    assert Layout().head_dimension(path, shape) is None
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4}, {"data": 8}])
@@ -83,7 +91,7 @@ def test_parts_are_summed_where_the_sum_lies(axes, sums):
     count = layout.parts(8)
     parts = jnp.asarray(rng.integers(-9, 9, (count, 8, 16)), jnp.float32)
     split = layout.rows(parts, heads=2)
-    run = jax.jit(lambda x: layout.summed("head", x, turned=1)).lower(split).compile()
+    run = jax.jit(lambda x: of_head(layout, x)).lower(split).compile()
     summed = run(split)
     np.testing.assert_array_equal(summed, np.sum(parts, axis=0))
     fsdp, tensor = (name if name in axes else None for name in ("fsdp", "tensor"))
@@ -96,7 +104,46 @@ def test_parts_are_summed_where_the_sum_lies(axes, sums):
     expected += [("reduce-scatter", own * (shares - 1) / shares)] if shares > 1 else []
     if sums == "float32":  # A CPU sums bfloat16 in float32.
         assert sent == expected
-    np.testing.assert_array_equal(Layout().summed("head", parts), np.sum(parts, axis=0))
+    np.testing.assert_array_equal(of_head(Layout(), parts), np.sum(parts, axis=0))
+
+
+@pytest.mark.parametrize(
+    ("devices", "sides"), [(1, (1, 1)), (7, (1, 7)), (8, (2, 4)), (64, (8, 8))]
+)
+def test_sides_of_a_torus(devices, sides):
+    assert torus_sides(devices) == sides
+
+
+@pytest.mark.parametrize("factors", [(1, 8), (2, 4), (4, 2)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_sum_is_scattered_in_steps(factors, axis):
+    """Of eight devices each has the share of its number, as of a sum in one step."""
+    arrays = np.random.default_rng(0).integers(-9, 9, (8, 16, 24)).astype(np.float32)
+    run = jax.shard_map(
+        lambda x: scatter_sum(x[0], "fsdp", axis, factors),
+        mesh=mesh(fsdp=8),
+        in_specs=P("fsdp"),
+        out_specs=P(*(None,) * axis, "fsdp"),
+    )
+    np.testing.assert_array_equal(jax.jit(run)(arrays), np.sum(arrays, axis=0))
+
+
+def test_sums_of_copies_are_scattered_among_a_copys_own_devices():
+    """Mapped over one axis of the mesh, where each device has one copy, and over an axis of two."""
+    arrays = np.random.default_rng(0).integers(-9, 9, (2, 2, 4, 16, 24)).astype(np.float32)
+    devices = mesh(data=2, fsdp=4)
+
+    def of_copy(x):
+        run = jax.shard_map(
+            lambda x: scatter_sum(x[0], "fsdp", 0, (2, 2)),
+            mesh=devices,
+            in_specs=P("fsdp"),
+            out_specs=P("fsdp"),
+        )
+        return jax.vmap(run)(x)
+
+    out = jax.jit(jax.vmap(of_copy, spmd_axis_name="data"))(arrays)
+    np.testing.assert_array_equal(out, np.sum(arrays, axis=2))
 
 
 def test_parts_of_the_rows():
@@ -178,5 +225,5 @@ def test_of_repeated_heads_only_keys_and_values_gradients_are_sent(heads, kv_hea
 
 def test_on_one_device_nothing_is_said():
     layout, x = Layout(), jnp.ones((8, 4))
-    for method, arguments in (("rows", ()), ("gathered", ("q/kernel",)), ("split", ("head",))):
+    for method, arguments in (("rows", ()), ("gathered", ("q/kernel",))):
         assert getattr(layout, method)(*arguments, x) is x

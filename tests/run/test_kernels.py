@@ -9,6 +9,7 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.model.attention import XLA
 from morer1_jax.model.cudnn import CuDNN
 from morer1_jax.model.sharded import ShardedKernels
+from morer1_jax.model.sharding import Layout
 from morer1_jax.model.splash import Splash
 from morer1_jax.run.kernels import choose
 
@@ -62,10 +63,10 @@ def test_by_name():
 def test_several_devices():
     """Kernels are split by hand, XLA's products by the compiler."""
     whole = mesh("tpu", data=2, fsdp=2, tensor=2)
-    expected = ShardedKernels(Splash(), whole, ("data", "fsdp"), "tensor")
+    expected = ShardedKernels(Splash(), Layout(whole))
     assert choose("auto", "bfloat16", SIZES, whole) == expected
     rows = mesh("h100", data=8)
-    assert choose("auto", "bfloat16", SIZES, rows) == ShardedKernels(CuDNN(), rows, ("data",), None)
+    assert choose("auto", "bfloat16", SIZES, rows) == ShardedKernels(CuDNN(), Layout(rows))
     assert choose("xla", "bfloat16", SIZES, whole) == XLA()
 
 
