@@ -8,8 +8,8 @@ that the config permits; training of the blind baselines, which is smaller, is l
 is a TPU's version and the chips along each axis: v5e:4x4, v6e:2x2, v5p:2x2x4. For GPUs, such as
 h100:8, TPUs' compiler stands in: temporary memory is an estimate too, and times are not given. The
 exit code is 1 where something does not fit or does not scale: too little memory stays free,
-activations are summed over axes that split rows, weights are sent for every token, or chips compute
-for far longer than their share of the FLOPs takes.
+activations are summed or gathered over axes that split rows, weights are sent for every token, or
+a chip computes far more than its share of the model's FLOPs.
 """
 
 from __future__ import annotations
@@ -173,12 +173,11 @@ def faults_of(result: Compiled, devices: int, target: Chip) -> list[str]:
             f"{_size(live)} in use"
         )
     lines += [f"{name}: {line}" for line in result.estimate.once.faults(in_decode_loop=False)]
-    reads = result.estimate.memory.arguments
-    slow = result.estimate.once.slow(target, planned.flops / devices, reads)
-    lines += [f"{name}: {line}" for line in slow]
+    repeated = result.estimate.once.repeated(target, planned.flops / devices)
+    lines += [f"{name}: {line}" for line in repeated]
     for loop, part in zip(planned.loops, result.estimate.loops, strict=True):
         found = part.faults(in_decode_loop=True)
-        found += part.slow(target, loop.flops / devices, loop.reads)
+        found += part.repeated(target, loop.flops / devices)
         lines += [f"{name}, a token: {line}" for line in found]
     return lines
 
@@ -224,8 +223,9 @@ def _part_lines(part: Part, flops: float, reads: float, target: Chip, top: int) 
             f"  time     {_time(seconds)}: compute {_time(part.compute)}, sending "
             f"{_time(part.wire_seconds(target))}{mfu}"
         )
+    again = f" (computed: {part.flops / flops:.2f} times as many)" if flops else ""
     yield (
-        f"  bounds   FLOPs at peak {_time(flops / target.flops)}, bytes of memory "
+        f"  bounds   FLOPs at peak {_time(flops / target.flops)}{again}, bytes of memory "
         f"{_time(reads / target.hbm_bytes)}, bytes sent {_time(part.wire_seconds(target))}"
     )
     for sent in part.sent:

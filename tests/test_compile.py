@@ -125,52 +125,93 @@ def test_errors_are_one_line(run, flags, message):
 
 
 @pytest.mark.soak
-def test_between_slices_only_gradients_are_summed(run):
-    code, printed, errors, figures = run(
-        f"--config={TINY}",
-        "--topology=v5e:2x2",
-        "--slices=2",
-        "--config.stages=sft",
-        "--config.sft.batch=8",
-        "--config.mesh.data=2",
-        "--config.mesh.fsdp=4",
-        "--programs=SFT step",
-    )
-    assert code == 0, errors
-    assert "8 × TPU v5e, data 2 × fsdp 4" in printed
-    sent = figures["programs"]["SFT step"]["estimate"]["once"]["sent"]
-    across = [(one["axes"], one["summed"]) for one in sent if one["across_slices"]]
-    within = [one["axes"] for one in sent if not one["across_slices"]]
-    assert across
-    assert all(axes == ["data"] and summed for axes, summed in across)
-    assert ["fsdp"] in within
-    assert all("data" not in axes for axes in within)
+def test_between_slices_only_gradients_are_summed_and_once(run):
+    """Also with several micro-batches."""
+    sizes = []
+    for micro_batches in (1, 2):
+        code, printed, errors, figures = run(
+            f"--config={TINY}",
+            "--topology=v5e:2x2",
+            "--slices=2",
+            "--config.stages=sft",
+            "--config.sft.batch=16",
+            f"--config.sft.micro_batches={micro_batches}",
+            "--config.mesh.data=2",
+            "--config.mesh.fsdp=4",
+            "--programs=SFT step",
+        )
+        assert code == 0, errors
+        assert "8 × TPU v5e, data 2 × fsdp 4" in printed
+        sent = figures["programs"]["SFT step"]["estimate"]["once"]["sent"]
+        across = [one for one in sent if one["across_slices"]]
+        assert across
+        large = [one for one in across if one["bytes"] > 1000]
+        assert all(one["axes"] == ["data"] and one["summed"] for one in large)
+        within = [one["axes"] for one in sent if not one["across_slices"]]
+        assert ["fsdp"] in within
+        assert all("data" not in axes for axes in within)
+        sizes.append(sum(one["bytes"] for one in across))
+    whole, in_parts = sizes
+    assert in_parts == pytest.approx(whole, rel=0.05)
 
 
-# Activations split by features, not by rows: every product has to be summed.
-_BY_FEATURES = """
-from jax.sharding import PartitionSpec as P
-from morer1_jax.model.sharding import Layout
-def features(self, x, heads=None, axis=0):
+# What breaks the layout of activations, and what becomes of it: split by features, so that every
+# product has to be summed; split as the compiler likes; whole on every chip between the products.
+_BREAKAGES = {
+    "features": (
+        """
+def rows(self, x, heads=None, axis=0):
     if self.mesh is None or heads is not None or x.ndim < 3:
         return x
     return self._constrained(x, P(*(None,) * (x.ndim - 1), 'fsdp'))
-Layout.rows = features
+Layout.rows = rows
 Layout.gathered = lambda self, path, kernel: kernel
-"""
+""",
+        "summed",
+    ),
+    "nothing": (
+        """
+Layout.rows = lambda self, x, heads=None, axis=0: x
+Layout.gathered = lambda self, path, kernel: kernel
+""",
+        "gathered",
+    ),
+    "whole": (
+        """
+def rows(self, x, heads=None, axis=0):
+    return x if self.mesh is None else self._constrained(x, P())
+Layout.rows = rows
+""",
+        "gathered",
+    ),
+}
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """Flags of the command that compiles a step with the 3B's widths."""
+    config = tmp_path / "wide.py"
+    config.write_text(WIDE)
+    return f"--config={config}", "--topology=v5e:4x4", "--programs=SFT step"
 
 
 @pytest.mark.soak
-def test_a_step_that_does_not_scale_is_a_fault(run, tmp_path):
-    wide = tmp_path / "wide.py"
-    wide.write_text(WIDE)
-    flags = (f"--config={wide}", "--topology=v5e:4x4", "--programs=SFT step")
-    code, _, errors, figures = run(*flags)
+def test_a_step_that_scales(run, wide):
+    code, _, errors, figures = run(*wide)
     assert (code, figures["faults"]) == (0, []), errors
-    code, _, errors, figures = run(*flags, before=_BY_FEATURES)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", _BREAKAGES)
+def test_a_step_that_does_not_scale_is_a_fault(run, wide, name):
+    breakage, says = _BREAKAGES[name]
+    imports = "from jax.sharding import PartitionSpec as P\n"
+    imports += "from morer1_jax.model.sharding import Layout\n"
+    code, _, errors, figures = run(*wide, before=imports + breakage)
     assert code == 1
-    assert any("activations are summed over axes that split rows" in f for f in figures["faults"])
-    assert "fault: SFT step: activations are summed" in errors
+    text = f"activations are {says} over axes that split rows"
+    assert any(text in fault for fault in figures["faults"])
+    assert f"fault: SFT step: {text}" in errors
 
 
 @pytest.mark.soak

@@ -3,10 +3,11 @@
 Optimised HLO does not say which array a transfer's operand came from, so its shape decides. A
 parameter is recognised by the dimensions, in any order and merged or split, of the whole, of one
 layer of a stack, and of what a device holds of either, gathered over none, some or all of the axes
-that split it. Everything that is not so recognised counts as activations, so that an activation is
-never taken for something else but where its shape is exactly a parameter's. What is summed is a
-gradient, but not in a forward pass, where the name that JAX gave it tells; nor where a gather of
-the same name brings the sum's parts together again.
+that split it; a gradient also halfway through `model.sharding.scatter_sum`. Everything that is not
+so recognised counts as activations, so that an activation is never taken for something else but
+where its shape is exactly a parameter's. What is summed is a gradient, but not in a forward pass,
+where the name that JAX gave it tells; nor where a gather of the same name brings the sum's parts
+together again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from morer1_jax.cost.hlo import Array
 from morer1_jax.cost.program import Transfer
+from morer1_jax.model.sharding import ONE_STEP, torus_sides
 
 WEIGHTS, GRADIENTS, ACTIVATIONS = "weights", "gradients", "activations"
-SMALL = "scalars and small"
+IDS, SMALL = "ids and masks", "scalars and small"
+# Arrays of these are ids of tokens, places in others, or masks; photos are u8.
+_INTEGERS = ("s32", "u32", "s64", "u64", "pred")
 # What a transfer sends in all its turns to be looked at.
 _SMALL_BYTES = 2**20
 # Of arrays between slices: [tiles, 8, 128].
@@ -45,7 +48,7 @@ class Moved:
     """What a transfer moves.
 
     Attributes:
-        what: `WEIGHTS`, `GRADIENTS`, `ACTIVATIONS` or `SMALL`.
+        what: `WEIGHTS`, `GRADIENTS`, `ACTIVATIONS`, `IDS` or `SMALL`.
         summed: whether it is summed over devices.
         axes: the mesh's axes that it joins devices along, in the mesh's order.
         across_slices: whether it joins devices of several slices.
@@ -80,7 +83,7 @@ def attribute(transfers: Sequence[Transfer], mesh: Mesh, params: Any) -> list[Mo
         summed = _is_sum(transfer, sums)
         axes, across = _joined(transfer, mesh, slices)
         what = _what(transfer, forms, summed, within if across else None)
-        if _half(transfer) in halves and what != SMALL:
+        if _half(transfer) in halves and what not in (IDS, SMALL):
             what = ACTIVATIONS
         moved.append(Moved(what, summed, axes, across))
     return moved
@@ -120,12 +123,15 @@ def _what(
     """
     if transfer.bytes * transfer.times < _SMALL_BYTES:
         return SMALL
+    if all(array.dtype in _INTEGERS for array in transfer.arrays):
+        return IDS
     # Several may travel together. One that is unknown and not small makes them activations.
     unknown = [
         whole
         for whole, part in zip(transfer.arrays, transfer.entering, strict=True)
         if not (
-            _is_known(whole, forms)
+            whole.dtype in _INTEGERS
+            or _is_known(whole, forms)
             or _is_known(part, forms)
             or (within is not None and _is_flat(whole, forms, within))
         )
@@ -153,19 +159,30 @@ def _key(transfer: Transfer) -> Any:
 
 
 def _forms(shape: Sequence[int], sharding: NamedSharding) -> Iterator[Dimensions]:
-    """Yields the dimensions in which a parameter may travel, without those of size one."""
-    mesh, spec = sharding.mesh, (*sharding.spec, *(None,) * len(shape))[: len(shape)]
+    """Yields the dimensions in which a parameter may travel, without those of size one.
+
+    Over an axis that splits it a parameter is gathered or not; a gradient may be in the first of
+    two steps of being scattered.
+    """
+    sizes, spec = sharding.mesh.shape, (*sharding.spec, *(None,) * len(shape))[: len(shape)]
     names = [(name,) if isinstance(name, str) else tuple(name or ()) for name in spec]
     axes = sorted({name for group in names for name in group})
-    for count in range(len(axes) + 1):
-        for kept in itertools.combinations(axes, count):
-            part = P(*(tuple(name for name in group if name in kept) for group in names))
-            dimensions = NamedSharding(mesh, part).shard_shape(tuple(shape))
-            for stacked in range(_MAX_STACKED + 1):
-                # The axes of a stack are not split, and what is stacked has at least one axis.
-                if stacked >= max(len(shape), 1) or any(names[:stacked]):
-                    break
-                yield _without_ones(dimensions[stacked:])
+    for parts in itertools.product(*(_divisors(sizes[axis]) for axis in axes)):
+        divisors = dict(zip(axes, parts, strict=True))
+        dimensions = [
+            size // math.prod(divisors[name] for name in group)
+            for size, group in zip(shape, names, strict=True)
+        ]
+        for stacked in range(_MAX_STACKED + 1):
+            # The axes of a stack are not split, and what is stacked has at least one axis.
+            if stacked >= max(len(shape), 1) or any(names[:stacked]):
+                break
+            yield _without_ones(dimensions[stacked:])
+
+
+def _divisors(devices: int) -> set[int]:
+    """Returns into how many parts an axis of so many devices may split a parameter's gradient."""
+    return {1, devices} | ({torus_sides(devices)[0]} if devices > ONE_STEP else set())
 
 
 def _without_ones(shape: Iterable[int]) -> Dimensions:

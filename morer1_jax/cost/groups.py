@@ -96,7 +96,7 @@ def _of_mesh(text: str, order: str, devices: int) -> Int[np.ndarray, "groups mem
     axes = re.findall(r"'([^']+)'=(\d+)", text[: text.index("]")])
     numbers = np.arange(devices)
     if order:
-        numbers = _iota(order[order.index("(") + 1 : order.rindex(")")]).reshape(-1)
+        numbers = _iota(order.rpartition("{")[0].strip()[1:-1]).reshape(-1)
     # An axis in part is three axes: what stands before it, itself, what stands after it.
     shape, members = [], []
     for name, size in axes:

@@ -17,6 +17,7 @@ import numpy as np
 from morer1_jax.cost.groups import replica_groups, slice_groups, source_target_pairs
 from morer1_jax.cost.hlo import Array, Computation, Instruction, Module
 from morer1_jax.cost.loops import trip_count
+from morer1_jax.cost.products import PRODUCTS, product_flops
 
 # Collectives by name. Of a pair `…-start`, `…-done` the start counts.
 COLLECTIVES = (
@@ -38,8 +39,9 @@ class Transfer:
     """A collective.
 
     Attributes:
-        kind: the operation, such as `all-gather`; `reduce-scatter` also where it is compiled as a
-            fusion of an `all-reduce` and the slice that a device keeps.
+        kind: the operation, such as `all-gather`, also where it is compiled as an `all-reduce` of
+            zeros and each device's part; `reduce-scatter` also where it is compiled as a fusion of
+            an `all-reduce` and the slice that a device keeps.
         arrays: whole on one device: the results of an `all-gather`, what goes into the others,
             without padding.
         entering: what goes in, of an `all-gather` too.
@@ -83,9 +85,11 @@ class Cost:
     """What a program, or one turn of a loop without a number of turns, does on one device.
 
     Attributes:
+        products: FLOPs of matrix products, kernels left out.
         loops: loops that end by data, with the cost of one turn of each.
     """
 
+    products: float = 0.0
     work: list[Work] = dataclasses.field(default_factory=list)
     transfers: list[Transfer] = dataclasses.field(default_factory=list)
     loops: list[tuple[str, Cost]] = dataclasses.field(default_factory=list)
@@ -125,6 +129,7 @@ class _Walk:
         channels: set[str] = set()
         for instruction in computation.instructions.values():
             for part in self._parts(computation, instruction, times, channels):
+                total.products += part.products
                 total.work += part.work
                 total.transfers += part.transfers
                 total.loops += part.loops
@@ -157,7 +162,8 @@ class _Walk:
             branches = [self.cost(computations[name], times) for name in instruction.callees]
             yield max(branches, key=lambda branch: (branch.cycles, branch.bytes))
         elif opcode == "fusion" or opcode.startswith("custom-call"):
-            yield Cost(work=self._work(computation, instruction, times))
+            products = self._products_in(instruction) * times
+            yield Cost(products, work=self._work(computation, instruction, times))
             # A fusion's own estimate covers the operations in it, but not what it sends.
             yield Cost(transfers=list(self._fused(instruction, times, channels)))
         elif opcode.endswith(("-done", "-update")):
@@ -166,7 +172,24 @@ class _Walk:
             for name in instruction.callees:
                 yield self.cost(computations[name], times)
         else:
-            yield Cost(work=self._work(computation, instruction, times))
+            products = self._product(computation, instruction) * times
+            yield Cost(products, work=self._work(computation, instruction, times))
+
+    def _products_in(self, fusion: Instruction) -> float:
+        """Returns the FLOPs of the products in a fusion, and in fusions within it."""
+        return sum(
+            self._products_in(instruction) + self._product(computation, instruction)
+            for computation in (self.module.computations[name] for name in fusion.callees)
+            for instruction in computation.instructions.values()
+        )
+
+    def _product(self, computation: Computation, instruction: Instruction) -> float:
+        if instruction.opcode not in PRODUCTS:
+            return 0.0
+        left, right = (
+            computation.instructions[name].arrays[0].shape for name in instruction.operands[:2]
+        )
+        return product_flops(instruction, left, right)
 
     def _fused(self, fusion: Instruction, times: float, channels: set[str]) -> Iterator[Transfer]:
         """Yields the collectives in a fusion.
@@ -226,7 +249,36 @@ class _Walk:
             count = len(instruction.arrays) // (2 if instruction.opcode.endswith("start") else 1)
             arrays = instruction.arrays[-count:]
         operands = [computation.instructions[name] for name in instruction.operands]
-        return self._sent(computation, instruction, kind, operands, arrays, groups, times)
+        sent = self._sent(computation, instruction, kind, operands, arrays, groups, times)
+        parts = (self._is_padded_part(computation, operand) for operand in operands)
+        if kind == "all-reduce" and all(parts):
+            return dataclasses.replace(sent, kind="all-gather")
+        return sent
+
+    def _is_padded_part(self, computation: Computation, operand: Instruction) -> bool:
+        """Returns whether an array is one device's part in a place of its own, and else zero.
+
+        A sum of such arrays over devices brings the parts together.
+        """
+        update, inner = operand, computation
+        if operand.opcode == "fusion":
+            inner = self.module.computations[operand.callees[0]]
+            update = inner.instructions[inner.root]
+        if update.opcode != "dynamic-update-slice":
+            return False
+
+        def resolved(name: str) -> tuple[Instruction, Computation]:
+            found = inner.instructions[name]
+            if found.opcode == "parameter" and inner is not computation:
+                name = operand.operands[int(found.operands[0])]
+                return computation.instructions[name], computation
+            return found, inner
+
+        (around, scope), _, *places = (resolved(name) for name in update.operands)
+        if around.opcode == "broadcast":
+            around = scope.instructions[around.operands[0]]
+        is_zero = around.opcode == "constant" and around.operands == ("0",)
+        return is_zero and any(place.opcode != "constant" for place, _ in places)
 
     def _between_slices(
         self, computation: Computation, send: Instruction, times: float

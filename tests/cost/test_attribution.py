@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from morer1_jax.cost.attribution import ACTIVATIONS, GRADIENTS, SMALL, WEIGHTS, attribute
+from morer1_jax.cost.attribution import ACTIVATIONS, GRADIENTS, IDS, SMALL, WEIGHTS, attribute
 from morer1_jax.cost.hlo import Array, parse
 from morer1_jax.cost.program import Transfer, cost_of
 
@@ -88,13 +88,29 @@ def test_shapes(mesh, kind, shape, what):
     assert not found.across_slices
 
 
+@pytest.mark.parametrize(
+    ("rows", "what"), [(512, GRADIENTS), (128, GRADIENTS), (32, GRADIENTS), (256, ACTIVATIONS)]
+)
+def test_gradients_are_scattered_in_two_steps_over_many(rows, what):
+    """Of sixteen devices first over four, then over four."""
+    chips = types.SimpleNamespace(
+        devices=np.array([types.SimpleNamespace(slice_index=0)] * 16), axis_names=("fsdp",)
+    )
+    abstract = jax.sharding.AbstractMesh((16,), ("fsdp",))
+    params = tree(abstract, {"q": ((512, 8, 256), P("fsdp"))})
+    sent = transfer("reduce-scatter", (rows, 8, 256), groups=((0, 1, 2, 3),))
+    assert [one.what for one in attribute([sent], chips, params)] == [what]
+
+
 def test_a_gather_whose_pieces_are_not_in_place_is_known_by_a_piece(mesh):
     pieces = transfer("all-gather", (4096 * 4, 128), entering=(Array("bf16", (2048, 128)),))
     assert moved(mesh, pieces)[0].what == WEIGHTS
 
 
 def test_whole_numbers_are_no_weights(mesh):
-    assert moved(mesh, transfer("all-gather", (4096, 512), "s32"))[0].what == ACTIVATIONS
+    assert moved(mesh, transfer("all-gather", (4096, 512), "s32"))[0].what == IDS
+    # Photos are no ids.
+    assert moved(mesh, transfer("all-gather", (4096, 512), "u8"))[0].what == ACTIVATIONS
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ def members(groups):
         ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", 4, [[0, 2], [1, 3]]),
         ("mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'b'}", 4, [[0, 2], [1, 3]]),
         ("mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'a'}", 4, [[0, 3], [1, 2]]),
+        (
+            "mesh['a'=2,'b'=1,'c'=4], device_ids=([2,2,2]T(0,2,1)) {'c':(2)2}",
+            8,
+            [[0, 2], [1, 3], [4, 6], [5, 7]],
+        ),
         # An axis in part: 8 is 2 · 2 · 2, of which the outer, the middle or the inner factor joins.
         ("mesh['a'=8] {'a':(1)2}", 8, [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("mesh['a'=8] {'a':(2)2}", 8, [[0, 2], [1, 3], [4, 6], [5, 7]]),

@@ -115,6 +115,49 @@ def test_a_sum_is_scattered_only_where_the_slice_is_fused():
     assert kinds == {"reduce-scatter": 3072, "all-reduce": 2 * 3072}
 
 
+# Parts in places of their own: by itself, and in a fusion; then in an array that is no constant,
+# and all in the same place.
+PADDED = """
+%place (p: f32[1024], q: f32[256], i: u32[]) -> f32[1024] {
+  %p = f32[1024] parameter(0)
+  %q = f32[256] parameter(1)
+  %i = u32[] parameter(2)
+  ROOT %u = f32[1024] dynamic-update-slice(%p, %q, %i)
+}
+
+ENTRY %main (x: f32[1024], y: f32[256], i: u32[]) -> (f32[1024], f32[1024]) {
+  %x = f32[1024] parameter(0)
+  %y = f32[256] parameter(1)
+  %i = u32[] parameter(2)
+  %zero = f32[] constant(0)
+  %zeros = f32[1024] broadcast(%zero), dimensions={}
+  %a = f32[1024] dynamic-update-slice(%zeros, %y, %i)
+  %b = f32[1024] fusion(%zeros, %y, %i), kind=kLoop, calls=%place
+  %both = (f32[1024], f32[1024]) all-reduce(%a, %b), channel_id=1, replica_groups={}, \
+to_apply=%add
+  %c = f32[1024] fusion(%x, %y, %i), kind=kLoop, calls=%place
+  %d = f32[1024] all-reduce(%c), channel_id=2, replica_groups={}, to_apply=%add
+  %same = u32[] constant(3)
+  %f = f32[1024] dynamic-update-slice(%zeros, %y, %same)
+  %g = f32[1024] all-reduce(%f), channel_id=4, replica_groups={}, to_apply=%add
+  %e = f32[1024] all-reduce(%x), channel_id=3, replica_groups={}, to_apply=%add
+  ROOT %out = (f32[1024], f32[1024]) tuple(%d, %e)
+}
+"""
+
+
+def test_a_sum_of_parts_in_places_of_their_own_is_a_gather():
+    """It sends twice as much as a gather would, and nothing is added up."""
+    transfers = cost_of(parse(PADDED), devices=4).transfers
+    assert [(transfer.kind, transfer.bytes) for transfer in transfers] == [
+        ("all-gather", 2 * 2 * 3072),
+        ("all-reduce", 2 * 3072),
+        ("all-reduce", 2 * 3072),
+        ("all-reduce", 2 * 3072),
+    ]
+    assert transfers[0].arrays == (Array("f32", (1024,)),) * 2
+
+
 BRANCHES = """
 %busy (p: f32[1024]) -> f32[1024] {
   %p = f32[1024] parameter(0)
