@@ -2,7 +2,7 @@
 
     python -m morer1_jax.compile --config=configs/qwen2_5_vl_3b_sft.py:v5e:4x4 \\
         --topology=v5e:4x4 --json=sft.json
-    python tools/compiled_table.py sft.json grpo.json
+    python tools/compiled_table.py --figures=sft.json,grpo.json
 
 A row is a config on a topology; its programs may come from several files.
 """
@@ -14,8 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from morer1_jax.cli import run_main
-from morer1_jax.errors import ConfigError
+from morer1_jax.paths import local_path
+
+_FIGURES = flags.DEFINE_list("figures", None, "Files that the command wrote by --json.")
 
 _HEAD = (
     "| config | topology | fullest program | SFT step | update | a token |",
@@ -25,9 +29,8 @@ _HEAD = (
 
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    files = [Path(name) for name in argv[1:]]
-    if not files:
-        raise ConfigError("expected files that morer1_jax.compile wrote by --json, found none")
+    del argv
+    files = [local_path(name, "--figures") for name in _FIGURES.value]
     print("\n".join((*_HEAD, *rows([json.loads(file.read_text()) for file in files]))))
 
 
@@ -89,4 +92,5 @@ def _seconds(part: dict[str, Any], chip: dict[str, Any]) -> float | None:
 
 
 if __name__ == "__main__":
+    flags.mark_flag_as_required("figures")
     run_main(main)

@@ -35,13 +35,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "mesh.sampling_tensor": 2,
         },
         "v6e:2x4": {"sft.micro_batches": 2, "grpo.micro_batches": 16},
-        "v6e:4x4": {"grpo.micro_batches": 4},
+        "v6e:4x4": {"grpo.micro_batches": 8},
         "h100:1": {
             "sft.micro_batches": 16,
             "grpo.micro_batches": 128,
             "grpo.rollout_parts": 8,
         },
-        "h100:8": {"sft.micro_batches": 2, "grpo.micro_batches": 16},
+        "h100:8": {"sft.micro_batches": 2, "grpo.micro_batches": 4},
     },
     "7b": {
         "v5e:2x4": {
@@ -63,15 +63,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "v5p:2x2x4": {"sft.micro_batches": 1, "grpo.micro_batches": 4},
         "v6e:2x4": {
-            # With `tensor` of 1 TPUs' compiler ends with a fault of its own in the update.
+            # With `tensor` of 1, or two prompts a chip at once, TPUs' compiler ends with a fault of
+            # its own in the update.
             "mesh.tensor": 2,
             "sft.micro_batches": 8,
             "grpo.micro_batches": 32,
             "mesh.sampling_tensor": 4,
             **_BFLOAT16_MOMENTS,
         },
-        "v6e:4x4": {"sft.micro_batches": 2, "grpo.micro_batches": 8, "mesh.sampling_tensor": 4},
-        "h100:8": {"sft.micro_batches": 4, "grpo.micro_batches": 16},
+        "v6e:4x4": {"sft.micro_batches": 1, "grpo.micro_batches": 4, "mesh.sampling_tensor": 4},
+        "h100:8": {"sft.micro_batches": 4, "grpo.micro_batches": 8},
     },
 }
 

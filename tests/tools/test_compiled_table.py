@@ -1,6 +1,10 @@
 """The table of what compiled programs need."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import compiled_table
 
@@ -63,3 +67,22 @@ def test_what_is_not_known_is_left_out():
     assert row == "| small_grpo | v5e:2x2 | update: 11.0 of 16.0 GB |  |  |  |"
     (row,) = compiled_table.rows([figures({"update": failing, "rollout": ROLLOUT})])
     assert row == "| small_grpo | v5e:2x2 | update: does not compile |  |  | 10.0 to 13.5 ms |"
+
+
+def test_the_command_reads_files(tmp_path):
+    names = []
+    for name, made in (("sft", {"SFT step": UPDATE}), ("grpo", {"update": UPDATE})):
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(figures(made, config=f"configs/small_{name}.py"))
+        )
+        names.append(str(tmp_path / f"{name}.json"))
+    done = subprocess.run(
+        [sys.executable, compiled_table.__file__, f"--figures={','.join(names)}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(compiled_table.__file__).parents[1],
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("| config | topology |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| small_sft", "| small_grpo"]
