@@ -146,6 +146,17 @@ def test_sums_of_copies_are_scattered_among_a_copys_own_devices():
     np.testing.assert_array_equal(out, np.sum(arrays, axis=2))
 
 
+@pytest.mark.parametrize("sums", ["float32", "bfloat16"])
+def test_copies_are_summed_in_the_dtype_of_sums(sums):
+    """Nothing is converted in between, so that devices send numbers of that dtype."""
+    gradients = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+    layout = Layout(sums=sums)
+    np.testing.assert_array_equal(layout.summed_over_copies(gradients), [4, 6])
+    jaxpr = jax.make_jaxpr(layout.summed_over_copies)(gradients)
+    (added,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name.startswith("reduce"))
+    assert added.invars[0].aval.dtype == added.outvars[0].aval.dtype == jnp.dtype(sums)
+
+
 def test_parts_of_the_rows():
     assert Layout(MESH).parts(8) == 4
     assert Layout().parts(7) == 1
