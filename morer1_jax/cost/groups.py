@@ -98,17 +98,17 @@ def _of_mesh(text: str, order: str, devices: int) -> Int[np.ndarray, "groups mem
     if order:
         numbers = _iota(order.rpartition("{")[0].strip()[1:-1]).reshape(-1)
     # An axis in part is three axes: what stands before it, itself, what stands after it.
-    shape, members = [], []
+    shape, places = [], {}
     for name, size in axes:
-        parts = [
-            (int(before or 1), int(own or size)) for axis, before, own in joined if axis == name
-        ]
+        parts = [(int(before or 1), own) for axis, before, own in joined if axis == name]
         done = 1
         for before, own in sorted(parts):
-            shape += [before // done, own]
-            members.append(len(shape) - 1)
-            done = before * own
+            shape += [before // done, int(own or size)]
+            places[name, before] = len(shape) - 1
+            done = before * int(own or size)
         shape.append(int(size) // done)
+    # Members are counted in the order in which the axes are named.
+    members = [places[axis, int(before or 1)] for axis, before, _ in joined]
     numbers = numbers.reshape(shape)
     others = [axis for axis in range(numbers.ndim) if axis not in members]
     width = math.prod(shape[axis] for axis in members)

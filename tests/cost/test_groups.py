@@ -59,6 +59,20 @@ def test_members(text, devices, groups):
     assert members(found) == groups
 
 
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("mesh['a'=2,'b'=3] {'a','b'}", [0, 1, 2, 3, 4, 5]),
+        ("mesh['a'=2,'b'=3] {'b','a'}", [0, 3, 1, 4, 2, 5]),
+        ("mesh['a'=4,'b'=2] {'b','a':(2)2}", [0, 2, 1, 3]),
+    ],
+)
+def test_members_are_in_the_order_of_their_axes(text, first):
+    devices = 6 if "3" in text else 8
+    found = replica_groups(instruction(f"replica_groups={text}, to_apply=%add"), devices)
+    assert found[0].tolist() == first
+
+
 def test_no_groups_are_all_devices():
     assert members(replica_groups(instruction("to_apply=%add"), 4)) == [[0, 1, 2, 3]]
 
@@ -135,5 +149,4 @@ def test_the_order_of_a_turned_gather(compiled):
         for instruction in computation.instructions.values()
         if instruction.opcode == "all-gather"
     )
-    assert "device_ids" in gather.attributes
     assert np.array(replica_groups(gather, 16))[0, :5].tolist() == [0, 4, 8, 12, 1]
