@@ -56,7 +56,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "mesh.sampling_tensor": 4,
         },
         "v5e:8x8": {
-            # SFT alone is faster with `data` of 2; GRPO's update does not fit so.
             "sft.micro_batches": 1,
             "grpo.micro_batches": 2,
             "mesh.sampling_tensor": 4,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -138,13 +138,13 @@ class Layout:
             What the copies return, on a leading axis, split over them.
         """
 
-        def apart(x: jax.Array) -> jax.Array:
+        def by_copy(x: jax.Array) -> jax.Array:
             x = x.reshape(self.copies, x.shape[0] // self.copies, *x.shape[1:])
             return self._constrained(x, P(COPIES_AXIS, own.row_axes))
 
         own = dataclasses.replace(self, in_copy=True)
         run = jax.vmap(run, axis_name=_COPIES, spmd_axis_name=COPIES_AXIS)
-        return run(jax.tree.map(apart, batch))
+        return run(jax.tree.map(by_copy, batch))
 
     def most(self, x: jax.Array) -> jax.Array:
         """Returns a number that all devices agree on: the largest of the copies."""
@@ -274,10 +274,8 @@ class Layout:
         Of a sum over all of a slice's chips, if they are many, TPUs' compiler would otherwise bring
         all of it to every chip.
         """
-        devices = self.mesh.devices
-        slices = len({getattr(device, "slice_index", 0) for device in devices.flat})
-        size = self.mesh.shape[name]
-        whole = devices.flat[0].platform == "tpu" and size * slices == devices.size
+        size, slices = self.mesh.shape[name], len(slices_of(self.mesh.devices.flat))
+        whole = size * slices == self.mesh.size  # Never so of other devices than TPUs.
         return torus_sides(size) if whole and size > ONE_STEP else (1, size)
 
     def _size(self, *axes: str) -> int:
@@ -286,6 +284,12 @@ class Layout:
 
     def _constrained(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def slices_of(devices: Iterable[jax.Device]) -> set[int]:
+    """Returns the numbers of the TPU slices that devices belong to; of other devices none."""
+    # Of GPUs too some have slices, whose sense is another one.
+    return {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
 
 
 def torus_sides(devices: int) -> tuple[int, int]:

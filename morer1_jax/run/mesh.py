@@ -5,7 +5,7 @@ it fits both one layer and layers stacked along leading axes by `nn.scan`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from morer1_jax.data.feed import Host
 from morer1_jax.errors import ConfigError
-from morer1_jax.model.sharding import BATCH_AXES, partition_spec, torus_sides
+from morer1_jax.model.sharding import BATCH_AXES, partition_spec, slices_of, torus_sides
 
 PyTree = Any
 
@@ -84,12 +84,6 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     else:
         arranged = create_hybrid_device_mesh(grid, (len(slices), *(1 for _ in grid[1:])), devices)
     return Mesh(arranged.reshape(shape), names, axis_types=types)
-
-
-def slices_of(devices: Iterable[jax.Device]) -> set[int]:
-    """Returns the numbers of the TPU slices that devices belong to."""
-    # Of GPUs too some have slices, whose sense is another one.
-    return {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:
