@@ -15,9 +15,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from morer1_jax.errors import ConfigError, DataError, one_line
+from morer1_jax.errors import ConfigError, DataError, Stopped, one_line
 from morer1_jax.files import full_disk
+from morer1_jax.hosts import join
 from morer1_jax.output import check_text, unfailing_output
+
+# Exit code of a run that was told to stop and has saved: start the same command again. It is the
+# code of a temporary failure in sysexits.h.
+STOPPED = 75
 
 
 def run_main(
@@ -30,9 +35,11 @@ def run_main(
 
     `ConfigError`, `DataError`, the system's errors about a file, a full disk as any library reports
     it, and errors in the flags (an unknown `--config.` key, a value of the wrong type, a missing
-    config file) become one line on stderr and exit code 2. So does Ctrl-C, with exit code 130. All
+    config file) become one line on stderr and exit code 2. So does Ctrl-C, with exit code 130, and
+    a run that was told to stop, with `STOPPED`. All
     others keep their traceback, including errors inside a config file. Libraries' logs are shown
-    from warnings on, unless `--verbosity` is given.
+    from warnings on, unless `--verbosity` is given. Of a run's several processes each names itself,
+    and one that fails ends the others.
 
     Args:
         main: takes the command line without its flags: the program's name alone.
@@ -52,19 +59,25 @@ def run_main(
             check_text([*argv, *sys.argv])
             app.run(quiet_main, argv, flags_parser=_parse_flags)
         except (ConfigError, DataError) as error:
-            _exit(2, f"error: {one_line(error)}")
+            _exit(2, one_line(error))
+        except Stopped as error:
+            print(f"{one_line(error)}; the same command goes on", file=sys.stderr)
+            sys.exit(STOPPED)
         except KeyboardInterrupt:
-            _exit(130, interrupted)
+            join.leave(130, interrupted)
+            print(interrupted, file=sys.stderr)
+            sys.exit(130)
         except Exception as error:
             if full := full_disk(error):
                 file, problem = full
                 _exit(
                     2,
-                    f"error: {file or 'a file'}: {problem}; make room, then give the same command",
+                    f"{file or 'a file'}: {problem}; make room, then give the same command",
                 )
             if not isinstance(error, OSError) or error.filename is None:
+                join.leave(1, f"{type(error).__name__}: {one_line(error)}", error)
                 raise
-            _exit(2, f"error: {error.filename}: {error.strerror}")
+            _exit(2, f"{error.filename}: {error.strerror}")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -84,7 +97,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _exit(code: int, line: str) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
+    join.leave(code, line)
+    print("error:", " ".join(line.split()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -32,6 +32,13 @@ class NotFiniteError(DataError):
     """A number that is not finite; the message is one line."""
 
 
+class Stopped(BaseException):
+    """The end of a run that was told to stop, and has saved what it had: start it again.
+
+    No error, so that no code that handles errors takes it for one.
+    """
+
+
 class ErrorList:
     """The errors of one pass over the data, raised together so that a user sees all at once."""
 

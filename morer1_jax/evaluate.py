@@ -1,4 +1,4 @@
-"""Scores a checkpoint on a split of a dataset in MORE's form: tables, answers and a page.
+"""Scores a checkpoint on a split of a dataset: tables, answers and a page.
 
     python -m morer1_jax.evaluate --checkpoint=runs/demo/sft --data=runs/demo/data --out=scores
 
@@ -14,22 +14,24 @@ from absl import flags
 from etils import epath
 
 from morer1_jax.cli import run_main
+from morer1_jax.data.source import open_source
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import check_writable, read_jsonl
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.paths import any_path, expand_home, local_path
-from morer1_jax.processes import check_alone
 from morer1_jax.report.report import write_report
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
-from morer1_jax.serve.loaded import LABELS, open_model
+from morer1_jax.serve.loaded import open_model
 from morer1_jax.stages.evaluate import read_scores, write_scores
 from morer1_jax.task import metrics, more
+from morer1_jax.task.photos import photo_sizes
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
 )
-_DATA = flags.DEFINE_string("data", None, "A dataset's folder; its rel2id.json says the labels.")
+_DATA = flags.DEFINE_string("data", None, "A dataset's folder, which says the labels.")
 _SPLIT = flags.DEFINE_enum("split", "test", list(more.SPLITS), "The split.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write to.")
 _NAME = flags.DEFINE_string("name", None, "The system's; by default the checkpoint's last part.")
@@ -58,12 +60,12 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
     """Scores a split, into a folder that this process has locked."""
-    labels = data / LABELS
-    facts = more.read_split(data, split, more.read_ontology(data))
-    loaded = open_model(_CHECKPOINT.value, labels=labels, completion=_LENGTH.value)
-    sizes = more.photo_sizes(facts, data)
+    source = open_source(data, "--data")
+    facts = source.facts(split)
+    loaded = open_model(_CHECKPOINT.value, labels=source.ontology, completion=_LENGTH.value)
+    sizes = photo_sizes(facts, source)
     batch = min(_BATCH.value, len(facts))
-    sampler = loaded.sampler(data, facts, sizes, batch=batch, guided=_GUIDED.value)
+    sampler = loaded.sampler(source, facts, sizes, batch=batch, guided=_GUIDED.value)
     answers = sampler.answers(loaded.params, facts, f"evaluate {name}")
     write_scores(out, name, facts, answers, loaded.policy.ontology)
     print(metrics.format_table(read_scores(out)))

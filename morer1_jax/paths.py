@@ -41,6 +41,8 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
 def any_path(path: str | os.PathLike[str], name: str) -> epath.Path:
     """Returns a path as `local_path` does, or a path in a bucket (`gs://…`)."""
     text = os.fspath(path)
+    if "://" not in text and _URL.match(text):
+        raise _path_error(name, text, "expected a path or gs://…, found half of a URL; name one")
     try:
         return epath.Path(text if "://" in text else expand_home(text, name))
     except KeyError:
@@ -79,6 +81,11 @@ def _path_error(name: str, text: str, problem: str) -> OSError:
     return OSError(errno.EINVAL, problem, f"{name}={shown}")
 
 
+def is_plain(path: Path) -> bool:
+    """Returns whether libraries take an absolute path as it is; see `plain_path`."""
+    return _PLAIN.fullmatch(str(path)) is not None
+
+
 @contextlib.contextmanager
 def plain_path(path: Path) -> Iterator[Path]:
     """Yields a path to a file or folder that libraries take literally, for the block alone.
@@ -89,7 +96,7 @@ def plain_path(path: Path) -> Iterator[Path]:
     Args:
         path: an absolute path.
     """
-    if _PLAIN.fullmatch(str(path)):
+    if is_plain(path) or _URL.match(os.fspath(path)):
         yield path
         return
     folders = (tempfile.gettempdir(), "/tmp", "/var/tmp")

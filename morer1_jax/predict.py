@@ -20,8 +20,8 @@ from PIL import Image
 from morer1_jax.cli import run_main
 from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import check_writable
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.paths import local_path
-from morer1_jax.processes import check_alone
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.serve.loaded import open_model
 from morer1_jax.serve.predict import (

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 from tqdm import tqdm
+
+from morer1_jax.hosts import group
 
 # Seconds between two redrawings of a bar that goes to a file.
 _FILE_INTERVAL = 30.0
@@ -20,6 +21,7 @@ def progress(
     total: int | None = None,
     initial: int = 0,
     unit: str = "step",
+    scale: bool = False,
 ) -> tqdm:
     """Returns a progress bar on stderr with counts, time left and rate, in the first process only.
 
@@ -32,6 +34,7 @@ def progress(
         total: the number of items; by default the iterable's length.
         initial: number of items done before, when a run is resumed.
         unit: an item's name.
+        scale: whether to print large counts with a prefix: 1.20GB.
     """
     terminal = sys.stderr.isatty()
     line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
@@ -41,7 +44,8 @@ def progress(
         total=total,
         initial=initial,
         unit=unit,
-        disable=jax.process_index() != 0,
+        unit_scale=scale,
+        disable=not group.is_first(),
         dynamic_ncols=terminal,
         bar_format=None if terminal else line,
         mininterval=0.2 if terminal else _FILE_INTERVAL,

@@ -4,6 +4,10 @@
 
 `--config.stages=sft` runs one stage alone; a stage whose output is whole is not run again, and one
 that was killed goes on from its last checkpoint. Any other key is set the same way.
+
+Several hosts run the same command, each in one process: on Cloud TPU, under Slurm, Open MPI and in
+an indexed job of Kubernetes they find each other; elsewhere `--coordinator`, `--processes` and
+`--process` say who they are.
 """
 
 from __future__ import annotations
@@ -17,24 +21,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from morer1_jax.cli import run_main
 from morer1_jax.config.binding import FILE as CONFIG_FILE
-from morer1_jax.config.binding import bind
+from morer1_jax.config.binding import bind, flatten
 from morer1_jax.config.schema import to_tree
 from morer1_jax.config.settings import settings
-from morer1_jax.errors import ConfigError
+from morer1_jax.errors import ConfigError, Stopped
 from morer1_jax.files import atomic_write, check_writable, remove
-from morer1_jax.paths import local_path
-from morer1_jax.processes import check_alone
+from morer1_jax.hosts import group
+from morer1_jax.hosts.join import joined, undone
+from morer1_jax.hosts.launch import BY_HAND, BY_LAUNCHER, find_place
+from morer1_jax.hosts.stop import check_stop, stoppable
+from morer1_jax.paths import any_path
 from morer1_jax.run.cache import use_program_cache
-from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.setup import Run, Setup, open_run, open_setup, with_features
-from morer1_jax.run.trial import check_saves
+from morer1_jax.run.store import Store
+from morer1_jax.run.trial import check_saves, check_shared
 from morer1_jax.stages.disk import check_room
 from morer1_jax.stages.marker import MARKER
 from morer1_jax.stages.table import BY_NAME, STAGES, Stage, stages_to_run
@@ -43,6 +49,22 @@ from morer1_jax.stages.workdir import WorkdirStatus
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run writes everything; by default runs/ and the config's name."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Of several processes: host:port of the first; that port and the next must be free there.",
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "Number of processes; 1: this one alone, whatever launched it."
+)
+_PROCESS = flags.DEFINE_integer("process", None, "The number of this process, from 0.")
+_PATIENCE = flags.DEFINE_float(
+    "join_seconds",
+    None,
+    f"Longest time that processes wait for each other at the start; by default {BY_HAND} with the "
+    f"flags above, {BY_LAUNCHER} without.",
+    lower_bound=1,
 )
 
 # Files and folders of a workdir before the first step; the config, which binds it, comes first.
@@ -56,41 +78,71 @@ def train(config: Any, workdir: Path) -> None:
         ConfigError, DataError, OSError: what the user can put right, in one line. What is found
             before the first step leaves the workdir as it was, so that another config may follow.
     """
-    check_alone()
-    workdir = local_path(workdir, "--workdir")
+    workdir = any_path(workdir, "--workdir")
     run_settings = settings(config)
     stages = stages_to_run(run_settings)
-    check_writable(workdir, folder=True)
     setup = open_setup(run_settings, workdir)
-    with hold(workdir, folder=True):
+    store = setup.store
+    group.by_first("writable", lambda: check_writable(store.folder, folder=True))
+    # One run writes into a workdir at a time; of its processes the first answers for all.
+    with store.held():
+        group.meet("workdir")
+        check_shared(store)
         _train(setup, stages)
+        group.meet("all is written")
 
 
 def _train(setup: Setup, stages: Sequence[Stage]) -> None:
-    """Runs stages in a workdir that this process has locked."""
-    workdir, status = setup.workdir, WorkdirStatus.of(setup.settings, setup.workdir)
+    """Runs stages in a workdir that this run has locked."""
+    store, status = setup.store, WorkdirStatus.of(setup.settings, setup.store)
 
     # Find all errors before a step is spent; that may need the data to be made first.
-    with _start(workdir):
-        tree, writes = to_tree(setup.settings), jax.process_index() == 0
-        bind(tree, workdir, write=writes, bound=status.why_bound)
-        status.check_steps()
-        _check_order(setup, status, stages)
+    with _start(store):
+        group.by_first("config", lambda: _bind(setup, status, stages))
         first = list(itertools.takewhile(lambda stage: stage.makes_data, stages))
         rest = stages[len(first) :]
         for stage in first:
             _run_stage(stage, setup, status)
-        unfinished = [stage for stage in rest if not status.done(stage)]
+            check_stop()
+        unfinished = [stage for stage in rest if not _done(stage, status)]
         run = _open(setup, status, stages, unfinished) if unfinished else None
+        check_stop()
     # Delete states only once nothing can refuse the command any more.
-    status.drop_states(goes_on=[stage.name for stage in unfinished])
+    goes_on = [stage.name for stage in unfinished]
+    group.by_first("states", lambda: status.drop_states(goes_on=goes_on))
 
-    # Run the stages.
-    if run is not None and any(stage.reads_images(setup.settings) for stage in unfinished):
-        run = with_features(run)
-    for stage in rest:
-        _run_stage(stage, setup if stage.makes_data else run, status)
-        status.drop_states()
+    # Run the stages. What they leave is in a bucket, too, however they end.
+    with stoppable(), _published(store):
+        group.by_first("start", store.publish)
+        if run is not None and any(stage.reads_images(setup.settings) for stage in unfinished):
+            run = with_features(run)
+        for stage in rest:
+            _run_stage(stage, setup if stage.makes_data else run, status)
+            group.by_first("states", status.drop_states)
+
+
+@contextlib.contextmanager
+def _published(store: Store) -> Iterator[None]:
+    """Copies to the bucket, at the end of the block, what the run has in its local copy."""
+    try:
+        yield
+    except BaseException:
+        if group.is_first():
+            with contextlib.suppress(Exception):  # The first error counts.
+                store.publish()
+        raise
+    group.by_first("end", store.publish)
+
+
+def _bind(setup: Setup, status: WorkdirStatus, stages: Sequence[Stage]) -> None:
+    """Binds the workdir to the config, and checks that the stages can follow what is done."""
+    bind(to_tree(setup.settings), setup.workdir, bound=status.why_bound)
+    status.check_steps()
+    _check_order(setup, status, stages)
+
+
+def _done(stage: Stage, status: WorkdirStatus) -> bool:
+    return group.of_first(f"{stage.name} is done", lambda: status.done(stage))
 
 
 def _open(
@@ -105,57 +157,83 @@ def _open(
     )
     for stage in unfinished:
         stage.check(run)
-    check_room(run, status, unfinished)
-    check_saves(setup.workdir)
+    group.by_first("room", lambda: check_room(run, status, unfinished))
+    check_saves(setup.store.root, run.trainee.placed.replicated)
     return run
 
 
 def _run_stage(stage: Stage, run: Setup | Run | None, status: WorkdirStatus) -> None:
     """Runs a stage unless it is done, and marks it as done with the seconds it took."""
-    if status.done(stage):
+    if _done(stage, status):
         print(f"stage {stage.name}: done before")
         return
     print(f"stage {stage.name}", flush=True)
     before = time.perf_counter()
-    stage.run(run)
+    if stage.makes_data:
+        group.by_first(stage.name, lambda: stage.run(run))
+    else:
+        stage.run(run)
     seconds = time.perf_counter() - before
-    status.finish(stage, {"seconds": round(seconds, 1)})
+    results = {"seconds": round(seconds, 1)}
+
+    def finish() -> None:
+        # In a bucket nothing of the stage may come after its marker.
+        status.store.publish()
+        status.finish(stage, results)
+        status.store.publish()
+
+    group.by_first(f"{stage.name} is whole", finish)
     print(f"stage {stage.name}: {seconds:.0f} s", flush=True)
 
 
 @contextlib.contextmanager
-def _start(workdir: Path) -> Iterator[None]:
+def _start(store: Store) -> Iterator[None]:
     """Undoes what the block made in the workdir if it fails or is interrupted, and nothing else.
 
     Otherwise the command could not be corrected, since the workdir would be bound to the config of
-    the one that failed.
+    the one that failed. Of several processes the first has made it all.
     """
+    if not group.is_first():
+        yield
+        return
+    workdir = store.folder
     new = [workdir / name for name in _BEGUN if not (workdir / name).exists()]
     binds = [
         path for path in (workdir / CONFIG_FILE, *workdir.glob(f"*/{MARKER}")) if path.exists()
     ]
     before = {path: path.read_bytes() for path in binds}
-    try:
-        with _ended_by_signals():
-            yield
-    except BaseException:
+
+    def undo() -> None:
         for path in new:
             remove(path)
         with contextlib.suppress(OSError):  # On a full disk the new text stays, which is valid.
             for path, text in before.items():
                 if path.read_bytes() != text:
                     atomic_write(path, text)
+        with contextlib.suppress(Exception):  # What is raised after it counts.
+            store.publish()
+
+    try:
+        with _ended_by_signals(), undone(undo):
+            yield
+    except BaseException:
+        undo()
         raise
 
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into `SystemExit`, so that they end the block as Ctrl-C does."""
+    """Turns SIGTERM into `Stopped`, SIGHUP into `SystemExit`: they end the block as Ctrl-C does.
+
+    Of several processes JAX takes SIGTERM, and all end where they poll; see `hosts.stop`.
+    """
 
     def end(number: int, frame: Any) -> None:
+        if number == signal.SIGTERM:
+            raise Stopped("stopped by SIGTERM before the first step")
         raise SystemExit(128 + number)
 
-    main = threading.current_thread() is threading.main_thread()
+    main = threading.current_thread() is threading.main_thread() and group.count() == 1
     numbers = [
         number
         for number in (signal.SIGTERM, signal.SIGHUP)
@@ -207,7 +285,12 @@ def main(argv: list[str]) -> None:
     use_program_cache()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = f"runs/{name}" if _WORKDIR.value is None else _WORKDIR.value
-    train(_CONFIG.value, local_path(workdir, "--workdir"))
+    place = find_place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _PATIENCE.value)
+    same = {
+        f"config.{key}": value for key, value in flatten(to_tree(settings(_CONFIG.value))).items()
+    }
+    with joined(place, same | {"--workdir": str(workdir)}):
+        train(_CONFIG.value, any_path(workdir, "--workdir"))
 
 
 if __name__ == "__main__":

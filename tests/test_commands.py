@@ -108,7 +108,6 @@ def test_what_cannot_work_is_one_line_before_any_work(command, folder, args, mes
 ALONE = {
     PREDICT: ASK[1:],
     EVALUATE: ("--checkpoint=none", "--data=none", "--out=out"),
-    "morer1_jax.train": (f"--config={ROOT / 'tests/configs/tiny.py'}", "--workdir=new"),
     "bench": (),
     "bench_data": (f"--config={ROOT / 'tests/configs/tiny.py'}",),
     "build_tfds": ("--folder=none", "--data_dir=new"),
@@ -133,10 +132,26 @@ def test_one_of_several_processes_is_refused_before_any_work(command, folder, mo
     target = name if "." in name else str(ROOT / "tools" / f"{name}.py")
     out, err = command(target, *ALONE[name], code=2)
     assert err == (
-        "error: expected one process, found 3: several hosts are not supported yet "
-        "(OMPI_COMM_WORLD_SIZE=3; start one process, or unset OMPI_COMM_WORLD_SIZE where this is "
-        "the only one)\n"
+        "error: expected one process, found 3: only `python -m morer1_jax.train` runs on several "
+        "hosts (OMPI_COMM_WORLD_SIZE=3; start one process, or unset OMPI_COMM_WORLD_SIZE where "
+        "this is the only one)\n"
     )
+    assert out == ""
+    assert tree(folder) == before
+
+
+def test_training_is_refused_where_a_launcher_does_not_say_who_the_others_are(
+    command, folder, monkeypatch
+):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    before = tree(folder)
+    config = f"--config={ROOT / 'tests/configs/tiny.py'}"
+    out, err = command("morer1_jax.train", config, "--workdir=new", code=2)
+    assert err.startswith(
+        "error: expected to find the other processes of OMPI_COMM_WORLD_SIZE=3, found none: "
+    )
+    assert "; give --coordinator=" in err
+    assert err.count("\n") == 1
     assert out == ""
     assert tree(folder) == before
 
@@ -147,8 +162,6 @@ BUCKET = "gs://bucket/x"
 @pytest.mark.parametrize(
     "args",
     [
-        (TRAIN, f"--config={TINY}", f"--workdir={BUCKET}"),
-        (TRAIN, f"--config={TINY}", "--workdir=gs:/bucket/x"),
         (*ASK, f"--picture={BUCKET}.png"),
         (PREDICT, "--checkpoint=none", f"--jsonl={BUCKET}"),
         (*SCORE, f"--out={BUCKET}"),
@@ -165,6 +178,15 @@ def test_what_works_on_a_disk_only_is_no_bucket(command, folder, args):
     flag, _, given = args[-1].partition("=")
     assert err == (
         f"error: {flag}={given}: expected a path of this machine, found a URL; name another\n"
+    )
+    assert out == ""
+    assert not Path("gs:").exists()
+
+
+def test_half_of_a_buckets_name_is_no_folder(command):
+    out, err = command(TRAIN, f"--config={TINY}", "--workdir=gs:/bucket/x", code=2)
+    assert err == (
+        "error: --workdir=gs:/bucket/x: expected a path or gs://…, found half of a URL; name one\n"
     )
     assert out == ""
     assert not Path("gs:").exists()
@@ -280,13 +302,16 @@ def test_build_tfds_says_what_it_wrote_and_no_more(command, small_world, tmp_pat
     tfds = pytest.importorskip("tensorflow_datasets")
     data_dir = tmp_path / "tfds"
     out, err = command(TFDS, f"--folder={small_world}", f"--data_dir={data_dir}", code=0)
-    written, load = out.splitlines()
+    written, load, train = out.splitlines()
     folders = [f"{data_dir}/more/{name}/1.0.0" for name in ("facts", "photos")]
     assert written == f"written: {folders[0]} and {folders[1]}"
     assert "INFO" not in err
     assert not re.search(r"^[IWE]\d{4} ", err, re.MULTILINE)
     loaded = eval(load.removeprefix("to load: "), {"tfds": tfds})
     assert loaded[0]["id"] == b"train:1"
+    assert train == (
+        f"to train: --config.data.folder={data_dir}/more, with reasoning.jsonl put into it"
+    )
 
 
 def test_transformers_gives_no_advice_where_there_is_no_torch():

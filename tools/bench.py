@@ -28,8 +28,8 @@ from bench.turns import Timing
 from morer1_jax.cli import needs_extra, run_main
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import check_writable
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.paths import local_path
-from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 
 _PRESET = flags.DEFINE_enum("preset", "small", sorted(PRESETS), "Sizes of model and inputs.")

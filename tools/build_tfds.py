@@ -12,8 +12,8 @@ from absl import flags
 
 from morer1_jax.cli import needs_extra, run_main
 from morer1_jax.files import check_writable
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.paths import any_path
-from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 
 _FOLDER = flags.DEFINE_string("folder", None, "MORE's folder, local or in a bucket.", required=True)
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     check_alone(devices=False)
     with needs_extra("tfds"):
         from morer1_jax.data.more_tfds import build
+        from morer1_jax.data.tfds_source import NAME
     folder, data_dir = any_path(_FOLDER.value, "--folder"), any_path(_DATA_DIR.value, "--data_dir")
     lock = contextlib.nullcontext()
     if "://" not in os.fspath(data_dir):  # A bucket knows no locks.
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
         folders = build(folder, data_dir)
     print(f"written: {' and '.join(folders)}")
     print(f"to load: tfds.builder_from_directory({folders[0]!r}).as_data_source(split='train')")
+    print(f"to train: --config.data.folder={data_dir / NAME}, with reasoning.jsonl put into it")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from absl import flags
 from morer1_jax.cli import run_main
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import check_writable
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.paths import local_path
-from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import open_model

@@ -24,8 +24,8 @@ from typing import Any
 from morer1_jax.cli import ArgumentParser, run_main
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import check_writable, read_json, read_jsonl, write_json
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.paths import local_path
-from morer1_jax.processes import check_alone
 
 # Runs a command in a process that keeps digests of the arrays it puts on devices.
 _WATCHED = """

@@ -13,16 +13,17 @@ from etils import epath
 from morer1_jax.cli import run_main
 from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.digests import of_lines
+from morer1_jax.data.source import open_source
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import check_writable
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.paths import any_path, local_path
-from morer1_jax.processes import check_alone
 from morer1_jax.run.cache import use_program_cache
 from morer1_jax.run.lock import hold
 from morer1_jax.run.memory import keep_freed_memory
-from morer1_jax.serve.loaded import LABELS, open_model
+from morer1_jax.serve.loaded import open_model
 from morer1_jax.stages.rate import rate
-from morer1_jax.task import more
+from morer1_jax.task.photos import check_photos
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> None:
 
 def _rate(data: epath.Path, out: Path) -> None:
     """Rates the training facts and writes `out`, whose lock this process holds."""
-    facts = more.read_split(data, "train", more.read_ontology(data))
+    source = open_source(data, "--data")
+    facts = source.facts("train")
     try:
         config = RateSettings(
             samples=_SAMPLES.value,
@@ -72,11 +74,11 @@ def _rate(data: epath.Path, out: Path) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
-    loaded = open_model(_CHECKPOINT.value, labels=data / LABELS, completion=_LENGTH.value)
-    photos = more.check_photos(facts, data)
+    loaded = open_model(_CHECKPOINT.value, labels=source.ontology, completion=_LENGTH.value)
+    photos = check_photos(facts, source)
     sizes = {photo: info.size for photo, info in photos.items()}
     sampler = loaded.sampler(
-        data,
+        source,
         facts,
         sizes,
         batch=config.batch,
@@ -86,7 +88,7 @@ def _rate(data: epath.Path, out: Path) -> None:
     )
     names = ("samples", "temperature", "seed", "length")
     identity = {name: flags.FLAGS[name].value for name in names}
-    identity |= {"checkpoint": loaded.digest, "data": more.digests(data)}
+    identity |= {"checkpoint": loaded.digest, "data": source.digests()}
     identity["photos"] = of_lines(info.digest for info in photos.values())
     rate(sampler, loaded.params, facts, config, out, identity)
 

@@ -13,8 +13,8 @@ import sys
 from bench.study import run_study
 from morer1_jax.cli import ArgumentParser, run_main
 from morer1_jax.files import check_writable
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.paths import local_path
-from morer1_jax.processes import check_alone
 from morer1_jax.run.lock import hold
 
 

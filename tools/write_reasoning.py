@@ -28,9 +28,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from etils import epath
 
 from morer1_jax.cli import ArgumentParser, run_main
+from morer1_jax.hosts.alone import check_alone
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.paths import any_path
-from morer1_jax.processes import check_alone
 from morer1_jax.teacher.endpoint import EndpointConfig
 from morer1_jax.teacher.ledger import Prices
 from morer1_jax.teacher.writer import Writer, WriterConfig

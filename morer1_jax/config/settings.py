@@ -32,7 +32,8 @@ class DataSettings:
     """Where the facts are, and the fixed shapes they are brought into.
 
     Attributes:
-        folder: a dataset in MORE's released form; None: the synthetic one in the workdir.
+        folder: a dataset in MORE's released form, or the folder `more` of its TensorFlow dataset,
+            local or in a bucket; None: the synthetic one in the workdir.
         reasoning: what SFT learns from, if not the folder's `reasoning.jsonl`: a JSONL or Parquet
             file or a dataset on the hub; see `data.reasoning`.
         vocabulary: size of the tokenizer that is trained on the training split's texts (the bytes
@@ -198,7 +199,7 @@ class RateSettings:
             now.
         samples: k, answers drawn to each training fact; as many as GRPO draws, since a fact is easy
             if its group mostly is right.
-        batch: facts at once.
+        batch: facts at once, filled up to what the mesh splits rows into.
         temperature: of sampling; 0 for the likeliest answer.
         easy_from: pass rate from which a fact is easy.
         never: what becomes of facts never solved: "hard" keeps them, "drop" leaves them out. Both
@@ -277,7 +278,7 @@ class ControlSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
-    """Greedy scoring on the test split, `batch` facts at once."""
+    """Greedy scoring on the test split, `batch` facts at once, filled up as in rating."""
 
     batch: int = at_least(1, 64)
 

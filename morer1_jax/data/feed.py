@@ -1,15 +1,16 @@
 """Makes a step's batch, as a function of the step that can be sent to worker processes.
 
-The contents of a batch depend on the seed and the step alone. Each host makes its own rows: those
-of all hosts, one after another, are the batch that a single host would make.
+The contents of a batch depend on the seed and the step alone. Each host makes the rows that its
+own devices hold: those of all hosts are the batch that a single host would make.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -21,27 +22,58 @@ from morer1_jax.data.shapes import SampleSize, Shape, share_images, smallest, wi
 from morer1_jax.errors import DataError
 from morer1_jax.task.fact import Fact
 
+Batch = TypeVar("Batch")
 # Returns the indices of a step's facts.
 Draw = Callable[[int], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """One process of `count`, and its share of every batch."""
+    """One process's share of every batch.
 
-    index: int = 0
-    count: int = 1
+    Devices lie on a mesh in the order of their network, not of their processes, so a host's parts
+    need not be neighbours; where devices of several hosts hold the same rows, each of these hosts
+    prepares them.
+
+    Attributes:
+        parts: numbers, in increasing order, of those parts that this process's devices hold.
+        total: number of the equal parts that the mesh splits a batch's rows into.
+        counted: those of `parts` that this process counts, so that each is counted once.
+    """
+
+    parts: tuple[int, ...] = (0,)
+    total: int = 1
+    counted: tuple[int, ...] = (0,)
 
     def rows(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """Returns the rows of a global batch that this process prepares.
+        """Returns the rows of a global batch that this process prepares, part after part.
 
         Raises:
-            DataError: the rows do not divide among the processes.
+            DataError: the rows do not divide into the parts.
         """
-        if len(rows) % self.count:
-            raise DataError(f"a batch of {len(rows)} rows does not divide among {self.count} hosts")
-        rows_per_host = len(rows) // self.count
-        return rows[self.index * rows_per_host : (self.index + 1) * rows_per_host]
+        if len(rows) % self.total:
+            raise DataError(
+                f"a batch of {len(rows)} rows does not divide into the {self.total} parts of the "
+                "mesh"
+            )
+        if len(self.parts) == self.total:
+            return rows
+        size = len(rows) // self.total
+        return [row for part in self.parts for row in rows[part * size : (part + 1) * size]]
+
+    def counted_rows(self, batch: Batch) -> Batch:
+        """Returns, of a batch that this process prepared, the rows that it counts."""
+        if self.counted == self.parts:
+            return batch
+
+        def of_array(array: np.ndarray) -> np.ndarray:
+            parts = np.split(array, len(self.parts))
+            taken = [
+                rows for part, rows in zip(self.parts, parts, strict=True) if part in self.counted
+            ]
+            return np.concatenate(taken) if taken else array[:0]
+
+        return jax.tree.map(of_array, batch)
 
 
 @dataclasses.dataclass(frozen=True)

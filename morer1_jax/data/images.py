@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 from morer1_jax.errors import DataError, one_line
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.model.vision_layout import Grid
-from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
+from morer1_jax.task.photos import Photos, read_photo
 
 Box = tuple[float, float, float, float]
 # The processor's own limit on the ratio of the longer side to the shorter.
@@ -69,23 +68,20 @@ def crop_box(box: Box, size: tuple[int, int], config: ImageConfig) -> tuple[int,
 class ImageReader:
     """Reads photos and crops as patches, of a dataset's facts or of a single photo.
 
+    Args:
+        photos: where the facts' photos are.
+
     Raises:
         DataError: from the methods: a photo cannot be read, or the processor refuses its shape.
     """
 
-    def __init__(
-        self,
-        folder: epath.PathLike,
-        config: ImageConfig,
-        photo_path: more.PhotoPath = more.photo_path,
-    ) -> None:
-        self.folder = folder
+    def __init__(self, photos: Photos, config: ImageConfig) -> None:
+        self.photos = photos
         self.config = config
-        self._photo_path = photo_path
 
     def open(self, fact: Fact) -> Image.Image:
         """Reads the fact's photo, RGB, upright."""
-        return more.read_photo(self.folder, fact, self._photo_path)
+        return read_photo(self.photos, fact)
 
     def pair(self, fact: Fact) -> tuple[Image.Image, Image.Image]:
         """Returns the fact's photo, and its crop to the object's box."""
@@ -119,7 +115,7 @@ class ImageReader:
         return self._grids(fact.box, size, self._name(fact))
 
     def _name(self, fact: Fact) -> str:
-        return f"{self._photo_path(self.folder, fact)} (fact {fact.id})"
+        return f"{self.photos.name(fact)} (fact {fact.id})"
 
     def _grids(self, box: Box, size: tuple[int, int], name: str) -> tuple[Grid, ...]:
         left, top, right, bottom = crop_box(box, size, self.config)

@@ -7,6 +7,8 @@
                               decoders={"photo": tfds.decode.SkipDecoding()})
     photo = open_photo(photos[facts[7]["photo"]]["photo"])
 
+A run trains from it by `--config.data.folder=data/tfds/more`; see `data.tfds_source`.
+
 An example of `more/facts` is one fact with every field of `task.fact.Fact`, in the order of its
 split's file; `photo` is the place of its photo in the same split of `more/photos`. There each photo
 is once, its file's bytes untouched: with a photo in every fact the dataset would be 5.7 times as
@@ -26,18 +28,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from morer1_jax.errors import DataError, one_line
+from morer1_jax.data.tfds_source import DIGESTS, FACTS, NAME, PHOTOS, VERSION, TfdsSource
+from morer1_jax.errors import DataError
 from morer1_jax.files import check_writable
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
-
-FACTS, PHOTOS = "facts", "photos"
+from morer1_jax.task.photos import PhotoFiles, check_photos
 
 
 class MORE(tfds.core.GeneratorBasedBuilder):
     """Builds `more/facts` and `more/photos`; see `build`, which checks the data first."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version(VERSION)
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "MORE is behind a sign-in. Give its folder, with rel2id.json, txt/ and img_org/ in it, as "
         "manual_dir."
@@ -71,6 +73,7 @@ class MORE(tfds.core.GeneratorBasedBuilder):
             homepage="https://arxiv.org/abs/2312.09753",
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -78,6 +81,8 @@ class MORE(tfds.core.GeneratorBasedBuilder):
         ontology = more.read_ontology(folder)
         if self.builder_config.name == FACTS:
             self.info.features["label"].names = ontology.labels
+            # What binds to the data binds to either form of it.
+            self.info.metadata[DIGESTS] = more.digests(folder, more.TEXTS)
         return {
             split: self._generate_examples(folder, more.read_split(folder, split, ontology))
             for split in more.SPLITS
@@ -137,7 +142,7 @@ def build(folder: epath.PathLike, data_dir: epath.PathLike) -> list[str]:
             f"{existing[0].data_path}: there is a dataset of other facts already; delete it, or "
             "use another folder"
         )
-    more.photo_sizes([fact for split in facts.values() for fact in split], folder)
+    check_photos([fact for split in facts.values() for fact in split], PhotoFiles(folder))
     # Build what is missing.
     options = tfds.download.DownloadConfig(manual_dir=folder)
     # TFDS says at length that it downloads, which it does not.
@@ -153,25 +158,5 @@ def read_facts(data_dir: epath.PathLike, split: str) -> list[Fact]:
     Raises:
         DataError: there is no such dataset or split.
     """
-    path = epath.Path(data_dir) / MORE.name / FACTS / str(MORE.VERSION)
-    try:
-        builder = tfds.builder_from_directory(path)
-        examples = builder.as_data_source(split=split)
-    except (OSError, ValueError, tfds.core.DatasetNotFoundError) as error:
-        raise DataError(
-            f"{path}: {one_line(error)}; build the dataset with tools/build_tfds.py"
-        ) from None
-    labels = builder.info.features["label"].names
-    return [
-        Fact(
-            id=example["id"].decode(),
-            tokens=tuple(token.decode() for token in example["tokens"]),
-            entity_name=example["entity_name"].decode(),
-            entity_span=tuple(example["entity_span"].tolist()),
-            object_name=example["object_name"].decode(),
-            box=tuple(example["box"].tolist()),
-            image=example["image"].decode(),
-            label=labels[example["label"]],
-        )
-        for example in examples
-    ]
+    folder = epath.Path(data_dir) / NAME
+    return TfdsSource(folder, folder).facts(split)

@@ -16,13 +16,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from morer1_jax.data.images import ImageReader
+from morer1_jax.data.source import open_source
 from morer1_jax.errors import DataError
 from morer1_jax.files import read_jsonl
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.report.page import render
 from morer1_jax.report.tables import FINAL, NAMES, name_of
 from morer1_jax.run.batch_sampler import Answer
-from morer1_jax.task import more
 from morer1_jax.task.answer import read_steps
 from morer1_jax.task.fact import Fact
 
@@ -60,8 +60,9 @@ def gallery_section(
     if system is None:
         raise DataError("No answers of a trained model in this workdir; run the stage `evaluate`.")
     # Its cards.
-    pairs = read_answers(files[system], more.read_split(data, split, more.read_ontology(data)))
-    reader = ImageReader(data, images)
+    source = open_source(data)
+    pairs = read_answers(files[system], source.facts(split))
+    reader = ImageReader(source, images)
     return render(
         "gallery.html",
         system=name_of(system),

@@ -31,11 +31,13 @@ class ScoredRollout:
     """A rollout with its rewards.
 
     Attributes:
+        fact: int32, the key of each row's noise, which is its fact's; see `PromptBatch`.
         reward_parts: the reward's parts before weighting, float32, by name.
         reward: float32, their weighted sum.
         advantages: float32, each reward relative to its group.
     """
 
+    fact: Int[Array, " b"]
     rollout: Rollout
     reward_parts: dict[str, Float[Array, "b g"]]
     reward: Float[Array, "b g"]
@@ -78,7 +80,7 @@ def make_rollout(
         by_part = reward_parts(samples, prompts.gold, reward)
         total = total_reward(by_part, reward)
         advantage, all_equal = advantages(total, scale_rewards)
-        scored = ScoredRollout(samples, by_part, total, advantage)
+        scored = ScoredRollout(prompts.fact, samples, by_part, total, advantage)
         return scored, rollout_metrics(scored, all_equal)
 
     return rollout

@@ -17,6 +17,7 @@ from morer1_jax.data.loader import load_ahead
 from morer1_jax.data.sample import SampleReader
 from morer1_jax.data.shapes import SampleSize, Shape, round_up
 from morer1_jax.errors import ConfigError
+from morer1_jax.hosts.stop import check_stop
 from morer1_jax.model.layers import Params
 from morer1_jax.progress import progress
 from morer1_jax.rollout.sampler import Rollout, SampleConfig, sample, sample_keys
@@ -128,21 +129,22 @@ class BatchSampler:
 
         Raises:
             NotFiniteError: a token of an answer has a log-probability that is not finite.
+            Stopped: the run was told to stop.
         """
         policy, collator = self._policy, Collator.of(self._reader)
-        # Each batch with the rows of those facts that are to be yielded, each once.
+        host = this_host(policy.placed.mesh)
+        # Each batch with the places of those facts that are to be yielded, each once.
         batches, met = [], set()
         for asked in self._batches(facts):
-            rows = {place: row for row, place in enumerate(asked.places) if place not in met}
-            met.update(rows)
-            rows = {place: row for place, row in rows.items() if facts[place].id not in done}
-            if rows:
-                batches.append((asked, rows))
-        left = sum(len(rows) for _, rows in batches)
+            new = set(asked.places) - met
+            met |= new
+            if new := {place for place in new if facts[place].id not in done}:
+                batches.append((asked, new))
+        left = sum(len(new) for _, new in batches)
 
         def make(number: int) -> PromptBatch:
             asked, _ = batches[number]
-            host_places = this_host().rows(asked.places)
+            host_places = host.rows(asked.places)
             samples = [self._reader.read(facts[place]) for place in host_places]
             return collator.prompts(samples, host_places, asked.shape)
 
@@ -150,14 +152,19 @@ class BatchSampler:
         ready = placed.sampling.params(params)
         with progress(desc=desc, total=len(facts), initial=len(facts) - left, unit="fact") as bar:
             ahead = load_ahead(make, 0, len(batches), workers=self._workers)
-            for prompts, (_, rows) in zip(ahead, batches, strict=True):
+            for prompts, (_, new) in zip(ahead, batches, strict=True):
+                check_stop()
                 encoded = placed.encode(params, placed.put(prompts))
-                rollout = fetch(self._rollout(ready, encoded, policy.grammar, policy.allowed))
-                for place, row in sorted(rows.items()):
+                rollout = self._rollout(ready, encoded, policy.grammar, policy.allowed)
+                rollout, asked_places = fetch((rollout, encoded.fact))
+                # By what the rows themselves say that they are, whichever device they were on.
+                row_of = {place: row for row, place in enumerate(asked_places.tolist())}
+                for place in sorted(new):
+                    row = row_of[place]
                     completions = jax.tree.map(lambda x, row=row: x[row], rollout)
                     check_drawn(facts[place].id, completions, policy.model.runtime.dtype)
                     yield facts[place], completions
-                bar.update(len(rows))
+                bar.update(len(new))
 
     def answers(self, params: Params, facts: Sequence[Fact], desc: str) -> list[Answer]:
         """Returns the first answer to each fact, in the order of the facts; see `sample`."""

@@ -1,14 +1,20 @@
-"""Caches compiled programs on the disk, for all commands."""
+"""Caches compiled programs on the disk or in a bucket, for all commands."""
 
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import jax
 
+from morer1_jax import stores
+from morer1_jax.errors import ConfigError, one_line
+
 # JAX reads this variable itself: a folder, local or in a bucket; empty for no cache.
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+# Seconds in which a bucket must answer; JAX itself would wait for it forever.
+_ANSWERS = 30.0
 
 
 def use_program_cache() -> None:
@@ -16,7 +22,33 @@ def use_program_cache() -> None:
 
     A resumed run, or a second question, then starts without compiling. If the environment sets
     `JAX_COMPILATION_CACHE_DIR`, that folder is used instead, or none if it is empty.
+
+    Raises:
+        ConfigError: that folder is in a bucket that does not answer.
     """
     if VARIABLE not in os.environ:
         folder = Path.home() / ".cache" / "morer1_jax" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    elif stores.in_bucket(folder := os.environ[VARIABLE]):
+        _check_answers(folder)
+
+
+def _check_answers(folder: str) -> None:
+    """Checks that a bucket can be listed, in a thread that is left behind if it cannot."""
+    problems = [f"no answer in {_ANSWERS:.0f} s"]
+
+    def ask() -> None:
+        try:
+            stores.check_bucket(folder)
+            problems.clear()
+        except Exception as error:  # The client's classes are many, and of its own.
+            problems[:] = [getattr(error, "strerror", None) or one_line(error)]
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWERS)
+    if problems:
+        raise ConfigError(
+            f"{VARIABLE}={folder}: expected a bucket that can be read, found {problems[0]}; name "
+            "another, or leave it empty for no cache"
+        )

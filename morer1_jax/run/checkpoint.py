@@ -1,8 +1,7 @@
 """Saves and restores checkpoints that are whole, finite and verified, or absent.
 
-Orbax writes and reads the arrays.  The manifest, which holds the files' digests, is written last,
-into a hidden folder that is only then renamed: a folder with a manifest is whole, one without was
-never finished.
+Orbax writes and reads the arrays. The manifest, which holds the files' digests, is written last: a
+folder with a manifest is whole, one without was never finished.
 
     <folder>/step_00000100/arrays/…       orbax's files
     <folder>/step_00000100/manifest.json  step, extra, shape and dtype of each leaf, digests
@@ -13,36 +12,40 @@ there, before their digests are; what it was deleting when it was killed it take
 and it does not see what another process keeps or deletes.
 """
 
+from __future__ import annotations
+
 import contextlib
-import errno
+import functools
 import logging
 import math
 import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from morer1_jax.errors import NotFiniteError
-from morer1_jax.files import atomic_dir, full_disk, remove, temporary_path
+from morer1_jax.errors import DataError, NotFiniteError, one_line
+from morer1_jax.hosts import group, join
 from morer1_jax.paths import plain_path
 from morer1_jax.run.finite import first_not_finite
 from morer1_jax.run.manifest import (
     ARRAYS,
     CheckpointError,
+    DamagedError,
+    check_saved,
     describe,
     manifest_body,
+    own_digests,
     read_manifest,
     verify,
     write_manifest,
 )
 from morer1_jax.run.mesh import path_name
+from morer1_jax.run.saving import full_disk_named, written
+from morer1_jax.run.shelf import Shelf, delete, unfinished
 
 PyTree = Any
 
@@ -52,29 +55,61 @@ _ATTEMPTS = 5  # at reading what another process may replace
 class Checkpointer:
     """Saves and restores training states in one folder of a file system all processes share.
 
-    In a run of several processes every method is called by all of them at the same point.  `save`
-    returns when the checkpoint is whole on the disk.
+    In a run of several processes every method is called by all of them at the same point. In the
+    background, `save` and `save_best` return once what they save is copied to the host, and their
+    order is that in which checkpoints become whole; `wait` for them, or leave the `with` block.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int = 2,
+        *,
+        background: bool = False,
+        before_whole: Callable[[], None] = lambda: None,
+    ) -> None:
         """Opens the folder, which the first save makes.
 
         Args:
             keep: number of newest checkpoints that stay; older ones are deleted once a newer one is
                 whole.
+            background: whether files are written while the caller goes on.
+            before_whole: called by the first process, in the background too, when all but a
+                checkpoint's manifest is written: what must be there before it counts.
 
         Raises:
             ValueError: `keep` is below 1.
         """
         if keep < 1:
             raise ValueError(f"keep: expected at least 1, found {keep}")
-        self.folder = Path(folder).absolute()
+        self.shelf = Shelf(folder)
+        self.folder = self.shelf.folder
         self.keep = keep
-        self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
+        self._background, self._before_whole = background, before_whole
+        self._writers: dict[Path, ocp.AsyncCheckpointer] = {}
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[tuple[Path, Future[None]]] = []
+        self._best: tuple[int, float] | None = None  # that is being saved
 
-    @property
-    def _best_folder(self) -> Path:
-        return self.folder / "best"
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        else:  # Of two errors the first counts.
+            with contextlib.suppress(Exception):
+                self.wait()
+
+    def wait(self) -> None:
+        """Waits until all that was saved is whole; raises the error of what could not be."""
+        while self._pending:
+            self._pending.pop(0)[1].result()
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background, if one has."""
+        while self._pending and self._pending[0][1].done():
+            self._pending.pop(0)[1].result()
 
     def save(self, step: int, state: PyTree, extra: Mapping[str, Any] | None = None) -> None:
         """Saves the state as of `step`.
@@ -94,8 +129,13 @@ class Checkpointer:
                 f"{self.folder}: expected a step after {latest}, the newest saved, found {step}; "
                 f"go on from step {latest} or delete it"
             )
-        self._write(_step_path(self.folder, step), step, state, dict(extra or {}))
-        self.drop(self.keep)
+        self._write(
+            self.shelf.state(step),
+            step,
+            state,
+            dict(extra or {}),
+            then=lambda: self.shelf.drop(self.keep),
+        )
 
     def save_best(self, step: int, params: PyTree, metric: float) -> bool:
         """Saves `params` if `metric` is the highest so far, and deletes the best before them.
@@ -109,57 +149,27 @@ class Checkpointer:
         best = self.best()
         if math.isnan(metric) or (best is not None and metric <= best[1]):
             return False
-        path = _step_path(self._best_folder, step)
-        self._write(path, step, params, {"metric": float(metric)})
-        for saved_step in _steps(self._best_folder) if _is_first() else ():
-            if saved_step != step:
-                remove(_step_path(self._best_folder, saved_step))
+        path = self.shelf.best_parameters(step)
+        self._wait_for(path.parent)
+        extra = {"metric": float(metric)}
+        self._write(path, step, params, extra, then=lambda: self.shelf.drop_best_but(step))
+        self._best = step, float(metric)
         return True
 
-    def surplus(self, keep: int) -> list[Path]:
-        """Returns folders of all states but the newest `keep`, and those that killed saves left.
-
-        The best parameters are never among them.
-        """
-        paths = {step: _step_path(self.folder, step) for step in _steps(self.folder)}
-        whole = [step for step, path in paths.items() if read_manifest(path)]
-        # A folder newer than all whole ones stays: perhaps only its manifest is damaged.
-        states = [
-            path
-            for step, path in paths.items()
-            if step not in whole[:keep] and (not keep or step < max(whole, default=0))
-        ]
-        return [*self.folder.glob(".step_*.tmp"), *states]
-
-    def drop(self, keep: int) -> None:
-        """Deletes what `surplus` returns."""
-        for path in self.surplus(keep) if _is_first() else ():
-            shutil.rmtree(path) if path.suffix else remove(path)
-
     def latest(self) -> int | None:
-        """Returns the newest step with a whole checkpoint; warns of newer ones that are not."""
-        latest = -1
-        for step in _steps(self.folder) if _is_first() else ():
-            path = _step_path(self.folder, step)
-            if read_manifest(path):
-                latest = step
-                break
-            logging.warning("%s is not a whole checkpoint; passed over", path)
-        if jax.process_count() > 1:
-            latest = int(multihost_utils.broadcast_one_to_all(np.int32(latest)))
-        return None if latest < 0 else latest
+        """Returns the newest step with a whole checkpoint; warns of newer ones that are not.
+
+        Waits for a state that is being saved.
+        """
+        self._wait_for(self.folder)
+        return group.of_first("newest checkpoint", self.shelf.latest)
 
     def best(self) -> tuple[int, float] | None:
-        """Returns step and metric of the best parameters, or None."""
-        while True:
-            steps = _steps(self._best_folder)
-            # A run killed before it removed the best but one leaves both.
-            manifests = {step: read_manifest(_step_path(self._best_folder, step)) for step in steps}
-            metrics = {step: m["extra"]["metric"] for step, m in manifests.items() if m}
-            if metrics:
-                return max(metrics.items(), key=lambda item: item[1])
-            if steps == _steps(self._best_folder):  # Else another process has replaced it.
-                return None
+        """Returns step and metric of the best parameters, those being saved too; or None."""
+        if self._best is not None:
+            return self._best
+        best = group.of_first("best checkpoint", self.shelf.best)
+        return None if best is None else (best[0], best[1])
 
     def restore(self, step: int | None, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Verifies a checkpoint's digests, then reads it.
@@ -182,7 +192,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"{self.folder}: expected a whole checkpoint, found none; train first"
             )
-        return self._read(_step_path(self.folder, step), like)
+        return self._read(self.shelf.state(step), like)
 
     def restore_best(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Restores what `save_best` saved, as `restore` does; `extra` holds `metric`.
@@ -194,16 +204,61 @@ class Checkpointer:
             best, attempts = self.best(), attempts - 1
             if best is None:
                 raise CheckpointError(
-                    f"{self._best_folder}: expected a whole checkpoint, found none; train first"
+                    f"{self.folder / 'best'}: expected a whole checkpoint, found none; train first"
                 )
-            path = _step_path(self._best_folder, best[0])
+            path = self.shelf.best_parameters(best[0])
             try:
                 return self._read(path, like)
             except Exception:  # Orbax has no class of its own for a missing file.
-                if not attempts or (path.exists() and self.best() == best):
+                # Of several processes only this one may have met it; they own the folder, too.
+                together = group.count() > 1
+                if together or not attempts or (path.exists() and self.best() == best):
                     raise
 
-    def _write(self, path: Path, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+    def restore_newest(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """Restores the newest checkpoint that is not damaged; warns of those that are.
+
+        These no longer count, so that their steps can be saved anew.
+
+        Returns:
+            Its step, the state, and the `extra` it was saved with; None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: all are damaged, or see `restore`.
+        """
+        damaged: list[tuple[int, DamagedError]] = []
+        for step in group.of_first("whole checkpoints", self.shelf.whole):
+            try:
+                state, extra = self._read(self.shelf.state(step), like)
+            except DamagedError as error:
+                damaged.append((step, error))
+                continue
+            for bad_step, error in damaged:
+                logging.warning("%s; training goes on from step %d", one_line(error), step)
+                group.by_first("damaged", functools.partial(self.shelf.set_aside, bad_step))
+            return step, state, extra
+        if damaged:
+            raise CheckpointError(
+                f"{self.folder}: expected a checkpoint as it was saved, found all "
+                f"{len(damaged)} damaged ({one_line(damaged[0][1])}); delete the folder to train "
+                "this stage anew"
+            )
+        return None
+
+    def _wait_for(self, folder: Path) -> None:
+        """Waits for what is being written into a folder, and for all that was begun before it."""
+        while any(path.parent == folder for path, _ in self._pending):
+            self._pending.pop(0)[1].result()
+
+    def _write(
+        self,
+        path: Path,
+        step: int,
+        state: PyTree,
+        extra: dict[str, Any],
+        then: Callable[[], None],
+    ) -> None:
+        """Copies a state to the host, and has it written; `then` is called by the first process."""
         # Refuse what cannot be saved before anything is written.
         leaves = _leaves(state)
         for name, leaf in leaves.items():
@@ -216,24 +271,90 @@ class Checkpointer:
                 "saved, the checkpoints before it are kept"
             )
         # Delete what killed saves left, to make room.
-        first = _is_first()
-        if first:
-            for unfinished in path.parent.glob(".step_*.tmp"):
-                shutil.rmtree(unfinished)
-            remove(path)  # Not whole: the callers refuse to overwrite a whole one.
-        # All processes write into the hidden folder; the first adds the manifest and renames it.
-        with atomic_dir(path) if first else contextlib.nullcontext(temporary_path(path)) as folder:
-            with _full_disk_named(path), plain_path(folder) as plain:
-                self._orbax.save(plain / ARRAYS, args=ocp.args.PyTreeSave(leaves))
-                saved = self._orbax.metadata(plain / ARRAYS).item_metadata
-            if first:
-                _check_saved(path, body["leaves"], {} if saved is None else saved.tree)
-                write_manifest(folder, body)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {path}")
+        if group.is_first():
+            for left in unfinished(path.parent):
+                delete(left)
+            delete(path)  # Not whole: the callers refuse to overwrite a whole one.
+        # All processes write there; the first adds the manifest last of all.
+        files = contextlib.ExitStack()
+        with files:
+            folder = files.enter_context(written(path))
+            group.meet("room for a checkpoint")
+            files.enter_context(full_disk_named(path))
+            plain = files.enter_context(plain_path(folder))
+            writer = self._writer(path.parent)
+            writer.save(plain / ARRAYS, args=ocp.args.PyTreeSave(leaves))
+            files = files.pop_all()
+        finish = functools.partial(
+            self._finish, writer, files, folder, plain, body, then, group.ticket("checkpoint")
+        )
+        self._pending.append((path, self._finisher.submit(finish)))
+        if not self._background:
+            self.wait()
+
+    def _finish(
+        self,
+        writer: ocp.AsyncCheckpointer,
+        files: contextlib.ExitStack,
+        folder: Path,
+        plain: Path,
+        body: Mapping[str, Any],
+        then: Callable[[], None],
+        key: str,
+    ) -> None:
+        """Makes a checkpoint whole, once its arrays are written.
+
+        Args:
+            files: what to leave then; it renames the folder.
+            plain: the folder by another name.
+            key: from `group.ticket`.
+        """
+        try:
+            self._make_whole(writer, files, folder, plain, body, then, key)
+        except BaseException as error:
+            # Of several processes the others wait for this one in their own background.
+            code = 2 if isinstance(error, DataError | OSError) else 1
+            join.leave(code, f"{folder}: {one_line(error)}", error)
+            raise
+
+    def _make_whole(
+        self,
+        writer: ocp.AsyncCheckpointer,
+        files: contextlib.ExitStack,
+        folder: Path,
+        plain: Path,
+        body: Mapping[str, Any],
+        then: Callable[[], None],
+        key: str,
+    ) -> None:
+        with files:
+            writer.wait_until_finished()
+            digests = group.to_first("digests", own_digests(folder), key)
+            if digests is not None:
+                saved = writer.metadata(plain / ARRAYS).item_metadata
+                check_saved(folder, body["leaves"], {} if saved is None else saved.tree)
+                self._before_whole()
+                write_manifest(folder, body, {n: d for own in digests for n, d in own.items()})
+        if digests is not None:
+            then()
+        group.meet("is whole", key)
+
+    def _writer(self, folder: Path) -> ocp.AsyncCheckpointer:
+        """Returns what writes arrays into a folder's checkpoints, one after another."""
+        if folder not in self._writers:
+            # Compressed, a state of bfloat16 or float32 is a tenth smaller and takes ten times as
+            # long.
+            handler = ocp.PyTreeCheckpointHandler(
+                use_ocdbt=True, use_zarr3=True, use_compression=False
+            )
+            # Its barriers need names of their own, since the best parameters and a state are
+            # written at once.
+            options = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=folder.name)
+            self._writers[folder] = ocp.AsyncCheckpointer(handler, multiprocessing_options=options)
+        return self._writers[folder]
 
     def _read(self, path: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        manifest = read_manifest(path)
+        manifest = group.of_first("manifest", lambda: read_manifest(path))
         if manifest is None:
             raise CheckpointError(
                 f"{path}: expected a whole checkpoint, found none; choose another step"
@@ -256,7 +377,8 @@ class Checkpointer:
             for name, leaf in leaves.items()
         }
         with plain_path(path) as plain:
-            arrays = self._orbax.restore(
+            reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
+            arrays = reader.restore(
                 plain / ARRAYS,
                 args=ocp.args.PyTreeRestore(
                     item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
@@ -274,56 +396,5 @@ class Checkpointer:
         return tree, manifest["extra"]
 
 
-def _check_saved(path: Path, expected: Mapping[str, str], saved: Mapping[str, Any]) -> None:
-    """Checks that orbax's own metadata of the files list every leaf.
-
-    Raises:
-        CheckpointError: a leaf is missing, or has another shape or dtype.
-    """
-    for name, description in expected.items():
-        found = describe(saved[name]) if name in saved else "nothing"
-        if found != description:
-            raise CheckpointError(
-                f"{path}: {name}: expected {description}, found {found} after saving; older "
-                "checkpoints are kept, use a --workdir on another disk or of another name"
-            )
-
-
-def _is_first() -> bool:
-    return jax.process_index() == 0
-
-
 def _leaves(tree: PyTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _step_path(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}"
-
-
-def _steps(folder: Path) -> list[int]:
-    """Returns the steps that have a folder, whole or not, newest first."""
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        names = []
-    return sorted((int(m[1]) for n in names if (m := re.fullmatch(r"step_(\d+)", n))), reverse=True)
-
-
-@contextlib.contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
-    """Turns a full disk into one error with a file's name; hides the log of orbax's threads."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "_SignalingThread" not in str(record.msg)
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(keep)
-    try:
-        yield
-    except Exception as error:
-        if full := full_disk(error):
-            raise OSError(errno.ENOSPC, full[1], str(path)) from None
-        raise
-    finally:
-        logger.removeFilter(keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from morer1_jax.batch import VisionBatch
+from morer1_jax.batch import VisionBatch, pad
 from morer1_jax.config.schema import to_tree
 from morer1_jax.config.settings import Settings
 from morer1_jax.data.collate import Collator
@@ -22,15 +23,18 @@ from morer1_jax.data.loader import load_ahead
 from morer1_jax.data.sample import SampleReader
 from morer1_jax.errors import ConfigError, DataError, NotFiniteError
 from morer1_jax.files import allocate, atomic_dir
+from morer1_jax.hosts import group
+from morer1_jax.hosts.stop import check_stop
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import ImageConfig, VisionConfig
 from morer1_jax.model.vision import VisionInputs, VisionTower
 from morer1_jax.progress import progress
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.finite import ways
+from morer1_jax.run.store import Store
 from morer1_jax.run.trainee import Trainee
-from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
+from morer1_jax.task.photos import photo_digests
 from morer1_jax.weights.finite import count_not_finite
 from morer1_jax.weights.published import Checkpoint
 
@@ -61,7 +65,7 @@ def features_origin(
     weights = (
         checkpoint.digest if checkpoint else json.dumps([settings.seed, to_tree(settings.model)])
     )
-    return more.photo_digests(dataset.photos) | {
+    return photo_digests(dataset.photos) | {
         "model": of_lines([weights, settings.runtime.dtype, settings.tune.frozen_dtype]),
         "pixel limits or crop": of_lines([repr(images)]),
     }
@@ -81,7 +85,7 @@ def check_features(workdir: Path, vision: VisionConfig, origin: Mapping[str, str
 
 
 def open_features(
-    workdir: Path,
+    store: Store,
     origin: Mapping[str, str],
     dataset: Dataset,
     trainee: Trainee,
@@ -91,6 +95,7 @@ def open_features(
     """Opens the run's features, of all facts of all splits; encodes them if they are missing.
 
     Args:
+        store: the run's workdir.
         origin: from `features_origin`.
         workers: threads that read photos ahead.
 
@@ -98,13 +103,16 @@ def open_features(
         DataError: kept features have no digests, or are of other photos or of another model.
         NotFiniteError: the tower's output is not finite.
     """
-    folder = workdir / _FOLDER
-    if not folder.exists():
-        with atomic_dir(folder) as partial:
+    folder = store.folder / _FOLDER
+    if not group.of_first("kept features", folder.exists):
+        # All encode, each its own rows; the first writes.
+        with atomic_dir(folder) if group.is_first() else contextlib.nullcontext() as partial:
             _encode(partial, origin, dataset, trainee, reader, workers)
-    store = FeatureStore(folder, reader.vision)
-    _check_origin(store, origin)
-    return store
+        group.meet("features are kept")
+    store.share(_FOLDER)
+    features = FeatureStore(folder, reader.vision)
+    _check_origin(features, origin)
+    return features
 
 
 def _check_origin(store: FeatureStore, origin: Mapping[str, str]) -> None:
@@ -157,13 +165,14 @@ def _distinct_images(dataset: Dataset, reader: SampleReader) -> _Images:
 
 
 def _encode(
-    folder: Path,
+    folder: Path | None,
     origin: Mapping[str, str],
     dataset: Dataset,
     trainee: Trainee,
     reader: SampleReader,
     workers: int,
 ) -> None:
+    """Encodes every image; writes the features into a folder, or nowhere if it is None."""
     # Compile the tower alone, for one number of rows.
     policy, every = trainee.policy, _distinct_images(dataset, reader)
     images, model = every.images, policy.model
@@ -175,46 +184,62 @@ def _encode(
         gives=policy.placed.rows,
     )
     params = trainee.frozen["vision"]
-    rows = _ROWS * policy.placed.parts
+    rows, host = _ROWS * policy.placed.parts, meshes.this_host(policy.placed.mesh)
     # Reserve the file's room first: a disk that is full later would kill a process that writes to
     # mapped memory.
     width, dtype = model.config.text.hidden_size, model.runtime.dtype
-    allocate(folder / FEATURES, every.tokens * width * np.dtype(dtype).itemsize)
-    out = np.memmap(folder / FEATURES, np.dtype(dtype), "r+", shape=(every.tokens, width))
+    if folder is not None:
+        allocate(folder / FEATURES, every.tokens * width * np.dtype(dtype).itemsize)
+        out = np.memmap(folder / FEATURES, np.dtype(dtype), "r+", shape=(every.tokens, width))
     collator = Collator.of(dataclasses.replace(reader, features=None))
 
-    def make(number: int) -> tuple[VisionBatch, list[np.ndarray]]:
-        chunk = images[number * rows : (number + 1) * rows]
+    def make(number: int) -> tuple[VisionBatch, np.ndarray, np.ndarray]:
+        """Returns this host's rows: patches, the slots of each image's tokens, and its number."""
+        numbers = np.arange(number * rows, (number + 1) * rows)
+        own = np.asarray(host.rows(numbers))
         # The last batch repeats its last image up to the compiled size.
         images_of_rows = [
-            collator.image(reader.photos.patches(fact, which), reader.limits.slots)
-            for fact, which in chunk + chunk[-1:] * (rows - len(chunk))
+            collator.image(reader.photos.patches(*images[n]), reader.limits.slots)
+            for n in np.minimum(own, len(images) - 1)
         ]
         patches = jax.tree.map(
             lambda *parts: np.stack(parts), *(batch for batch, _ in images_of_rows)
         )
-        return patches, [token_slots for _, token_slots in images_of_rows]
+        most = patches.patches.shape[1] * patches.patches.shape[2]
+        slots = [pad(token_slots, most, -1) for _, token_slots in images_of_rows]
+        return patches, np.stack(slots).astype(np.int32), own.astype(np.int32)
 
     # Encode batch by batch, and write the features of real rows in their order.
     count = -(-len(images) // rows)
     with progress(desc="encode images", total=len(images), unit="image") as bar:
         batches = load_ahead(make, 0, count, workers=workers)
         start = 0
-        for number, (batch, slots_of_row) in enumerate(batches):
-            encoded = np.asarray(run(params, policy.placed.put(batch)))
-            real_rows = min(rows, len(images) - number * rows)
-            for row in range(real_rows):
-                tokens = encoded[row][slots_of_row[row]]
-                if count_not_finite(tokens):
-                    fact, which = images[number * rows + row]
-                    name = ("photo", "crop")[which]
-                    raise NotFiniteError(
-                        f"fact {fact.id}: expected finite features of its {name}, "
-                        f"found NaN or infinity in {dtype}; "
-                        f"{ways(dtype, 'begin with another checkpoint')}"
-                    )
-                out[start : start + len(tokens)] = tokens
+        for batch, slots, own in batches:
+            check_stop()
+            batch, slots, own = policy.placed.put((batch, slots, own))
+            encoded, slots, numbers = meshes.fetch((run(params, batch), slots, own))
+            real_rows = [row for row in np.argsort(numbers) if numbers[row] < len(images)]
+            for row in real_rows:
+                tokens = encoded[row][slots[row][slots[row] >= 0]]
+                _check_finite(tokens, *images[numbers[row]], dtype)
+                if folder is not None:
+                    out[start : start + len(tokens)] = tokens
                 start += len(tokens)
-            bar.update(real_rows)
-    out.flush()
-    write_index(folder, every.places, out.shape, dtype, origin)
+            bar.update(len(real_rows))
+    if folder is not None:
+        out.flush()
+        write_index(folder, every.places, out.shape, dtype, origin)
+
+
+def _check_finite(tokens: np.ndarray, fact: Fact, which: int, dtype: str) -> None:
+    """Checks the features of a fact's photo (0) or crop (1).
+
+    Raises:
+        NotFiniteError: they have NaN or infinity.
+    """
+    if count_not_finite(tokens):
+        name = ("photo", "crop")[which]
+        raise NotFiniteError(
+            f"fact {fact.id}: expected finite features of its {name}, found NaN or infinity in "
+            f"{dtype}; {ways(dtype, 'begin with another checkpoint')}"
+        )

@@ -18,6 +18,7 @@ from jax import monitoring
 
 from morer1_jax.config.settings import LoopSettings
 from morer1_jax.errors import NotFiniteError
+from morer1_jax.hosts import group
 from morer1_jax.progress import progress
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.finite import PATIENCE, SKIPPED, SkippedUpdates, check_scores
@@ -160,20 +161,55 @@ class Instruments:
         steps, seconds = step - self._logged, self._watch.seconds_a_step(step)
         phases = {name: spent / steps for name, spent in self._hooks.timer.take(step).items()}
         phases["host"] = max(0.0, seconds - sum(phases.values()))
+        # Every process counts its own rows, and times its own programs.
+        of_all = group.to_first(f"{self._name} step {step}", [phases, list(self._work)])
+        if of_all is not None:
+            self._log_step(step, metrics, seconds, of_all)
+        self._work, self._logged = Work(0.0, 0.0), step
+
+    def _log_step(
+        self, step: int, metrics: Metrics, seconds: float, of_all: Sequence[Sequence[Any]]
+    ) -> None:
+        """Writes a record of a step.
+
+        Args:
+            seconds: mean of a step since the last record.
+            of_all: the seconds of phases, and the work of all steps since then, of each process.
+        """
+        steps = step - self._logged
+        phases = [phases for phases, _ in of_all]
+        work = sum((Work(*work) for _, work in of_all), Work(0.0, 0.0))
         self._log.write(
             step,
             {
                 **{name: value for name, value in metrics.items() if np.ndim(value) == 0},
                 "step_time": seconds,
-                **{f"time/{name}": spent for name, spent in phases.items()},
-                **throughput(self._work, seconds * steps),
+                **slowest(phases),
+                **throughput(work, seconds * steps),
                 "compilations": self._compilations.count,
                 SKIPPED: self.skipped.take(),
             },
         )
         shown = {name: f"{float(metrics[name]):.3g}" for name in self._hooks.shown}
         self.bar.set_postfix(shown, refresh=False)
-        self._work, self._logged = Work(0.0, 0.0), step
+
+
+def slowest(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns `time/<phase>`, the seconds of the slowest process.
+
+    Where there are several, `time/<phase>/process` is its number: all wait for a process that is
+    slow on its host (`host`), so that the programs of the others take longer.
+
+    Args:
+        phases: of each process, seconds by phase.
+    """
+    result: dict[str, float] = {}
+    for name in dict.fromkeys(name for of_process in phases for name in of_process):
+        seconds = [of_process.get(name, 0.0) for of_process in phases]
+        result[f"time/{name}"] = max(seconds)
+        if len(phases) > 1:
+            result[f"time/{name}/process"] = seconds.index(max(seconds))
+    return result
 
 
 class Profiler:

@@ -9,13 +9,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from morer1_jax.files import atomic_write, named, read_jsonl, sync_path
+from morer1_jax.hosts import group
 
 # Seconds between two flushes of TensorBoard's events.
 _FLUSH_INTERVAL = 10.0
@@ -39,15 +38,19 @@ class RecordLog:
         """
         self.path = Path(path)
         self.stage = stage
-        self.writer = jax.process_index() == 0 if writer is None else writer
+        self.writer = group.is_first() if writer is None else writer
         self._last: dict[str, int] = {}
         if self.writer:
             self._keep_until(math.inf)
 
-    def resume_at(self, step: int | None) -> None:
-        """Drops this stage's records of steps after `step`, a checkpoint's; all of them if None."""
+    def resume_at(self, step: int | None, again: Collection[str] = ()) -> None:
+        """Drops this stage's records of steps after `step`, a checkpoint's; all of them if None.
+
+        Args:
+            again: kinds of records of that step itself that will be written again.
+        """
         if self.writer:
-            self._keep_until(-math.inf if step is None else step)
+            self._keep_until(-math.inf if step is None else step, again)
 
     def write(self, step: int, records: Sequence[Mapping[str, Any]], kind: str = "train") -> None:
         """Appends the records of one step, all at once.
@@ -95,7 +98,7 @@ class RecordLog:
             head | body | ({"not_finite": bad} if bad else {}), ensure_ascii=False, allow_nan=False
         )
 
-    def _keep_until(self, step: float) -> None:
+    def _keep_until(self, step: float, again: Collection[str] = ()) -> None:
         """Drops this stage's records after `step` and a partial last line; notes the last steps."""
         self._last = {}
         if not self.path.exists():
@@ -105,7 +108,7 @@ class RecordLog:
             """Returns the line's number, or 0 if the line is dropped."""
             stage, at, kind = record["stage"], record["step"], record["kind"]
             if stage == self.stage:
-                if at > step:
+                if at > step or (at == step and kind in again):
                     return 0
                 self._last[kind] = max(at, self._last.get(kind, -1))
             return number
@@ -132,9 +135,9 @@ class MetricLog:
         self._events: _Events | None = None
         self._purge_step: int | None = None
 
-    def resume_at(self, step: int | None) -> None:
-        """Drops this stage's metrics of steps after `step`; all of them if None."""
-        self._log.resume_at(step)
+    def resume_at(self, step: int | None, again: Collection[str] = ()) -> None:
+        """Drops this stage's metrics as `RecordLog.resume_at` does."""
+        self._log.resume_at(step, again)
         self.close()
         # Readers of event files ignore earlier files from this step on.
         self._purge_step = 0 if step is None else step + 1

@@ -6,18 +6,15 @@ here.  A folder with a valid manifest is a whole checkpoint.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
+from morer1_jax import stores
 from morer1_jax.errors import DataError
-from morer1_jax.files import named, write_json
+from morer1_jax.files import named
+from morer1_jax.hosts import group
 
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
@@ -29,6 +26,10 @@ _DIGEST_THREADS = 8
 
 class CheckpointError(DataError):
     """A damaged or missing checkpoint, or one of another structure; the message is one line."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint of which a file is missing, or is not what was saved."""
 
 
 def describe(leaf: Any) -> str:
@@ -51,15 +52,44 @@ def manifest_body(step: int, extra: Mapping[str, Any], leaves: Mapping[str, Any]
     return json.loads(json.dumps(body, allow_nan=False))
 
 
-def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
-    """Writes the manifest of a folder in which every other file is already written."""
-    names = sorted(
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, files in os.walk(folder)
-        for name in files
-    )
-    body = {**body, "files": dict(zip(names, _file_digests(folder, names), strict=True))}
-    write_json(folder / MANIFEST, {"sha256": _json_digest(body), "body": body})
+def own_digests(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of the files that this process wrote, by their paths in the folder.
+
+    Each process writes arrays into a folder of its own; the first counts all other files as its.
+    """
+    own, prefix = f"{ARRAYS}/ocdbt.process_{group.index()}/", f"{ARRAYS}/ocdbt.process_"
+    names = [
+        name
+        for name in stores.files(folder)
+        if name.startswith(own) or (group.is_first() and not name.startswith(prefix))
+    ]
+    return dict(zip(names, _file_digests(folder, names), strict=True))
+
+
+def write_manifest(folder: Path, body: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Writes the manifest of a folder in which every other file is already written.
+
+    Args:
+        digests: SHA-256 of each of these, by its path in the folder.
+    """
+    body = {**body, "files": dict(sorted(digests.items()))}
+    text = json.dumps({"sha256": _json_digest(body), "body": body}, indent=1, allow_nan=False)
+    stores.write_bytes(folder / MANIFEST, text.encode())
+
+
+def check_saved(path: Path, expected: Mapping[str, str], saved: Mapping[str, Any]) -> None:
+    """Checks that orbax's own metadata of the files list every leaf.
+
+    Raises:
+        CheckpointError: a leaf is missing, or has another shape or dtype.
+    """
+    for name, description in expected.items():
+        found = describe(saved[name]) if name in saved else "nothing"
+        if found != description:
+            raise CheckpointError(
+                f"{path}: {name}: expected {description}, found {found} after saving; older "
+                "checkpoints are kept, use a --workdir on another disk or of another name"
+            )
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -72,7 +102,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """
     try:
         with named(path / MANIFEST):
-            manifest = json.loads((path / MANIFEST).read_bytes())
+            manifest = json.loads(stores.read_bytes(path / MANIFEST))
         body = manifest["body"]
         whole = manifest["sha256"] == _json_digest(body) and _MERGED in body["files"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
@@ -92,17 +122,16 @@ def verify(path: Path, digests: Mapping[str, str]) -> None:
         digests: SHA-256 by the file's path in the checkpoint's folder.
 
     Raises:
-        CheckpointError: a file is missing or differs.
+        DamagedError: a file is missing or differs.
     """
     names = sorted(digests)
-    own_names = names[jax.process_index() :: jax.process_count()]
+    own_names = names[group.index() :: group.count()]
     own_digests = zip(own_names, _file_digests(path, own_names), strict=True)
     bad_names = [name for name, digest in own_digests if digest != digests[name]]
     first_bad = names.index(bad_names[0]) if bad_names else len(names)
-    if jax.process_count() > 1:
-        first_bad = int(multihost_utils.process_allgather(np.int32(first_bad)).min())
+    first_bad = min(group.gather("digests", first_bad))
     if first_bad < len(names):
-        raise CheckpointError(
+        raise DamagedError(
             f"{path / names[first_bad]}: expected the file that was saved, found none or another "
             f"SHA-256; delete {path} to go on from the checkpoint before it"
         )
@@ -114,14 +143,5 @@ def _json_digest(body: Mapping[str, Any]) -> str:
 
 def _file_digests(folder: Path, names: list[str]) -> list[str | None]:
     """Returns the SHA-256 of each file; None for a missing one."""
-
-    def digest(name: str) -> str | None:
-        path = folder / name
-        try:
-            with named(path), open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
     with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
-        return list(pool.map(digest, names))
+        return list(pool.map(lambda name: stores.sha256(folder / name), names))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,12 +78,23 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
         for size in of_slice
         for side in (torus_sides(size) if size * len(slices) == count else (1, size))
     ]
-    if len(slices) == 1:
-        arranged = jax.make_mesh(grid, [f"side {i}" for i in range(len(grid))], devices=devices)
-        arranged = arranged.devices
-    else:
-        arranged = create_hybrid_device_mesh(grid, (len(slices), *(1 for _ in grid[1:])), devices)
-    return Mesh(arranged.reshape(shape), names, axis_types=types)
+    return Mesh(_arranged(grid, devices, len(slices)).reshape(shape), names, axis_types=types)
+
+
+def _arranged(grid: Sequence[int], devices: Sequence[jax.Device], slices: int) -> np.ndarray:
+    """Returns chips by their places on a grid of so many a slice, slices outermost."""
+    try:
+        if slices == 1:
+            sides = [f"side {i}" for i in range(len(grid))]
+            return jax.make_mesh(grid, sides, devices=devices).devices
+        return create_hybrid_device_mesh(grid, (slices, *(1 for _ in grid[1:])), devices)
+    except NotImplementedError:
+        # No side of the torus is as long as one of the grid's, which then takes part of a side.
+        if slices == 1:
+            return create_device_mesh(grid, devices, allow_split_physical_axes=True)
+        return create_hybrid_device_mesh(
+            grid, (slices, *(1 for _ in grid[1:])), devices, allow_split_physical_axes=True
+        )
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:
@@ -153,26 +164,30 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Puts a batch on the mesh: returns global arrays, rows split by `batch_sharding`.
 
     Args:
-        batch: a tree of NumPy arrays, the rows of the global batch that belong to this process.
+        batch: a tree of NumPy arrays, the rows of the global batch that `this_host` returns.
 
     Raises:
         ConfigError: an array without rows, or whose rows do not divide over the mesh.
     """
-    sharding = batch_sharding(mesh)
-    total = batch_parts(mesh)
-    # Devices that differ only in `tensor` hold the same rows.
-    indices = sharding.addressable_devices_indices_map((total,)).values()
-    local_parts = len({rows.indices(total) for (rows,) in indices})
+    sharding, host = batch_sharding(mesh), this_host(mesh)
 
     def put(path: jax.tree_util.KeyPath, array: np.ndarray) -> jax.Array:
         rows = array.shape[0] if array.ndim else 0
-        if not rows or rows % local_parts:
+        if not rows or rows % len(host.parts):
             raise ConfigError(
-                f"batch {path_name(path)}: expected a multiple of {local_parts} rows (the part of "
-                f"mesh.data × mesh.fsdp on this process), found {rows}; change the batch size or "
-                "the mesh"
+                f"batch {path_name(path)}: expected a multiple of {len(host.parts)} rows (the part "
+                f"of mesh.data × mesh.fsdp on this process), found {rows}; change the batch size "
+                "or the mesh"
             )
-        return jax.make_array_from_process_local_data(sharding, array)
+        if len(host.parts) == host.total:
+            return jax.device_put(array, sharding)
+        size = rows // len(host.parts)
+        own = dict(zip(host.parts, np.split(array, len(host.parts)), strict=True))
+        return jax.make_array_from_callback(
+            (size * host.total, *array.shape[1:]),
+            sharding,
+            lambda index: own[(index[0].start or 0) // size],
+        )
 
     return jax.tree_util.tree_map_with_path(put, batch)
 
@@ -225,13 +240,36 @@ def program(
     return jax.jit(function, in_shardings=takes, out_shardings=gives, donate_argnums=donate)
 
 
-def this_host() -> Host:
-    """Returns this process as a `Host`, which prepares its own rows of every batch."""
-    return Host(jax.process_index(), jax.process_count())
+def this_host(mesh: Mesh, process: int | None = None) -> Host:
+    """Returns a process as a `Host`, which prepares the rows that its devices on the mesh hold.
+
+    Args:
+        process: its number; None: this one's.
+    """
+    process, total = jax.process_index() if process is None else process, batch_parts(mesh)
+    # Devices that differ only in `tensor` hold the same rows.
+    holders: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((total,)).items():
+        holders.setdefault(rows.indices(total)[0], set()).add(device.process_index)
+    parts = [part for part in range(total) if process in holders[part]]
+    counted = [part for part in parts if min(holders[part]) == process]
+    return Host(tuple(parts), total, tuple(counted))
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Returns arrays of the whole mesh as NumPy arrays, on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """Returns arrays of the whole mesh as NumPy arrays, on every process.
+
+    All processes must call it at once, except for arrays that each of them has whole.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    apart = [n for n, leaf in enumerate(leaves) if not _is_here(leaf)]
+    gathered = multihost_utils.process_allgather([leaves[n] for n in apart], tiled=True)
+    for number, leaf in zip(apart, gathered, strict=True):
+        leaves[number] = leaf
+    return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def _is_here(leaf: Any) -> bool:
+    """Returns whether this process has every part of an array."""
+    whole = not isinstance(leaf, jax.Array) or leaf.is_fully_replicated
+    return whole or leaf.is_fully_addressable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.data.grammar import GrammarTables, build_tables, token_bytes
@@ -52,6 +52,6 @@ class Policy:
         """Whether each id may be sampled: bool [v], on the mesh."""
         rows = self.model.config.text.vocab_size
         return jax.device_put(
-            jnp.asarray(allowed_ids(self.special, len(self.tokenizer), rows)),
+            np.asarray(allowed_ids(self.special, len(self.tokenizer), rows)),
             self.placed.replicated,
         )

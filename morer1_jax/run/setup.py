@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.config.settings import DataSettings, Settings
 from morer1_jax.data import digests
@@ -19,6 +18,7 @@ from morer1_jax.data.shapes import SampleSize
 from morer1_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import atomic_dir
+from morer1_jax.hosts import group
 from morer1_jax.model.config import ImageConfig, VisionConfig
 from morer1_jax.paths import any_path
 from morer1_jax.run import mesh as meshes
@@ -29,6 +29,7 @@ from morer1_jax.run.features import (
     features_origin,
     open_features,
 )
+from morer1_jax.run.store import Store
 from morer1_jax.run.trainee import Trainee, open_trainee
 from morer1_jax.weights import published
 from morer1_jax.weights.processor import read_images
@@ -39,14 +40,20 @@ class Setup:
     """What a config names, before any of the dataset is read.
 
     Attributes:
+        store: the workdir.
         data: the dataset's folder, local or in a bucket (`gs://…`).
         checkpoint: the published checkpoint that the run starts from; None: from scratch.
     """
 
     settings: Settings
-    workdir: Path
+    store: Store
     data: Path
     checkpoint: published.Checkpoint | None
+
+    @property
+    def workdir(self) -> Path:
+        """The local folder in which the run works."""
+        return self.store.folder
 
     @property
     def tokenizer(self) -> Path:
@@ -64,6 +71,7 @@ class Run:
     """What the stages share.
 
     Attributes:
+        store: the workdir.
         dataset: facts, labels, reasoning and photos.
         trainee: the model, what of it trains and what is frozen.
         images: how photos and crops become patches, everywhere in the run.
@@ -72,12 +80,17 @@ class Run:
     """
 
     settings: Settings
-    workdir: Path
+    store: Store
     dataset: Dataset
     trainee: Trainee
     images: ImageConfig
     reader: SampleReader
     sizes: Mapping[str, SampleSize]
+
+    @property
+    def workdir(self) -> Path:
+        """The local folder in which the run works."""
+        return self.store.folder
 
     @functools.cached_property
     def greedy(self) -> BatchSampler:
@@ -98,14 +111,18 @@ class Run:
         }
 
 
-def open_setup(settings: Settings, workdir: Path) -> Setup:
+def open_setup(settings: Settings, workdir: str | os.PathLike[str]) -> Setup:
     """Resolves the dataset's folder and opens the checkpoint; writes nothing.
+
+    Args:
+        workdir: local, or in a bucket.
 
     Raises:
         ConfigError, WeightsError: the checkpoint is missing, damaged, or would be rounded.
     """
     folder, path = settings.data.folder, settings.model.path
-    data = workdir / "data" if folder is None else any_path(folder, "config.data.folder")
+    store = Store(workdir)
+    data = store.folder / "data" if folder is None else any_path(folder, "config.data.folder")
     checkpoint = None if path is None else published.Checkpoint(path)
     frozen_dtype = settings.tune.frozen_dtype
     others = set() if checkpoint is None else {*checkpoint.dtypes.values()} - {frozen_dtype}
@@ -114,7 +131,7 @@ def open_setup(settings: Settings, workdir: Path) -> Setup:
             f"config.tune.frozen_dtype: expected 'float32', found {frozen_dtype!r}, which would "
             f"round what {checkpoint.folder} has in {', '.join(sorted(others))}"
         )
-    return Setup(settings, workdir, data, checkpoint)
+    return Setup(settings, store, data, checkpoint)
 
 
 def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View] = ()) -> Run:
@@ -136,12 +153,15 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
     _check_batches(settings)
     if settings.data.keep_features:
         check_frozen(settings.tune)
+    setup.store.share("data")
     dataset = open_dataset(
         setup.data,
         reasoning=settings.data.reasoning,
         reasoning_needed=reasoning_needed or setup.trains_tokenizer,
     )
-    tokenizer = open_tokenizer(setup, dataset)
+    group.by_first("tokenizer", lambda: make_tokenizer(setup, dataset))
+    setup.store.share("tokenizer")
+    tokenizer = load_tokenizer(setup.tokenizer)
     # The model, and the reader of what it sees.
     trainee = open_trainee(settings, tokenizer, dataset.ontology, checkpoint)
     vision = trainee.policy.model.config.vision
@@ -152,7 +172,7 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
         slots=settings.data.windows,
     )
     reader = SampleReader(
-        tokenizer, dataset.ontology, ImageReader(setup.data, images), vision, limits
+        tokenizer, dataset.ontology, ImageReader(dataset.source, images), vision, limits
     )
     # Measure every fact, so that one that does not fit is found before a step is spent.
     sizes = reader.sizes(dataset.facts, dataset.photo_sizes, dataset.reasoning)
@@ -162,15 +182,15 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
             blind = reader.showing(view, limits.completion)
             blind.sizes(dataset.facts, dataset.photo_sizes, {})
     # Compare with the data and the features that the workdir began with.
-    _bind_data(setup, dataset)
+    group.by_first("data", lambda: _bind_data(setup, dataset))
     if settings.data.keep_features:
         origin = features_origin(settings, dataset, images, checkpoint)
-        check_features(setup.workdir, vision, origin)
+        group.by_first("features", lambda: check_features(setup.workdir, vision, origin))
     if checkpoint is not None:
         _print_other_limits(images, vision, checkpoint)
     return Run(
         settings=settings,
-        workdir=setup.workdir,
+        store=setup.store,
         dataset=dataset,
         trainee=trainee,
         images=images,
@@ -189,24 +209,24 @@ def with_features(run: Run) -> Run:
         return run
     origin = features_origin(settings, run.dataset, run.images, run.trainee.checkpoint)
     features = open_features(
-        run.workdir, origin, run.dataset, run.trainee, run.reader, settings.data.workers
+        run.store, origin, run.dataset, run.trainee, run.reader, settings.data.workers
     )
     return dataclasses.replace(run, reader=dataclasses.replace(run.reader, features=features))
 
 
-def open_tokenizer(setup: Setup, dataset: Dataset) -> PreTrainedTokenizerFast:
-    """Loads the run's tokenizer: the checkpoint's, or one trained on the training facts' texts.
+def make_tokenizer(setup: Setup, dataset: Dataset) -> None:
+    """Makes the run's tokenizer: the checkpoint's, or one trained on the training facts' texts.
 
     The workdir keeps it, with the checkpoint's other files beside its tensors.
     """
     folder = setup.tokenizer
-    if not folder.exists():
-        if setup.checkpoint is not None:
-            with atomic_dir(folder) as partial:
-                published.copy_others(setup.checkpoint.folder, partial)
-        else:
-            train_tokenizer(dataset.texts(), setup.settings.data.vocabulary, folder)
-    return load_tokenizer(folder)
+    if folder.exists():
+        return
+    if setup.checkpoint is not None:
+        with atomic_dir(folder) as partial:
+            published.copy_others(setup.checkpoint.folder, partial)
+    else:
+        train_tokenizer(dataset.texts(), setup.settings.data.vocabulary, folder)
 
 
 def image_config(
@@ -239,11 +259,9 @@ def _print_other_limits(
 
 
 def _check_batches(settings: Settings) -> None:
-    """Checks that the mesh can split the rows of every batch; SFT's are filled up until it can."""
+    """Checks that the mesh can split the rows of a rollout; all other batches are filled up."""
     mesh = meshes.make_mesh(settings.mesh.axes)
-    meshes.check_rows("rate.batch", settings.rate.batch, mesh)
     meshes.check_rows("grpo.prompts", settings.grpo.prompts, mesh)
-    meshes.check_rows("evaluate.batch", settings.evaluate.batch, mesh)
 
 
 def _bind_data(setup: Setup, dataset: Dataset) -> None:

@@ -75,9 +75,13 @@ class Trainee:
         params = init_sharded(self.policy.model, key, random) if random else {}
         return join(params, self.checkpoint.load(loaded)) if loaded else params
 
-    def best_params(self, folder: Path) -> Params:
-        """Reads a training's best parameters by validation, those that train, from its folder."""
-        return Checkpointer(folder / "checkpoints").restore_best(self.placed.like)[0]
+    def best_params(self, checkpoints: Path) -> Params:
+        """Reads a training's best parameters by validation, those that train.
+
+        Args:
+            checkpoints: the training's, from `Store.checkpoints`.
+        """
+        return Checkpointer(checkpoints).restore_best(self.placed.like)[0]
 
     def whole(self, params: Params) -> Params:
         """Joins parameters that train with the frozen ones; copies nothing."""

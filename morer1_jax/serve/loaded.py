@@ -17,6 +17,7 @@ from morer1_jax.data.digests import of_lines, of_tokenizer
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits, SampleReader
 from morer1_jax.data.shapes import SampleSize, widest
+from morer1_jax.data.source import open_source
 from morer1_jax.data.tokenizer import load_tokenizer
 from morer1_jax.errors import ConfigError, WeightsError
 from morer1_jax.files import read_text
@@ -25,19 +26,19 @@ from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
 from morer1_jax.paths import any_path, did_you_mean, expand_home, hub_hint, is_hub_name
 from morer1_jax.run.batch_sampler import BatchSampler
-from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.fit import any_mesh
 from morer1_jax.run.manifest import MANIFEST
 from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.setup import image_config, open_setup
 from morer1_jax.run.shapes import ask_plan
+from morer1_jax.run.shelf import Shelf
+from morer1_jax.run.store import CHECKPOINTS
 from morer1_jax.run.trainee import open_trainee
 from morer1_jax.stages.table import STAGES
-from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
-from morer1_jax.task.more import PhotoPath
 from morer1_jax.task.ontology import Ontology, read_ontology_file
+from morer1_jax.task.photos import Photos
 from morer1_jax.weights import published as weights
 from morer1_jax.weights.folder import check_kind, read_json
 from morer1_jax.weights.processor import read_images
@@ -113,23 +114,21 @@ class LoadedModel:
 
     def reader(
         self,
-        data: Path,
+        photos: Photos,
         facts: Sequence[Fact],
         photo_sizes: Mapping[str, tuple[int, int]],
-        photo_path: PhotoPath = more.photo_path,
     ) -> SampleReader:
         """Returns a reader whose limits fit these facts.
 
         Args:
-            data: the dataset's folder.
+            photos: where the facts' photos are.
             photo_sizes: (width, height) of the photos, by `Fact.photo`.
-            photo_path: `(data, fact) -> path` of the fact's photo.
         """
-        return self._measured(data, facts, photo_sizes, photo_path)[0]
+        return self._measured(photos, facts, photo_sizes)[0]
 
     def sampler(
         self,
-        data: Path,
+        photos: Photos,
         facts: Sequence[Fact],
         photo_sizes: Mapping[str, tuple[int, int]],
         *,
@@ -138,13 +137,12 @@ class LoadedModel:
         temperature: float = 0.0,
         guided: bool = False,
         seed: int = 0,
-        photo_path: PhotoPath = more.photo_path,
     ) -> BatchSampler:
         """Returns a sampler whose batches have the shapes that cost least on these facts.
 
         Args and errors are those of `reader` and of `BatchSampler`.
         """
-        reader, sizes = self._measured(data, facts, photo_sizes, photo_path)
+        reader, sizes = self._measured(photos, facts, photo_sizes)
         return BatchSampler(
             self.policy,
             reader,
@@ -158,16 +156,15 @@ class LoadedModel:
 
     def _measured(
         self,
-        data: Path,
+        photos: Photos,
         facts: Sequence[Fact],
         photo_sizes: Mapping[str, tuple[int, int]],
-        photo_path: PhotoPath,
     ) -> tuple[SampleReader, dict[str, SampleSize]]:
         """Returns a reader of the facts, and what each of them takes of a row, by its id."""
         reader = SampleReader(
             self.policy.tokenizer,
             self.policy.ontology,
-            ImageReader(data, self.images, photo_path),
+            ImageReader(photos, self.images),
             self.model.config.vision,
             Limits(prompt=0, completion=self.completion, slots=0),
         )
@@ -178,21 +175,22 @@ class LoadedModel:
 
 
 def open_model(
-    path: str, *, labels: Path | None = None, completion: int | None = None
+    path: str, *, labels: Path | Ontology | None = None, completion: int | None = None
 ) -> LoadedModel:
     """Opens a checkpoint, on all devices.
 
     Args:
         path: a published folder (local, in a bucket, or a name on the hub); a run's workdir, for
             the best parameters of its last stage; or one of its stages, such as `runs/demo/sft`.
-        labels: the `rel2id.json` to answer from; None: the checkpoint's or the run's.
+        labels: to answer from, or the `rel2id.json` that has them; None: the checkpoint's or the
+            run's.
         completion: most tokens of an answer; None: as in training.
 
     Raises:
         ConfigError, WeightsError, CheckpointError, DataError: a file is missing or does not fit.
     """
     # A run's stage, else what must be a published folder.
-    ontology = None if labels is None else read_ontology_file(any_path(labels, "--labels"))
+    ontology = labels if isinstance(labels, Ontology | None) else _read_labels(labels)
     if "://" not in path:
         path = expand_home(path, "--checkpoint")
     if (stage := _stage(Path(path))) is not None:
@@ -210,6 +208,10 @@ def open_model(
     return _published(path, ontology, completion)
 
 
+def _read_labels(path: Path) -> Ontology:
+    return read_ontology_file(any_path(path, "--labels"))
+
+
 def _stage(path: Path) -> Path | None:
     """Returns the folder of the stage that a path means, or None if the path is not a run's."""
     if (path / "checkpoints").is_dir() and (path.parent / RUN_CONFIG).exists():
@@ -221,7 +223,7 @@ def _stage(path: Path) -> Path | None:
     if "model_type" in described or "stages" not in described:
         return None
     for name in _BY_RANK:
-        if Checkpointer(path / name / "checkpoints").best() is not None:
+        if Shelf(path / name / "checkpoints").best() is not None:
             return path / name
     raise ConfigError(
         f"{path}: expected a run with a trained model, found one that has trained nothing yet; run "
@@ -249,11 +251,11 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
             "anew"
         )
     tokenizer = load_tokenizer(folder)
-    ontology = ontology or more.read_ontology(setup.data)
+    ontology = ontology or open_source(setup.data).ontology
     trainee = open_trainee(setup.settings, tokenizer, ontology, checkpoint, mesh_of_config=False)
     return LoadedModel(
         placed=trainee.placed,
-        load=lambda: trainee.whole(trainee.best_params(stage)),
+        load=lambda: trainee.whole(trainee.best_params(stage / CHECKPOINTS)),
         images=image_config(data, trainee.placed.model.config.vision, checkpoint),
         completion=completion or data.completion_length,
         source=folder,

@@ -22,6 +22,7 @@ from morer1_jax.task.fact import Fact, composed
 from morer1_jax.task.fields import is_text
 from morer1_jax.task.ontology import NONE
 from morer1_jax.task.photo import open_photo
+from morer1_jax.task.photos import PhotoFiles, photo_sizes
 
 _KEYS = ("image", "box", "title", "entity")
 
@@ -132,10 +133,9 @@ def predict(
         batch: questions at once.
         guided: whether to choose only tokens that can still lead to a readable answer.
     """
-    sizes = more.photo_sizes(facts, Path(), photo_path=photo_path)
-    sampler = loaded.sampler(
-        Path(), facts, sizes, batch=batch, guided=guided, photo_path=photo_path
-    )
+    photos = PhotoFiles(Path(), photo_path)
+    sizes = photo_sizes(facts, photos)
+    sampler = loaded.sampler(photos, facts, sizes, batch=batch, guided=guided)
     yield from sampler.answers(loaded.params, facts, "predict")
 
 

@@ -65,6 +65,6 @@ def run_baselines(run: Run) -> None:
             sampler=sampler,
         )
         # Bound to no name, so that one model's parameters are freed before the next one trains.
-        folder = run.workdir / "baselines" / name
-        evaluate(run, name, trainee.whole(trainee.best_params(folder)), sampler)
+        checkpoints = run.store.checkpoints(f"baselines/{name}")
+        evaluate(run, name, trainee.whole(trainee.best_params(checkpoints)), sampler)
     evaluate_majority(run)

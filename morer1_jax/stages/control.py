@@ -14,6 +14,7 @@ from typing import Any
 
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import read_jsonl
+from morer1_jax.hosts import group
 from morer1_jax.run.setup import Run
 from morer1_jax.stages.marker import read_results
 from morer1_jax.stages.sft import train_sft
@@ -24,13 +25,14 @@ def run_control(run: Run) -> None:
     sft = run.settings.sft
     rate = float(sft.optimizer.learning_rate(sft.steps)(sft.steps))
     optimizer = dataclasses.replace(sft.optimizer, lr=rate, schedule="constant", warmup=0)
-    steps = run.settings.control.steps or _affordable_steps(run)
+    # By the first process's clock: all must take the same steps.
+    steps = run.settings.control.steps or group.of_first("steps", lambda: _affordable_steps(run))
     train_sft(
         run,
         "control",
         dataclasses.replace(sft, steps=steps, optimizer=optimizer),
         targets=run.dataset.reasoning,
-        params=lambda: run.trainee.best_params(run.workdir / "sft"),
+        params=lambda: run.trainee.best_params(run.store.checkpoints("sft")),
         stream=9,
     )
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from morer1_jax.files import read_json, write_json, write_jsonl
+from morer1_jax.hosts import group
 from morer1_jax.model.layers import Params
+from morer1_jax.report.report import FILE as REPORT
 from morer1_jax.report.report import write_report
 from morer1_jax.run.batch_sampler import Answer, BatchSampler
 from morer1_jax.run.setup import Run
@@ -26,22 +28,31 @@ def run_evaluate(run: Run, models: Sequence[str]) -> None:
         models: names of the stages that train models.
     """
     for name in models:
-        folder = run.workdir / name
-        if (folder / MARKER).exists():
+        if group.of_first(f"{name} is done", (run.workdir / name / MARKER).exists):
             # Bound to no name, so that one model's parameters are freed before the next are read.
-            evaluate(run, name, run.trainee.whole(run.trainee.best_params(folder)), run.greedy)
+            evaluate(
+                run,
+                name,
+                run.trainee.whole(run.trainee.best_params(run.store.checkpoints(name))),
+                run.greedy,
+            )
+    group.by_first("report", lambda: _report(run))
+
+
+def _report(run: Run) -> None:
     print(metrics.format_table(read_scores(run.workdir)))
-    print(f"report: {write_report(run.workdir, run.dataset.folder)}")
+    write_report(run.workdir, run.dataset.folder)
+    print(f"report: {run.store.root / REPORT}")
 
 
-def evaluate(run: Run, name: str, params: Params, sampler: BatchSampler) -> dict[str, Any]:
+def evaluate(run: Run, name: str, params: Params, sampler: BatchSampler) -> None:
     """Scores a whole model's parameters on the test split, into the workdir; see `write_scores`."""
     facts = run.dataset.splits["test"]
     answers = sampler.answers(params, facts, f"evaluate {name}")
-    return write_scores(run.workdir, name, facts, answers, run.dataset.ontology)
+    _write(run, name, answers)
 
 
-def evaluate_majority(run: Run) -> dict[str, Any]:
+def evaluate_majority(run: Run) -> None:
     """Scores the most common training label other than `none`.
 
     Always answering `none` gives a higher accuracy but no F1; that accuracy is the share of `none`,
@@ -50,9 +61,16 @@ def evaluate_majority(run: Run) -> dict[str, Any]:
     counts = Counter(fact.label for fact in run.dataset.splits["train"])
     del counts["none"]
     label = max(counts, key=counts.__getitem__, default="none")
-    facts = run.dataset.splits["test"]
-    answers = [Answer(fact.id, label, "", False, 0) for fact in facts]
-    return write_scores(run.workdir, "majority", facts, answers, run.dataset.ontology)
+    _write(run, "majority", [Answer(f.id, label, "", False, 0) for f in run.dataset.splits["test"]])
+
+
+def _write(run: Run, name: str, answers: Sequence[Answer]) -> None:
+    """Writes the scores of a run's system on the test split, in the first process."""
+    facts, ontology = run.dataset.splits["test"], run.dataset.ontology
+    group.by_first(
+        f"scores of {name}",
+        lambda: write_scores(run.workdir, name, facts, answers, ontology) and None,
+    )
 
 
 def write_scores(

@@ -12,9 +12,10 @@ from morer1_jax.batch import PromptBatch
 from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.curriculum import EmptyPoolError, Mixer, Pool
 from morer1_jax.data.digests import bind, of_lines
-from morer1_jax.data.feed import Draw, PromptFeed
+from morer1_jax.data.feed import Draw, Host, PromptFeed
 from morer1_jax.data.ratings import FILE, POOLS, read_ratings
 from morer1_jax.errors import DataError, NotFiniteError
+from morer1_jax.hosts import group
 from morer1_jax.learn.state import TrainState
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.rollout.program import ScoredRollout
@@ -52,12 +53,13 @@ def run_grpo(run: Run) -> None:
     grpo, trainee, policy = run.settings.grpo, run.trainee, run.trainee.policy
     facts = run.dataset.splits["train"]
     # Choose the facts of each step, from pools that must not change once training has begun.
-    pools = _pools(run)
+    pools = group.of_first("pools", lambda: _pools(run))
     draw = _schedule(run, pools)
-    _bind_ratings(run)
+    group.by_first("ratings", lambda: _bind_ratings(run))
     sizes = [run.sizes[fact.id] for fact in facts]
     shapes = prompt_shapes(trainee.placed, run.settings.data, grpo, sizes, draw)
-    feed = PromptFeed(run.reader, facts, draw, this_host(), sizes, shapes)
+    host = this_host(trainee.placed.mesh)
+    feed = PromptFeed(run.reader, facts, draw, host, sizes, shapes)
     # Compile the step's programs.
     transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.placed.trainable)
     timer = PhaseTimer()
@@ -82,8 +84,10 @@ def run_grpo(run: Run) -> None:
         share = float(np.mean([i in easy for i in draw(number)]))
         metrics |= {"curriculum/easy_share": share, "curriculum/hard_share": 1.0 - share}
         if (number + 1) % grpo.rollouts_every == 0:
-            facts_of_step = [facts[i] for i in feed.indices(number)]
-            records.write(number + 1, list(_records(run, facts_of_step, fetch(scored))))
+            scored = fetch(scored)
+            # By what the rows themselves say; a fact's second place in a batch has a number beyond.
+            facts_of_rows = [facts[number % len(facts)] for number in scored.fact]
+            records.write(number + 1, list(_records(run, facts_of_rows, scored)))
             records.sync()
         return state, metrics
 
@@ -94,18 +98,18 @@ def run_grpo(run: Run) -> None:
         like=trainee.placed.like_state(transform),
         step=train_step,
         validate=validator(run.greedy, trainee, run.dataset.splits["valid"][: grpo.eval_facts]),
-        work=_work_of(run),
+        work=_work_of(run, host),
         timer=timer,
         resume=records.resume_at,
         shown=("reward", "rewards/accuracy/mean"),
         updates=grpo.updates,
         dtype=policy.model.runtime.dtype,
     )
-    train("grpo", run.workdir, hooks, grpo, **run.loop_options)
+    train("grpo", run.store, hooks, grpo, **run.loop_options)
 
 
-def _work_of(run: Run) -> Callable[[PromptBatch, Metrics], Work]:
-    """Returns a function from a step's batch and metrics to its work.
+def _work_of(run: Run, host: Host) -> Callable[[PromptBatch, Metrics], Work]:
+    """Returns a function from a step's batch and metrics to the work of the rows of one host.
 
     It raises NotFiniteError for a rollout that was not trained on; see `_check_finite`.
     """
@@ -116,9 +120,8 @@ def _work_of(run: Run) -> Callable[[PromptBatch, Metrics], Work]:
     def work(prompts: PromptBatch, metrics: Metrics) -> Work:
         lengths, not_finite = fetch((metrics["completions/lengths"], metrics["not_finite"]))
         _check_finite(run.dataset.splits["train"], not_finite, model.runtime.dtype)
-        return group_work(
-            model.config, passes, prompts, lengths, scored=scored, updates=grpo.updates
-        )
+        own, lengths = host.counted_rows((prompts, np.asarray(host.rows(lengths))))
+        return group_work(model.config, passes, own, lengths, scored=scored, updates=grpo.updates)
 
     return work
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.ratings import EXPECTED, FILE, Rating, histogram, read_ratings, write_ratings
 from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import named, read_jsonl, write_jsonl
+from morer1_jax.hosts import group
 from morer1_jax.model.layers import Params
 from morer1_jax.paths import local_path
 from morer1_jax.run.batch_sampler import BatchSampler
@@ -29,15 +31,14 @@ from morer1_jax.task.fact import Fact
 # Entries of an unfinished rating's first line that may differ when it goes on.
 _FREE = ("batch", "out", "easy_from", "never")
 
+# Seconds after which what is rated so far is copied to a bucket.
+_PUBLISHED = 30.0
+
 
 def run_rate(run: Run) -> None:
     """Rates every training fact with the starting model, or uses ratings that exist."""
     config, out, facts = run.settings.rate, run.workdir / "rate" / FILE, run.dataset.splits["train"]
-    if config.file is not None:
-        _write(out, _ratings_of(_file(config), facts, config))
-    elif (whole := _whole(out, facts, config)) is not None:
-        _write(out, whole)
-    else:
+    if not group.of_first("ratings exist", lambda: _take_existing(out, facts, config)):
         placed, data = run.trainee.placed, run.settings.data
         plan = ask_plan(placed, data, run.sizes, [facts], config.batch)
         sampler = BatchSampler(
@@ -50,13 +51,26 @@ def run_rate(run: Run) -> None:
             workers=data.workers,
             plan=plan,
         )
-        rate(sampler, run.trainee.whole(starting_params(run)), facts, config, out)
+        params = run.trainee.whole(starting_params(run))
+        rate(sampler, params, facts, config, out, publish=run.store.publish)
+
+
+def _take_existing(out: Path, facts: Sequence[Fact], config: RateSettings) -> bool:
+    """Writes ratings that exist already, in the config's pools; returns whether there were any."""
+    existing = (
+        _whole(out, facts, config)
+        if config.file is None
+        else _ratings_of(_file(config), facts, config)
+    )
+    if existing is not None:
+        _write(out, existing)
+    return existing is not None
 
 
 def starting_params(run: Run) -> Params:
     """Returns the trainable parameters that rating and GRPO start from."""
     if run.settings.rate.begin == "sft":
-        return run.trainee.best_params(run.workdir / "sft")
+        return run.trainee.best_params(run.store.checkpoints("sft"))
     return run.trainee.init_params(0)
 
 
@@ -105,6 +119,7 @@ def rate(
     config: RateSettings,
     out: Path,
     identity: Mapping[str, Any] | None = None,
+    publish: Callable[[float], None] = lambda every: None,
 ) -> None:
     """Rates facts, writes `out` and prints a histogram; goes on from an unfinished rating.
 
@@ -112,6 +127,7 @@ def rate(
         sampler: draws `config.samples` answers to a fact.
         params: of the whole model.
         identity: JSON values, by name, that the pass rates depend on.
+        publish: called after each fact, with the seconds after which to do it again.
 
     Raises:
         ConfigError: the unfinished rating has another `identity`; it stays as it is.
@@ -119,22 +135,35 @@ def rate(
     # Read what a killed rating has done.
     unfinished = unfinished_path(out)
     head = json.loads(json.dumps({"batch": sampler.batch, "out": out.name, **(identity or {})}))
-    rated = _pooled(_read_unfinished(unfinished, head), config)
-    ratings = {rating.fact: rating for rating in rated}
-    write_jsonl(unfinished, [head, *map(dataclasses.asdict, ratings.values())])
+    done = group.of_first("rated before", lambda: _go_on_with(unfinished, head, config))
+    ratings = {rating["fact"]: Rating(**rating) for rating in done}
     # Rate the other facts, each written at once. Noise is a fact's own, and batches follow from all
     # facts, so that neither the order nor an interruption changes a rating.
-    with named(unfinished), open(unfinished, "a", buffering=1, encoding="utf-8") as file:
+    path = unfinished if group.is_first() else os.devnull
+    with named(unfinished), open(path, "a", buffering=1, encoding="utf-8") as file:
         for fact, completions in sampler.sample(params, facts, "rate", done=frozenset(ratings)):
             is_right = completions.answer == sampler.ontology.ids[fact.label]
             pass_rate = float(np.mean(is_right))
             rating = Rating(fact.id, pass_rate, classify(pass_rate, config))
             ratings[fact.id] = rating
             file.write(json.dumps(dataclasses.asdict(rating)) + "\n")
-    in_order = [ratings[fact.id] for fact in facts]
-    write_ratings(out, in_order)
-    unfinished.unlink()
-    print(histogram(in_order))
+            if group.is_first():
+                publish(_PUBLISHED)
+
+    def finish() -> None:
+        _write(out, [ratings[fact.id] for fact in facts])
+        unfinished.unlink()
+
+    group.by_first("ratings", finish)
+
+
+def _go_on_with(
+    unfinished: Path, head: Mapping[str, Any], config: RateSettings
+) -> list[dict[str, Any]]:
+    """Reads an unfinished rating's ratings, and writes them in the config's pools to go on from."""
+    rated = [dataclasses.asdict(r) for r in _pooled(_read_unfinished(unfinished, head), config)]
+    write_jsonl(unfinished, [head, *rated])
+    return rated
 
 
 def pool_again(path: Path, config: RateSettings) -> list[Rating]:

@@ -93,7 +93,7 @@ def train_sft(
     # Plain cross-entropy: the temperature is that of GRPO's sampling.
     transform = settings.optimizer.build(settings.steps, placed.trainable)
     step = sft_program(placed, transform, settings.micro_batches, run.settings.score.chunk)
-    passes, timer = Passes.of(placed.trainable), PhaseTimer()
+    passes, timer, host = Passes.of(placed.trainable), PhaseTimer(), this_host(placed.mesh)
 
     def train_step(
         state: TrainState, batch: SequenceBatch, _: int
@@ -103,13 +103,13 @@ def train_sft(
         return state, metrics
 
     hooks = Hooks(
-        batch=SequenceFeed(reader, facts, targets, draw, this_host(), sizes, plan),
+        batch=SequenceFeed(reader, facts, targets, draw, host, sizes, plan),
         begin=lambda: trainee.new_state(params(), transform),
         like=placed.like_state(transform),
         step=train_step,
         validate=validator(sampler, trainee, run.dataset.splits["valid"][: settings.eval_facts]),
-        work=lambda batch, _: sequence_work(placed.model.config, passes, batch),
+        work=lambda batch, _: sequence_work(placed.model.config, passes, host.counted_rows(batch)),
         timer=timer,
         dtype=placed.model.runtime.dtype,
     )
-    train(name, run.workdir, hooks, settings, **run.loop_options)
+    train(name, run.store, hooks, settings, **run.loop_options)

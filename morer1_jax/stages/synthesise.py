@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from morer1_jax.data.dataset import open_dataset
-from morer1_jax.run.setup import Setup, open_tokenizer
+from morer1_jax.data.tokenizer import load_tokenizer
+from morer1_jax.run.setup import Setup, make_tokenizer
 from morer1_jax.world.synthesise import synthesise
 
 
@@ -18,4 +19,5 @@ def run_synthesise(setup: Setup) -> None:
         reasoning_needed=setup.trains_tokenizer,
         photos=False,
     )
-    print(f"tokenizer: {len(open_tokenizer(setup, dataset))} tokens")
+    make_tokenizer(setup, dataset)
+    print(f"tokenizer: {len(load_tokenizer(setup.tokenizer))} tokens")

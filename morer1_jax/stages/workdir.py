@@ -12,18 +12,20 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from morer1_jax import stores
 from morer1_jax.config.binding import OPERATIONAL, differences, flatten, identity, matches
 from morer1_jax.config.schema import to_tree
 from morer1_jax.config.settings import Settings
 from morer1_jax.errors import ConfigError
-from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.shelf import Shelf
+from morer1_jax.run.store import Store
 from morer1_jax.stages.marker import MARKER, read_marker, write_marker
 from morer1_jax.stages.table import KEPT_FEATURES, STAGES, Output, Stage, Training
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkdirStatus:
-    """How far the stages of a workdir are, under a config.
+    """How far the stages of a workdir are, under a config; of several processes the first asks.
 
     Attributes:
         config: the whole config, by dotted keys.
@@ -32,12 +34,17 @@ class WorkdirStatus:
 
     config: Mapping[str, Any]
     settings: Settings
-    workdir: Path
+    store: Store
 
     @classmethod
-    def of(cls, settings: Settings, workdir: Path) -> WorkdirStatus:
+    def of(cls, settings: Settings, store: Store) -> WorkdirStatus:
         """Returns the status of a workdir under a config."""
-        return cls(flatten(to_tree(settings)), settings, workdir)
+        return cls(flatten(to_tree(settings)), settings, store)
+
+    @property
+    def workdir(self) -> Path:
+        """The local folder of all but the checkpoints."""
+        return self.store.folder
 
     # Which stages are done.
 
@@ -144,7 +151,8 @@ class WorkdirStatus:
                 f"config.{key}: expected {ended}, where {folder} ended and left no optimizer's "
                 f"state, found {steps}; set it back, or use a new --workdir"
             )
-        if reached == steps and marker is None and any(c.best() is None for c in trained):
+        unvalidated = (c.best() is None and not c.is_unvalidated() for c in trained)
+        if reached == steps and marker is None and any(unvalidated):
             raise ConfigError(
                 f"config.{key}: expected at least {steps + 1}, since {folder} has passed step "
                 f"{steps} without a validation, found {steps}; raise it"
@@ -152,12 +160,12 @@ class WorkdirStatus:
 
     # Which checkpoints stay.
 
-    def checkpoints(self, output: Output) -> list[Checkpointer]:
+    def checkpoints(self, output: Output) -> list[Shelf]:
         """Returns the checkpoints of each of a stage's trainings; the baselines have several."""
-        stage = self.workdir / output.name
-        trainings = [stage, *sorted(stage.iterdir())] if stage.is_dir() else []
-        folders = [training / "checkpoints" for training in trainings]
-        return [Checkpointer(folder) for folder in folders if folder.is_dir()]
+        below = sorted(stores.names(self.store.root / output.name))
+        names = [output.name, *(f"{output.name}/{name}" for name in below)]
+        folders = [self.store.checkpoints(name) for name in names]
+        return [Shelf(folder) for folder in folders if folder.is_dir()]
 
     def drop_states(self, goes_on: Collection[str] = ()) -> None:
         """Deletes the states of stages that are done, but the number that `kept_when_done` keeps.
@@ -196,7 +204,7 @@ class WorkdirStatus:
         except ConfigError:  # `done` raises it where the stage is to run.
             return False
 
-    def _kept(self, goes_on: Collection[str]) -> Iterator[tuple[Checkpointer, int]]:
+    def _kept(self, goes_on: Collection[str]) -> Iterator[tuple[Shelf, int]]:
         """Yields checkpoints with the highest number of states that stay of them."""
         for stage, training in trainings(self.settings):
             done = self.is_done(stage)

@@ -12,16 +12,12 @@ its side, which is clipped to the photo.  Any other is an error of one line.
 """
 
 import hashlib
-import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
-from PIL import Image
-from tqdm import tqdm
 
 from morer1_jax.errors import DataError, ErrorList, one_line
 from morer1_jax.files import atomic_write, read_jsonl, read_lines, write_jsonl
@@ -29,16 +25,16 @@ from morer1_jax.task.answer import Special, read
 from morer1_jax.task.fact import Fact, composed
 from morer1_jax.task.fields import fields, is_text, literal
 from morer1_jax.task.ontology import Ontology, read_ontology_file, write_ontology_file
-from morer1_jax.task.photo import DIGEST, open_photo
 from morer1_jax.task.prompt import SPECIAL_TOKEN
 
 SPLITS = ("train", "valid", "test")
+LABELS, REASONING = "rel2id.json", "reasoning.jsonl"
+# The files that facts and labels are read from.
+TEXTS = (LABELS, *(f"txt/{split}.txt" for split in SPLITS))
 BOX_SLOP = 1e-3
 # A box whose computed edge passes the photo's by no more than this is kept as written, so that
 # rounding in `centre ± size / 2` does not change boxes that touch the edge.
 _ROUNDING = 1e-6
-# Photos read at once: more than there are cores, for readers of a bucket mostly wait.
-_READERS = min(32, 2 * (os.cpu_count() or 1) + 6)
 
 
 def split_path(folder: epath.PathLike, split: str) -> epath.Path:
@@ -51,21 +47,18 @@ def photo_path(folder: epath.PathLike, fact: Fact) -> epath.Path:
     return epath.Path(folder) / "img_org" / fact.photo
 
 
-PhotoPath = Callable[[epath.PathLike, Fact], epath.Path]
-
-
 def read_ontology(folder: epath.PathLike) -> Ontology:
     """Reads `rel2id.json`; see `read_ontology_file`."""
-    return read_ontology_file(epath.Path(folder) / "rel2id.json")
+    return read_ontology_file(epath.Path(folder) / LABELS)
 
 
 def write_ontology(folder: Path, ontology: Ontology) -> None:
     """Writes `rel2id.json`."""
-    write_ontology_file(Path(folder) / "rel2id.json", ontology.labels)
+    write_ontology_file(Path(folder) / LABELS, ontology.labels)
 
 
 def read_split(folder: epath.PathLike, split: str, ontology: Ontology) -> list[Fact]:
-    """Reads one split.  The photos must exist; `photo_sizes` decodes them.
+    """Reads one split.  The photos must exist; `check_photos` decodes them.
 
     Text is composed, and photos are found whichever form of Unicode their names have.
 
@@ -120,106 +113,14 @@ def write_split(folder: Path, split: str, facts: Sequence[Fact]) -> None:
     atomic_write(split_path(folder, split), "".join(line + "\n" for line in lines))
 
 
-def digests(folder: epath.PathLike) -> dict[str, str]:
-    """Returns the SHA-256 of each of the dataset's text files by its path in the folder."""
-    names = ["rel2id.json", "reasoning.jsonl", *(f"txt/{split}.txt" for split in SPLITS)]
+def digests(folder: epath.PathLike, names: Iterable[str] = (*TEXTS, REASONING)) -> dict[str, str]:
+    """Returns the SHA-256 of those text files that are there, by their paths in the folder."""
     paths = {name: epath.Path(folder) / name for name in names}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in paths.items()
         if path.exists()
     }
-
-
-class PhotoInfo(NamedTuple):
-    """What checking a photo finds.
-
-    Attributes:
-        size: (width, height) in pixels, upright.
-        digest: SHA-256 of the file.
-    """
-
-    size: tuple[int, int]
-    digest: str
-
-
-def photo_digests(photos: Mapping[str, PhotoInfo]) -> dict[str, str]:
-    """Returns the digests of `check_photos` in the form of `digests`."""
-    # A copy of the dataset on another system may have the names in another form. Two photos whose
-    # names differ in their form only share an entry, which either of them changes.
-    groups: dict[str, list[str]] = {}
-    for photo in sorted(photos):
-        groups.setdefault(f"img_org/{composed(photo)}", []).append(photos[photo].digest)
-    return {
-        name: group[0] if len(group) == 1 else hashlib.sha256("".join(group).encode()).hexdigest()
-        for name, group in groups.items()
-    }
-
-
-def read_photo(
-    folder: epath.PathLike, fact: Fact, photo_path: PhotoPath = photo_path
-) -> Image.Image:
-    """Returns the photo of a fact, RGB, upright.
-
-    Raises:
-        DataError: the photo cannot be read (see `open_photo`); the message names it and the fact.
-    """
-    path = photo_path(folder, fact)
-    return open_photo(path, f"{path} (fact {fact.id})")
-
-
-def photo_sizes(
-    facts: Iterable[Fact], folder: epath.PathLike, photo_path: PhotoPath = photo_path
-) -> dict[str, tuple[int, int]]:
-    """Returns (width, height) by `Fact.photo`; see `check_photos`."""
-    return {photo: info.size for photo, info in check_photos(facts, folder, photo_path).items()}
-
-
-def check_photos(
-    facts: Iterable[Fact], folder: epath.PathLike, photo_path: PhotoPath = photo_path
-) -> dict[str, PhotoInfo]:
-    """Decodes each distinct photo once and shows a progress bar.
-
-    Args:
-        photo_path: returns the path of a fact's photo, from the dataset's folder and the fact.
-
-    Returns:
-        The photos' sizes and digests by `Fact.photo`.
-
-    Raises:
-        DataError: photos cannot be read; the message names up to 20, each with the first fact that
-            shows it.
-    """
-
-    def check(fact: Fact) -> PhotoInfo | DataError:
-        try:
-            photo = read_photo(folder, fact, photo_path)
-        except DataError as e:
-            return e
-        return PhotoInfo(photo.size, photo.info[DIGEST])
-
-    # The first fact of each photo, which errors name.
-    first_facts = {}
-    for fact in facts:
-        first_facts.setdefault(fact.photo, fact)
-    # Threads read the photos at once; their faults are collected in order.
-    with ThreadPoolExecutor(_READERS) as pool:
-        outcomes = tqdm(
-            pool.map(check, first_facts.values()), "photos", len(first_facts), unit="photo"
-        )
-        photos: dict[str, PhotoInfo] = {}
-        errors = ErrorList()
-        try:
-            for photo, outcome in zip(first_facts, outcomes, strict=True):
-                if isinstance(outcome, DataError):
-                    errors.add(outcome)
-                else:
-                    photos[photo] = outcome
-            errors.check()
-            return photos
-        except BaseException:  # Whoever interrupts does not wait for the other photos.
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def read_reasoning(

@@ -14,6 +14,7 @@ training, sampling, rating, evaluation, prediction and the report.
 import hashlib
 import io
 import os
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -36,11 +37,14 @@ _UPRIGHT = {
 }
 
 
-def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+def open_photo(
+    source: str | os.PathLike[str] | bytes | Callable[[], bytes], name: str | None = None
+) -> Image.Image:
     """Reads a photo.
 
     Args:
-        source: a path, local or in a bucket (`gs://…`), or the bytes of a file.
+        source: a path, local or in a bucket (`gs://…`), the bytes of a file, or what returns them;
+            what it raises is named as any other error.
         name: what errors call the photo; by default the path.
 
     Returns:
@@ -51,9 +55,10 @@ def open_photo(source: str | os.PathLike[str] | bytes, name: str | None = None) 
             decompression bombs allows, or has pixels of 32 bits, whose white is not agreed on.
     """
     if name is None:
-        name = "photo" if isinstance(source, bytes) else str(source)
+        name = str(source) if isinstance(source, str | os.PathLike) else "photo"
     try:
-        data = source if isinstance(source, bytes) else epath.Path(source).read_bytes()
+        data = source() if callable(source) else source
+        data = data if isinstance(data, bytes) else epath.Path(data).read_bytes()
         with Image.open(io.BytesIO(data), formats=FORMATS) as file_image:
             file_image.load()
             photo = _to_rgb(file_image)

@@ -17,11 +17,13 @@ from typing import Any
 from etils import epath
 
 from morer1_jax.data.images import ImageReader
+from morer1_jax.data.source import open_source
 from morer1_jax.errors import ConfigError, DataError, one_line
 from morer1_jax.files import write_jsonl
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
+from morer1_jax.task.photos import check_photos
 from morer1_jax.teacher.dispatch import Dispatcher
 from morer1_jax.teacher.endpoint import Endpoint, EndpointConfig
 from morer1_jax.teacher.journal import Entry, Journal, RequestSent, RunStarted, read_journal
@@ -41,7 +43,7 @@ class WriterConfig:
     """What to ask for, and how much it may cost.
 
     Attributes:
-        data: a folder in MORE's released form, local or in a bucket (`gs://…`).
+        data: a dataset's folder, local or in a bucket (`gs://…`); see `open_source`.
         endpoint, images, prices: which model to ask, image sizes, what tokens cost.
         out: the folder to write to, on a local disk; None: `data`.
         count: number of training facts, balanced over the labels.
@@ -98,13 +100,14 @@ class Writer:
             ConfigError, DataError: bad settings or data, named in one line.
         """
         self.config = config
-        self.ontology = more.read_ontology(config.data)
-        self.facts = more.read_split(config.data, "train", self.ontology)
+        self.source = open_source(config.data, "--data")
+        self.ontology = self.source.ontology
+        self.facts = self.source.facts("train")
         if config.facts is None:
             self.selection = select_balanced(self.facts, config.count, config.seed)
         else:
             self.selection = select_listed(self.facts, config.facts)
-        self.reader = ImageReader(config.data, config.images)
+        self.reader = ImageReader(self.source, config.images)
         self.ledger = Ledger(config.prices, config.budget_dollars, config.budget_tokens)
         self.results = Results(config.attempts, self.ledger)
         self._journal_path = config.folder / JOURNAL
@@ -119,7 +122,7 @@ class Writer:
     def identity(self) -> dict[str, Any]:
         """What the answers depend on; a journal is for one identity."""
         endpoint, images = self.config.endpoint, self.config.images
-        digests = more.digests(self.config.data)
+        digests = self.source.digests()
         return {
             "model": endpoint.model,
             "temperature": endpoint.temperature,
@@ -153,7 +156,7 @@ class Writer:
             for fact in facts:
                 teacher_prompt(fact, self.ontology)
             if facts:
-                more.photo_sizes(facts, self.config.data)
+                check_photos(facts, self.source)
 
             # The requests; the outputs are written even if these end with an error.
             dispatcher = Dispatcher(
@@ -228,12 +231,12 @@ class Writer:
 
         # Their photos, which must be those that were sent.
         sent = {x.fact: x.photo for x in entries if isinstance(x, RequestSent) and x.photo}
-        photos = more.check_photos((by_id[x] for x in sent), self.config.data) if sent else {}
+        photos = check_photos((by_id[x] for x in sent), self.source) if sent else {}
         replaced = [fact for fact in sent if photos[by_id[fact].photo].digest != sent[fact]]
         if replaced:
             first, *rest = replaced
             and_rest = f" and {len(rest)} more facts" if rest else ""
-            path = more.photo_path(self.config.data, by_id[first])
+            path = self.source.name(by_id[first])
             raise DataError(
                 f"{self._journal_path}: {first}{and_rest}: expected the photo that was sent, "
                 f"found another as {path}; put back the old one, or use another --out"

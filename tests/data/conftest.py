@@ -1,12 +1,16 @@
 """What the tests of samples and of their batches share: a small world's facts, and a reader."""
 
+import socket
+
 import pytest
+from etils import epath
 
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits, SampleReader, View
 from morer1_jax.model.config import ImageConfig, VisionConfig
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.task import more
+from morer1_jax.task.photos import PhotoFiles, photo_sizes
 
 TOWER = VisionConfig(
     depth=1,
@@ -32,7 +36,7 @@ def facts(small_world, ontology):
 
 @pytest.fixture(scope="module")
 def sizes(small_world, facts):
-    return more.photo_sizes(facts, small_world)
+    return photo_sizes(facts, PhotoFiles(small_world))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def reasoning(small_world, facts):
 @pytest.fixture(scope="module")
 def make(small_world, small_tokenizer, ontology):
     """`make(limits, view)`: a reader of the facts."""
-    photos = ImageReader(small_world, ImageConfig(max_pixels=112 * 112))
+    photos = ImageReader(PhotoFiles(small_world), ImageConfig(max_pixels=112 * 112))
 
     def make(limits=LIMITS, view=View()):
         return SampleReader(small_tokenizer, ontology, photos, TOWER, limits, view)
@@ -60,3 +64,36 @@ def reader(make):
 @pytest.fixture(scope="module")
 def special(small_tokenizer):
     return SpecialIds.of(small_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """`gs://…`: an empty bucket, which a server on this machine keeps in memory."""
+    import fsspec
+    from gcp_storage_emulator.server import create_server
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        create_server("127.0.0.1", port, in_memory=True, default_bucket="more-of-tests"),
+    ):
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        # Without a look for credentials, and for what the server does not know.
+        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        yield "gs://more-of-tests"
+
+
+@pytest.fixture(scope="session")
+def upload(bucket):
+    """`upload(folder, name)`: the path in the bucket that a copy of the folder then has."""
+
+    def copy(folder, name):
+        there = epath.Path(bucket) / name
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                (there / path.relative_to(folder).as_posix()).write_bytes(path.read_bytes())
+        return there
+
+    return copy

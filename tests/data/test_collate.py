@@ -87,7 +87,7 @@ def test_the_tower_reads_the_processors_own_numbers(make, facts, pixels):
     images = dataclasses.replace(
         IMAGES, image_mean=(0.48145466, 0.1, 0.7), image_std=(0.26862954, 0.9, 0.3)
     )
-    photos = ImageReader(reader.photos.folder, images)
+    photos = ImageReader(reader.photos.photos, images)
     reader = dataclasses.replace(reader, photos=photos)
     batch = prompts(reader, facts[:3], range(3))
     inputs = jax.jit(VisionInputs.of, static_argnames="frames")(batch.vision, frames=2)

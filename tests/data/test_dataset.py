@@ -7,6 +7,7 @@ import pytest
 from morer1_jax.data.dataset import open_dataset
 from morer1_jax.errors import DataError
 from morer1_jax.task import more
+from morer1_jax.task.photos import PhotoFiles, photo_sizes
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def test_it_holds_what_the_files_say(small_world):
     for split in more.SPLITS:
         assert dataset.splits[split] == more.read_split(small_world, split, ontology)
     assert dataset.facts == [fact for split in more.SPLITS for fact in dataset.splits[split]]
-    assert dataset.photo_sizes == more.photo_sizes(dataset.facts, small_world)
+    assert dataset.photo_sizes == photo_sizes(dataset.facts, PhotoFiles(small_world))
     path = small_world / "reasoning.jsonl"
     assert dataset.reasoning == more.read_reasoning(path, dataset.splits["train"], ontology)
     texts = list(dataset.texts())

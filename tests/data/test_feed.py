@@ -18,6 +18,7 @@ from morer1_jax.data.shapes import plan_prompts
 from morer1_jax.errors import DataError
 from morer1_jax.model.config import ImageConfig, VisionConfig
 from morer1_jax.task import more
+from morer1_jax.task.photos import PhotoFiles, photo_sizes
 
 ROWS, SAMPLES, STEPS = 8, 20, 3
 TOWER = VisionConfig(
@@ -39,9 +40,21 @@ def test_no_two_rows_of_a_batch_share_their_noise(drawn):
     assert (ids % 10).tolist() == drawn
 
 
-def test_rows_that_do_not_divide_among_the_hosts_are_an_error():
-    with pytest.raises(DataError, match=r"^a batch of 8 rows does not divide among 3 hosts$"):
-        Host(0, 3).rows(range(8))
+def test_rows_that_do_not_divide_into_the_parts_are_an_error():
+    message = "^a batch of 8 rows does not divide into the 3 parts of the mesh$"
+    with pytest.raises(DataError, match=message):
+        Host((0,), 3).rows(range(8))
+
+
+def test_a_host_counts_only_the_rows_that_no_host_before_it_counts():
+    host = Host((0, 2, 3), 4, (2,))
+    assert host.rows(range(8)) == [0, 1, 4, 5, 6, 7]
+    batch = {"x": np.asarray(host.rows(range(8))), "images": np.asarray(host.rows(range(4)))}
+    counted = host.counted_rows(batch)
+    assert counted["x"].tolist() == [4, 5]
+    assert counted["images"].tolist() == [2]
+    nothing = Host((1,), 4, ()).counted_rows({"x": np.ones((2, 3))})
+    assert nothing["x"].shape == (0, 3)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -54,12 +67,12 @@ def feeds(request, small_world, small_tokenizer):
     facts = more.read_split(small_world, "train", ontology)
     texts = more.read_reasoning(small_world / "reasoning.jsonl", facts, ontology)
     written = [fact for fact in facts if fact.id in texts]
-    photos = ImageReader(small_world, ImageConfig(max_pixels=84 * 84))
+    photos = ImageReader(PhotoFiles(small_world), ImageConfig(max_pixels=84 * 84))
     reader = SampleReader(small_tokenizer, ontology, photos, TOWER, Limits(512, 512, 12))
     # Fewer facts than rows, so that batches cross epochs and repeat facts.
     pool = Pool("training", np.arange(6), (1,))
     mixer = Mixer(range(5), range(5, 12), MixConfig(until=2), ROWS, STEPS, seed=1)
-    sizes = more.photo_sizes(facts, small_world)
+    sizes = photo_sizes(facts, PhotoFiles(small_world))
     written_sizes = reader.sizes(written, sizes, texts)
     draw = functools.partial(pool.batch, size=SAMPLES)
     plan = plan_rows(
@@ -106,22 +119,30 @@ def equal(ours, theirs):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def joined(parts):
-    """The rows of some batches, one after another."""
-    if isinstance(parts[0], tuple):
-        return type(parts[0])(*(joined(field) for field in zip(*parts, strict=True)))
-    return np.concatenate(parts)
+def in_order(shares, parts):
+    """The rows of the hosts' batches, as a batch of one host has them."""
+    if isinstance(shares[0], tuple):
+        fields = zip(*shares, strict=True)
+        return type(shares[0])(*(in_order(field, parts) for field in fields))
+    by_part = {}
+    for share, own in zip(shares, parts, strict=True):
+        by_part |= dict(zip(own, np.split(share, len(own)), strict=True))
+    return np.concatenate([by_part[part] for part in sorted(by_part)])
 
 
 @pytest.mark.parametrize("name", ["sequences", "prompts"])
 def test_the_hosts_rows_are_the_batch_of_one_host(feeds, name):
     whole = feeds[name](Host())
     for hosts in (2, 4):
-        shares = [feeds[name](Host(index, hosts)) for index in range(hosts)]
-        for step in range(STEPS):
-            parts = [share(step) for share in shares]
-            assert {len(part.tokens) for part in parts} == {len(whole(step).tokens) // hosts}
-            equal(joined(parts), whole(step))
+        # Each has one part, or two that are not neighbours.
+        for parts in ([(i,) for i in range(hosts)], [(i, i + hosts) for i in range(hosts)]):
+            total = sum(map(len, parts))
+            if len(whole(0).vision.patches) % total:
+                continue
+            for step in range(STEPS):
+                shares = [feeds[name](Host(own, total))(step) for own in parts]
+                assert {len(share.tokens) for share in shares} == {len(whole(step).tokens) // hosts}
+                equal(in_order(shares, parts), whole(step))
 
 
 @pytest.mark.parametrize("name", ["sequences", "prompts"])
@@ -133,7 +154,7 @@ def test_a_feed_and_its_copy_give_the_same(feeds, name):
 
 @pytest.mark.parametrize("feeds", [2], indirect=True)
 def test_worker_processes_give_what_threads_give(feeds):
-    both = [feeds[name](Host(1, 2)) for name in ("sequences", "prompts")]
+    both = [feeds[name](Host((1,), 2)) for name in ("sequences", "prompts")]
 
     def make(step):
         return tuple(feed(step) for feed in both)

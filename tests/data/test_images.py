@@ -18,9 +18,9 @@ from morer1_jax.data.images import ImageReader, crop_box
 from morer1_jax.errors import DataError
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.model.vision import normalised
-from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.photo import open_photo
+from morer1_jax.task.photos import PhotoFiles, photo_sizes
 
 CONFIG = ImageConfig(min_pixels=56 * 56, max_pixels=140 * 140)
 FACT = Fact(
@@ -105,7 +105,7 @@ def test_a_crop_has_its_margin_and_its_least_size():
 def test_patches_are_the_processors_own(folder, pixels):
     photo = noise(130, 90)
     save(folder, photo, quality=95)
-    reader = ImageReader(folder, CONFIG)
+    reader = ImageReader(PhotoFiles(folder), CONFIG)
     stored = Image.open(folder / "img_org" / "train" / "1.jpg")
     crop = stored.crop(crop_box(FACT.box, stored.size, CONFIG))
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=140 * 140)
@@ -121,7 +121,7 @@ def test_patches_of_any_tower_are_the_processors_own(folder, sizes, pixels):
     sizes = dict(zip(("patch_size", "merge_size", "temporal_patch_size"), sizes, strict=True))
     save(folder, noise(61, 90), format="PNG")
     config = ImageConfig(min_pixels=800, max_pixels=9000, **sizes)
-    reader = ImageReader(folder, config)
+    reader = ImageReader(PhotoFiles(folder), config)
     processor = Qwen2VLImageProcessorPil(min_pixels=800, max_pixels=9000, **sizes)
     expected = processor(images=list(reader.pair(FACT)), return_tensors="np")
     found = reader.patches(FACT)
@@ -165,8 +165,8 @@ def test_sizes_and_grids_are_known_as_the_pixels_have_them(
     form = {"CMYK": "TIFF"}.get(mode, "PNG")
     stored(width, height, mode, form, orientation, "1.jpg", folder)
     fact = dataclasses.replace(FACT, box=box)
-    reader = ImageReader(folder, config)
-    sizes = more.photo_sizes([fact], folder)
+    reader = ImageReader(PhotoFiles(folder), config)
+    sizes = photo_sizes([fact], PhotoFiles(folder))
     turned = orientation > 4
     assert sizes == {fact.photo: (height, width) if turned else (width, height)}
     assert reader.open(fact).size == sizes[fact.photo]
@@ -194,16 +194,16 @@ def test_a_box_lies_on_the_photo_as_people_see_it(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     save(folder, turned, "1.png", exif=exif)
-    photo, crop = ImageReader(folder, config).pair(fact)
+    photo, crop = ImageReader(PhotoFiles(folder), config).pair(fact)
     np.testing.assert_array_equal(np.asarray(photo), np.asarray(seen))
     np.testing.assert_array_equal(np.asarray(crop), np.asarray(seen)[:20, :30])
 
 
 def test_a_photo_ten_thousand_pixels_wide_is_read(folder):
     save(folder, noise(10_000, 60))
-    reader = ImageReader(folder, dataclasses.replace(CONFIG, max_pixels=1280 * 28 * 28))
+    reader = ImageReader(PhotoFiles(folder), dataclasses.replace(CONFIG, max_pixels=1280 * 28 * 28))
     fact = dataclasses.replace(FACT, box=(0.5, 0.5, 0.01, 0.5))
-    sizes = more.photo_sizes([fact], folder)
+    sizes = photo_sizes([fact], PhotoFiles(folder))
     grids = reader.patches(fact).grids
     assert grids == reader.grids(fact, sizes[fact.photo])
     assert grids[0][2] > 20 * grids[0][1]
@@ -233,7 +233,7 @@ def test_patches_of_real_photos_are_the_processors_own(folder, pixels):
             crop = photo.crop(crop_box(fact.box, photo.size, config))
             processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=limit)
             expected = processor(images=[photo, crop], return_tensors="np")
-            reader = ImageReader(folder, config)
+            reader = ImageReader(PhotoFiles(folder), config)
             found = reader.patches(fact)
             pixels.assert_same(pixels.values(found, config), expected["pixel_values"], path)
             grids = tuple(map(tuple, expected["image_grid_thw"].tolist()))
@@ -260,7 +260,7 @@ def absent(folder):
 @pytest.mark.parametrize("spoil", [spoilt_jpeg, spoilt_png, absent])
 def test_a_photo_that_cannot_be_read_is_named_with_its_fact(folder, spoil):
     spoil(folder)
-    reader = ImageReader(folder, CONFIG)
+    reader = ImageReader(PhotoFiles(folder), CONFIG)
     for read in (reader.open, reader.pair, reader.patches):
         with pytest.raises(DataError, match=r"img_org/train/1\.jpg \(fact train:7\): ") as error:
             read(FACT)
@@ -270,7 +270,7 @@ def test_a_photo_that_cannot_be_read_is_named_with_its_fact(folder, spoil):
 def test_a_shape_that_the_processor_refuses_is_found_with_and_without_pixels(folder):
     size = (900, 3)
     save(folder, noise(*size))
-    reader = ImageReader(folder, CONFIG)
+    reader = ImageReader(PhotoFiles(folder), CONFIG)
     for read in (lambda: reader.patches(FACT), lambda: reader.grids(FACT, size)):
         with pytest.raises(DataError) as error:
             read()
@@ -295,7 +295,7 @@ def test_a_flat_box_in_a_wide_photo_gets_a_crop_that_fits(folder, size, box, exp
     assert crop_box(box, size, CONFIG) == expected
     fact = dataclasses.replace(FACT, box=box, image="1.png")
     save(folder, noise(*size), "1.png")
-    reader = ImageReader(folder, CONFIG)
+    reader = ImageReader(PhotoFiles(folder), CONFIG)
     photo, crop = reader.pair(fact)
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=140 * 140)
     found = reader.patches(fact)
@@ -323,7 +323,7 @@ def test_patches_of_another_mean_and_deviation_are_the_processors_own(folder, me
     save(folder, noise(61, 90), "1.png")
     fact = dataclasses.replace(FACT, image="1.png")
     config = ImageConfig(image_mean=mean, image_std=std)
-    reader = ImageReader(folder, config)
+    reader = ImageReader(PhotoFiles(folder), config)
     processor = Qwen2VLImageProcessorPil(image_mean=list(mean), image_std=list(std))
     expected = processor(images=list(reader.pair(fact)), return_tensors="np")
     pixels.assert_same(pixels.values(reader.patches(fact), config), expected["pixel_values"])

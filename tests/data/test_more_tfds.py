@@ -11,11 +11,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from morer1_jax.data import more_tfds
+from morer1_jax.data.source import open_source
 from morer1_jax.errors import DataError
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
 from morer1_jax.task.photo import open_photo
+from morer1_jax.task.photos import PhotoFiles, read_photo
 
 LABELS = ("/per/org/opposed_to", "none", "/per/misc/party")
 FACT = Fact(
@@ -85,7 +87,7 @@ def test_photos_are_their_files_bytes_each_once(folder, tmp_path):
             assert photo["image"].decode() == example["image"].decode() == fact.image
             assert photo["photo"] == more.photo_path(folder, fact).read_bytes()
             seen = np.asarray(open_photo(photo["photo"]))
-            np.testing.assert_array_equal(seen, np.asarray(more.read_photo(folder, fact)))
+            np.testing.assert_array_equal(seen, np.asarray(read_photo(PhotoFiles(folder), fact)))
 
 
 def test_a_dataset_is_not_mixed_with_another(folder, tmp_path):
@@ -154,3 +156,13 @@ def test_the_command_builds_or_says_why_not_in_one_line(command, folder, tmp_pat
     assert error.splitlines()[-1].startswith(
         f"error: {folder}/txt/test.txt:5: expected one Python dict"
     )
+
+
+def test_a_bucket_is_built_from(upload, bucket, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MORER1_DATA_CACHE", str(tmp_path / "cache"))
+    source = open_source(upload(folder, "to-build/released"))
+    more_tfds.build(source.folder, tmp_path / "tfds")
+    built = open_source(upload(tmp_path / "tfds", "to-build/tfds") / "more")
+    for split, facts in direct(folder).items():
+        assert source.facts(split) == built.facts(split) == facts
+        assert [*map(built.photo, facts)] == [*map(source.photo, facts)]

@@ -17,6 +17,7 @@ from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
 from morer1_jax.task.answer import Special, format_answer, read
 from morer1_jax.task.fact import Fact
+from morer1_jax.task.photos import PhotoFiles
 from morer1_jax.task.prompt import student_prompt
 
 IMAGES = ImageConfig(max_pixels=112 * 112)
@@ -37,7 +38,7 @@ def test_a_prompt_is_the_whole_text_with_its_images_expanded(
     folded = ids[~((ids == special.image) & follows)]
     text = student_prompt(facts[0], ontology)
     assert folded.tolist() == small_tokenizer(text, add_special_tokens=False)["input_ids"]
-    reader = ImageReader(small_world, IMAGES)
+    reader = ImageReader(PhotoFiles(small_world), IMAGES)
     np.testing.assert_array_equal(sample.images.values, reader.patches(facts[0]).values)
 
 

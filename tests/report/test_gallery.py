@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from morer1_jax.data import more_tfds
 from morer1_jax.errors import DataError
-from morer1_jax.report.gallery import choose, is_right, read_answers
+from morer1_jax.model.config import ImageConfig
+from morer1_jax.report.gallery import choose, gallery_section, is_right, read_answers
 from morer1_jax.run.batch_sampler import Answer
+from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 
 
@@ -98,3 +101,17 @@ def test_absent_answers_are_named(tmp_path):
         DataError, match=r"sft.answers.jsonl: expected an answer .*, found No such file"
     ):
         read_answers(tmp_path / "sft.answers.jsonl", [])
+
+
+def test_photos_are_those_of_either_form_of_the_dataset(small_world, tmp_path):
+    more_tfds.build(small_world, tmp_path / "tfds")
+    facts = more.read_split(small_world, "test", more.read_ontology(small_world))
+    (tmp_path / "eval").mkdir()
+    answers = [json.dumps(dataclasses.asdict(Answer(f.id, f.label, "", True, 0))) for f in facts]
+    (tmp_path / "eval" / "sft.answers.jsonl").write_text("\n".join(answers))
+    folders = (small_world, tmp_path / "tfds" / "more")
+    ours, theirs = (
+        gallery_section(tmp_path, folder, "test", ImageConfig(), 4, 0) for folder in folders
+    )
+    assert ours == theirs
+    assert ours.count("data:image/jpeg;base64,") == 8

@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
+from morer1_jax import stores
+from morer1_jax.errors import ConfigError
+from morer1_jax.run import cache
 from morer1_jax.run.cache import VARIABLE, use_program_cache
 
 PROGRAM = """
@@ -52,3 +56,21 @@ def test_a_second_command_finds_what_the_first_compiled(tmp_path):
     said, kept = run()
     assert kept
     assert run() == (said, kept)
+
+
+def test_a_bucket_that_does_not_answer_is_found_before_jax_waits_for_it(monkeypatch):
+    monkeypatch.setattr(cache, "_ANSWERS", 0.2)
+    monkeypatch.setenv(VARIABLE, "gs://slow/programs")
+    monkeypatch.setattr(stores, "check_bucket", lambda path: time.sleep(5))
+    with pytest.raises(ConfigError, match=r"^JAX_COMPILATION_CACHE_DIR=gs://slow.* no answer in 0"):
+        use_program_cache()
+
+    def missing(path):
+        raise FileNotFoundError(2, "no such bucket", path)
+
+    monkeypatch.setattr(cache, "_ANSWERS", 20.0)
+    monkeypatch.setattr(stores, "check_bucket", missing)
+    with pytest.raises(ConfigError, match="found no such bucket; name another"):
+        use_program_cache()
+    monkeypatch.setattr(stores, "check_bucket", lambda path: None)
+    use_program_cache()

@@ -235,15 +235,15 @@ def test_dropping_leaves_the_newest_and_the_best(tmp_path):
         checkpoints.save(step, {"w": jnp.ones(2)})
     checkpoints.save_best(1, {"w": jnp.ones(2)}, 1.0)
     (tmp_path / ".step_00000004.tmp").mkdir()
-    checkpoints.drop(keep=1)
+    checkpoints.shelf.drop(keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step_00000003"]
     # One that cannot be read just now may be the newest there is.
     path = tmp_path / "step_00000003" / "manifest.json"
     path.rename(tmp_path / "away")
-    checkpoints.drop(keep=1)
+    checkpoints.shelf.drop(keep=1)
     (tmp_path / "away").rename(path)
     assert checkpoints.latest() == 3
-    checkpoints.drop(keep=0)
+    checkpoints.shelf.drop(keep=0)
     assert checkpoints.latest() is None
     assert checkpoints.best() == (1, 1.0)
 
@@ -351,7 +351,7 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch,
         patch.setattr(Path, "read_bytes", fail)
         for act in (
             checkpointer.latest,
-            lambda: checkpointer.drop(keep=1),
+            lambda: checkpointer.shelf.drop(keep=1),
             lambda: checkpointer.save(3, {"x": jnp.ones(2)}),
             lambda: checkpointer.restore(2, like({"x": jnp.ones(2)})),
         ):

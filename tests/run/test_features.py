@@ -18,6 +18,7 @@ from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.model.scorer import ScoreConfig, sequence_logprobs
 from morer1_jax.run import features
 from morer1_jax.run.setup import open_run, open_setup, with_features
+from morer1_jax.run.store import Store
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -46,7 +47,7 @@ def run(config, tmp_path_factory):
 
 def encode(run, workdir):
     """Kept features of a run's images, in another workdir."""
-    return with_features(dataclasses.replace(run, workdir=workdir)).reader.features
+    return with_features(dataclasses.replace(run, store=Store(workdir))).reader.features
 
 
 def test_log_probabilities_are_those_of_the_pixels(tiny, run):

@@ -1,7 +1,12 @@
 """The train loop on a toy state: resuming, logging each step once, keeping the best."""
 
+import dataclasses
+import errno
 import functools
 import json
+import os
+import signal
+import threading
 import time
 
 import jax
@@ -12,12 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from morer1_jax.config.settings import LoopSettings
-from morer1_jax.errors import DataError, NotFiniteError
+from morer1_jax.errors import DataError, NotFiniteError, Stopped
+from morer1_jax.hosts.stop import check_stop, stoppable
 from morer1_jax.learn.state import OptimizerConfig, TrainState, apply_gradients, new_state
+from morer1_jax.run import checkpoint
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.hooks import Hooks, Validation
 from morer1_jax.run.loop import train
 from morer1_jax.run.phases import PhaseTimer
+from morer1_jax.run.shelf import Shelf
+from morer1_jax.run.store import Store
 from morer1_jax.run.throughput import Work
 
 CONFIG = LoopSettings(steps=11, eval_every=4, save_every=3, log_every=1, keep_checkpoints=2)
@@ -74,7 +83,7 @@ class Toy:
             timer=PhaseTimer(),
             resume=self.resumed.append,
         )
-        return train("toy", workdir, hooks, config, **options)
+        return train("toy", Store(workdir), hooks, config, **options)
 
 
 def values(steps):
@@ -318,7 +327,7 @@ class Descent:
             updates=self.updates,
             dtype="bfloat16",
         )
-        return train("toy", workdir, hooks, config)
+        return train("toy", Store(workdir), hooks, config)
 
 
 def saved(workdir):
@@ -446,3 +455,143 @@ def test_a_score_that_is_not_finite_is_never_the_best(tmp_path):
     with pytest.raises(NotFiniteError, match=r"^toy step 4: validation/micro_f1: .* found nan"):
         Toy(f1=lambda w: float("nan")).run(tmp_path)
     assert Checkpointer(tmp_path / "toy" / "checkpoints").best() is None
+
+
+class Stopping(Toy):
+    """Is told to stop in a step, or in a validation, as a scheduler does it."""
+
+    def __init__(self, step=None, validation=None):
+        super().__init__()
+        self._stop_at, self._stop_in, self._validations = step, validation, 0
+
+    def step(self, state, batch, step):
+        if step == self._stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().step(state, batch, step)
+
+    def validate(self, params):
+        self._validations += 1
+        if self._validations == self._stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+            check_stop()  # As a sampler asks between its batches.
+        return super().validate(params)
+
+
+@pytest.fixture
+def plain_signal():
+    """As a process begins, whatever runs the tests has made of it."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+# Steps begin at 0: the fourth, after which a validation is due, and the last one's validation.
+STOPS = [{"step": 0}, {"step": 3}, {"step": 4}, {"validation": 1}, {"validation": 3}, {"step": 10}]
+
+
+@pytest.mark.usefixtures("plain_signal")
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+@pytest.mark.parametrize("every", [3, 100])
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_it_never_was(tmp_path, stop, every):
+    config = dataclasses.replace(CONFIG, save_every=every)
+    toy = Stopping(**stop)
+    with stoppable(), pytest.raises(Stopped, match=r"^stopped by SIGTERM: toy is saved as of step"):
+        toy.run(tmp_path, config)
+    # The step that it was in is saved, and none is lost.
+    assert Checkpointer(tmp_path / "toy" / "checkpoints").latest() == len(toy.steps)
+    again = Toy()
+    checkpoints = again.run(tmp_path, config)
+    assert toy.steps + again.steps == list(range(11))
+    assert sorted(heads(tmp_path)) == sorted(whole(config))
+    best = max((values(11)[step - 1], step) for step in (4, 8, 11))
+    assert checkpoints.best() == (best[1], float(best[0]))
+    assert int(final(checkpoints, 11).params["w"]) == values(11)[-1]
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_made_anew(tmp_path, caplog):
+    config = dataclasses.replace(CONFIG, keep_checkpoints=3)
+    with pytest.raises(KilledError):
+        Toy(die_at=10).run(tmp_path, config)  # 3, 6 and 9 are saved.
+    folder = tmp_path / "toy" / "checkpoints"
+    for step, damage in ((9, lambda data: data[:-1]), (6, lambda data: b"?" + data[1:])):
+        file = max((folder / f"step_{step:08d}" / "arrays").rglob("d/*"))
+        file.write_bytes(damage(file.read_bytes()))
+    toy = Toy()
+    checkpoints = toy.run(tmp_path, config)
+    warnings = [
+        record.getMessage() for record in caplog.records if "SHA-256" in record.getMessage()
+    ]
+    assert [warning.count("training goes on from step 3") for warning in warnings] == [1, 1]
+    assert "step_00000009/arrays/" in warnings[0]
+    assert "step_00000006/arrays/" in warnings[1]
+    assert toy.resumed == [3]
+    assert heads(tmp_path) == whole(config)
+    assert checkpoints.shelf.whole() == [11, 9, 6]
+    assert int(final(checkpoints, 11).params["w"]) == values(11)[-1]
+
+
+def test_training_does_not_begin_anew_because_all_its_checkpoints_are_damaged(tmp_path):
+    with pytest.raises(KilledError):
+        Toy(die_at=7).run(tmp_path)
+    folder = tmp_path / "toy" / "checkpoints"
+    for path in folder.glob("step_*/arrays/d/*"):
+        path.write_bytes(b"")
+    for path in folder.glob("step_*/arrays/ocdbt.process_0/d/*"):
+        path.write_bytes(b"")
+    message = (
+        r"toy/checkpoints: expected a checkpoint as it was saved, found all 2 damaged \(.*step"
+    )
+    with pytest.raises(DataError, match=message):
+        Toy().run(tmp_path)
+    assert Checkpointer(folder).shelf.whole() == [6, 3]
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """And a state does not count before the best parameters that were saved before it."""
+    go_on, order = threading.Event(), []
+    write = checkpoint.write_manifest
+
+    def slowly(folder, body, digests):
+        assert go_on.wait(60)
+        order.append((folder.parent.name, body["step"]))
+        write(folder, body, digests)
+
+    class Watched(Toy):
+        def step(self, state, batch, step):
+            if step == 5:
+                # Step 4 is validated and saved, and not yet whole.
+                assert Shelf(tmp_path / "toy" / "checkpoints").latest() is None
+                go_on.set()
+            return super().step(state, batch, step)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", slowly)
+    config = dataclasses.replace(CONFIG, save_every=4)
+    Watched().run(tmp_path, config)
+    assert order[:2] == [("best", 4), ("checkpoints", 4)]
+    assert len(order) == len(set(order)) == 6
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    toy = Toy()
+    with pytest.raises(OSError, match="No space left"):
+        toy.run(tmp_path, dataclasses.replace(CONFIG, save_every=2, eval_every=100))
+    assert len(toy.steps) < 11
+    assert not list((tmp_path / "toy" / "checkpoints").iterdir())
+
+
+@pytest.mark.usefixtures("plain_signal")
+def test_a_validation_that_was_made_up_for_and_lost_is_made_again(tmp_path):
+    """Stopped in a validation, then killed after it, before the next state was saved."""
+    config = dataclasses.replace(CONFIG, save_every=100)
+    with stoppable(), pytest.raises(Stopped):
+        Stopping(validation=1).run(tmp_path, config)
+    for _ in range(2):
+        with pytest.raises(KilledError):
+            Toy(die_at=5).run(tmp_path, config)
+        assert heads(tmp_path).count((4, "valid")) == 1
+    Toy().run(tmp_path, config)
+    assert sorted(heads(tmp_path)) == sorted(whole(config))

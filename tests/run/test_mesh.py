@@ -9,9 +9,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from morer1_jax.cost.topology import describe
 from morer1_jax.errors import ConfigError
 from morer1_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from morer1_jax.run.mesh import (
+    batch_parts,
     batch_sharding,
     make_mesh,
     param_shardings,
@@ -158,7 +160,50 @@ def test_put_batch_names_the_array_that_does_not_divide(array):
         put_batch({"images": {"patches": array}}, mesh_2x2x2())
 
 
-def test_a_host_is_one_process_of_all(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    monkeypatch.setattr(jax, "process_index", lambda: 2)
-    assert this_host().rows(range(8)) == range(4, 6)
+TOPOLOGIES = {
+    "v5e:4x4": 4,
+    "v5e:8x8": 16,
+    "v6e:4x4": 4,
+    "v5p:2x2x4": 4,
+}
+
+
+@pytest.mark.parametrize("axes", [(-1, 1, 1), (1, -1, 1), (2, -1, 1), (-1, 2, 2), (1, 2, -1)])
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_hosts_prepare_what_their_chips_hold_on_real_topologies(name, axes):
+    """Chips lie on a mesh in the torus's order, in which a host's need not be neighbours."""
+    pytest.importorskip("libtpu")
+    devices = describe(name).devices
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), axes, strict=True)), devices)
+    total, processes = batch_parts(mesh), {device.process_index for device in devices}
+    assert len(processes) == TOPOLOGIES[name]
+    rows = [f"row {number}" for number in range(2 * total)]
+    counted = []
+    for process in processes:
+        host = this_host(mesh, process)
+        own = host.rows(rows)
+        # What the process's chips hold, by the sharding itself.
+        held = {
+            row
+            for device, (part,) in batch_sharding(mesh).devices_indices_map((len(rows),)).items()
+            if device.process_index == process
+            for row in rows[part]
+        }
+        assert sorted(own) == sorted(held)
+        assert own == sorted(own, key=rows.index)
+        counted += host.counted_rows(np.asarray(own)).tolist()
+    assert sorted(counted) == sorted(rows)
+
+
+def test_a_hosts_parts_are_not_its_share_of_neighbours_on_a_torus():
+    pytest.importorskip("libtpu")
+    devices = describe("v5e:4x4").devices
+    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, devices)
+    parts = [this_host(mesh, process).parts for process in range(4)]
+    assert any(own != tuple(range(4 * n, 4 * n + 4)) for n, own in enumerate(parts)), parts
+
+
+def test_one_process_prepares_and_counts_all_rows():
+    host = this_host(mesh_2x2x2())
+    assert host.parts == host.counted == (0, 1, 2, 3)
+    assert host.rows(range(8)) == range(8)

@@ -29,6 +29,7 @@ from morer1_jax.run import mesh as meshes
 from morer1_jax.run.placed import place
 from morer1_jax.run.shapes import ask_plan, prompt_shapes, sequence_plan
 from morer1_jax.task.fact import Fact
+from morer1_jax.task.photos import PhotoFiles
 
 
 def make_needs(facts, seed, outliers=0):
@@ -168,7 +169,7 @@ PHOTOS = {
 def news_sizes(vision, facts, seed=0):
     """Sizes of facts about news photos, as the published configs take them."""
     noise = np.random.default_rng(seed)
-    images = ImageReader("", ImageConfig(max_pixels=512 * 28 * 28))
+    images = ImageReader(PhotoFiles(""), ImageConfig(max_pixels=512 * 28 * 28))
     shares = np.array([*PHOTOS.values()])
     sizes = []
     for choice in noise.choice(len(PHOTOS), facts, p=shares / shares.sum()):

@@ -27,6 +27,7 @@ from morer1_jax.run.setup import open_run, open_setup
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import LABELS, TASK, open_model
 from morer1_jax.task import more
+from morer1_jax.task.photos import PhotoFiles, photo_sizes
 from morer1_jax.task.prompt import student_prompt
 from morer1_jax.train import train
 from morer1_jax.weights.published import Checkpoint
@@ -80,7 +81,9 @@ def test_logits_of_the_export_are_our_own(request, small_world, pixels, kind):
     loaded = open_model(str(workdir))
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "test", ontology)[:3]
-    reader = loaded.reader(small_world, facts, more.photo_sizes(facts, small_world))
+    reader = loaded.reader(
+        PhotoFiles(small_world), facts, photo_sizes(facts, PhotoFiles(small_world))
+    )
     shape = Shape(reader.limits.prompt, reader.limits.slots)
     batch = Collator.of(reader).prompts([reader.read(fact) for fact in facts], range(3), shape)
     model = loaded.model
@@ -172,7 +175,7 @@ def test_its_processor_gives_the_pixels_it_was_trained_on(whole, small_world, pi
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     loaded = open_model(folder)
     fact = more.read_split(small_world, "test", more.read_ontology(small_world))[0]
-    reader = ImageReader(small_world, loaded.images)
+    reader = ImageReader(PhotoFiles(small_world), loaded.images)
     theirs = processor(images=list(reader.pair(fact)), return_tensors="np")
     ours = reader.patches(fact)
     pixels.assert_same(pixels.values(ours, loaded.images), theirs["pixel_values"])

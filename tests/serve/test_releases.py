@@ -20,6 +20,7 @@ from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import TASK, open_model
 from morer1_jax.task import more
+from morer1_jax.task.photos import PhotoFiles, photo_sizes
 from morer1_jax.task.prompt import question
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -131,7 +132,7 @@ def make_exported(makers, reference, small_world, pixels, base):
     """Exports what `makers` (what saves a folder, a tokenizer, whether it is asked) give."""
     ontology = more.read_ontology(small_world)
     facts = more.read_split(small_world, "test", ontology)[:2]
-    sizes = more.photo_sizes(facts, small_world)
+    sizes = photo_sizes(facts, PhotoFiles(small_world))
     asked, ours = [], {}
     for make, tokenizer, asks in makers:
         source, out = base / make.__name__, base / f"{make.__name__}-out"
@@ -142,7 +143,7 @@ def make_exported(makers, reference, small_world, pixels, base):
         if not asks:
             continue
         loaded = open_model(str(source))
-        reader = loaded.reader(small_world, facts, sizes)
+        reader = loaded.reader(PhotoFiles(small_world), facts, sizes)
         sampler = BatchSampler(loaded.policy, reader, batch=2, group=1, temperature=0.0)
         drawn = [rollout for _, rollout in sampler.sample(loaded.params, facts, "ask")]
         samples = [reader.read(fact) for fact in facts]
@@ -155,7 +156,7 @@ def make_exported(makers, reference, small_world, pixels, base):
             }
             for sample, rollout in zip(samples, drawn, strict=True)
         ]
-        reader = ImageReader(small_world, loaded.images)
+        reader = ImageReader(PhotoFiles(small_world), loaded.images)
     for number, fact in enumerate(facts):
         files = [str(base / f"{number}-{what}.png") for what in ("photo", "crop")]
         for image, file in zip(reader.pair(fact), files, strict=True):

@@ -17,6 +17,7 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.features import features_shape
 from morer1_jax.run.setup import open_run, open_setup
+from morer1_jax.run.store import Store
 from morer1_jax.run.trainee import open_trainee
 from morer1_jax.stages import disk
 from morer1_jax.stages.table import BY_NAME
@@ -42,7 +43,7 @@ class Case:
         self.settings = settings(config)
         data, tokenizer = Path(config.data.folder), load_tokenizer(TOKENIZER[0])
         self.trainee = open_trainee(self.settings, tokenizer, more.read_ontology(data), None)
-        self.status = WorkdirStatus.of(self.settings, workdir)
+        self.status = WorkdirStatus.of(self.settings, Store(workdir))
 
 
 TOKENIZER = []
@@ -211,7 +212,7 @@ def test_7b_grpo_is_counted_as_large_as_it_is(tmp_path, small_world):
 
 def test_too_little_room_is_named_before_the_first_step(config, tmp_path, monkeypatch):
     run = opened(config, tmp_path / "run")
-    status = WorkdirStatus.of(run.settings, run.workdir)
+    status = WorkdirStatus.of(run.settings, run.store)
     most = disk.needed_bytes(run.trainee, status, [BY_NAME["sft"]]) + disk._OTHERS
 
     def free(count):

@@ -12,6 +12,7 @@ import pytest
 from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.ratings import FILE, Rating, histogram, read_ratings
 from morer1_jax.errors import ConfigError, DataError
+from morer1_jax.run.store import Store
 from morer1_jax.stages.rate import check_rating, classify, pool_again, rate, run_rate
 
 RATE = RateSettings(
@@ -117,6 +118,7 @@ def given(tmp_path, ratings, **changes):
     config = dataclasses.replace(RATE, file=str(path), **changes)
     run = types.SimpleNamespace(
         workdir=tmp_path,
+        store=Store(tmp_path),
         dataset=types.SimpleNamespace(splits={"train": FACTS}),
         settings=types.SimpleNamespace(rate=config),
     )
@@ -263,6 +265,7 @@ def staged(tmp_path, monkeypatch, **changes):
     monkeypatch.setattr("morer1_jax.stages.rate.ask_plan", lambda *_: None)
     run = types.SimpleNamespace(
         workdir=tmp_path,
+        store=Store(tmp_path),
         dataset=types.SimpleNamespace(splits={"train": FACTS}),
         trainee=types.SimpleNamespace(policy=None, placed=None, whole=lambda params: params),
         reader=None,
@@ -300,6 +303,7 @@ def test_whole_ratings_are_not_made_again_for_want_of_a_marker(tmp_path, monkeyp
 def test_what_an_earlier_version_began_to_rate_is_named(tmp_path):
     run = types.SimpleNamespace(
         workdir=tmp_path,
+        store=Store(tmp_path),
         settings=types.SimpleNamespace(rate=RATE),
     )
     check_rating(run)

@@ -11,6 +11,8 @@ from morer1_jax.config.binding import OPERATIONAL, flatten, identity, matches, r
 from morer1_jax.config.settings import settings
 from morer1_jax.errors import ConfigError
 from morer1_jax.run.checkpoint import Checkpointer
+from morer1_jax.run.shelf import Shelf
+from morer1_jax.run.store import Store
 from morer1_jax.stages.marker import write_marker
 from morer1_jax.stages.table import BY_NAME, STAGES
 from morer1_jax.stages.workdir import WorkdirStatus
@@ -68,7 +70,7 @@ def config():
 
 
 def status(config, workdir):
-    return WorkdirStatus.of(settings(config), workdir)
+    return WorkdirStatus.of(settings(config), Store(workdir))
 
 
 def test_each_key_binds_or_is_free_on_purpose(config, tmp_path):
@@ -200,7 +202,7 @@ def test_steps_of_a_stage_that_was_killed_are_not_lowered_below_its_best(config,
 def test_steps_are_not_raised_from_a_state_that_is_gone(config, tmp_path):
     config.grpo.optimizer.schedule = "constant"
     finish(config, tmp_path, "grpo")
-    Checkpointer(tmp_path / "grpo" / "checkpoints").drop(keep=0)
+    Shelf(tmp_path / "grpo" / "checkpoints").drop(keep=0)
     status(config, tmp_path).check_steps()
     config.grpo.steps += 2
     with pytest.raises(ConfigError, match=r"expected 8, .* left no optimizer's state, found 10;"):

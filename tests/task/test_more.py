@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from morer1_jax.errors import DataError
-from morer1_jax.task import more
 from morer1_jax.task.answer import format_answer
 from morer1_jax.task.fact import Fact, composed
 from morer1_jax.task.more import (
     check_reasoning,
     digests,
     photo_path,
-    photo_sizes,
     read_ontology,
     read_reasoning,
     read_split,
@@ -29,7 +27,13 @@ from morer1_jax.task.more import (
     write_split,
 )
 from morer1_jax.task.ontology import Ontology
-from morer1_jax.task.photo import open_photo
+from morer1_jax.task.photos import (
+    PhotoFiles,
+    check_photos,
+    photo_digests,
+    photo_sizes,
+    read_photo,
+)
 
 ONTOLOGY = Ontology(("none", "/per/org/opposed_to", "/per/misc/party"))
 GOOD = {
@@ -148,10 +152,10 @@ def test_a_photo_is_found_in_whichever_form_of_unicode_its_name_is(folder, there
     put(folder, changed(img_id=NAMES[written]))
     (fact,) = read_split(folder, "train", ONTOLOGY)
     assert fact.image == NAMES[found]
-    seen = more.check_photos([fact], folder)
+    seen = check_photos([fact], PhotoFiles(folder))
     assert seen[fact.photo].size == (50 + there.index(found), 40)
     # A copy of the folder on another system is the same dataset.
-    assert more.photo_digests(seen).keys() == {f"img_org/train/{NAMES['NFC']}"}
+    assert photo_digests(seen).keys() == {f"img_org/train/{NAMES['NFC']}"}
 
 
 def test_of_two_photos_whose_names_read_alike_both_have_a_part_in_the_digest(folder):
@@ -163,8 +167,8 @@ def test_of_two_photos_whose_names_read_alike_both_have_a_part_in_the_digest(fol
             Image.new("RGB", (50, 40), colour).save(path)
         facts = read_split(folder, "train", ONTOLOGY)
         assert [fact.image for fact in facts] == [NAMES[form] for form in photos]
-        there = more.photo_digests(more.check_photos(facts, folder))
-        assert there == more.photo_digests(more.check_photos(facts[::-1], folder))
+        there = photo_digests(check_photos(facts, PhotoFiles(folder)))
+        assert there == photo_digests(check_photos(facts[::-1], PhotoFiles(folder)))
         assert there.keys() == {f"img_org/train/{NAMES['NFC']}"}
         return there
 
@@ -372,11 +376,16 @@ def test_only_facts_in_their_own_lines_are_written(folder):
     assert split_path(folder, "train").read_bytes() == before
 
 
-def test_photos_are_decoded_once_each(folder, monkeypatch):
+def test_photos_are_decoded_once_each(folder):
     opened = []
-    monkeypatch.setattr(more, "open_photo", lambda p, n: opened.append(p.name) or open_photo(p, n))
+
+    class Counted(PhotoFiles):
+        def photo(self, fact):
+            opened.append(fact.image)
+            return super().photo(fact)
+
     second = dataclasses.replace(FACT, id="train:2", image="2.jpg")
-    assert photo_sizes([FACT, second, FACT], folder) == {
+    assert photo_sizes([FACT, second, FACT], Counted(folder)) == {
         "train/1.jpg": (40, 30),
         "train/2.jpg": (64, 48),
     }
@@ -384,22 +393,22 @@ def test_photos_are_decoded_once_each(folder, monkeypatch):
 
 
 def test_a_photos_digest_is_that_of_its_file(folder):
-    before = more.check_photos([FACT], folder)["train/1.jpg"]
+    before = check_photos([FACT], PhotoFiles(folder))["train/1.jpg"]
     path = folder / "img_org" / "train" / "1.jpg"
     assert before == ((40, 30), hashlib.sha256(path.read_bytes()).hexdigest())
     Image.effect_noise((40, 30), 60).convert("RGB").save(path)
-    after = more.check_photos([FACT], folder)
+    after = check_photos([FACT], PhotoFiles(folder))
     assert after["train/1.jpg"].size == before.size
     assert after["train/1.jpg"].digest != before.digest
-    assert more.photo_digests(after) == {"img_org/train/1.jpg": after["train/1.jpg"].digest}
+    assert photo_digests(after) == {"img_org/train/1.jpg": after["train/1.jpg"].digest}
 
 
 def test_sizes_are_those_of_photos_upright(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 48)).save(folder / "img_org" / "train" / "1.jpg", exif=exif)
-    assert photo_sizes([FACT], folder) == {"train/1.jpg": (48, 64)}
-    assert more.read_photo(folder, FACT).size == (48, 64)
+    assert photo_sizes([FACT], PhotoFiles(folder)) == {"train/1.jpg": (48, 64)}
+    assert read_photo(PhotoFiles(folder), FACT).size == (48, 64)
 
 
 def test_a_folder_in_a_bucket_is_read_as_a_local_one(folder, monkeypatch):
@@ -419,7 +428,7 @@ def test_a_folder_in_a_bucket_is_read_as_a_local_one(folder, monkeypatch):
     assert ontology == read_ontology(folder)
     facts = read_split(found, "train", ontology)
     assert facts == read_split(folder, "train", ontology)
-    assert photo_sizes(facts, found) == photo_sizes(facts, folder)
+    assert photo_sizes(facts, PhotoFiles(found)) == photo_sizes(facts, PhotoFiles(folder))
     assert digests(found) == digests(folder)
     texts = read_reasoning(f"{found}/reasoning.jsonl", facts, ontology)
     assert texts == read_reasoning(folder / "reasoning.jsonl", facts, ontology)
@@ -437,14 +446,14 @@ def test_all_damaged_photos_are_named_at_once_up_to_twenty(folder):
             yield dataclasses.replace(FACT, id=f"train:{number}", image=f"{number}.jpg")
 
     with pytest.raises(DataError, match=r"^3 faults: \(1\) ") as error:
-        photo_sizes(list(facts(6)), folder)
+        photo_sizes(list(facts(6)), PhotoFiles(folder))
     for number in (10, 12, 14):
         assert f"{number}.jpg (fact train:{number}): cannot be read" in str(error.value)
     for number in (11, 13, 15):
         assert f"{number}.jpg" not in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=r"^20 faults or more: ") as error:
-        photo_sizes(list(facts(60)), folder)
+        photo_sizes(list(facts(60)), PhotoFiles(folder))
     assert str(error.value).count("cannot be read") == 20
 
 
@@ -459,7 +468,7 @@ def test_bad_photos_are_named_with_their_first_fact(folder, damage):
         path.unlink()
     facts = [FACT, *(dataclasses.replace(FACT, id=f"train:{i}", image="2.jpg") for i in (4, 5))]
     with pytest.raises(DataError) as error:
-        photo_sizes(facts, folder)
+        photo_sizes(facts, PhotoFiles(folder))
     assert str(error.value).startswith(f"{path} (fact train:4): ")
     assert "\n" not in str(error.value)
 

@@ -15,6 +15,7 @@ from morer1_jax.data.images import ImageReader
 from morer1_jax.errors import ConfigError
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
+from morer1_jax.task.photos import PhotoFiles
 from morer1_jax.teacher.endpoint import Endpoint, EndpointConfig, Reply
 from morer1_jax.teacher.ledger import Usage
 from morer1_jax.teacher.request import build_request
@@ -26,7 +27,7 @@ USAGE = {"prompt_tokens": 9, "completion_tokens": 4}
 def asked(teachable):
     folder, facts = teachable(1)
     request = build_request(
-        facts[0], more.read_ontology(folder), ImageReader(folder, ImageConfig())
+        facts[0], more.read_ontology(folder), ImageReader(PhotoFiles(folder), ImageConfig())
     )
     return facts, request.messages
 

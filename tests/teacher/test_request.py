@@ -12,6 +12,7 @@ from morer1_jax.data.images import ImageReader
 from morer1_jax.errors import DataError
 from morer1_jax.model.config import ImageConfig
 from morer1_jax.task import more
+from morer1_jax.task.photos import PhotoFiles
 from morer1_jax.teacher.ledger import Size
 from morer1_jax.teacher.prompt import teacher_prompt
 from morer1_jax.teacher.request import Request, build_request
@@ -32,7 +33,7 @@ def decoded(message):
 
 def test_photo_and_crop_come_before_the_prompt(data):
     folder, facts, ontology = data
-    reader = ImageReader(folder, ImageConfig())
+    reader = ImageReader(PhotoFiles(folder), ImageConfig())
     request = build_request(facts[0], ontology, reader)
     (message,) = request.messages
     assert message["role"] == "user"
@@ -50,7 +51,7 @@ def test_the_crop_follows_the_margin_of_the_image_config(data):
     folder, facts, ontology = data
     shapes = [
         build_request(
-            facts[0], ontology, ImageReader(folder, ImageConfig(crop_margin=margin))
+            facts[0], ontology, ImageReader(PhotoFiles(folder), ImageConfig(crop_margin=margin))
         ).shapes
         for margin in (0.1, 0.4)
     ]
@@ -61,11 +62,16 @@ def test_the_crop_follows_the_margin_of_the_image_config(data):
 def test_large_images_are_scaled_down_and_small_ones_are_not(data):
     folder, facts, ontology = data
     config = ImageConfig(max_pixels=3200)
-    photo, crop = build_request(facts[0], ontology, ImageReader(folder, config)).shapes
-    width, height = ImageReader(folder, config).open(facts[0]).size
+    photo, crop = build_request(facts[0], ontology, ImageReader(PhotoFiles(folder), config)).shapes
+    width, height = ImageReader(PhotoFiles(folder), config).open(facts[0]).size
     assert photo[0] * photo[1] <= 3200 < width * height
     assert photo[0] / photo[1] == pytest.approx(width / height, rel=0.03)
-    assert crop == build_request(facts[0], ontology, ImageReader(folder, ImageConfig())).shapes[1]
+    assert (
+        crop
+        == build_request(facts[0], ontology, ImageReader(PhotoFiles(folder), ImageConfig())).shapes[
+            1
+        ]
+    )
 
 
 def test_the_size_counts_bytes_pixels_and_tiles():
@@ -77,4 +83,4 @@ def test_a_photo_that_is_gone_is_named(data):
     folder, facts, ontology = data
     fact = dataclasses.replace(facts[0], image="gone.jpg")
     with pytest.raises(DataError, match=r"gone\.jpg \(fact train:1\): cannot be read"):
-        build_request(fact, ontology, ImageReader(folder, ImageConfig()))
+        build_request(fact, ontology, ImageReader(PhotoFiles(folder), ImageConfig()))

@@ -41,7 +41,7 @@ def no_work(monkeypatch):
 
     monkeypatch.setattr("bench.model.write_model", begin)
     monkeypatch.setattr("morer1_jax.task.more.write_ontology", begin)
-    monkeypatch.setattr("morer1_jax.task.more.photo_sizes", begin)
+    monkeypatch.setattr("morer1_jax.task.photos.check_photos", begin)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from PIL import Image
 from morer1_jax.task import more
 from morer1_jax.task.answer import Special, read
 from morer1_jax.task.ontology import label_types
+from morer1_jax.task.photos import PhotoFiles, photo_sizes
 from morer1_jax.world import synthesise as synthetic
 from morer1_jax.world.scene import COLOURS, KINDS, LABELS, NAMES, SELF_LABELS, VERBS
 from morer1_jax.world.synthesise import WorldConfig, synthesise
@@ -112,7 +113,7 @@ def test_the_files_are_those_of_more(small):
         "valid": 13,
         "test": 22,
     }
-    sizes = more.photo_sizes(small.all_facts, small.folder)
+    sizes = photo_sizes(small.all_facts, PhotoFiles(small.folder))
     # No photo without a fact, and none of another form.
     there = {f"{p.parent.name}/{p.name}" for p in (small.folder / "img_org").glob("*/*")}
     assert there == sizes.keys()
@@ -203,7 +204,7 @@ def test_some_photos_fit_nothing_in_their_title(large):
 
 
 def test_boxes_lie_within_photos_and_tell_objects_apart(small):
-    sizes = more.photo_sizes(small.all_facts, small.folder)
+    sizes = photo_sizes(small.all_facts, PhotoFiles(small.folder))
     for fact in small.all_facts:
         x, y, w, h = fact.box
         assert x - w / 2 >= -1e-6

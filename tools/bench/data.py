@@ -32,6 +32,7 @@ from morer1_jax.run.shapes import sequence_plan
 from morer1_jax.task import more
 from morer1_jax.task.fact import Fact
 from morer1_jax.task.ontology import Ontology
+from morer1_jax.task.photos import PhotoFiles, check_photos
 from morer1_jax.world.synthesise import synthesise
 
 # Numbers of facts and photos of MORE's release; the photos' division over the splits is ours.
@@ -117,7 +118,7 @@ def time_reading(folder: Path) -> dict[str, Any]:
         ontology = more.read_ontology(folder)
         facts = [f for split in more.SPLITS for f in more.read_split(folder, split, ontology)]
     with _timed("photos", seconds):
-        sizes = more.photo_sizes(facts, folder)
+        sizes = check_photos(facts, PhotoFiles(folder))
     return {"facts": len(facts), "photos": len(sizes)} | seconds
 
 
@@ -133,6 +134,23 @@ def time_tfds(folder: Path, data_dir: Path) -> dict[str, Any]:
     return seconds | {"equal": built == direct}
 
 
+def sequence_feed(run: Run, epochs: int) -> tuple[SequenceFeed, int]:
+    """Returns the feed of SFT's batches, with the rows of a run of so many epochs.
+
+    Also returns the number of an epoch's steps.
+    """
+    dataset, data, reasoning = run.dataset, run.settings.data, run.dataset.reasoning
+    facts = [fact for fact in dataset.splits["train"] if fact.id in reasoning]
+    batch = run.settings.sft.batch
+    pool = Pool("training", np.arange(len(facts)), (run.settings.seed,))
+    draw = functools.partial(pool.batch, size=batch)
+    epoch = -(-len(facts) // batch)
+    sizes = [run.sizes[fact.id] for fact in facts]
+    placed = run.trainee.placed
+    plan, host = sequence_plan(placed, data, sizes, draw, epochs * epoch, 1), this_host(placed.mesh)
+    return SequenceFeed(run.reader, facts, reasoning, draw, host, sizes, plan), epoch
+
+
 def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
     """Times SFT's batches, taken and dropped as fast as the config's workers make them.
 
@@ -141,16 +159,8 @@ def time_loading(run: Run, epochs: int = 3) -> dict[str, Any]:
         CPU per sample; and the resident memory in MB of this process and its workers after each
         epoch.
     """
-    # The feed of SFT, with the rows of a run of these epochs.
-    dataset, data, reasoning = run.dataset, run.settings.data, run.dataset.reasoning
-    facts = [fact for fact in dataset.splits["train"] if fact.id in reasoning]
-    batch = run.settings.sft.batch
-    pool = Pool("training", np.arange(len(facts)), (run.settings.seed,))
-    draw = functools.partial(pool.batch, size=batch)
-    epoch = -(-len(facts) // batch)
-    sizes = [run.sizes[fact.id] for fact in facts]
-    plan = sequence_plan(run.trainee.placed, data, sizes, draw, epochs * epoch, 1)
-    feed = SequenceFeed(run.reader, facts, reasoning, draw, this_host(), sizes, plan)
+    data, batch = run.settings.data, run.settings.sft.batch
+    feed, epoch = sequence_feed(run, epochs)
     # The first batch, which waits for the workers to start.
     options = {"workers": data.workers, "kind": data.worker_kind}
     start = time.perf_counter()

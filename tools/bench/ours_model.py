@@ -25,6 +25,7 @@ from morer1_jax.model.vlm import split_tower
 from morer1_jax.run.placed import place
 from morer1_jax.run.policy import Policy
 from morer1_jax.serve.loaded import LoadedModel, open_model
+from morer1_jax.task.photos import PhotoFiles
 
 _WHOLE = (0.5, 0.5, 1.0, 1.0)
 
@@ -36,7 +37,7 @@ class PromptReader(SampleReader):
         super().__init__(
             loaded.policy.tokenizer,
             loaded.policy.ontology,
-            ImageReader(".", loaded.images),
+            ImageReader(PhotoFiles("."), loaded.images),
             loaded.model.config.vision,
             Limits(0, 0, 0),
         )

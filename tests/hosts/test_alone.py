@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from morer1_jax.errors import ConfigError
-from morer1_jax.processes import check_alone
+from morer1_jax.hosts.alone import check_alone
 
-TOOL = Path(__file__).parents[1] / "tools" / "write_reasoning.py"
-WORDS = "several hosts are not supported yet"
+TOOL = Path(__file__).parents[2] / "tools" / "write_reasoning.py"
+WORDS = "only `python -m morer1_jax.train` runs on several hosts"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_jax_is_asked_too_unless_nothing_is_computed(monkeypatch):
 
 
 def test_two_that_a_launcher_starts_side_by_side_both_end(tmp_path):
-    """Neither calls `jax.distributed.initialize`, so that to JAX each is alone."""
+    """To JAX each of them is alone."""
     # Of the commands the one that imports least.
     command = [sys.executable, str(TOOL), f"--data={tmp_path}", "--count=1", "--model=none"]
     both = [

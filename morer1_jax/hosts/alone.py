@@ -1,7 +1,6 @@
-"""Refuses to run as one of several processes, which is not supported yet.
+"""Tells from a launcher's variables whether it started several processes; refuses them if asked.
 
-Without `jax.distributed.initialize` each process that a launcher starts takes itself for the only
-one, and all would write the same files.
+Most commands are made for one process: several would all write the same files.
 """
 
 from __future__ import annotations
@@ -50,14 +49,25 @@ def check_alone(*, devices: bool = True, environment: Mapping[str, str] | None =
     Raises:
         ConfigError: there are several; the message names the variable that tells so.
     """
-    for name, value, count in _process_counts(os.environ if environment is None else environment):
-        if count > 1:
-            raise _refusal(
-                count,
-                f"{name}={value}; start one process, or unset {name} where this is the only one",
-            )
+    if (several := started_beside_others(environment)) is not None:
+        evidence, count = several
+        variable = evidence.partition("=")[0]
+        raise _refusal(
+            count,
+            f"{evidence}; start one process, or unset {variable} where this is the only one",
+        )
     if devices and (count := jax.process_count()) > 1:
         raise _refusal(count, "jax.process_count(); start it on a machine of one host")
+
+
+def started_beside_others(environment: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """Returns a launcher's variable that tells of several processes, and how many at least.
+
+    Args:
+        environment: the launcher's variables; this process's by default.
+    """
+    counts = _process_counts(os.environ if environment is None else environment)
+    return next(((f"{name}={value}", count) for name, value, count in counts if count > 1), None)
 
 
 def _process_counts(environment: Mapping[str, str]) -> Iterator[tuple[str, str, int]]:
@@ -72,5 +82,6 @@ def _process_counts(environment: Mapping[str, str]) -> Iterator[tuple[str, str, 
 
 def _refusal(count: int, evidence: str) -> ConfigError:
     return ConfigError(
-        f"expected one process, found {count}: several hosts are not supported yet ({evidence})"
+        f"expected one process, found {count}: only `python -m morer1_jax.train` runs on several "
+        f"hosts ({evidence})"
     )
