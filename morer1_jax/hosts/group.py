@@ -77,9 +77,13 @@ def of_first(name: str, make: Callable[[], T]) -> T:
     return value
 
 
-def by_first(name: str, do: Callable[[], None]) -> None:
-    """Lets the first process do something while the others wait; see `of_first`."""
-    of_first(name, do)
+def by_first(name: str, do: Callable[[], object]) -> None:
+    """Lets the first process do something while the others wait; what it returns is dropped."""
+
+    def done() -> None:
+        do()
+
+    of_first(name, done)
 
 
 def gather(name: str, value: T) -> list[T]:

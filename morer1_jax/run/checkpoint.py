@@ -285,10 +285,9 @@ class Checkpointer:
             writer = self._writer(path.parent)
             writer.save(plain / ARRAYS, args=ocp.args.PyTreeSave(leaves))
             files = files.pop_all()
-        finish = functools.partial(
-            self._finish, writer, files, folder, plain, body, then, group.ticket("checkpoint")
-        )
-        self._pending.append((path, self._finisher.submit(finish)))
+        key = group.ticket("checkpoint")
+        finish = functools.partial(self._finish, writer, files, folder, plain, body, then, key)
+        self._pending.append((path, self._finisher.submit(_ending_all, path, finish)))
         if not self._background:
             self.wait()
 
@@ -309,24 +308,6 @@ class Checkpointer:
             plain: the folder by another name.
             key: from `group.ticket`.
         """
-        try:
-            self._make_whole(writer, files, folder, plain, body, then, key)
-        except BaseException as error:
-            # Of several processes the others wait for this one in their own background.
-            code = 2 if isinstance(error, DataError | OSError) else 1
-            join.leave(code, f"{folder}: {one_line(error)}", error)
-            raise
-
-    def _make_whole(
-        self,
-        writer: ocp.AsyncCheckpointer,
-        files: contextlib.ExitStack,
-        folder: Path,
-        plain: Path,
-        body: Mapping[str, Any],
-        then: Callable[[], None],
-        key: str,
-    ) -> None:
         with files:
             writer.wait_until_finished()
             digests = group.to_first("digests", own_digests(folder), key)
@@ -342,8 +323,7 @@ class Checkpointer:
     def _writer(self, folder: Path) -> ocp.AsyncCheckpointer:
         """Returns what writes arrays into a folder's checkpoints, one after another."""
         if folder not in self._writers:
-            # Compressed, a state of bfloat16 or float32 is a tenth smaller and takes ten times as
-            # long.
+            # Not compressed: of such numbers it saves little room for most of the time.
             handler = ocp.PyTreeCheckpointHandler(
                 use_ocdbt=True, use_zarr3=True, use_compression=False
             )
@@ -394,6 +374,16 @@ class Checkpointer:
             )
         tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in leaves])
         return tree, manifest["extra"]
+
+
+def _ending_all(path: Path, finish: Callable[[], None]) -> None:
+    """Calls `finish`; of several processes, which wait for each other there, an error ends all."""
+    try:
+        finish()
+    except BaseException as error:
+        code = 2 if isinstance(error, DataError | OSError) else 1
+        join.leave(code, f"{path}: {one_line(error)}", error)
+        raise
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:

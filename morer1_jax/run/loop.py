@@ -40,11 +40,9 @@ def train(
     are skipped in a row nothing is saved, except at the end.
 
     Args:
-        store: the workdir.
         workers, kind: number and kind of the workers that prepare batches; see `load_ahead`.
         profile: the first and the last step of a trace for TensorBoard or Perfetto, written into
-            `profile/name` of the workdir, of several processes each into a folder of its own; ()
-            for none.
+            `profile/name`, of several processes each into a folder of its own; () for none.
 
     Returns:
         The checkpointer, which knows the best parameters.
@@ -54,9 +52,9 @@ def train(
         Stopped: the run was told to stop; the state is saved.
     """
     checkpoints, log, start, state, extra = _resumed(name, store, hooks, settings)
-    steps = settings.steps
 
     # Run step after step; the host waits for the device only to validate or to save.
+    steps = settings.steps
     batches = load_ahead(hooks.batch, start, steps, workers=workers, kind=kind)
     instruments = Instruments(name, hooks, settings, log, checkpoints, start, extra)
     profiler = Profiler(name, _traces(store, name), profile, start=start, last=steps)
@@ -86,9 +84,9 @@ def train(
                         except Stopped:
                             save_due = stop = True
                     if save_due and (last or not instruments.skipped.row):
-                        unvalidated = {UNVALIDATED: True} if validation_due and stop else {}
                         log.sync()
-                        checkpoints.save(step, state, instruments.skipped.extra() | unvalidated)
+                        later = {UNVALIDATED: True} if validation_due and stop else {}
+                        checkpoints.save(step, state, instruments.skipped.extra() | later)
                         save_due = False
             instruments.bar.update()
             if stop:

@@ -43,7 +43,7 @@ def check_shared(store: Store) -> None:
     trial = workdir / f".shared-by-{group.count()}"
     text = group.of_first("trial file", lambda: _write_trial(trial))
     until = time.monotonic() + _SEEN
-    while not (seen := trial.exists() and trial.read_text() == text) and time.monotonic() < until:
+    while not (seen := _has(trial, text)) and time.monotonic() < until:
         time.sleep(0.5)
     hosts = group.gather("who sees it", [socket.gethostname(), seen])
     group.by_first("trial is over", lambda: trial.unlink(missing_ok=True))
@@ -53,6 +53,10 @@ def check_shared(store: Store) -> None:
             f"{', '.join(blind[:4])} does not see what process 0 writes; name one on a shared file "
             "system as --workdir"
         )
+
+
+def _has(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 def _write_trial(path: Path) -> str:

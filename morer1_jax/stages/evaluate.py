@@ -69,7 +69,7 @@ def _write(run: Run, name: str, answers: Sequence[Answer]) -> None:
     facts, ontology = run.dataset.splits["test"], run.dataset.ontology
     group.by_first(
         f"scores of {name}",
-        lambda: write_scores(run.workdir, name, facts, answers, ontology) and None,
+        lambda: write_scores(run.workdir, name, facts, answers, ontology),
     )
 
 

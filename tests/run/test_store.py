@@ -1,7 +1,7 @@
 """A run's files in a folder, and in a bucket of which it has a local copy."""
 
+import importlib.util
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,11 +25,16 @@ from morer1_jax.run.trial import check_saves
 def bucket():
     pytest.importorskip("gcp_storage_emulator")
     pytest.importorskip("gcsfs")
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from bucket import served
-
     with served() as root:
         yield root
+
+
+def served(**options):
+    """See `bucket.py` beside this folder."""
+    spec = importlib.util.spec_from_file_location("bucket", Path(__file__).parents[1] / "bucket.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.served(**options)
 
 
 @pytest.fixture
@@ -221,3 +226,28 @@ def test_a_workdir_that_another_has_taken_is_left_to_it(bucket, monkeypatch):
         stores._client().pipe_file(f"{bucket}/taken/{OWNER}", other)
         assert ended.wait(20)
     assert stores.read_bytes(store.root / OWNER) == other
+
+
+@pytest.mark.soak  # It mostly waits.
+def test_a_bucket_that_often_fails_loses_nothing(copies, monkeypatch):
+    """A fifth of the requests is late, lost before or after it is served, or refused."""
+    monkeypatch.setattr(module, "_DEAD", 20.0)
+    stores._client.cache_clear()
+    state = {"w": jnp.arange(1000.0)}
+    with served(faults=0.2) as root:
+        store = Store(f"{root}/faults")
+        with store.held():
+            for number in range(4):
+                (store.folder / "log").write_text("line\n" * (number + 1))
+                store.publish()
+            checkpoints = Checkpointer(store.checkpoints("sft"), before_whole=store.publish)
+            for step in range(1, 4):
+                checkpoints.save(step, jax.tree.map(lambda x, step=step: x + step, state))
+            assert text(store.root, "log") == "line\n" * 4
+        step, restored, _ = Checkpointer(store.checkpoints("sft")).restore_newest(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        )
+        assert step == 3
+        np.testing.assert_array_equal(restored["w"], state["w"] + 3)
+        assert stores.names(store.checkpoints("sft")) != []
+    stores._client.cache_clear()
