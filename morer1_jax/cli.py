@@ -15,9 +15,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from morer1_jax.errors import ConfigError, DataError, Stopped, one_line
+from morer1_jax.errors import AbsentError, ConfigError, DataError, Stopped, one_line
 from morer1_jax.files import full_disk
 from morer1_jax.hosts import join
+from morer1_jax.hosts.keeper import LOST
 from morer1_jax.output import check_text, unfailing_output
 
 # Exit code of a run that was told to stop and has saved: start the same command again. It is the
@@ -35,11 +36,11 @@ def run_main(
 
     `ConfigError`, `DataError`, the system's errors about a file, a full disk as any library reports
     it, and errors in the flags (an unknown `--config.` key, a value of the wrong type, a missing
-    config file) become one line on stderr and exit code 2. So does Ctrl-C, with exit code 130, and
-    a run that was told to stop, with `STOPPED`. All
-    others keep their traceback, including errors inside a config file. Libraries' logs are shown
-    from warnings on, unless `--verbosity` is given. Of a run's several processes each names itself,
-    and one that fails ends the others.
+    config file) become one line on stderr and exit code 2. So do Ctrl-C, with exit code 130, a run
+    that was told to stop, with `STOPPED`, and one whose other processes did not come, with `LOST`.
+    All others keep their traceback, including faults inside a config file. Libraries' logs are
+    shown from warnings on, unless `--verbosity` is given. Of a run's several processes each names
+    itself, and one that fails ends the others.
 
     Args:
         main: takes the command line without its flags: the program's name alone.
@@ -58,6 +59,8 @@ def run_main(
             argv = list(sys.argv if argv is None else argv)
             check_text([*argv, *sys.argv])
             app.run(quiet_main, argv, flags_parser=_parse_flags)
+        except AbsentError as error:
+            _exit(LOST, one_line(error))
         except (ConfigError, DataError) as error:
             _exit(2, one_line(error))
         except Stopped as error:
@@ -125,6 +128,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         # A config file that raises a ValueError arrives as a flag's error around the traceback.
         if "Traceback (most recent call last)" in str(error):
+            if own := _own_error(error):
+                raise ConfigError(str(own)) from None
             raise RuntimeError(str(error)) from error
         raise ConfigError(one_line(error)) from None
     except (AttributeError, KeyError):
@@ -135,6 +140,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; a flag is written --name=value")
     return rest
+
+
+def _own_error(error: BaseException | None) -> ConfigError | None:
+    """Returns the error that a config file has raised for the user, if it is one."""
+    while error is not None:
+        if isinstance(error, ConfigError) and "Traceback" not in str(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _config_sources(argv: Sequence[str]) -> dict[str, str]:

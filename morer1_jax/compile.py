@@ -15,6 +15,7 @@ a chip computes far more than its share of the model's FLOPs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -41,6 +42,7 @@ from morer1_jax.paths import local_path
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.trainee import embedding_rows
+from morer1_jax.stages.ahead import in_threads
 from morer1_jax.stages.programs import PlannedProgram, planned_programs
 from morer1_jax.stages.table import stages_to_run
 from morer1_jax.weights.folder import find_folder, read_json
@@ -49,6 +51,7 @@ from morer1_jax.weights.published import CONFIG
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:2x2x4 or h100:8.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.", 1)
+_THREADS = flags.DEFINE_integer("threads", 1, "Programs to compile at once.", 1)
 _PROGRAMS = flags.DEFINE_list("programs", [], "Names of programs; by default all.")
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 _HLO = flags.DEFINE_string("hlo", None, "A folder for each program's optimised HLO.")
@@ -99,13 +102,14 @@ def main(argv: list[str]) -> None:
             f"{', '.join(sorted(unknown))}"
         )
     print(_head(placed, target), flush=True)
-    results, faults = [], []
-    for program in planned:
-        if not _PROGRAMS.value or program.name in _PROGRAMS.value:
-            result = compiled(program, target, hlo)
-            results.append(result)
-            print("\n".join(_lines(result, mesh, target, _TOP.value)), flush=True)
-            faults += faults_of(result, mesh.size, target)
+    chosen = [p for p in planned if not _PROGRAMS.value or p.name in _PROGRAMS.value]
+    calls = [functools.partial(compiled, program, target, hlo) for program in chosen]
+    ready: dict[int, Compiled] = {}
+    for number, result in in_threads(calls, _THREADS.value):
+        ready[number] = result
+        print("\n".join(_lines(result, mesh, target, _TOP.value)), flush=True)
+    results = [ready[number] for number in range(len(chosen))]
+    faults = [line for result in results for line in faults_of(result, mesh.size, target)]
     if out is not None:
         write_json(out, _figures(placed, target, results, faults))
     if faults:

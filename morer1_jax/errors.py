@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     """A configuration that is malformed or asks for something this package does not do."""
 
 
+class AbsentError(ConfigError):
+    """Another process of the run, which has not come; perhaps it comes if all start again."""
+
+
 class FieldError(ConfigError):
     """An invalid value of a dataclass's field; the caller that knows the file adds the place.
 

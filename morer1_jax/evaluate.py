@@ -3,7 +3,8 @@
     python -m morer1_jax.evaluate --checkpoint=runs/demo/sft --data=runs/demo/data --out=scores
 
 Writes `eval/<name>.json`, `eval/<name>.answers.jsonl` and `report.html` into `--out`, a folder that
-may hold the scores of several checkpoints, each under a name of its own.
+may hold the scores of several checkpoints, each under a name of its own. Checkpoint and data may be
+in a bucket (`gs://…`), `--out` is of this machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from morer1_jax.task import metrics, more
 from morer1_jax.task.photos import photo_sizes
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
+    "checkpoint",
+    None,
+    "A run's workdir, one of its stages, or a published folder, also gs://…; or a hub name.",
 )
 _DATA = flags.DEFINE_string("data", None, "A dataset's folder, which says the labels.")
 _SPLIT = flags.DEFINE_enum("split", "test", list(more.SPLITS), "The split.")
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> None:
     out, name = local_path(_OUT.value, "--out"), _NAME.value
     data = any_path(_DATA.value, "--data")
     if name is None:
-        name = Path(expand_home(_CHECKPOINT.value, "--checkpoint")).resolve().name
+        name = _last_part(_CHECKPOINT.value)
     check_writable(out / "eval", folder=True)
     with hold(out, folder=True):
         _check_out(out, _SPLIT.value, name)
@@ -73,6 +76,13 @@ def _evaluate(data: epath.Path, out: Path, split: str, name: str) -> None:
         out, data, split=split, sections=("scores", "gallery"), images=loaded.images
     )
     print(f"report: {page}")
+
+
+def _last_part(checkpoint: str) -> str:
+    """Returns the name of a checkpoint's folder, or of a hub's model without its owner."""
+    if "://" in checkpoint:
+        return checkpoint.rstrip("/").rpartition("/")[2]
+    return Path(expand_home(checkpoint, "--checkpoint")).resolve().name
 
 
 def _check_out(out: Path, split: str, name: str) -> None:

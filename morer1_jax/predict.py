@@ -37,7 +37,9 @@ from morer1_jax.task.fact import Fact
 from morer1_jax.task.photo import FORMATS
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
+    "checkpoint",
+    None,
+    "A run's workdir, one of its stages, or a published folder, also gs://…; or a hub name.",
 )
 _IMAGE = flags.DEFINE_string("image", None, "The photo.")
 _BOX = flags.DEFINE_list("box", None, "x centre, y centre, width, height; fractions of the photo.")

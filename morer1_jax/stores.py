@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,18 +75,39 @@ def read_bytes(path: epath.PathLike) -> bytes:
         return _client().cat_file(os.fspath(path))
 
 
+def size_of(path: epath.PathLike) -> int:
+    """Returns a file's number of bytes; raises FileNotFoundError if there is none."""
+    if not in_bucket(path):
+        return os.stat(path).st_size
+    with named(path):
+        return _client().info(os.fspath(path))["size"]
+
+
+def read_range(path: epath.PathLike, start: int, end: int) -> bytes:
+    """Returns a file's bytes from `start` to before `end`: fewer if the file ends before."""
+    if start >= end:  # Which a bucket would answer with the whole file, or with an error.
+        return b""
+    if in_bucket(path):
+        with named(path):
+            return _client().cat_file(os.fspath(path), start, end)
+    with named(path), open(path, "rb", buffering=0) as file:
+        # The system gives up to 2 GB at once.
+        parts, file_number = [], file.fileno()
+        while start < end and (part := os.pread(file_number, end - start, start)):
+            parts.append(part)
+            start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def sha256(path: epath.PathLike) -> str | None:
     """Returns a file's SHA-256; None if there is no such file."""
     try:
         if not in_bucket(path):
             with named(path), open(path, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        digest, start = hashlib.sha256(), 0
-        size = _client().info(os.fspath(path))["size"]
-        while start < size:
-            end = min(start + _BYTES, size)
-            digest.update(_client().cat_file(os.fspath(path), start, end))
-            start = end
+        digest, size = hashlib.sha256(), size_of(path)
+        for start in range(0, size, _BYTES):
+            digest.update(read_range(path, start, min(start + _BYTES, size)))
         return digest.hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -127,7 +149,11 @@ def copy(sources: Mapping[epath.PathLike, epath.PathLike]) -> None:
             _client().pipe_file(to, Path(source).read_bytes())
             return
         if in_bucket(to):
-            _client().put_file(source, to)
+            # The server is told the size first: what is sent must not grow.
+            folder, name = os.path.split(source)
+            with tempfile.NamedTemporaryFile(prefix=f".{name}.", dir=folder) as still:
+                shutil.copyfile(source, still.name)
+                _client().put_file(still.name, to)
             return
         target = Path(to)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.setup import Run, Setup, open_run, open_setup, with_features
 from morer1_jax.run.store import Store
 from morer1_jax.run.trial import check_saves, check_shared
+from morer1_jax.stages.ahead import compile_programs
 from morer1_jax.stages.disk import check_room
 from morer1_jax.stages.marker import MARKER
 from morer1_jax.stages.table import BY_NAME, STAGES, Stage, stages_to_run
@@ -116,7 +117,9 @@ def _train(setup: Setup, stages: Sequence[Stage]) -> None:
         group.by_first("start", store.publish)
         if run is not None and any(stage.reads_images(setup.settings) for stage in unfinished):
             run = with_features(run)
+        waiting = list(unfinished)
         for stage in rest:
+            waiting = _compile_ahead(run, waiting, status)
             _run_stage(stage, setup if stage.makes_data else run, status)
             group.by_first("states", status.drop_states)
 
@@ -157,9 +160,30 @@ def _open(
     )
     for stage in unfinished:
         stage.check(run)
-    group.by_first("room", lambda: check_room(run, status, unfinished))
+    if status.store.is_bucket:
+        check_room(run, status, unfinished)
+    else:
+        group.by_first("room", lambda: check_room(run, status, unfinished))
     check_saves(setup.store.root, run.trainee.placed.replicated)
     return run
+
+
+def _compile_ahead(run: Run | None, waiting: Sequence[Stage], status: WorkdirStatus) -> list[Stage]:
+    """Compiles the programs of stages, if the config wants it; returns those whose turn is later.
+
+    Later, because their batches' shapes depend on what another stage finds out.
+    """
+    threads = 0 if run is None else run.settings.compile.threads
+    if not threads:
+        return []
+    known, later = [], []
+    for stage in waiting:
+        before = [BY_NAME[name] for name in stage.shaped_by(run.settings)]
+        (known if all(_done(other, status) for other in before) else later).append(stage)
+    programs = [program for stage in known for program in stage.programs(run)]
+    if programs:
+        compile_programs(programs, threads)
+    return later
 
 
 def _run_stage(stage: Stage, run: Setup | Run | None, status: WorkdirStatus) -> None:

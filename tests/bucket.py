@@ -3,11 +3,10 @@
     python tests/bucket.py PORT [FAULTS]
 
 FAULTS is the share of requests that are delayed, dropped before or after they are served, or
-answered 429 or 503, each alike.
+answered 429 or 503, each alike. Prints the environment that clients need, for a shell.
 """
 
 import contextlib
-import os
 import random
 import socket
 import subprocess
@@ -17,27 +16,52 @@ import time
 from pathlib import Path
 
 BUCKET = "runs"
+ROOT = f"gs://{BUCKET}"
 
 
 @contextlib.contextmanager
-def served(faults=0.0):
-    """Serves the bucket for the block, to this process and to those that it starts."""
+def started(faults=0.0):
+    """Runs the server for the block; yields the environment that its clients need."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(Path(__file__)), str(port), str(faults)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    before = {name: os.environ.get(name) for name in environment(port)}
     try:
         assert process.stdout.readline() == b"ready\n"
-        os.environ.update(environment(port))
-        yield f"gs://{BUCKET}"
+        yield environment(port)
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def served(faults=0.0):
+    """Runs a server, which this process and those that it starts ask in the block."""
+    with started(faults) as variables, asked_at(variables):
+        yield ROOT
+
+
+@contextlib.contextmanager
+def asked_at(variables):
+    """Has this process and those that it starts ask the server with this environment."""
+    import pytest
+    from gcsfs import GCSFileSystem
+
+    from morer1_jax import stores
+
+    def forget():
+        """Clients keep the server that they first asked."""
+        GCSFileSystem.clear_instance_cache()
+        stores._client.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        forget()
+        yield
+    forget()
 
 
 def environment(port):
@@ -125,6 +149,8 @@ def main():
     bucket = server.create_server("127.0.0.1", int(sys.argv[1]), True, default_bucket=BUCKET)
     bucket.start()
     print("ready", flush=True)
+    for name, value in environment(sys.argv[1]).items():
+        print(f"export {name}={value}", flush=True)
     threading.Event().wait()
 
 

@@ -25,6 +25,9 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
 def pytest_configure(config):
     flags = ["--xla_force_host_platform_device_count=8", *([] if _soak(config) else QUICK)]
     os.environ["XLA_FLAGS"] = " ".join(flags)
+    # Read when the client of buckets is imported: else it asks the real service, with what
+    # credentials the machine has, what kind of bucket a test's is.
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     # Compiled programs are shared by the tests, by the workers and by the commands that they start,
     # but nothing is kept from one run of the tests to the next.
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -129,6 +132,34 @@ def one_device(devices):
     """Meshes of one device."""
     with devices(1):
         yield
+
+
+@pytest.fixture(scope="session")
+def served():
+    """`with served(faults=…) as root`: a bucket's server of the block's own; see `bucket.py`."""
+    pytest.importorskip("gcp_storage_emulator")
+    pytest.importorskip("gcsfs")
+    import bucket
+
+    return bucket.served
+
+
+@pytest.fixture(scope="session")
+def _bucket_server(served):
+    """The environment of clients of a worker's bucket, a server on loopback."""
+    import bucket
+
+    with bucket.started() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def bucket(_bucket_server):
+    """`gs://…`: a bucket that this machine's memory holds, for names of a file's own."""
+    from bucket import ROOT, asked_at
+
+    with asked_at(_bucket_server):
+        yield ROOT
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,11 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "demo.py").write_text(CONFIG)
     (tmp_path / "run.json").write_text('{"seed": null}')
     (tmp_path / "value.py").write_text("def get_config():\n    return int('x')\n")
+    (tmp_path / "refuses.py").write_text(
+        "from morer1_jax.errors import ConfigError\n"
+        "def get_config(size):\n"
+        "    raise ConfigError(f'size: expected small, found {size}; choose it')\n"
+    )
     (tmp_path / "name.py").write_text("def get_config():\n    return nowhere\n")
     monkeypatch.chdir(tmp_path)
 
@@ -100,6 +105,7 @@ def test_the_command_line_overrides_the_config():
         (["--config=run.json"], "--config=run.json: expected a Python file such as"),
         (["--config.seed=3"], "config.seed"),
         ([], "--config"),
+        (["--config=refuses.py:big"], "size: expected small, found big; choose it"),
         (["--config=demo.py", "--workdir=config"], "config.learn.lr: too high"),
         (["--config=demo.py", "--workdir=data"], "train.txt:3: no box"),
     ],

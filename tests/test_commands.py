@@ -14,9 +14,17 @@ from morer1_jax.run.lock import hold
 ROOT = Path(__file__).parents[1]
 PREDICT, EVALUATE = "morer1_jax.predict", "morer1_jax.evaluate"
 TRAIN = "morer1_jax.train"
-RATE, CONVERT, TFDS, STUDY, BENCH_DATA, FINGERPRINT = (
+RATE, CONVERT, TFDS, STUDY, BENCH_DATA, BENCH_SAVES, FINGERPRINT = (
     str(ROOT / "tools" / f"{name}.py")
-    for name in ("rate_difficulty", "convert", "build_tfds", "study", "bench_data", "fingerprint")
+    for name in (
+        "rate_difficulty",
+        "convert",
+        "build_tfds",
+        "study",
+        "bench_data",
+        "bench_saves",
+        "fingerprint",
+    )
 )
 TINY = ROOT / "tests" / "configs" / "tiny.py"
 
@@ -110,6 +118,7 @@ ALONE = {
     EVALUATE: ("--checkpoint=none", "--data=none", "--out=out"),
     "bench": (),
     "bench_data": (f"--config={ROOT / 'tests/configs/tiny.py'}",),
+    "bench_saves": (),
     "build_tfds": ("--folder=none", "--data_dir=new"),
     "convert": ("--checkpoint=none", "--out=new"),
     "fingerprint": ("--out=new",),
@@ -170,6 +179,7 @@ BUCKET = "gs://bucket/x"
         (STUDY, f"--folder={BUCKET}"),
         (FINGERPRINT, f"--out={BUCKET}"),
         (BENCH_DATA, f"--config={TINY}", f"--json={BUCKET}"),
+        (BENCH_SAVES, f"--json={BUCKET}"),
     ],
     ids=lambda args: Path(args[0]).stem,
 )

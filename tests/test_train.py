@@ -618,7 +618,7 @@ def test_pass_rates_that_changed_since_grpo_began_are_named(config, workdir, mon
     def begin(*_):
         raise Began
 
-    monkeypatch.setattr("morer1_jax.stages.grpo.prompt_shapes", begin)
+    monkeypatch.setattr("morer1_jax.stages.grpo.this_host", begin)
     run = opened(config, workdir)
     rate_as(workdir, *(rating(fact.id, "hard") for fact in run.dataset.splits["train"]))
     for _ in range(2):

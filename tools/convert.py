@@ -17,7 +17,7 @@ from morer1_jax.serve.loaded import open_model
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "A run's workdir, one of its stages, a published folder or a hub name.",
+    "A run's workdir, one of its stages, or a published folder, also gs://…; or a hub name.",
     required=True,
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.", required=True)

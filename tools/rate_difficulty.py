@@ -26,7 +26,9 @@ from morer1_jax.stages.rate import rate
 from morer1_jax.task.photos import check_photos
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's workdir, one of its stages, a published folder or a hub name."
+    "checkpoint",
+    None,
+    "A run's workdir, one of its stages, or a published folder, also gs://…; or a hub name.",
 )
 _DATA = flags.DEFINE_string("data", None, "A dataset's folder.")
 _OUT = flags.DEFINE_string("out", None, "File to write; must not exist.")

@@ -22,6 +22,7 @@ from morer1_jax.files import read_json, write_json
 OPERATIONAL = (
     "mesh",
     "stages",
+    "compile",
     "profile",
     "model.path",  # what is in it is compared, not where it is
     "runtime.attention",

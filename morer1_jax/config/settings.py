@@ -287,6 +287,21 @@ class EvaluateSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompileSettings:
+    """How programs are compiled.
+
+    Attributes:
+        threads: number of threads in which the programs of the stages are compiled before a stage
+            begins, as far as their shapes are known by then; 0: each when it is first called.
+    """
+
+    threads: int = at_least(0, 0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProfileSettings:
     """Which steps of each training are traced, `(first, last)`; none of them: `()`."""
 
@@ -324,6 +339,7 @@ class Settings:
     grpo: GRPOSettings = GRPOSettings()
     control: ControlSettings = ControlSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    compile: CompileSettings = CompileSettings()
     profile: ProfileSettings = ProfileSettings()
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from jax._src import distributed
 from jax._src.lib import _jax
 
 import morer1_jax
-from morer1_jax.errors import ConfigError, Stopped, one_line
+from morer1_jax.errors import AbsentError, ConfigError, Stopped, one_line
 from morer1_jax.hosts import group
 from morer1_jax.hosts.keeper import HEARTBEAT, LOST, service_port
 from morer1_jax.hosts.launch import Place
@@ -66,8 +66,9 @@ def joined(place: Place | None, config: Mapping[str, Any]) -> Iterator[None]:
         config: values by name, in which all processes must agree.
 
     Raises:
-        ConfigError: the others did not come, are of another run, or the coordinator's address is
-            not the first process's.
+        AbsentError: the others did not come.
+        ConfigError: they are of another run, or the coordinator's address is not the first
+            process's.
     """
     global _membership
     if place is None:
@@ -167,6 +168,11 @@ def _enter(place: Place, facts: dict[str, dict[str, Any]]) -> tuple[Connection, 
     """Introduces this process to the keeper; returns the connection and JAX's port."""
     if place.process == 0:
         _start_keeper(place)
+    print(
+        f"process {place.process} of {place.processes} on {socket.gethostname()}: joins the "
+        f"others at {place.coordinator}, within {place.patience:.0f} s",
+        file=sys.stderr,
+    )
     hello = {
         "process": place.process,
         "count": place.processes,
@@ -197,7 +203,9 @@ def _enter(place: Place, facts: dict[str, dict[str, Any]]) -> tuple[Connection, 
             "goes on; wait until it has ended, or give another port"
         )
     if "end" in answer:
-        raise ConfigError(answer["end"])
+        raise (AbsentError if answer["code"] == LOST else ConfigError)(answer["end"])
+    where = "; what the run says is in process 0's output" if place.process else ""
+    print(f"all {place.processes} processes are here{where}", file=sys.stderr)
     return connection, int(answer["start"])
 
 
@@ -228,7 +236,7 @@ def _reach(place: Place, until: float) -> Connection:
             return connected(socket.create_connection(place.host_and_port, timeout=_RETRY * 10))
         except OSError as error:
             if time.monotonic() > until:
-                raise ConfigError(
+                raise AbsentError(
                     f"process {place.process} on {socket.gethostname()}: expected process 0 at "
                     f"{place.coordinator}, found nobody in {place.patience:.0f} s "
                     f"({error.strerror or one_line(error)}); start it, and give all processes its "

@@ -96,7 +96,7 @@ class Keeper:
             if not self._started and self._until <= now:
                 if self._ended is not None:
                     return
-                self._end(REFUSED, self._missing())
+                self._end(LOST, self._missing())
             self._let_go()
             here = len(self._present()) == self._count
             if here and not self._started and self._ended is None:

@@ -58,6 +58,10 @@ class Answer:
 class BatchSampler:
     """Samples answers to any number of facts, in batches of facts of about one size.
 
+    Attributes:
+        batch: rows of a batch.
+        program: from `sampler_program`.
+
     Args:
         reader: makes a fact's prompt; a blind baseline's hides the photo or the title.
         batch: facts at once, rounded up to a multiple of the parts that the mesh splits rows into.
@@ -102,7 +106,7 @@ class BatchSampler:
                 f"answer, found {config.length}; raise it"
             )
 
-        self._rollout = sampler_program(policy.placed, config, seed)
+        self.program = sampler_program(policy.placed, config, seed)
 
     @property
     def ontology(self) -> Ontology:
@@ -155,7 +159,7 @@ class BatchSampler:
             for prompts, (_, new) in zip(ahead, batches, strict=True):
                 check_stop()
                 encoded = placed.encode(params, placed.put(prompts))
-                rollout = self._rollout(ready, encoded, policy.grammar, policy.allowed)
+                rollout = self.program(ready, encoded, policy.grammar, policy.allowed)
                 rollout, asked_places = fetch((rollout, encoded.fact))
                 # By what the rows themselves say that they are, whichever device they were on.
                 row_of = {place: row for row, place in enumerate(asked_places.tolist())}
@@ -180,6 +184,10 @@ class BatchSampler:
                 effort=int(completions.effort[0]),
             )
         return [answers[fact.id] for fact in facts]
+
+    def shapes(self, facts: Sequence[Fact]) -> list[Shape]:
+        """Returns the shapes of the batches in which these facts are asked, each once."""
+        return list(dict.fromkeys(asked.shape for asked in self._batches(facts)))
 
     def _batches(self, facts: Sequence[Fact]) -> list[Asked]:
         if self.plan is not None:

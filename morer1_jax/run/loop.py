@@ -143,6 +143,7 @@ def _resumed(
         hooks.resume(None)
         return checkpoints, log, 0, hooks.begin(), {}
     step, state, extra = restored
+    print(f"{name}: goes on from step {step}, as saved in {checkpoints.folder}")
     log.resume_at(step, again=("valid",) if extra.get(UNVALIDATED) else ())
     hooks.resume(step)
     return checkpoints, log, step, state, extra

@@ -47,6 +47,16 @@ class SamplingLayout:
         return self._assembled(self.targets)
 
     @functools.cached_property
+    def given(self) -> Params:
+        """Shapes, dtypes and shardings of what `params` returns.
+
+        They are those of `like` in effect; but what lies here already keeps training's mesh, by
+        which JAX tells one program from another.
+        """
+        leaves = enumerate(jax.tree.leaves(self.before))
+        return self._assembled([self.targets[n] if n in self.moved else leaf for n, leaf in leaves])
+
+    @functools.cached_property
     def targets(self) -> list[Any]:
         """What becomes of every leaf: its shape with sharding; of layers apart a tuple of these."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits, SampleReader, View
 from morer1_jax.data.shapes import SampleSize
 from morer1_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from morer1_jax.errors import ConfigError
+from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import atomic_dir
 from morer1_jax.hosts import group
 from morer1_jax.model.config import ImageConfig, VisionConfig
@@ -77,6 +78,8 @@ class Run:
         images: how photos and crops become patches, everywhere in the run.
         reader: facts as the model proper sees them; with kept features, once these are encoded.
         sizes: what each fact takes of a row, by its id; with its written reasoning, if it has any.
+        prepared: by their names, what stages have made ready before they begin, programs among it;
+            a stage takes it out, so that it is freed at the stage's end.
     """
 
     settings: Settings
@@ -86,6 +89,7 @@ class Run:
     images: ImageConfig
     reader: SampleReader
     sizes: Mapping[str, SampleSize]
+    prepared: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def workdir(self) -> Path:
@@ -182,7 +186,7 @@ def open_run(setup: Setup, *, reasoning_needed: bool, blind_views: Sequence[View
             blind = reader.showing(view, limits.completion)
             blind.sizes(dataset.facts, dataset.photo_sizes, {})
     # Compare with the data and the features that the workdir began with.
-    group.by_first("data", lambda: _bind_data(setup, dataset))
+    _bind_data(setup, dataset)
     if settings.data.keep_features:
         origin = features_origin(settings, dataset, images, checkpoint)
         group.by_first("features", lambda: check_features(setup.workdir, vision, origin))
@@ -265,8 +269,21 @@ def _check_batches(settings: Settings) -> None:
 
 
 def _bind_data(setup: Setup, dataset: Dataset) -> None:
-    """Stores digests of the data, or checks that they are those stored when the run began."""
+    """Stores digests of the data, or checks that they are those stored when the run began.
+
+    Raises:
+        DataError: they are not, or another process has other data.
+    """
     digest_by_name = {**dataset.digests, **digests.of_tokenizer(setup.tokenizer)}
     if setup.checkpoint is not None:
         digest_by_name["model.path"] = setup.checkpoint.digest
-    digests.bind(setup.workdir / "data.json", digest_by_name, setup.data)
+    of_all = group.gather("data", digests.of_lines([json.dumps(digest_by_name, sort_keys=True)]))
+    others = [str(number) for number, digest in enumerate(of_all) if digest != of_all[0]]
+    if others:
+        raise DataError(
+            f"{setup.data}: expected process 0's data, tokenizer and checkpoint on every process, "
+            f"found others on process {', '.join(others[:4])}; copy one folder to all hosts, or "
+            "name one that they share"
+        )
+    bound = setup.workdir / "data.json"
+    group.by_first("data", lambda: digests.bind(bound, digest_by_name, setup.data))

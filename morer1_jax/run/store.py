@@ -28,7 +28,7 @@ CHECKPOINTS = "checkpoints"
 # The object in a bucket's workdir that lists the files which count there.
 INDEX = ".index.json"
 # The variable that names the folder of local copies; by default it is in the user's cache.
-_COPIES = "MORER1_WORKDIR_CACHE"
+COPIES = "MORER1_WORKDIR_CACHE"
 
 
 class Store:
@@ -50,7 +50,7 @@ class Store:
         if self.is_bucket:
             name = hashlib.sha256(os.fspath(self.root).encode()).hexdigest()[:16]
             default = Path.home() / ".cache" / "morer1_jax" / "workdirs"
-            self.folder = Path(os.environ.get(_COPIES, default)) / f"{name}-{group.index()}"
+            self.folder = Path(os.environ.get(COPIES, default)) / f"{name}-{group.index()}"
 
     @property
     def is_bucket(self) -> bool:
@@ -101,7 +101,7 @@ class Store:
             return
         group.by_first(f"{names} in the bucket", self.publish)
         if not group.is_first():
-            self._fetch([name for name in self._names() if name.split("/")[0] in names])
+            self._fetch([name for name in listed(self.root) if name.split("/")[0] in names])
         group.meet(f"{names} are here")
 
     def _copy_all(self) -> None:
@@ -109,7 +109,7 @@ class Store:
         for name in os.listdir(self.folder):
             if name != LOCK:
                 stores.delete(self.folder / name)
-        self._fetch(self._names())
+        self._fetch(listed(self.root))
         self._published = self._files()
 
     def _files(self) -> dict[str, tuple[int, int]]:
@@ -122,14 +122,18 @@ class Store:
                     found[name] = status.st_size, status.st_mtime_ns
         return found
 
-    def _names(self) -> list[str]:
-        """Returns what the bucket has of what is copied."""
-        try:
-            return json.loads(stores.read_bytes(self.root / INDEX))
-        except FileNotFoundError:
-            return []
-
     def _fetch(self, names: list[str]) -> None:
         for name in {name.split("/")[0] for name in names}:
             stores.delete(self.folder / name)
         stores.copy({self.folder / name: self.root / name for name in names})
+
+
+def listed(root: Path) -> list[str]:
+    """Returns the files that count in a bucket's workdir, but checkpoints, by their paths in it.
+
+    There are none if nothing was published there, or the folder is no workdir.
+    """
+    try:
+        return json.loads(stores.read_bytes(root / INDEX))
+    except FileNotFoundError:
+        return []

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from morer1_jax import stores
 from morer1_jax.config.binding import FILE as RUN_CONFIG
-from morer1_jax.config.settings import DataSettings, MeshSettings, settings
+from morer1_jax.config.settings import CompileSettings, DataSettings, MeshSettings, settings
 from morer1_jax.data.digests import of_lines, of_tokenizer
 from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits, SampleReader
 from morer1_jax.data.shapes import SampleSize, widest
 from morer1_jax.data.source import open_source
 from morer1_jax.data.tokenizer import load_tokenizer
-from morer1_jax.errors import ConfigError, WeightsError
-from morer1_jax.files import read_text
+from morer1_jax.errors import ConfigError, DataError, WeightsError, one_line
 from morer1_jax.model.config import ImageConfig, Runtime
 from morer1_jax.model.layers import Params
 from morer1_jax.model.vlm import Qwen25VL
@@ -33,7 +35,7 @@ from morer1_jax.run.policy import Policy
 from morer1_jax.run.setup import image_config, open_setup
 from morer1_jax.run.shapes import ask_plan
 from morer1_jax.run.shelf import Shelf
-from morer1_jax.run.store import CHECKPOINTS
+from morer1_jax.run.store import CHECKPOINTS, listed
 from morer1_jax.run.trainee import open_trainee
 from morer1_jax.stages.table import STAGES
 from morer1_jax.task.fact import Fact
@@ -64,8 +66,9 @@ class LoadedModel:
         dtypes: of the saved tensors: one for all, or by tensor's name.
         ontology: the labels it answers with; None if unknown.
         digest: differs between models.
-        checkpoint: the published one that it is or was trained from, if any; the local copy of a
-            bucket's files lives as long as this object.
+        checkpoint: the published one that it is or was trained from, if any.
+        copy: of the files of a run in a bucket, on this machine; it, and the checkpoint's, last as
+            long as this object.
     """
 
     placed: Placed
@@ -78,6 +81,7 @@ class LoadedModel:
     ontology: Ontology | None
     digest: str
     checkpoint: weights.Checkpoint | None
+    copy: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def model(self) -> Qwen25VL:
@@ -180,8 +184,9 @@ def open_model(
     """Opens a checkpoint, on all devices.
 
     Args:
-        path: a published folder (local, in a bucket, or a name on the hub); a run's workdir, for
-            the best parameters of its last stage; or one of its stages, such as `runs/demo/sft`.
+        path: a published folder or a name on the hub; a run's workdir, for the best parameters of
+            its last stage; or one of its stages, such as `runs/demo/sft`. Folders are local or in a
+            bucket (`gs://…`).
         labels: to answer from, or the `rel2id.json` that has them; None: the checkpoint's or the
             run's.
         completion: most tokens of an answer; None: as in training.
@@ -193,11 +198,22 @@ def open_model(
     ontology = labels if isinstance(labels, Ontology | None) else _read_labels(labels)
     if "://" not in path:
         path = expand_home(path, "--checkpoint")
-    if (stage := _stage(Path(path))) is not None:
+    in_bucket = path.startswith("gs://")
+    folder = any_path(path, "--checkpoint") if in_bucket else Path(path)
+    try:
+        stage = _stage(folder)
+        has_config = stage is None and (folder / weights.CONFIG).exists()
+    except (ConfigError, DataError):
+        raise
+    except Exception as e:  # Clients of buckets have classes of their own.
+        if not in_bucket:
+            raise
+        raise WeightsError(f"{path}: cannot be read: {one_line(e)}; start again") from e
+    if stage is not None:
         return _trained(stage, ontology, completion)
-    folder = Path(path)
-    bucket_or_hub = "://" in path or (is_hub_name(path) and not folder.exists())
-    if not bucket_or_hub and not (folder / weights.CONFIG).exists():
+    other_url = "://" in path and not in_bucket
+    on_hub = not in_bucket and is_hub_name(path) and not folder.exists()
+    if not (has_config or other_url or on_hub):
         check_kind(folder)
         problem = "no checkpoint" if folder.is_dir() else f"no such folder{did_you_mean(path)}"
         raise WeightsError(
@@ -214,16 +230,16 @@ def _read_labels(path: Path) -> Ontology:
 
 def _stage(path: Path) -> Path | None:
     """Returns the folder of the stage that a path means, or None if the path is not a run's."""
-    if (path / "checkpoints").is_dir() and (path.parent / RUN_CONFIG).exists():
+    if _is_there(path / CHECKPOINTS) and _counts(path.parent, RUN_CONFIG):
         return path
     try:
-        described = read_json(path / RUN_CONFIG)
+        described = read_json(path / RUN_CONFIG) if _counts(path, RUN_CONFIG) else {}
     except WeightsError:
         return None
     if "model_type" in described or "stages" not in described:
         return None
     for name in _BY_RANK:
-        if Shelf(path / name / "checkpoints").best() is not None:
+        if Shelf(path / name / CHECKPOINTS).best() is not None:
             return path / name
     raise ConfigError(
         f"{path}: expected a run with a trained model, found one that has trained nothing yet; run "
@@ -231,24 +247,49 @@ def _stage(path: Path) -> Path | None:
     )
 
 
+def _is_there(folder: Path) -> bool:
+    return bool(stores.names(folder)) if stores.in_bucket(folder) else folder.is_dir()
+
+
+def _counts(workdir: Path, name: str) -> bool:
+    """Returns whether a run has a file; in a bucket only what its index lists counts."""
+    return name in listed(workdir) if stores.in_bucket(workdir) else (workdir / name).exists()
+
+
+def _local(workdir: Path) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+    """Returns a run's workdir; of one in a bucket a copy of its config, tokenizer and labels."""
+    if not stores.in_bucket(workdir):
+        return workdir, None
+    copy = tempfile.TemporaryDirectory()
+    wanted = [
+        name
+        for name in listed(workdir)
+        if name in (RUN_CONFIG, f"data/{LABELS}") or name.startswith("tokenizer/")
+    ]
+    stores.copy({Path(copy.name) / name: workdir / name for name in wanted})
+    return Path(copy.name), copy
+
+
 def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> LoadedModel:
     """Opens the model that a stage of a run trained."""
     # The run's config, for this machine's devices instead of those it was trained on.
-    workdir = stage.parent
+    workdir, copy = _local(stage.parent)
     config = read_json(workdir / RUN_CONFIG, needed=False)
     config["mesh"] = dataclasses.asdict(MeshSettings())
+    # Runs of older versions had not this branch, and a model that is asked does not need it.
+    config["compile"] = dataclasses.asdict(CompileSettings())
     if isinstance(runtime := config.get("runtime"), dict):
         runtime["attention"] = "auto"
     try:
         setup = open_setup(settings(config, whole=True), workdir)
     except ConfigError as error:
-        raise ConfigError(f"{workdir / RUN_CONFIG}: {error}") from None
+        raise ConfigError(f"{stage.parent / RUN_CONFIG}: {error}") from None
     folder, data, checkpoint = setup.tokenizer, setup.settings.data, setup.checkpoint
     # The model with the run's own tokenizer: a new one would number tokens differently.
     if not folder.is_dir():
         raise WeightsError(
-            f"{folder}: expected the run's tokenizer, found no such folder; copy the run's workdir "
-            "anew"
+            f"{stage.parent / folder.name}: expected the run's tokenizer, found no such folder; "
+            "copy the run's workdir anew"
         )
     tokenizer = load_tokenizer(folder)
     ontology = ontology or open_source(setup.data).ontology
@@ -262,16 +303,23 @@ def _trained(stage: Path, ontology: Ontology | None, completion: int | None) -> 
         tokenizer=tokenizer,
         dtypes="float32" if checkpoint is None else checkpoint.dtypes,
         ontology=ontology,
-        digest=_digest(stage),
+        digest=_digest(stage, folder),
         checkpoint=checkpoint,
+        copy=copy,
     )
 
 
-def _digest(stage: Path) -> str:
-    """Returns a digest of the best parameters, by their manifest, and of the tokenizer."""
-    best = (stage / "checkpoints" / "best").glob(f"*/{MANIFEST}")
-    tokens = of_tokenizer(stage.parent / "tokenizer")
-    return of_lines([stage.name, *map(read_text, sorted(best)), *tokens, *tokens.values()])
+def _digest(stage: Path, tokenizer: Path) -> str:
+    """Returns a digest of the best parameters, by their manifest, and of the tokenizer.
+
+    It is the same wherever the run lies.
+    """
+    best, manifests = stage / CHECKPOINTS / "best", []
+    for name in sorted(stores.names(best)):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            manifests.append(stores.read_bytes(best / name / MANIFEST).decode())
+    tokens = of_tokenizer(tokenizer)
+    return of_lines([stage.name, *manifests, *tokens, *tokens.values()])
 
 
 def _task(path: Path) -> dict[str, Any]:

@@ -8,33 +8,48 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from morer1_jax.config.settings import SFTSettings
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import read_jsonl
 from morer1_jax.hosts import group
 from morer1_jax.run.setup import Run
+from morer1_jax.stages.ahead import Program
 from morer1_jax.stages.marker import read_results
-from morer1_jax.stages.sft import train_sft
+from morer1_jax.stages.sft import programs_ahead, train_sft
+
+# Separates its shuffles from those of SFT.
+_STREAM = 9
 
 
 def run_control(run: Run) -> None:
     """Goes on with SFT at its last learning rate, constant; validates and saves as SFT does."""
+    train_sft(
+        run,
+        "control",
+        _settings(run),
+        targets=run.dataset.reasoning,
+        params=lambda: run.trainee.best_params(run.store.checkpoints("sft")),
+        stream=_STREAM,
+    )
+
+
+def control_programs(run: Run) -> Iterator[Program]:
+    """Yields the stage's programs, and prepares the run for it."""
+    targets = run.dataset.reasoning
+    yield from programs_ahead(run, "control", _settings(run), targets, stream=_STREAM)
+
+
+def _settings(run: Run) -> SFTSettings:
     sft = run.settings.sft
     rate = float(sft.optimizer.learning_rate(sft.steps)(sft.steps))
     optimizer = dataclasses.replace(sft.optimizer, lr=rate, schedule="constant", warmup=0)
     # By the first process's clock: all must take the same steps.
     steps = run.settings.control.steps or group.of_first("steps", lambda: _affordable_steps(run))
-    train_sft(
-        run,
-        "control",
-        dataclasses.replace(sft, steps=steps, optimizer=optimizer),
-        targets=run.dataset.reasoning,
-        params=lambda: run.trainee.best_params(run.store.checkpoints("sft")),
-        stream=9,
-    )
+    return dataclasses.replace(sft, steps=steps, optimizer=optimizer)
 
 
 def _affordable_steps(run: Run) -> int:

@@ -17,6 +17,7 @@ from morer1_jax.files import temporary_path
 from morer1_jax.run.features import features_shape
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shelf import Shelf
+from morer1_jax.run.store import COPIES
 from morer1_jax.run.trainee import Trainee
 from morer1_jax.stages.table import Stage, Training
 from morer1_jax.stages.workdir import WorkdirStatus, trainings
@@ -70,6 +71,8 @@ class _Space:
 def check_room(run: Run, status: WorkdirStatus, stages: Sequence[Stage]) -> None:
     """Checks that what the stages will write fits the disk.
 
+    Of a run whose workdir is in a bucket every process is to call it, else the first.
+
     Args:
         stages: those that will run, in order.
 
@@ -81,7 +84,10 @@ def check_room(run: Run, status: WorkdirStatus, stages: Sequence[Stage]) -> None
         for stage in stages
         if hasattr(getattr(run.settings, stage.name, None), "keep_checkpoints")
     ]
-    if status.store.is_bucket:  # It has room; the rest is small.
+    if status.store.is_bucket:
+        # Checkpoints go straight there. The rest is on the disk of every process, too.
+        way = f"make room, or name a folder on another disk in {COPIES}"
+        check_free(run.workdir, _features_bytes(run) + _OTHERS, way)
         return
     lower = f"lower {' or '.join(keys)}, " if keys else ""
     needed = needed_bytes(run.trainee, status, stages) + _features_bytes(run) + _OTHERS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from morer1_jax.report.report import FILE as REPORT
 from morer1_jax.report.report import write_report
 from morer1_jax.run.batch_sampler import Answer, BatchSampler
 from morer1_jax.run.setup import Run
+from morer1_jax.stages.ahead import Program, answers
 from morer1_jax.stages.marker import MARKER
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
@@ -37,6 +38,11 @@ def run_evaluate(run: Run, models: Sequence[str]) -> None:
                 run.greedy,
             )
     group.by_first("report", lambda: _report(run))
+
+
+def evaluate_programs(run: Run) -> Iterator[Program]:
+    """Yields the stage's programs."""
+    yield from answers(run, "greedy answers", run.greedy, run.dataset.splits["test"])
 
 
 def _report(run: Run) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import optax
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.config.settings import RateSettings
@@ -14,6 +16,7 @@ from morer1_jax.data.curriculum import EmptyPoolError, Mixer, Pool
 from morer1_jax.data.digests import bind, of_lines
 from morer1_jax.data.feed import Draw, Host, PromptFeed
 from morer1_jax.data.ratings import FILE, POOLS, read_ratings
+from morer1_jax.data.shapes import SampleSize, Shape
 from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.hosts import group
 from morer1_jax.learn.state import TrainState
@@ -29,7 +32,8 @@ from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import prompt_shapes
 from morer1_jax.run.throughput import Passes, Work, group_work
-from morer1_jax.stages.grpo_step import make_grpo_step, make_programs
+from morer1_jax.stages.ahead import Program, answers, images, moves, prompts_like
+from morer1_jax.stages.grpo_step import Programs, arguments_of, make_grpo_step, make_programs
 from morer1_jax.stages.rate import pool_again, starting_params
 from morer1_jax.task.fact import Fact
 
@@ -52,30 +56,17 @@ def run_grpo(run: Run) -> None:
     """
     grpo, trainee, policy = run.settings.grpo, run.trainee, run.trainee.policy
     facts = run.dataset.splits["train"]
-    # Choose the facts of each step, from pools that must not change once training has begun.
-    pools = group.of_first("pools", lambda: _pools(run))
-    draw = _schedule(run, pools)
+    ready = run.prepared.pop("grpo", None) or _prepare(run)
+    draw, transform = ready.draw, ready.transform
+    # The pools must not change once training has begun.
     group.by_first("ratings", lambda: _bind_ratings(run))
-    sizes = [run.sizes[fact.id] for fact in facts]
-    shapes = prompt_shapes(trainee.placed, run.settings.data, grpo, sizes, draw)
     host = this_host(trainee.placed.mesh)
-    feed = PromptFeed(run.reader, facts, draw, host, sizes, shapes)
-    # Compile the step's programs.
-    transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.placed.trainable)
+    feed = PromptFeed(run.reader, facts, draw, host, ready.sizes, ready.shapes)
     timer = PhaseTimer()
     reference = trainee.placed.reference(starting_params(run)) if grpo.loss.beta else None
-    programs = make_programs(
-        trainee.placed,
-        grpo,
-        transform,
-        score_config=ScoreConfig(grpo.temperature, run.settings.score.chunk),
-        length=run.reader.limits.completion,
-        seed=run.settings.seed,
-        end_of_turn=policy.special.end_of_turn,
-    )
-    grpo_step = make_grpo_step(programs, policy, grpo, trainee.frozen, reference, timer)
+    grpo_step = make_grpo_step(ready.programs, policy, grpo, trainee.frozen, reference, timer)
     # The step: its facts' shares by pool join the metrics, and its completions the records.
-    records, easy = RecordLog(run.workdir / "rollouts.jsonl", "grpo"), set(pools["easy"])
+    records, easy = RecordLog(run.workdir / "rollouts.jsonl", "grpo"), set(ready.pools["easy"])
 
     def train_step(
         state: TrainState, prompts: PromptBatch, number: int
@@ -106,6 +97,69 @@ def run_grpo(run: Run) -> None:
         dtype=policy.model.runtime.dtype,
     )
     train("grpo", run.store, hooks, grpo, **run.loop_options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The training before it begins.
+
+    Attributes:
+        pools: indices of the training facts of each.
+        draw: the indices of each step's facts.
+        sizes: one a training fact.
+        shapes: of the batches of prompts.
+        transform: the optimizer.
+        programs: of a step.
+    """
+
+    pools: dict[str, list[int]]
+    draw: Draw
+    sizes: Sequence[SampleSize]
+    shapes: tuple[Shape, ...]
+    transform: optax.GradientTransformation
+    programs: Programs
+
+
+def _prepare(run: Run) -> Prepared:
+    """Chooses the facts of each step and the shapes of batches, and makes the step's programs."""
+    grpo, trainee = run.settings.grpo, run.trainee
+    pools = group.of_first("pools", lambda: _pools(run))
+    draw = _schedule(run, pools)
+    sizes = [run.sizes[fact.id] for fact in run.dataset.splits["train"]]
+    shapes = prompt_shapes(trainee.placed, run.settings.data, grpo, sizes, draw)
+    transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.placed.trainable)
+    programs = make_programs(
+        trainee.placed,
+        grpo,
+        transform,
+        score_config=ScoreConfig(grpo.temperature, run.settings.score.chunk),
+        length=run.reader.limits.completion,
+        seed=run.settings.seed,
+        end_of_turn=trainee.policy.special.end_of_turn,
+    )
+    return Prepared(pools, draw, sizes, shapes, transform, programs)
+
+
+def grpo_programs(run: Run) -> Iterator[Program]:
+    """Yields the stage's programs, and prepares the run for it; the facts must be rated."""
+    grpo, policy, placed = run.settings.grpo, run.trainee.policy, run.trainee.placed
+    ready = run.prepared["grpo"] = _prepare(run)
+    made = ready.programs
+    yield from moves(placed)
+    for shape in ready.shapes:
+        prompts = prompts_like(run, grpo.prompts, shape)
+        given = placed, grpo, ready.transform, prompts, policy.grammar, policy.allowed
+        takes = arguments_of(made, *given)
+        yield from images(placed, prompts)
+        calls = [("rollout", made.rollout, takes.rollout), ("weights", made.weigh, takes.weigh)]
+        # Of equal parameters both scores are one program.
+        calls += [("score", made.score, score) for score in takes.scores]
+        calls += [("update", made.update, update) for update in takes.updates]
+        size = f"{grpo.prompts} prompts of {shape.length}, {shape.slots} windows"
+        for number, (name, jitted, like) in enumerate(calls):
+            yield Program.of(f"{name} ({number}), {size}", jitted, *like)
+    facts = run.dataset.splits["valid"][: grpo.eval_facts]
+    yield from answers(run, "greedy answers", run.greedy, facts)
 
 
 def _work_of(run: Run, host: Host) -> Callable[[PromptBatch, Metrics], Work]:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.config.settings import GRPOSettings
+from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.learn.grpo import GroupBatch, combined_metrics, make_grpo_update, token_weights
 from morer1_jax.learn.state import TrainState
 from morer1_jax.learn.trainable import join
@@ -19,10 +21,11 @@ from morer1_jax.model.parts import map_rows
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.rollout.program import ScoredRollout, make_rollout
 from morer1_jax.rollout.sampler import SampleConfig
-from morer1_jax.run.mesh import program
+from morer1_jax.run.mesh import like_on, program
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.placed import Placed
 from morer1_jax.run.policy import Policy
+from morer1_jax.stages.ahead import encoded
 
 GRPOStep = Callable[
     [TrainState, PromptBatch, int], tuple[TrainState, dict[str, Any], ScoredRollout]
@@ -115,6 +118,71 @@ def make_programs(
             lambda step, metrics: (step + 1, combined_metrics(metrics)),
             out_shardings=(like.step.sharding, whole),
         ),
+    )
+
+
+class Arguments(NamedTuple):
+    """What the programs of a step take, as shapes with shardings.
+
+    Attributes:
+        rollout: of the one call.
+        scores: of each call, that under the reference first.
+        weigh: of the one call.
+        updates: of the first update, and of those that follow on the same rollout.
+        scored: what the rollout gives.
+    """
+
+    rollout: tuple[Any, ...]
+    scores: list[tuple[Any, ...]]
+    weigh: tuple[Any, ...]
+    updates: list[tuple[Any, ...]]
+    scored: ScoredRollout
+
+
+def arguments_of(
+    programs: Programs,
+    placed: Placed,
+    settings: GRPOSettings,
+    transform: optax.GradientTransformation,
+    prompts: PromptBatch,
+    grammar: GrammarTables,
+    allowed: jax.Array | jax.ShapeDtypeStruct,
+) -> Arguments:
+    """Returns what `make_grpo_step`'s step gives the programs for such prompts.
+
+    Args:
+        prompts: with images as the data has them.
+    """
+    rows, frozen = placed.rows, placed.like_frozen
+    images = encoded(placed, prompts)
+    # A number of the host, which lies nowhere: with a sharding it would be another argument.
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    rollout = (placed.sampling.given, images, grammar, allowed, step)
+    scored: ScoredRollout = like_on(jax.eval_shape(programs.rollout, *rollout)[0], rows)
+    drawn = scored.rollout
+    prompts = prompts if placed.tower_trains else images
+    # The reference, and the parameters that the rollout began with.
+    scoring = [placed.like_reference] if settings.loss.beta else []
+    scoring += [placed.like] if settings.updates > 1 else []
+    given = (prompts, drawn.tokens, drawn.mask, allowed)
+    weigh = (drawn.mask, drawn.ended)
+    batch = GroupBatch(
+        prompts=prompts,
+        tokens=drawn.tokens,
+        mask=drawn.mask,
+        weights=like_on(jax.eval_shape(programs.weigh, *weigh), rows),
+        advantages=scored.advantages,
+        sampler=drawn.logprobs,
+        reference=drawn.logprobs if settings.loss.beta else None,
+    )
+    batches = [batch, *([batch.replace(old=drawn.logprobs)] if settings.updates > 1 else [])]
+    state = placed.like_state(transform)
+    return Arguments(
+        rollout=rollout,
+        scores=[(join(params, frozen), *given) for params in scoring],
+        weigh=weigh,
+        updates=[(state, frozen, batch, allowed) for batch in batches],
+        scored=scored,
     )
 
 

@@ -1,7 +1,7 @@
 """The largest batches that a config permits: for shapes and FLOPs, before there is any data.
 
-Each row is one fact as long as the limits, with two images that fill all image slots. The arrays
-take no memory: they repeat one number.
+Each row is one fact as long as the limits, with two images that fill all image slots; or rows have
+a run's own shape. The arrays take no memory: they repeat one number.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from morer1_jax.batch import EncodedBatch, FeatureBatch, PromptBatch, SequenceBatch, VisionBatch
 from morer1_jax.config.settings import DataSettings
 from morer1_jax.data.grammar import GrammarTables
+from morer1_jax.data.shapes import Shape
 from morer1_jax.model.vlm import Qwen25VL
 
 _IMAGES = 2
@@ -21,9 +22,17 @@ _IMAGES = 2
 _CLASSES, _STEP_STATES, _ANSWER_STATES = 1024, 512, 1024
 
 
-def sequences(data: DataSettings, model: Qwen25VL, rows: int) -> SequenceBatch:
-    """Returns samples of a prompt and a target each."""
-    length = _rounded(data.prompt_length + data.completion_length, data.round_to)
+def sequences(
+    data: DataSettings, model: Qwen25VL, rows: int, *, shape: Shape | None = None
+) -> SequenceBatch:
+    """Returns samples of a prompt and a target each.
+
+    Args:
+        shape: of the rows; None: the largest.
+    """
+    longest = _rounded(data.prompt_length + data.completion_length, data.round_to)
+    shape = shape or Shape(longest, data.windows)
+    length = shape.length
     weights = np.zeros(length, np.float32)
     weights[-data.completion_length :] = 1.0
     return SequenceBatch(
@@ -33,24 +42,30 @@ def sequences(data: DataSettings, model: Qwen25VL, rows: int) -> SequenceBatch:
         segment_ids=_repeated(1, (rows, length)),
         positions=_repeated(0, (rows, 3, length)),
         vision_index=_repeated(-1, (rows, length)),
-        vision=_vision(data, model, rows),
+        vision=_vision(data, model, rows, shape),
     )
 
 
 def prompts(
-    data: DataSettings, model: Qwen25VL, rows: int, *, encoded: bool = False
+    data: DataSettings,
+    model: Qwen25VL,
+    rows: int,
+    *,
+    encoded: bool = False,
+    shape: Shape | None = None,
 ) -> PromptBatch:
     """Returns prompts to sample from.
 
     Args:
         encoded: whether the tower has run on their images.
+        shape: of the rows; None: the largest.
     """
-    length = prompt_length(data)
-    images = _vision(data, model, rows)
+    shape = shape or Shape(prompt_length(data), data.windows)
+    length, images = shape.length, _vision(data, model, rows, shape)
     if encoded and isinstance(images, VisionBatch):
         vision = model.config.vision
-        shape = (rows, length * vision.spatial_merge_size**2, vision.hidden_size)
-        images = EncodedBatch(np.broadcast_to(np.zeros((), jnp.dtype(model.runtime.dtype)), shape))
+        places = (rows, length * vision.spatial_merge_size**2, vision.hidden_size)
+        images = EncodedBatch(np.broadcast_to(np.zeros((), jnp.dtype(model.runtime.dtype)), places))
     return PromptBatch(
         tokens=_repeated(0, (rows, length)),
         mask=np.broadcast_to(np.True_, (rows, length)),
@@ -82,14 +97,16 @@ def grammar(rows: int) -> GrammarTables:
     )
 
 
-def _vision(data: DataSettings, model: Qwen25VL, rows: int) -> VisionBatch | FeatureBatch:
-    vision, windows = model.config.vision, data.windows
+def _vision(
+    data: DataSettings, model: Qwen25VL, rows: int, shape: Shape
+) -> VisionBatch | FeatureBatch:
+    vision, windows, rows = model.config.vision, shape.slots, rows // shape.sharing
     slots = (rows, windows, vision.window_patches)
     if data.keep_features:
         tokens = windows * vision.window_patches // vision.spatial_merge_size**2
-        shape = (rows, tokens, model.config.text.hidden_size)
+        places = (rows, tokens, model.config.text.hidden_size)
         # As they are kept, in the dtype of activations.
-        return FeatureBatch(np.broadcast_to(np.zeros((), jnp.dtype(model.runtime.dtype)), shape))
+        return FeatureBatch(np.broadcast_to(np.zeros((), jnp.dtype(model.runtime.dtype)), places))
     # Every second window is of the second image, and each window a part of its own.
     parts = np.arange(windows, dtype=np.int32)[:, None]
     return VisionBatch(

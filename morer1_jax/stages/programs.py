@@ -18,14 +18,12 @@ import optax
 
 from morer1_jax.batch import PromptBatch
 from morer1_jax.config.settings import Settings
-from morer1_jax.learn.grpo import GroupBatch
 from morer1_jax.learn.trainable import join
 from morer1_jax.model.flops import batch_vision_flops
 from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.model.sharding import HEAD_AXIS
 from morer1_jax.model.vlm import split_tower
-from morer1_jax.rollout.program import ScoredRollout
 from morer1_jax.rollout.sampler import SampleConfig, cache_lengths
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.batch_sampler import sampler_program
@@ -33,7 +31,13 @@ from morer1_jax.run.mesh import PyTree, like_on
 from morer1_jax.run.placed import Placed
 from morer1_jax.run.throughput import Passes, group_work, sequence_work
 from morer1_jax.stages import largest
-from morer1_jax.stages.grpo_step import Programs, make_programs, parts_of
+from morer1_jax.stages.grpo_step import (
+    Arguments,
+    Programs,
+    arguments_of,
+    make_programs,
+    parts_of,
+)
 from morer1_jax.stages.sft import sft_program
 from morer1_jax.stages.table import stages_to_run
 
@@ -245,16 +249,13 @@ class _Plan:
             seed=0,
             end_of_turn=_END_OF_TURN,
         )
-        prompts = like_on(self._prompts(own.prompts, encoded=True), placed.rows)
-        state = self.grpo_state
-        step = like_on(jax.ShapeDtypeStruct((), jnp.int32), placed.replicated)
-        given = (placed.sampling.like, prompts, self._grammar, self._allowed, step)
-        scored: ScoredRollout = jax.eval_shape(programs.rollout, *given)[0]
-        scored = like_on(scored, placed.rows)
-        following = {"next batch": like_on(self._prompts(own.prompts, encoded=False), placed.rows)}
+        prompts = like_on(self._prompts(own.prompts, encoded=False), placed.rows)
+        given = placed, own, self._grpo_optimizer, prompts, self._grammar, self._allowed
+        takes = arguments_of(programs, *given)
+        state, following = self.grpo_state, {"next batch": prompts}
         rollout = PlannedProgram(
             name="rollout",
-            lower=lambda: programs.rollout.lower(*given),
+            lower=lambda: programs.rollout.lower(*takes.rollout),
             params=placed.sampling.like,
             beside=state | following,
             flops=self._flops(own.prompts, own.group, 0),
@@ -263,31 +264,22 @@ class _Plan:
             ),
         )
         # A tower that trains is an argument of what follows, one that does not lies beside it.
-        if placed.tower_trains:
-            prompts = following["next batch"]
-        else:
+        if not placed.tower_trains:
             following["tower"] = self._tower
-        score = self._score(programs, scored, prompts, following)
-        update = self._update(programs, scored, prompts, following)
-        return [rollout, score, update] if own.loss.beta or own.updates > 1 else [rollout, update]
+        scores = [self._score(programs, takes, following)] if takes.scores else []
+        return [rollout, *scores, self._update(programs, takes, following)]
 
     def _score(
-        self,
-        programs: Programs,
-        scored: ScoredRollout,
-        prompts: PyTree,
-        beside: dict[str, PyTree],
+        self, programs: Programs, takes: Arguments, beside: dict[str, PyTree]
     ) -> PlannedProgram:
-        own, drawn = self._settings.grpo, scored.rollout
+        own, given = self._settings.grpo, takes.scores[0]
         # The reference is scored in place of the parameters that train.
         state = self._held(self._grpo_optimizer) | {"parameters": self._placed.like}
-        params = join(self._placed.like_reference, self._placed.like_frozen)
-        given = (params, prompts, drawn.tokens, drawn.mask, self._allowed)
         return PlannedProgram(
             name="score",
             lower=lambda: programs.score.lower(*given),
-            params=params,
-            beside=beside | state | {"rollout": scored},
+            params=given[0],
+            beside=beside | state | {"rollout": takes.scored},
             flops=self._flops(
                 own.prompts, own.group, self._length, encoded=not self._placed.tower_trains
             ),
@@ -295,24 +287,9 @@ class _Plan:
         )
 
     def _update(
-        self,
-        programs: Programs,
-        scored: ScoredRollout,
-        prompts: PyTree,
-        beside: dict[str, PyTree],
+        self, programs: Programs, takes: Arguments, beside: dict[str, PyTree]
     ) -> PlannedProgram:
-        own, placed, drawn = self._settings.grpo, self._placed, scored.rollout
-        like = placed.like_state(self._grpo_optimizer)
-        batch = GroupBatch(
-            prompts=prompts,
-            tokens=drawn.tokens,
-            mask=drawn.mask,
-            weights=drawn.logprobs,
-            advantages=scored.advantages,
-            sampler=drawn.logprobs,
-            old=drawn.logprobs if own.updates > 1 else None,
-            reference=drawn.logprobs if own.loss.beta else None,
-        )
+        own, placed, given = self._settings.grpo, self._placed, takes.updates[-1]
         forward, with_update = (
             self._flops(
                 own.prompts,
@@ -325,7 +302,7 @@ class _Plan:
         )
         return PlannedProgram(
             name="update",
-            lower=lambda: programs.update.lower(like, placed.like_frozen, batch, self._allowed),
+            lower=lambda: programs.update.lower(*given),
             params=self._params,
             beside=beside | self._reference,
             flops=with_update - forward,

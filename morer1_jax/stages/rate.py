@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from morer1_jax.paths import local_path
 from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import ask_plan
+from morer1_jax.stages.ahead import Program, answers
 from morer1_jax.task.fact import Fact
 
 # Entries of an unfinished rating's first line that may differ when it goes on.
@@ -38,21 +39,32 @@ _PUBLISHED = 30.0
 def run_rate(run: Run) -> None:
     """Rates every training fact with the starting model, or uses ratings that exist."""
     config, out, facts = run.settings.rate, run.workdir / "rate" / FILE, run.dataset.splits["train"]
+    prepared = run.prepared.pop("rate", None)
     if not group.of_first("ratings exist", lambda: _take_existing(out, facts, config)):
-        placed, data = run.trainee.placed, run.settings.data
-        plan = ask_plan(placed, data, run.sizes, [facts], config.batch)
-        sampler = BatchSampler(
-            run.trainee.policy,
-            run.reader,
-            batch=config.batch,
-            group=config.samples,
-            temperature=config.temperature,
-            seed=run.settings.seed,
-            workers=data.workers,
-            plan=plan,
-        )
+        sampler = prepared or _sampler(run)
         params = run.trainee.whole(starting_params(run))
         rate(sampler, params, facts, config, out, publish=run.store.publish)
+
+
+def rate_programs(run: Run) -> Iterator[Program]:
+    """Yields the stage's programs, and prepares the run for it."""
+    if run.settings.rate.file is None:
+        sampler = run.prepared["rate"] = _sampler(run)
+        yield from answers(run, "rating", sampler, run.dataset.splits["train"])
+
+
+def _sampler(run: Run) -> BatchSampler:
+    config, data, facts = run.settings.rate, run.settings.data, run.dataset.splits["train"]
+    return BatchSampler(
+        run.trainee.policy,
+        run.reader,
+        batch=config.batch,
+        group=config.samples,
+        temperature=config.temperature,
+        seed=run.settings.seed,
+        workers=data.workers,
+        plan=ask_plan(run.trainee.placed, data, run.sizes, [facts], config.batch),
+    )
 
 
 def _take_existing(out: Path, facts: Sequence[Fact], config: RateSettings) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from morer1_jax.config.settings import Settings
@@ -12,13 +12,14 @@ from morer1_jax.data.sample import View
 from morer1_jax.errors import ConfigError
 from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.run.setup import Run
+from morer1_jax.stages.ahead import Program
 from morer1_jax.stages.baselines import BLIND, run_baselines
-from morer1_jax.stages.control import run_control
-from morer1_jax.stages.evaluate import run_evaluate
-from morer1_jax.stages.grpo import run_grpo
+from morer1_jax.stages.control import control_programs, run_control
+from morer1_jax.stages.evaluate import evaluate_programs, run_evaluate
+from morer1_jax.stages.grpo import grpo_programs, run_grpo
 from morer1_jax.stages.marker import MARKER
-from morer1_jax.stages.rate import check_rating, check_start, run_rate
-from morer1_jax.stages.sft import run_sft
+from morer1_jax.stages.rate import check_rating, check_start, rate_programs, run_rate
+from morer1_jax.stages.sft import run_sft, sft_programs
 from morer1_jax.stages.synthesise import run_synthesise
 
 _DATA = ("seed", "world", "data")
@@ -80,6 +81,8 @@ class Stage(Output):
         reads_images: whether its models see images, so that kept features are needed.
         blind_views: views of the facts that its models see beside the whole one.
         check: checks what it will read, before any stage runs.
+        programs: yields the programs to compile ahead, and prepares the run for its stage.
+        shaped_by: names of stages that must be done before its programs' shapes are known.
         scores: names of the systems it scores on the test split; `report.tables.NAMES` has their
             titles.
         rank: of its model; a workdir stands for the model of the highest rank. 0: no model.
@@ -94,6 +97,8 @@ class Stage(Output):
     reads_images: Callable[[Settings], bool] = lambda settings: True
     blind_views: tuple[View, ...] = ()
     check: Callable[[Run], None] = lambda run: None
+    programs: Callable[[Run], Iterable[Program]] = lambda run: ()
+    shaped_by: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     scores: tuple[str, ...] = ()
     rank: int = 0
     makes_data: bool = False
@@ -141,6 +146,7 @@ _BEFORE_EVALUATION = (
     Stage(
         name="sft",
         run=run_sft,
+        programs=sft_programs,
         depends=lambda settings: _SFT,
         training=_sft_training,
         reads_reasoning=lambda settings: True,
@@ -159,6 +165,7 @@ _BEFORE_EVALUATION = (
     Stage(
         name="rate",
         run=run_rate,
+        programs=rate_programs,
         depends=lambda settings: (*_SFT, "rate"),
         free=_POOLS,
         needs=_starting_model,
@@ -169,6 +176,9 @@ _BEFORE_EVALUATION = (
     Stage(
         name="grpo",
         run=run_grpo,
+        programs=grpo_programs,
+        # Which facts a step draws follows from their ratings.
+        shaped_by=lambda settings: ("rate",),
         depends=lambda settings: _GRPO,
         needs=lambda settings: (*_starting_model(settings), "rate"),
         check=check_start,
@@ -179,6 +189,8 @@ _BEFORE_EVALUATION = (
     Stage(
         name="control",
         run=run_control,
+        programs=control_programs,
+        shaped_by=lambda settings: () if settings.control.steps else ("sft", "rate", "grpo"),
         # With its own number of steps it takes nothing from GRPO.
         depends=lambda settings: (*(_SFT if settings.control.steps else _GRPO), "control"),
         needs=lambda settings: ("sft",) if settings.control.steps else ("sft", "rate", "grpo"),
@@ -193,6 +205,7 @@ STAGES = (
     Stage(
         name="evaluate",
         run=functools.partial(run_evaluate, models=[s.name for s in _BEFORE_EVALUATION if s.rank]),
+        programs=evaluate_programs,
         depends=lambda settings: (),
         repeats=True,
     ),

@@ -1,4 +1,4 @@
-"""Checkpoint folders in the published form: read onto the mesh, tensor by tensor, and written.
+"""Checkpoint folders in the published form: read onto the mesh by byte ranges, and written.
 
 folder/
   config.json                       the model's shapes
@@ -10,11 +10,9 @@ folder/
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,13 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError, one_line
+from morer1_jax.hosts import group
 from morer1_jax.model.config import DEFAULT_IDS, LoRA, ModelConfig
 from morer1_jax.model.layers import Params, merged_kernel
 from morer1_jax.progress import progress
@@ -47,17 +43,18 @@ from morer1_jax.weights.folder import (
     token_ids,
     write_json,
 )
+from morer1_jax.weights.loading import Target, load
 from morer1_jax.weights.names import (
     LeafSlice,
     canonical_names,
     check_tensors,
     leaf_slices,
 )
+from morer1_jax.weights.ranges import DTYPES, Stored, read_beginnings, read_header
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # First bytes of each tensor that go into the digest.
 _DIGEST_BYTES = 4096
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class Checkpoint:
@@ -96,32 +93,19 @@ class Checkpoint:
         self._ids = {key: hf_config.get(key) for key in DEFAULT_IDS}
         # What every file holds, by its header: no tensor is read yet.
         self.slices = leaf_slices(self.config)
-        shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[str, dict[str, str]] = {}
+        self._headers: dict[str, tuple[bytes, dict[str, Stored]]] = {}
+        self._stored: dict[str, Stored] = {}
         for file in tensor_files(self.folder):
-            with self._open(file) as tensors:
-                try:
-                    self._files[file] = canonical_names(list(tensors.keys()))
-                except WeightsError as e:
-                    raise WeightsError(f"{self.folder / file}: {e}") from None
-                for ours, theirs in self._files[file].items():
-                    part = tensors.get_slice(theirs)
-                    if part.get_dtype() not in _DTYPES:
-                        raise WeightsError(
-                            f"{self.folder / file}: {theirs}: expected dtype {', '.join(_DTYPES)}, "
-                            f"found {part.get_dtype()}; save it as one of them"
-                        )
-                    if ours in shapes:
-                        raise WeightsError(f"{self.folder / file}: {theirs} is in two files")
-                    shapes[ours] = tuple(part.get_shape())
-                    self.dtypes[ours] = _DTYPES[part.get_dtype()]
+            self._headers[file] = read_header(self.folder / file)
+            self._add(self.folder / file, self._headers[file][1])
         # Whether these are the config's tensors.
+        shapes = {ours: stored.shape for ours, stored in self._stored.items()}
         if self.config.tie_word_embeddings:
             # Some savers write a tied head out; `load` checks that it is the embedding.
             shapes.pop(_HEAD, None)
         try:
-            file_names = [name for names in self._files.values() for name in names.values()]
+            file_names = [stored.name for stored in self._stored.values()]
             check_tensors(shapes, self.slices, file_names)
         except WeightsError as e:
             raise WeightsError(f"{self.folder}: {e}") from None
@@ -142,63 +126,44 @@ class Checkpoint:
         digest = hashlib.sha256()
         for path in sorted(_others(self.folder), key=lambda path: path.name):
             digest.update(path.name.encode() + path.read_bytes())
-        for file in sorted(self._files):
-            with self._file(file).open("rb") as content:
-                header = content.read(int.from_bytes(content.read(8), "little"))
-                digest.update(header)
-                start = 8 + len(header)
-                entries = json.loads(header)
-                for name in sorted(entries.keys() - {"__metadata__"}):
-                    begin, end = entries[name]["data_offsets"]
-                    content.seek(start + begin)
-                    digest.update(content.read(min(end - begin, _DIGEST_BYTES)))
+        for _, (header, tensors) in sorted(self._headers.items()):
+            digest.update(header)
+            for beginning in read_beginnings(
+                [tensors[name] for name in sorted(tensors)], _DIGEST_BYTES
+            ):
+                digest.update(beginning)
         return digest.hexdigest()
 
     def load(self, like: Params) -> Params:
         """Returns parameters on the mesh.
 
-        Tensors are read one at a time, so that the host holds no more than one beside what its
-        devices hold.
+        Tensors are read a few at a time, of several processes each reads a share of them; see
+        `weights.loading`. All processes call it with the same leaves.
 
         Args:
             like: the leaves to load, all or some, of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-            WeightsError: a tensor of those leaves has values that are not finite, or a tied head
-                differs from the embedding.
+            WeightsError: a file cannot be read, a tensor of those leaves has values that are not
+                finite, or a tied head differs from the embedding.
         """
-        leaves: dict[tuple[str, ...], jax.Array] = {}
+        self._check_same()
         like_by_path = {
             tuple(key.key for key in path): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(like)
         }
-        # Both ends of a tied head, which must hold the same.
-        digests: dict[str, bytes] = {}
-        # Tensor by tensor, in the files' order.
-        total = sum(len(names) for names in self._files.values())
-        with progress(desc=f"load {self.folder.name}", total=total, unit="tensor") as bar:
-            for file, names in self._files.items():
-                with self._open(file) as tensors:
-                    for ours, theirs in names.items():
-                        bar.update()
-                        leaf_slice = self.slices.get(ours)
-                        tied = self.config.tie_word_embeddings and ours in (_EMBEDDING, _HEAD)
-                        if not tied and leaf_slice.path not in like_by_path:
-                            continue
-                        tensor = tensors.get_tensor(theirs)
-                        if bad := count_not_finite(tensor):
-                            raise WeightsError(
-                                f"{self.folder / file}: {theirs}: expected finite values, found "
-                                f"{bad} of {tensor.size} that are not; copy it anew, or take a "
-                                "checkpoint from before its training diverged"
-                            )
-                        if tied:
-                            digests[ours] = hashlib.sha256(tensor.view(np.uint8)).digest()
-                        if leaf_slice is not None and leaf_slice.path in like_by_path:
-                            path = leaf_slice.path
-                            leaf = leaves.pop(path, None)
-                            leaves[path] = _insert(leaf, like_by_path[path], leaf_slice, tensor)
-        # The head of a tied model is the embedding.
+        # A tied head that was written out is read to be compared, as the embedding is.
+        written_out = self.config.tie_word_embeddings and _HEAD in self._stored
+        targets = {}
+        # In an order that no file decides: processes exchange what they read.
+        for name, stored in sorted(self._stored.items()):
+            is_tied = written_out and name == _HEAD
+            leaf_slice = self.slices[_EMBEDDING if is_tied else name]
+            if leaf_slice.path in like_by_path:
+                leaf = like_by_path[leaf_slice.path]
+                targets[name] = Target(stored, leaf_slice, leaf, kept=not is_tied)
+        both = (_EMBEDDING, _HEAD) if written_out else ()
+        leaves, digests = load(self.folder.name, targets, both)
         if len(set(digests.values())) > 1:
             raise WeightsError(
                 f"{self.folder}: {_HEAD}: expected {_EMBEDDING}'s values, since the config has "
@@ -216,34 +181,44 @@ class Checkpoint:
         """
         if isinstance(self.folder, Path):
             return self.folder
-        copy_others(self.folder, self._copies)
-        return self._copies
+        self._copies = tempfile.TemporaryDirectory()  # Removed with the checkpoint.
+        folder = Path(self._copies.name)
+        copy_others(self.folder, folder)
+        return folder
 
-    @functools.cached_property
-    def _copies(self) -> Path:
-        self._temporary = tempfile.TemporaryDirectory()  # Removed with the checkpoint.
-        return Path(self._temporary.name)
+    def _check_same(self) -> None:
+        """Checks that all processes have the same checkpoint, of which each reads a share.
 
-    def _file(self, file: str) -> Path:
-        """Returns the file on this machine; a bucket's, which cannot be mapped, is copied."""
-        path = self.folder / file
-        if isinstance(path, Path):
-            return path
-        if not (local := self._copies / file).exists():
-            path.copy(local)
-        return local
-
-    @contextlib.contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
-        try:
-            opened = safe_open(self._file(file), "numpy")
-        except (OSError, SafetensorError) as e:
+        Raises:
+            WeightsError: they do not.
+        """
+        if group.count() == 1:
+            return
+        digests = group.gather("checkpoint", self.digest)
+        others = [str(number) for number, digest in enumerate(digests) if digest != digests[0]]
+        if others:
             raise WeightsError(
-                f"{self.folder / file}: {one_line(e)}; expected a whole safetensors file, "
-                "copy it anew"
-            ) from e
-        with opened as tensors:
-            yield tensors
+                f"{self.folder}: expected process 0's config, tokenizer and tensors, in the same "
+                f"files, on every process, found others on process {', '.join(others[:4])}; copy "
+                "one folder to all hosts, or name one that they share"
+            )
+
+    def _add(self, path: Path, tensors: Mapping[str, Stored]) -> None:
+        """Adds a file's tensors to those of the checkpoint; raises WeightsError if it cannot."""
+        try:
+            names = canonical_names(tensors)
+        except WeightsError as e:
+            raise WeightsError(f"{path}: {e}") from None
+        for ours, theirs in names.items():
+            stored = tensors[theirs]
+            if stored.kind not in DTYPES:
+                raise WeightsError(
+                    f"{path}: {theirs}: expected dtype {', '.join(DTYPES)}, found {stored.kind}; "
+                    "save it as one of them"
+                )
+            if ours in self._stored:
+                raise WeightsError(f"{path}: {theirs} is in two files")
+            self._stored[ours], self.dtypes[ours] = stored, DTYPES[stored.kind]
 
 
 def save_tensors(
@@ -340,41 +315,6 @@ def _others(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.is_file() and path.suffix in TEXT_SUFFIXES and path.name != INDEX:
             yield path
-
-
-def _insert(
-    leaf: jax.Array | None, like: jax.ShapeDtypeStruct, leaf_slice: LeafSlice, tensor: np.ndarray
-) -> jax.Array:
-    """Returns `leaf`, or zeros if it is None, with the tensor in its place.
-
-    The old leaf's buffers are donated, so that it is never held twice.
-    """
-    value = leaf_slice.to_ours(tensor)
-    if value.dtype == np.float16:  # Not every device has it.
-        value = value.astype(like.dtype)
-    sharding = like.sharding
-    if not leaf_slice.index:
-        return jax.make_array_from_callback(
-            like.shape, sharding, lambda part: np.asarray(value[part], like.dtype)
-        )
-    if leaf is None:
-        leaf = _zeros(like.shape, like.dtype, sharding)
-    split = NamedSharding(sharding.mesh, P(*tuple(sharding.spec)[len(leaf_slice.index) :]))
-    on_mesh = jax.make_array_from_callback(value.shape, split, lambda part: value[part])
-    return _inserter(sharding)(leaf, on_mesh, leaf_slice.index)
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-
-
-@functools.cache
-def _inserter(sharding: NamedSharding) -> Any:
-    return jax.jit(
-        lambda leaf, value, index: leaf.at[index].set(value.astype(leaf.dtype)),
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -1,7 +1,5 @@
 """What the tests of samples and of their batches share: a small world's facts, and a reader."""
 
-import socket
-
 import pytest
 from etils import epath
 
@@ -66,26 +64,7 @@ def special(small_tokenizer):
     return SpecialIds.of(small_tokenizer)
 
 
-@pytest.fixture(scope="session")
-def bucket():
-    """`gs://…`: an empty bucket, which a server on this machine keeps in memory."""
-    import fsspec
-    from gcp_storage_emulator.server import create_server
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        create_server("127.0.0.1", port, in_memory=True, default_bucket="more-of-tests"),
-    ):
-        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        # Without a look for credentials, and for what the server does not know.
-        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        yield "gs://more-of-tests"
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def upload(bucket):
     """`upload(folder, name)`: the path in the bucket that a copy of the folder then has."""
 

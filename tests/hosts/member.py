@@ -117,7 +117,59 @@ def save():
     print(f"restored {restored[0]}", file=sys.stderr)
 
 
+def load():
+    """Loads a checkpoint (PLACE) in shares, and compares it with its files (FOLDER)."""
+    from pathlib import Path
+
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from morer1_jax import stores
+    from morer1_jax.learn.state import abstract_params
+    from morer1_jax.model.config import Runtime
+    from morer1_jax.model.vlm import Qwen25VL
+    from morer1_jax.run import mesh as meshes
+    from morer1_jax.weights import loading
+    from morer1_jax.weights.names import from_hf
+    from morer1_jax.weights.published import Checkpoint
+
+    loading._SMALL = 256  # Of so small a model some tensors are in shares, some are not.
+    checkpoint = Checkpoint(os.environ["PLACE"])
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 2, "tensor": -1})
+    if "ALTERNATE" in os.environ:  # No process has two devices beside each other.
+        of_process: dict[int, list[jax.Device]] = {}
+        for device in jax.devices():
+            of_process.setdefault(device.process_index, []).append(device)
+        devices = [device for row in zip(*of_process.values(), strict=True) for device in row]
+        assert devices[0].process_index != devices[1].process_index
+        mesh = jax.sharding.Mesh(np.reshape(devices, mesh.devices.shape), mesh.axis_names)
+    abstract = abstract_params(Qwen25VL(checkpoint.config, Runtime()))
+    like = meshes.like(abstract, meshes.param_shardings(mesh, abstract))
+    checkpoint.digest  # noqa: B018  It is read now, and of so small tensors it is half of all.
+    read, sizes = stores.read_range, []
+
+    def counted(path, start, end):
+        sizes.append(end - start)
+        return read(path, start, end)
+
+    stores.read_range = counted
+    loaded = checkpoint.load(like)
+    files = sorted(Path(os.environ["FOLDER"]).glob("*.safetensors"))
+    tensors = {name: value for file in files for name, value in load_file(file).items()}
+
+    def check(leaf, value, target):
+        assert leaf.sharding == target.sharding
+        for shard in leaf.addressable_shards:
+            expected = np.ascontiguousarray(value[shard.index])
+            assert np.asarray(shard.data).tobytes() == expected.tobytes()
+
+    jax.tree.map(check, loaded, from_hf(tensors, checkpoint.config), like)
+    whole = sum(value.nbytes for value in tensors.values())
+    print(json.dumps({"read": sum(sizes), "whole": whole}), file=sys.stderr)
+
+
 ACTIONS = (
+    load,
     talk,
     wait_for_others,
     compute_with_others,

@@ -177,7 +177,9 @@ def test_processes_that_do_not_fit_each_other_are_told_why(mistake):
             for number, count, more in starts
         ]
     )
-    assert [process.code for process in ended] == [2] * len(starts), ended
+    # Perhaps it is only late: a launcher may start all again.
+    code = 3 if mistake == "one that does not come" else 2
+    assert [process.code for process in ended] == [code] * len(starts), ended
     for process in ended:
         assert re.match("error: " + message.format(host=HOST), lines(process)[-1]), process.err
         assert process.out == ""
@@ -210,7 +212,7 @@ def test_a_coordinator_that_is_nobody_and_one_that_is_a_stranger():
                 start([MEMBER, *flags(0, 2, taken), *more], env=environment()),
             ]
         )
-    assert [process.code for process in ended] == [2, 2]
+    assert [process.code for process in ended] == [3, 2]
     assert re.match(
         rf"error: process 1 on {HOST}: expected process 0 at 127.0.0.1:{nobody}, found nobody in "
         r"4 s \(.*refused.*\); start it",

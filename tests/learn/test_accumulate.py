@@ -15,6 +15,8 @@ from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.placed import place
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 WEIGHTS = {"w": jnp.zeros((3, 2))}
 BATCH = {"x": jnp.arange(24.0).reshape(8, 3), "empty": jnp.zeros((8, 0, 2)), "none": None}
 

@@ -13,6 +13,8 @@ from morer1_jax.model.config import LoRA
 from morer1_jax.model.scorer import ScoreConfig
 from morer1_jax.model.vlm import Qwen25VL, init_params
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SCORE = ScoreConfig(chunk=160)
 PARTS = {
     "all": TrainableParts(),

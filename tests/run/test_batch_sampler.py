@@ -118,7 +118,7 @@ def test_neither_order_nor_shape_changes_what_is_drawn(tiny, planned, facts, pla
                 getattr(rollout, field), getattr(expected[name], field), f"{name}: {field}"
             )
         np.testing.assert_allclose(rollout.logprobs, expected[name].logprobs, atol=2e-5)
-    assert sampler._rollout._cache_size() == len(plan.shapes)
+    assert sampler.program._cache_size() == len(plan.shapes)
 
 
 def test_answers_are_in_the_order_of_the_facts(tiny, planned, facts, expected):

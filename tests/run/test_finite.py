@@ -54,12 +54,16 @@ def test_the_first_leaf_that_is_not_finite_is_named(tiny):
         "key": jax.random.key(0),
         "split": jax.device_put(jnp.ones((8, 3)), split),
         "short": jnp.ones(3, jnp.bfloat16),
+        "large": jnp.full((2, 500), jnp.finfo(jnp.float32).max) * jnp.array([[1.0], [-1.0]]),
     }
     assert first_not_finite(leaves) is None
     assert first_not_finite({}) is None
     assert first_not_finite(leaves | {"short": leaves["short"].at[1].set(jnp.inf)}) == "short"
     bad = {name: leaves[name].at[2].set(jnp.nan) for name in ("split", "short")}
     assert first_not_finite(leaves | bad) == "split"
+    for place, value in ((0, jnp.nan), (3, -jnp.inf), (7, jnp.inf)):
+        one = jax.device_put(leaves["split"].at[place, 1].set(value), split)
+        assert first_not_finite(leaves | {"split": one}) == "split"
 
 
 def drawn(value, counted):

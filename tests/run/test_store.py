@@ -1,10 +1,8 @@
 """A run's files in a folder, and in a bucket of which it has a local copy."""
 
-import importlib.util
 import json
 import threading
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +17,6 @@ from morer1_jax.run.manifest import CheckpointError
 from morer1_jax.run.owner import OWNER
 from morer1_jax.run.store import INDEX, Store
 from morer1_jax.run.trial import check_saves
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    pytest.importorskip("gcp_storage_emulator")
-    pytest.importorskip("gcsfs")
-    with served() as root:
-        yield root
-
-
-def served(**options):
-    """See `bucket.py` beside this folder."""
-    spec = importlib.util.spec_from_file_location("bucket", Path(__file__).parents[1] / "bucket.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.served(**options)
 
 
 @pytest.fixture
@@ -95,6 +77,36 @@ def test_a_bucket_has_what_was_published_and_another_host_goes_on_from_it(bucket
             assert (again.folder / "deep" / "er" / "log").read_text() == "1\n2\n"
     assert (again.folder == store.folder) == (cache is None)
     assert stores.read_bytes(checkpoint) == b"{}"
+
+
+@pytest.mark.usefixtures("copies")
+def test_a_large_log_that_grows_while_it_is_sent_is_sent_as_it_was(bucket, monkeypatch):
+    """The server is told how many bytes will come."""
+    monkeypatch.setattr(stores, "_BYTES", 1 << 20)
+    store, ended = Store(f"{bucket}/grows"), threading.Event()
+    with store.held():
+        path = store.folder / "log.jsonl"
+        path.write_bytes(b"x" * (8 << 20))
+
+        def grow():
+            with open(path, "ab", buffering=0) as file:
+                while not ended.wait(0.001):
+                    file.write(b"y" * 4096)
+
+        thread = threading.Thread(target=grow)
+        thread.start()
+        try:
+            for _ in range(3):
+                store.publish()
+        finally:
+            ended.set()
+            thread.join()
+        assert stores.files(store.root) == [INDEX, OWNER, "log.jsonl"]
+        sent = stores.read_bytes(store.root / "log.jsonl")
+        assert len(sent) > 8 << 20
+        assert path.read_bytes().startswith(sent)
+        store.publish()
+        assert stores.read_bytes(store.root / "log.jsonl") == path.read_bytes()
 
 
 @pytest.mark.usefixtures("copies")
@@ -229,10 +241,9 @@ def test_a_workdir_that_another_has_taken_is_left_to_it(bucket, monkeypatch):
 
 
 @pytest.mark.soak  # It mostly waits.
-def test_a_bucket_that_often_fails_loses_nothing(copies, monkeypatch):
+def test_a_bucket_that_often_fails_loses_nothing(copies, served, monkeypatch):
     """A fifth of the requests is late, lost before or after it is served, or refused."""
     monkeypatch.setattr(module, "_DEAD", 20.0)
-    stores._client.cache_clear()
     state = {"w": jnp.arange(1000.0)}
     with served(faults=0.2) as root:
         store = Store(f"{root}/faults")
@@ -250,4 +261,3 @@ def test_a_bucket_that_often_fails_loses_nothing(copies, monkeypatch):
         assert step == 3
         np.testing.assert_array_equal(restored["w"], state["w"] + 3)
         assert stores.names(store.checkpoints("sft")) != []
-    stores._client.cache_clear()

@@ -231,6 +231,23 @@ def test_too_little_room_is_named_before_the_first_step(config, tmp_path, monkey
     assert "\n" not in message
 
 
+def test_beside_a_bucket_the_copy_needs_room_without_checkpoints(config, tmp_path, monkeypatch):
+    config.tune.update(vision=0.0, merger=0.0)
+    config.data.keep_features = True
+    run = opened(config, tmp_path / "run")
+    in_bucket = types.SimpleNamespace(store=types.SimpleNamespace(is_bucket=True))
+    most = disk._features_bytes(run) + disk._OTHERS
+
+    def free(count):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=count))
+
+    free(most)
+    disk.check_room(run, in_bucket, [BY_NAME["sft"]])
+    free(most - 1)
+    with pytest.raises(ConfigError, match=r"on another disk in MORER1_WORKDIR_CACHE$"):
+        disk.check_room(run, in_bucket, [BY_NAME["sft"]])
+
+
 def test_what_is_written_is_what_was_counted(config, tmp_path):
     """By a state as a training saves it, of random bits, which orbax cannot compress.
 
@@ -258,7 +275,7 @@ def test_what_is_written_is_what_was_counted(config, tmp_path):
     counted, _ = sizes(case)
     arrays = checkpoints.folder / "step_00000001" / "arrays"
     written = sum(disk.bytes_in(folder) for folder in arrays.rglob("d"))
-    assert written == pytest.approx(counted, rel=0.02)
+    assert written == pytest.approx(counted, rel=0.03)
     training = BY_NAME["sft"].training(case.settings)
     space = disk._space(trainee, training, tmp_path / "none", 0, [])
     assert (space.state, space.best) == sizes(case)

@@ -119,6 +119,7 @@ def given(tmp_path, ratings, **changes):
     run = types.SimpleNamespace(
         workdir=tmp_path,
         store=Store(tmp_path),
+        prepared={},
         dataset=types.SimpleNamespace(splits={"train": FACTS}),
         settings=types.SimpleNamespace(rate=config),
     )
@@ -266,6 +267,7 @@ def staged(tmp_path, monkeypatch, **changes):
     run = types.SimpleNamespace(
         workdir=tmp_path,
         store=Store(tmp_path),
+        prepared={},
         dataset=types.SimpleNamespace(splits={"train": FACTS}),
         trainee=types.SimpleNamespace(policy=None, placed=None, whole=lambda params: params),
         reader=None,

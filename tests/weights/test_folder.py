@@ -45,9 +45,9 @@ def same_as_transformers(folder):
     }
     checkpoint = Checkpoint(folder)
     found = {}
-    for file, names in checkpoint._files.items():
-        tensors = load_file(folder / file)
-        found |= {ours: tensors[name] for ours, name in names.items() if ours in checkpoint.slices}
+    for ours, stored in checkpoint._stored.items():
+        if ours in checkpoint.slices:
+            found[ours] = load_file(stored.file)[stored.name]
     assert found.keys() == expected.keys()
     for name, value in found.items():
         np.testing.assert_array_equal(value, expected[name], name)

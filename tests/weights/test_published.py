@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from etils import epath
 from jax.sharding import NamedSharding
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from morer1_jax import stores
 from morer1_jax.errors import ConfigError, DataError, WeightsError
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.config import Runtime
@@ -25,7 +25,6 @@ from morer1_jax.run import mesh as meshes
 from morer1_jax.run.mesh import like
 from morer1_jax.serve.export import export
 from morer1_jax.serve.loaded import open_model
-from morer1_jax.weights import published as weights
 from morer1_jax.weights.published import CONFIG, INDEX, SINGLE, Checkpoint, save_tensors
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
@@ -375,19 +374,17 @@ def test_what_tensors_have_decides_and_is_never_float16(published, tmp_path, sai
         assert open_model(str(folder)).model.runtime.dtype == dtype
 
 
-def test_a_buckets_checkpoint_can_be_asked_and_exported(published, tmp_path, monkeypatch):
-    """A path that is not this machine's: each file is copied once, and kept."""
+def test_a_buckets_checkpoint_can_be_asked_and_exported(published, bucket, tmp_path):
+    """No file of tensors is copied to this machine."""
     _, folder = published("untied", "float32", "30KB")
-    monkeypatch.setattr(weights, "find_folder", lambda path: epath.Path(path))
-    copied = []
-    real = type(epath.Path(folder)).copy
-    monkeypatch.setattr(
-        type(epath.Path(folder)), "copy", lambda *args: copied.append(args[0].name) or real(*args)
-    )
-    loaded = open_model(str(folder))
+    there = stores.absolute(f"{bucket}/asked")
+    stores.copy({there / path.name: path for path in folder.iterdir()})
+    loaded = open_model(f"{bucket}/asked")
     assert loaded.policy.allowed.any()
     export(loaded, tmp_path / "out")
-    assert len(copied) == len(set(copied)) == len(list(folder.glob("*.safetensors")))
+    copied = {path.name for path in loaded.checkpoint.local_files.iterdir()}
+    assert {CONFIG, "tokenizer.json"} <= copied
+    assert not any(name.endswith(".safetensors") for name in copied)
     assert tensors_of(tmp_path / "out").keys() == tensors_of(folder).keys()
 
 

@@ -9,6 +9,7 @@ turns       runs the sides in turns, and checks that they compute the same
 compare     which task of ours is compared with which of theirs; tables and JSON
 growth      how time grows with the sizes, as tables and a picture
 runner      one run of the benchmark, task by task
-data        measures reading and the loader
+data        measures reading and the loader; `sources` compares copies of a dataset
+saves       measures what saving adds to steps
 study       the main job over several seeds
 """
