@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ConfigError(ValueError):
     """A configuration that is malformed or asks for something this package does not do."""
 
 
 class AbsentError(ConfigError):
-    """Another process of the run, which has not come; perhaps it comes if all start again."""
+    """Another process, or a bucket, that does not answer; perhaps it does if all start again."""
 
 
 class FieldError(ConfigError):
@@ -72,6 +74,12 @@ class ErrorList:
         if self._errors:
             listed = "; ".join(f"({n}) {error}" for n, error in enumerate(self._errors, start=1))
             raise DataError(f"{len(self._errors)} faults{suffix}: {listed}")
+
+
+def listed(names: Sequence[object], most: int = 4, between: str = ", ") -> str:
+    """Returns the first `most` names and the number of the others, for use in a message."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(map(str, names[:most])) + rest
 
 
 def one_line(error: BaseException) -> str:

@@ -11,15 +11,18 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
 from morer1_jax.errors import ConfigError
 from morer1_jax.files import INSTALL_CLIENT, atomic_write, named, remove
+
+T = TypeVar("T")
 
 # Files that are moved at once, and bytes that are read at once.
 _AT_ONCE, _BYTES = 16, 32 << 20
@@ -59,6 +62,35 @@ def files(folder: epath.PathLike) -> list[str]:
     except FileNotFoundError:
         return []
     return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T:
+    """Returns what a bucket answers to `ask`.
+
+    The client itself may wait for an answer forever. So it asks in a thread, which is left behind
+    if there is none in time.
+
+    Raises:
+        TimeoutError: there is none in time.
+        Exception: the client's, whose classes are many.
+    """
+    answers: list[T] = []
+    errors: list[Exception] = []
+
+    def asked() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=asked, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return answers[0]
 
 
 def check_bucket(path: epath.PathLike) -> None:

@@ -85,8 +85,10 @@ def train(config: Any, workdir: Path) -> None:
     setup = open_setup(run_settings, workdir)
     store = setup.store
     group.by_first("writable", lambda: check_writable(store.folder, folder=True))
-    # One run writes into a workdir at a time; of its processes the first answers for all.
-    with store.held():
+    with contextlib.ExitStack() as stack:
+        # One run writes into a workdir at a time; of its processes the first answers for all.
+        with _ended_by_signals():
+            stack.enter_context(store.held())
         group.meet("workdir")
         check_shared(store)
         _train(setup, stages)

@@ -97,6 +97,37 @@ def tell_generations():
     Storage.get_file_obj, server.Response.close = remembered, with_generation
 
 
+def remember_uploads():
+    """Has a finished upload's object answered to a client that sends or asks again.
+
+    It does so where the answer was lost; the package's server forgets the upload, and answers 404.
+    """
+    from gcp_storage_emulator import server
+    from gcp_storage_emulator.handlers import objects
+    from gcp_storage_emulator.storage import Storage
+
+    finished, create_file, upload = {}, Storage.create_file, objects.upload_partial
+
+    def created(self, bucket, name, content, found, upload_id=None):
+        create_file(self, bucket, name, content, found, upload_id)
+        if upload_id is not None:
+            finished[upload_id] = dict(found)
+
+    def uploaded(request, response, storage, **kwargs):
+        found = finished.get(request.query["upload_id"][0])
+        if found is None:
+            upload(request, response, storage, **kwargs)
+        else:
+            _ = request.data  # Else the connection's next request would begin with it.
+            response.json(found)
+
+    Storage.create_file, objects.upload_partial = created, uploaded
+    for _, handlers in server.HANDLERS:
+        for method, handle in handlers.items():
+            if handle is upload:
+                handlers[method] = uploaded
+
+
 def fail_sometimes(share, seed=0):
     """Delays, drops and refuses a share of the requests."""
     from gcp_storage_emulator import server
@@ -144,6 +175,7 @@ def main():
     from gcp_storage_emulator import server
 
     tell_generations()
+    remember_uploads()
     if len(sys.argv) > 2 and float(sys.argv[2]):
         fail_sometimes(float(sys.argv[2]))
     bucket = server.create_server("127.0.0.1", int(sys.argv[1]), True, default_bucket=BUCKET)

@@ -53,6 +53,8 @@ def pytest_xdist_auto_num_workers(config):
 
 # Files that take longest, so that no worker is left with one of them at the end.
 LONGEST = (
+    "hosts/test_runs.py",
+    "hosts/test_join.py",
     "test_resume.py",
     "test_predict.py",
     "test_published.py",

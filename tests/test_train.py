@@ -1,6 +1,7 @@
 """The command as a whole: stages that run alone, and bad input that is named before any work."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import os
@@ -376,6 +377,21 @@ def test_a_start_that_is_ended_takes_what_it_made_and_no_more(config, workdir, m
     if ended.type is SystemExit:
         assert ended.value.code == 128 + signal.SIGHUP
     assert [path.name for path in workdir.iterdir()] == ["out.txt"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("plain_signals")
+def test_a_start_that_waits_for_another_run_can_be_told_to_stop(config, workdir, monkeypatch):
+    @contextlib.contextmanager
+    def held(store):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it goes on")
+        yield
+
+    monkeypatch.setattr("morer1_jax.train.Store.held", held)
+    with pytest.raises(Stopped, match="before the first step"):
+        train(config, workdir)
+    assert not (workdir / "config.json").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from absl import flags
 
+from bench.figures import json_file, print_figures
 from bench.saves import time_saves
 from morer1_jax.cli import run_main
-from morer1_jax.files import check_writable, write_json
+from morer1_jax.files import write_json
 from morer1_jax.hosts.alone import check_alone
-from morer1_jax.paths import local_path
 
 _PARAMETERS = flags.DEFINE_float("parameters", 300e6, "Parameters of the state.", lower_bound=1)
 _EVERY = flags.DEFINE_integer("every", 20, "Steps for each save.", lower_bound=1)
@@ -35,17 +35,13 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     del argv
     check_alone()
-    out = None if _JSON.value is None else local_path(_JSON.value, "--json")
-    if out is not None:
-        check_writable(out)
-    with tempfile.TemporaryDirectory() as folder:
+    with json_file(_JSON.value) as out, tempfile.TemporaryDirectory() as folder:
         results = time_saves(
             Path(folder), int(_PARAMETERS.value), _EVERY.value, _ROUNDS.value, _WAIT.value
         )
-    if out is not None:
-        write_json(out, results)
-    for name, figures in results.items():
-        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+        if out is not None:
+            write_json(out, results)
+    print_figures(results)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from morer1_jax.errors import DataError
+from morer1_jax.errors import DataError, listed
 from morer1_jax.files import read_json, write_json
 
 # Kinds of digests (a name's part before its first /) that earlier versions did not keep.
@@ -64,13 +64,9 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     for name in sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
         way = 1 if name not in before else 2 if name not in now else 0
         groups.setdefault((_kind(name) == _PHOTOS, way), []).append(name)
-    return ", ".join(f"{_listed(names)} {_WAYS[way]}" for (_, way), names in sorted(groups.items()))
-
-
-def _listed(names: list[str]) -> str:
-    """Returns the first names and the number of the others."""
-    rest = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + rest
+    return ", ".join(
+        f"{listed(names, _MAX_NAMES)} {_WAYS[way]}" for (_, way), names in sorted(groups.items())
+    )
 
 
 def of_tokenizer(folder: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ waits for one that has died is ended by `hosts.join`.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable
@@ -104,6 +105,18 @@ def gather(name: str, value: T) -> list[T]:
     client.wait_at_barrier(f"{key}/read", _PATIENCE_MS)
     client.key_value_delete(f"{key}/{index()}")
     return values
+
+
+def unlike_first(name: str, value: object) -> list[int]:
+    """Returns the numbers of the processes that have another value than the first one.
+
+    Args:
+        name: of the value, for logs.
+        value: that JSON can hold; its digest is sent.
+    """
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    digests = gather(name, digest)
+    return [number for number, other in enumerate(digests) if other != digests[0]]
 
 
 def to_first(name: str, value: T, key: str | None = None) -> list[T] | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import jax
 
 from morer1_jax import stores
-from morer1_jax.errors import ConfigError, one_line
+from morer1_jax.errors import AbsentError, ConfigError, one_line
 
 # JAX reads this variable itself: a folder, local or in a bucket; empty for no cache.
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -34,21 +33,18 @@ def use_program_cache() -> None:
 
 
 def _check_answers(folder: str) -> None:
-    """Checks that a bucket can be listed, in a thread that is left behind if it cannot."""
-    problems = [f"no answer in {_ANSWERS:.0f} s"]
+    """Checks that a bucket can be listed.
 
-    def ask() -> None:
-        try:
-            stores.check_bucket(folder)
-            problems.clear()
-        except Exception as error:  # The client's classes are many, and of its own.
-            problems[:] = [getattr(error, "strerror", None) or one_line(error)]
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(_ANSWERS)
-    if problems:
-        raise ConfigError(
-            f"{VARIABLE}={folder}: expected a bucket that can be read, found {problems[0]}; name "
-            "another, or leave it empty for no cache"
-        )
+    Raises:
+        AbsentError: it does not answer.
+        ConfigError: it refuses.
+    """
+    try:
+        stores.within(_ANSWERS, lambda: stores.check_bucket(folder))
+    except Exception as error:  # The client's classes are many, and of its own.
+        kind = AbsentError if isinstance(error, TimeoutError) else ConfigError
+        raise kind(
+            f"{VARIABLE}={folder}: expected a bucket that can be read, found "
+            f"{getattr(error, 'strerror', None) or one_line(error)}; name another, or leave it "
+            "empty for no cache"
+        ) from None

@@ -41,7 +41,9 @@ os.register_at_fork(after_in_child=_forget)
 
 
 @contextlib.contextmanager
-def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None]:
+def hold(
+    path: str | os.PathLike[str], *, folder: bool = False, name: object = None
+) -> Iterator[None]:
     """Keeps other processes that hold `path` with this function from writing to it in the block.
 
     On a file system without locks it prints a warning and locks nothing.
@@ -50,6 +52,7 @@ def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None
         path: the file or folder to write.
         folder: whether the lock file is put into `path`, a folder, which is made if it is missing
             and removed if it is empty at the end; else the lock file is put beside `path`.
+        name: what the user calls it, for messages; `path` if None.
 
     Raises:
         ConfigError: another process, which the message names, holds the lock; or `path` is the
@@ -61,10 +64,11 @@ def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None
         raise ConfigError(f"{path}: expected a path below the root, found the root")
     lock = path / LOCK if folder else path.with_name(f".{path.name}{LOCK}")
     new_folders = [parent for parent in lock.parents if not parent.exists()]
-    file = _take(lock, path)
+    called = path if name is None else name
+    file = _take(lock, called)
     _held.add(file)
     try:
-        _sign(file, path)
+        _sign(file, called)
         yield
     finally:
         if file in _held:  # Else this is a forked child, and the lock its parent's.
@@ -77,7 +81,7 @@ def hold(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None
                     parent.rmdir()
 
 
-def _take(lock: Path, path: Path) -> int:
+def _take(lock: Path, name: object) -> int:
     """Returns the descriptor of the lock's file, locked until it is closed."""
     while True:
         # Open the file, which its last holder may be removing, with a folder that it made.
@@ -92,14 +96,14 @@ def _take(lock: Path, path: Path) -> int:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"{path}: expected no other process to write into it, found {_holder(file)}; "
+                    f"{name}: expected no other process to write into it, found {_holder(file)}; "
                     "wait until it has ended, or name another"
                 ) from None
             except OSError as error:
                 if error.errno not in _UNABLE:
                     raise OSError(error.errno, error.strerror, str(lock)) from None
                 print(
-                    f"{path}: cannot be locked ({error.strerror}); see to it that no other process "
+                    f"{name}: cannot be locked ({error.strerror}); see to it that no other process "
                     "writes into it",
                     file=sys.stderr,
                 )
@@ -113,7 +117,7 @@ def _take(lock: Path, path: Path) -> int:
         os.close(file)
 
 
-def _sign(file: int, path: Path) -> None:
+def _sign(file: int, name: object) -> None:
     """Writes host, process and command into the lock's file.
 
     Warns if the file still names a process on another host: some file systems lock only within a
@@ -121,7 +125,7 @@ def _sign(file: int, path: Path) -> None:
     """
     previous = _read(file)
     if previous and previous["host"] != socket.gethostname():
-        print(f"{path}: {_describe(previous)} did not end in order; is it over?", file=sys.stderr)
+        print(f"{name}: {_describe(previous)} did not end in order; is it over?", file=sys.stderr)
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),

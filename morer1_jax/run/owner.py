@@ -14,17 +14,23 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from morer1_jax import stores
-from morer1_jax.errors import ConfigError, Stopped, one_line
+from morer1_jax.errors import AbsentError, ConfigError, Stopped, one_line
 from morer1_jax.hosts import group, join
+
+T = TypeVar("T")
 
 OWNER = ".owner.json"
 # Seconds between two renewals, and those after which one that is not renewed is nobody's.
-_RENEWED, _DEAD = 5.0, 20.0
+_RENEWED, _DEAD = 5.0, 45.0
+# Seconds without a renewal after which a run ends, and those in which all of its processes then do.
+_GIVEN, _ENDS = 25.0, 15.0
+# Seconds in which the bucket must answer at the start.
+_ANSWERS = 30.0
 # Exit code of a run that has lost its workdir to another, or can no longer reach it.
 _LOST = 3
 
@@ -37,21 +43,32 @@ def owned(root: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another run is writing there, or nothing can be written there.
+        AbsentError: the bucket does not answer.
     """
     owner, over = _Owner(root), threading.Event()
-    owner.take()
     keeper = threading.Thread(target=owner.keep, args=(over,), daemon=True, name="owner")
-    keeper.start()
+    watcher = threading.Thread(target=owner.watch, args=(over,), daemon=True, name="owner's watch")
+
+    def end() -> None:
+        """Ends the claim; a bucket that is silent now takes it for nobody's later."""
+        over.set()
+        if keeper.is_alive():
+            keeper.join(_RENEWED)
+        with contextlib.suppress(Exception):
+            stores.within(_RENEWED, owner.give_up)
+
     try:
+        owner.take()
+        keeper.start()
+        watcher.start()
         yield
     except BaseException as error:
         over.set()
         # Other processes may still write: the next run waits until nobody renews it.
         if group.count() == 1 or isinstance(error, Stopped):
-            owner.give_up()
+            end()
         raise
-    over.set()
-    owner.give_up()
+    end()
 
 
 class _Owner:
@@ -60,60 +77,82 @@ class _Owner:
     def __init__(self, root: Path) -> None:
         self._root, self._path = root, root / OWNER
         self._run, self._renewals = str(uuid.uuid4()), 0
+        self._renewed, self._problem = time.monotonic(), ""
 
     def take(self) -> None:
         """Says whose the folder is, once whoever said so before is known to be gone."""
-        try:
-            before = self._read()
-            if not before:
-                self._renew()
-        except Exception as error:  # The client's classes are many, and of its own.
-            reason = getattr(error, "strerror", None) or one_line(error)
-            raise ConfigError(
-                f"{self._root}: expected a bucket that can be written, found {reason}; name "
-                "another as --workdir, or give this machine's account the right to write there"
-            ) from None
-        if before:
-            print(f"{self._root}: waiting whether {_name(before)} still writes", file=sys.stderr)
+        if before := self._asked(self._read):
+            print(
+                f"{self._root}: {_name(before)} has written there; waiting {_DEAD:.0f} s to see "
+                "whether it still does",
+                file=sys.stderr,
+                flush=True,
+            )
             time.sleep(_DEAD)
-            if (now := self._read()) and now != before:
+            if (now := self._asked(self._read)) and now != before:
                 raise ConfigError(
                     f"{self._root}: expected no other run to write there, found {_name(now)}; wait "
                     "until it has ended, or name another --workdir"
                 )
-        self._renew()
+        self._asked(self._renew)
         # Of two that began at once the second to write has it.
         time.sleep(1.0)
-        if self._read().get("run") != self._run:
+        if self._asked(self._read).get("run") != self._run:
             raise ConfigError(
                 f"{self._root}: expected no other run to write there, found one that began just "
                 "now; wait until it has ended, or name another --workdir"
             )
 
     def keep(self, over: threading.Event) -> None:
-        """Renews it until the end; ends the process if it is another's, or cannot be renewed."""
-        renewed = time.monotonic()
+        """Renews it until the end; ends the process if it is another's."""
         while not over.wait(_RENEWED):
-            problem = ""
             try:
                 if (owner := self._read()) and owner.get("run") != self._run:
                     self._lose(f"{_name(owner)} writes there now")
+                if over.is_set():
+                    return
                 self._renew()
-                renewed = time.monotonic()
+                self._problem = ""
             except Exception as error:  # The client's classes are many, and of its own.
-                problem = one_line(error)
-            # By then others take the folder for nobody's.
-            if problem and (seconds := time.monotonic() - renewed) > _DEAD - _RENEWED:
-                self._lose(f"no answer of the bucket for {seconds:.0f} s ({problem})")
+                self._problem = f" ({one_line(error)})"
+
+    def watch(self, over: threading.Event) -> None:
+        """Ends the process before others take the folder for nobody's.
+
+        The client may wait for a bucket that is silent for longer than that.
+        """
+        while not over.wait(_RENEWED / 5):
+            if (seconds := time.monotonic() - self._renewed) > _GIVEN:
+                self._lose(f"no answer of the bucket for {seconds:.0f} s{self._problem}")
 
     def give_up(self) -> None:
         """Deletes the object, if it still says that the folder is this run's."""
-        with contextlib.suppress(Exception):  # By itself it is nobody's soon.
-            if self._read().get("run") == self._run:
-                stores.delete(self._path)
+        if self._read().get("run") == self._run:
+            stores.delete(self._path)
+
+    def _asked(self, ask: Callable[[], T]) -> T:
+        """Returns what the bucket answers, at the start.
+
+        Raises:
+            AbsentError: it does not.
+            ConfigError: it refuses.
+        """
+        try:
+            return stores.within(_ANSWERS, ask)
+        except TimeoutError as error:
+            raise AbsentError(
+                f"{self._root}: expected a bucket that answers, found {one_line(error)}; give the "
+                "command again, or name another as --workdir"
+            ) from None
+        except Exception as error:  # The client's classes are many, and of its own.
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise ConfigError(
+                f"{self._root}: expected a bucket that can be written, found {reason}; name "
+                "another as --workdir, or give this machine's account the right to write there"
+            ) from None
 
     def _renew(self) -> None:
-        self._renewals += 1
+        now, self._renewals = time.monotonic(), self._renewals + 1
         text = {
             "run": self._run,
             "host": socket.gethostname(),
@@ -121,6 +160,7 @@ class _Owner:
             "renewal": self._renewals,
         }
         stores.write_bytes(self._path, json.dumps(text).encode())
+        self._renewed = now
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -130,6 +170,11 @@ class _Owner:
 
     def _lose(self, why: str) -> None:
         line = f"{self._root}: {why}; this run ends, and goes on when the command is given again"
+        if group.count() > 1:
+            # Whatever the others and this process still wait for.
+            last = threading.Timer(_ENDS, lambda: os._exit(_LOST))
+            last.daemon = True
+            last.start()
         join.leave(_LOST, line)
         print(f"error: {line}", file=sys.stderr, flush=True)
         os._exit(_LOST)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits, SampleReader, View
 from morer1_jax.data.shapes import SampleSize
 from morer1_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from morer1_jax.errors import ConfigError, DataError
+from morer1_jax.errors import ConfigError, DataError, listed
 from morer1_jax.files import atomic_dir
 from morer1_jax.hosts import group
 from morer1_jax.model.config import ImageConfig, VisionConfig
@@ -277,13 +276,11 @@ def _bind_data(setup: Setup, dataset: Dataset) -> None:
     digest_by_name = {**dataset.digests, **digests.of_tokenizer(setup.tokenizer)}
     if setup.checkpoint is not None:
         digest_by_name["model.path"] = setup.checkpoint.digest
-    of_all = group.gather("data", digests.of_lines([json.dumps(digest_by_name, sort_keys=True)]))
-    others = [str(number) for number, digest in enumerate(of_all) if digest != of_all[0]]
-    if others:
+    if others := group.unlike_first("data", digest_by_name):
         raise DataError(
             f"{setup.data}: expected process 0's data, tokenizer and checkpoint on every process, "
-            f"found others on process {', '.join(others[:4])}; copy one folder to all hosts, or "
-            "name one that they share"
+            f"found others on process {listed(others)}; copy one folder to all hosts, or name one "
+            "that they share"
         )
     bound = setup.workdir / "data.json"
     group.by_first("data", lambda: digests.bind(bound, digest_by_name, setup.data))

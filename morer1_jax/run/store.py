@@ -71,7 +71,7 @@ class Store:
         """
         with contextlib.ExitStack() as stack:
             if group.is_first():
-                stack.enter_context(hold(self.folder, folder=True))
+                stack.enter_context(hold(self.folder, folder=True, name=self.root))
                 if self.is_bucket:
                     stack.enter_context(owned(self.root))
                     self._copy_all()

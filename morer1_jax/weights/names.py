@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from morer1_jax.errors import WeightsError
+from morer1_jax.errors import WeightsError, listed
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.layers import Params
 
@@ -195,10 +195,8 @@ def check_tensors(
         if tuple(shapes[name]) != slices[name].shape
     ]
     if faults:
-        others = len(faults) - _MAX_FAULTS
-        rest = f"; and {others} more" if others > 0 else ""
-        named = "; ".join(sorted(faults)[:_MAX_FAULTS])
-        raise WeightsError(f"checkpoint does not fit the model's config: {named}{rest}")
+        named = listed(sorted(faults), _MAX_FAULTS, "; ")
+        raise WeightsError(f"checkpoint does not fit the model's config: {named}")
 
 
 def _foreign_prefix(file_names: Sequence[str], slices: Mapping[str, LeafSlice]) -> str | None:

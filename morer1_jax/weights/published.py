@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError, one_line
+from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError, listed, one_line
 from morer1_jax.hosts import group
 from morer1_jax.model.config import DEFAULT_IDS, LoRA, ModelConfig
 from morer1_jax.model.layers import Params, merged_kernel
@@ -194,13 +194,11 @@ class Checkpoint:
         """
         if group.count() == 1:
             return
-        digests = group.gather("checkpoint", self.digest)
-        others = [str(number) for number, digest in enumerate(digests) if digest != digests[0]]
-        if others:
+        if others := group.unlike_first("checkpoint", self.digest):
             raise WeightsError(
                 f"{self.folder}: expected process 0's config, tokenizer and tensors, in the same "
-                f"files, on every process, found others on process {', '.join(others[:4])}; copy "
-                "one folder to all hosts, or name one that they share"
+                f"files, on every process, found others on process {listed(others)}; copy one "
+                "folder to all hosts, or name one that they share"
             )
 
     def _add(self, path: Path, tensors: Mapping[str, Stored]) -> None:

@@ -1,9 +1,8 @@
 """A process of a run that gets a signal at a moment of the run.
 
-    python doomed.py '["update", 3, 0.0, 9, "FILE"]' flags of morer1_jax.train…
+    python doomed.py '{"moment": "update", "times": 3, "number": 9, "file": "…"}' flags of train…
 
-The moment is the third time that the run comes to "update", one of `MOMENTS`, and so many seconds
-later. FILE is made then, and the process sends itself the signal.
+These are the arguments of `doom`; the flags are those of `morer1_jax.train`.
 """
 
 import functools
@@ -13,6 +12,7 @@ import os
 import runpy
 import sys
 import threading
+import time
 from pathlib import Path
 
 # Functions that are called at a moment, and whether a call is one, by its arguments.
@@ -33,8 +33,16 @@ MOMENTS = {
 }
 
 
-def doom(moment, times, delay, number, file):
-    """Has this process get signal `number`, `delay` seconds after it comes to the moment."""
+def doom(moment, number, file, times=1, delay=0.0, held=0.0):
+    """Has this process get a signal, and make a file then.
+
+    Args:
+        moment: at which it does, one of `MOMENTS`.
+        number: of the signal.
+        times: that the run comes to the moment until it is the one.
+        delay: seconds between the moment and the signal.
+        held: seconds for which the run stays at the moment, as in a slow batch.
+    """
     place, is_one = MOMENTS[moment]
     module_name, _, name = place.partition(":")
     owner = importlib.import_module(f"morer1_jax.{module_name}")
@@ -53,6 +61,7 @@ def doom(moment, times, delay, number, file):
             calls.append(1)
             if len(calls) == times:
                 threading.Timer(delay, strike).start()
+                time.sleep(held)
         return real(*args, **kwargs)
 
     setattr(owner, name, called)
@@ -61,7 +70,7 @@ def doom(moment, times, delay, number, file):
 if __name__ == "__main__":
     fate = json.loads(sys.argv.pop(1))
     # `train`'s own module is run as the main one below: what it has imported is replaced before.
-    doom(*fate)
+    doom(**fate)
     from absl import flags
 
     sys.argv[0] = "morer1_jax.train"

@@ -40,6 +40,7 @@ def talk():
         "of_first": group.of_first("value", make),
         "made": made,
         "gather": group.gather("squares", group.index() ** 2),
+        "unlike": group.unlike_first("parity", {"odd": group.index() % 2}),
         "to_first": group.to_first("cubes", group.index() ** 3),
         "long": len(group.of_first("long", lambda: "x" * 5_000_000)),
     }

@@ -54,7 +54,7 @@ class Started:
         Args:
             devices: of all processes together.
             more: flags after `given`, the config's that all these runs share.
-            fates: by a process's number, what happens to it at which moment; see `doomed.py`.
+            fates: by a process's number, arguments of `doomed.py` but for the file.
         """
         port = free_port()
         self.count = count
@@ -70,7 +70,7 @@ class Started:
             own = flags(number, count, port) if count > 1 else []
             program = ["-m", "morer1_jax.train"]
             if fate := (fates or {}).get(number):
-                program = [str(DOOMED), json.dumps([*fate, str(self.moments[number])])]
+                program = [str(DOOMED), json.dumps({**fate, "file": str(self.moments[number])})]
             command = [*program, f"--config={CONFIG}", f"--workdir={workdir}"]
             with open(log, "wb") as file:
                 self.processes.append(

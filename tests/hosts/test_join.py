@@ -71,6 +71,7 @@ def test_processes_talk_and_only_the_first_prints():
             "of_first": {"by": 0},
             "made": [] if number else [0],
             "gather": [0, 1, 4],
+            "unlike": [1],
             "to_first": None if number else [0, 1, 8],
             "long": 5_000_000,
         }

@@ -17,14 +17,14 @@ MORE = [
     "--config.sft.eval_every=30",
     "--config.grpo.group=4",
 ]
-# Each phase's moment, as `doomed.py` has it, and the process that dies.
+# The process that dies in each phase, and when; see `doomed.py`.
 KILLS = {
-    "step": (3, ("update", 25, 0.0)),
-    "rollout": (1, ("rollout", 2, 0.0)),
-    "save": (2, ("save", 2, 0.0)),
-    "whole": (0, ("saved", 3, 0.0)),
-    "rating": (0, ("rate", 1, 0.5)),
-    "evaluation": (2, ("evaluate", 1, 0.3)),
+    "step": (3, {"moment": "update", "times": 25}),
+    "rollout": (1, {"moment": "rollout", "times": 2}),
+    "save": (2, {"moment": "save", "times": 2}),
+    "whole": (0, {"moment": "saved", "times": 3}),
+    "rating": (0, {"moment": "rate", "delay": 0.5}),
+    "evaluation": (2, {"moment": "evaluate", "delay": 0.3}),
 }
 
 
@@ -49,7 +49,8 @@ def reference(folder):
 def test_a_process_that_dies_ends_all_and_the_run_goes_on_on_any_number(folder, reference, phase):
     victim, moment = KILLS[phase]
     workdir = folder / phase
-    run = Started(folder, workdir, 4, DEVICES, MORE, fates={victim: (*moment, signal.SIGKILL)})
+    fates = {victim: {**moment, "number": signal.SIGKILL}}
+    run = Started(folder, workdir, 4, DEVICES, MORE, fates=fates)
     codes = [3] * 4
     codes[victim] = -signal.SIGKILL
     seconds = run.end(codes)

@@ -6,6 +6,8 @@ import pytest
 from processes import HOST
 from runs import FILES, SOON, Started, check_same, copy_of, logged
 
+from morer1_jax import stores
+from morer1_jax.run.owner import OWNER
 from morer1_jax.run.shelf import Shelf
 
 
@@ -19,10 +21,13 @@ def reference(once):
     return once("undisturbed", make) / "run"
 
 
+@pytest.mark.parametrize(
+    "waits", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["", "waits"]
+)
 def test_a_run_in_a_bucket_that_is_stopped_and_killed_is_the_one_left_in_peace(
-    tmp_path, bucket, reference, monkeypatch
+    tmp_path, bucket, reference, monkeypatch, waits
 ):
-    workdir = f"{bucket}/killed"
+    workdir = f"{bucket}/killed-{waits}"
     cache = tmp_path / "cache"
     monkeypatch.setenv("MORER1_WORKDIR_CACHE", str(cache))
     # Told to stop in SFT: it saves, and says that it is to be started again.
@@ -39,9 +44,24 @@ def test_a_run_in_a_bucket_that_is_stopped_and_killed_is_the_one_left_in_peace(
     run.processes[1].kill()
     assert run.end([3, -signal.SIGKILL]) < SOON
     assert f"process 1 of 2 on {HOST}" in run.logs[0].read_text()
+    if not waits:
+        stores.delete(f"{workdir}/{OWNER}")
     # Started again it ends, and nothing tells that it was ever disturbed.
-    Started(reference.parent, workdir, 2, 2).end([0, 0])
+    run = Started(reference.parent, workdir, 2, 2)
+    run.end([0, 0])
+    assert ("waiting 45 s to see" in run.logs[0].read_text()) == waits
     check_same(workdir, reference)
+
+
+@pytest.mark.soak
+def test_a_run_in_a_bucket_that_often_fails_is_the_one_in_a_folder(
+    tmp_path, served, reference, monkeypatch
+):
+    """A tenth of the requests is late, lost before or after it is served, or refused."""
+    monkeypatch.setenv("MORER1_WORKDIR_CACHE", str(tmp_path / "cache"))
+    with served(faults=0.1) as root:
+        Started(reference.parent, f"{root}/faults", 2, 2).end([0, 0])
+        check_same(f"{root}/faults", reference)
 
 
 @pytest.mark.soak

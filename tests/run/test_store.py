@@ -1,8 +1,10 @@
 """A run's files in a folder, and in a bucket of which it has a local copy."""
 
 import json
+import os
 import threading
 import time
+import urllib.request
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from morer1_jax import stores
-from morer1_jax.errors import ConfigError
+from morer1_jax.errors import AbsentError, ConfigError
 from morer1_jax.run import owner as module
 from morer1_jax.run.checkpoint import Checkpointer
 from morer1_jax.run.manifest import CheckpointError
@@ -23,8 +25,9 @@ from morer1_jax.run.trial import check_saves
 def copies(tmp_path, monkeypatch):
     """The folder of local copies; locks are quick."""
     monkeypatch.setenv("MORER1_WORKDIR_CACHE", str(tmp_path / "copies"))
-    monkeypatch.setattr(module, "_DEAD", 1.5)
-    monkeypatch.setattr(module, "_RENEWED", 0.3)
+    monkeypatch.setattr(module, "_DEAD", 4.0)
+    monkeypatch.setattr(module, "_GIVEN", 600.0)  # Else a busy machine ends the tests.
+    monkeypatch.setattr(module, "_RENEWED", 0.5)
     return tmp_path / "copies"
 
 
@@ -130,6 +133,9 @@ def test_a_run_that_writes_there_is_named_and_one_that_was_killed_is_not_waited_
 ):
     store = Store(f"{bucket}/owned")
     with store.held():
+        message = rf"^{bucket}/owned: expected no other process to write into it, found process \d"
+        with pytest.raises(ConfigError, match=message), Store(f"{bucket}/owned").held():
+            raise AssertionError("two runs on a host")
         monkeypatch.setenv("MORER1_WORKDIR_CACHE", str(copies / "another host"))
         with (
             pytest.raises(ConfigError, match=r"owned: expected no other run .*process \d+ on"),
@@ -147,17 +153,19 @@ def test_a_run_that_writes_there_is_named_and_one_that_was_killed_is_not_waited_
 
 @pytest.mark.usefixtures("copies")
 def test_of_two_runs_that_begin_at_once_one_is_refused(bucket, monkeypatch, tmp_path):
-    results = []
+    results, refused = [], threading.Event()
 
     def begin(number):
         store = Store(f"{bucket}/at-once")
         store.folder = tmp_path / f"host-{number}"
         try:
             with store.held():
-                time.sleep(3)
+                # On a busy machine the other one begins later, and first waits.
+                refused.wait(40)
             results.append("ran")
         except ConfigError:
             results.append("refused")
+            refused.set()
 
     threads = [threading.Thread(target=begin, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -207,13 +215,26 @@ def test_a_bucket_that_cannot_be_written_is_found_at_once():
         raise AssertionError("it goes on")
 
 
+@pytest.mark.usefixtures("copies")
+def test_a_bucket_that_does_not_answer_at_first_is_found(bucket, monkeypatch):
+    monkeypatch.setattr(module, "_ANSWERS", 0.3)
+    monkeypatch.setattr(stores, "read_bytes", lambda path: time.sleep(100))
+    message = r"silent: expected a bucket that answers, found no answer in 0 s; give the command"
+    with pytest.raises(AbsentError, match=message), Store(f"{bucket}/silent").held():
+        raise AssertionError("it goes on")
+
+
 def test_a_checkpoint_is_tried_out_in_a_bucket(bucket):
     check_saves(stores.absolute(f"{bucket}/tried"))
     assert stores.files(stores.absolute(f"{bucket}/tried")) == []
 
 
+@pytest.mark.parametrize(
+    "asked", [lambda *_: 1 / 0, lambda *_: time.sleep(100)], ids=["refuses", "silent"]
+)
 @pytest.mark.usefixtures("copies")
-def test_a_run_that_no_longer_reaches_its_bucket_ends(bucket, monkeypatch):
+def test_a_run_that_no_longer_reaches_its_bucket_ends(bucket, monkeypatch, capsys, asked):
+    """The bucket refuses, or does not answer at all."""
     ended = threading.Event()
 
     def end(code):
@@ -223,8 +244,10 @@ def test_a_run_that_no_longer_reaches_its_bucket_ends(bucket, monkeypatch):
 
     monkeypatch.setattr(module.os, "_exit", end)
     with Store(f"{bucket}/unreached").held(), monkeypatch.context() as patch:
-        patch.setattr(stores, "write_bytes", lambda *_: 1 / 0)
+        patch.setattr(stores, "write_bytes", asked)
+        patch.setattr(module, "_GIVEN", 1.0)
         assert ended.wait(20)
+    assert "unreached: no answer of the bucket for " in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("copies")
@@ -240,10 +263,26 @@ def test_a_workdir_that_another_has_taken_is_left_to_it(bucket, monkeypatch):
     assert stores.read_bytes(store.root / OWNER) == other
 
 
+def test_the_server_remembers_an_upload_whose_answer_was_lost(served):
+    """As the real one does; clients ask again."""
+    with served() as root:
+        bucket = root.removeprefix("gs://")
+        place = f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{bucket}/o"
+        begin = urllib.request.Request(f"{place}?uploadType=resumable&name=a", b"", method="POST")
+        with urllib.request.urlopen(begin) as answer:
+            upload = answer.headers["Location"]
+        for content, part in ((b"abc", "bytes 0-2/3"), (b"abc", "bytes 0-2/3"), (b"", "bytes */3")):
+            headers = {"Content-Range": part}
+            with urllib.request.urlopen(
+                urllib.request.Request(upload, content, headers, method="PUT")
+            ) as answer:
+                assert (answer.status, json.load(answer)["name"]) == (200, "a")
+        assert stores.read_bytes(stores.absolute(f"{root}/a")) == b"abc"
+
+
 @pytest.mark.soak  # It mostly waits.
-def test_a_bucket_that_often_fails_loses_nothing(copies, served, monkeypatch):
+def test_a_bucket_that_often_fails_loses_nothing(copies, served):
     """A fifth of the requests is late, lost before or after it is served, or refused."""
-    monkeypatch.setattr(module, "_DEAD", 20.0)
     state = {"w": jnp.arange(1000.0)}
     with served(faults=0.2) as root:
         store = Store(f"{root}/faults")

@@ -437,22 +437,30 @@ def test_tpu_vm_gives_up_after_many_restarts(tpu_vm):
 
 def test_tpu_vm_trains_in_the_background_until_it_is_stopped(tpu_vm, tmp_path):
     home = tmp_path / ".morer1"
+    result = tpu_vm("status")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "nothing trains here\n", "")
     result = tpu_vm("start", "--config=configs/demo.py")
     assert result.returncode == 2
     assert "run tpu_vm.sh setup first" in result.stderr
     tpu_vm("setup")
-    assert tpu_vm("start", "--config=configs/demo.py", codes=["wait", 0]).returncode == 0
+    assert tpu_vm("status").stdout == "nothing trains here\n"
+    result = tpu_vm("start", "--config=configs/demo.py", codes=["wait", 0])
+    assert result.returncode == 0
+    assert result.stdout.endswith(f" goes to {home}/train.log\n")
     until((tmp_path / "waits").exists)
+    assert tpu_vm("status").stdout == "it trains here\n"
     trainer = int((home / "trainer.pid").read_text())
     # In a session of its own, which the end of the connection does not end.
     assert os.getsid(trainer) != os.getsid(0)
     again = tpu_vm("start", "--config=configs/demo.py")
     assert (again.returncode, again.stdout) == (2, "")
     assert "another start still trains here" in again.stderr
-    assert tpu_vm("stop").returncode == 0
+    result = tpu_vm("stop")
+    assert (result.returncode, result.stdout[:19]) == (0, "told to save and to")
     log = home / "train.log"
     assert until(lambda: "ended" in log.read_text() and log.read_text()) == "ended with code 75\n"
     assert until(lambda: tpu_vm("stop").stdout == "nothing trains here\n")
+    assert tpu_vm("status").stdout == "nothing trains here\nended with code 75\n"
     # The same start goes on.
     assert tpu_vm("start", "--config=configs/demo.py", codes=[0]).returncode == 0
     until(lambda: log.read_text().endswith("ended with code 0\n"))

@@ -107,8 +107,8 @@ class TestTensors:
     def test_of_very_many_faults_the_first_and_their_number(self, copy):
         change(copy, lambda t: {f"{name}.x": value for name, value in t.items()})
         tensors = len(load_file(copy / SINGLE))
-        found = refused(copy, r"missing .*; and \d+ more")
-        assert found.count("; ") == 12
+        found = refused(copy, r"missing .* and \d+ more")
+        assert found.count("; ") == 12 - 1
         assert f"and {2 * tensors - 12} more" in found
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "m-q4.gguf"])

@@ -20,6 +20,8 @@
 #           --config.model.path=gs://BUCKET/Qwen2.5-VL-3B-Instruct'
 #   gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command='
 #       tail -f .morer1/train.log'
+#   gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command='
+#       morer1/tools/launch/tpu_vm.sh status'
 #
 #   # It saves and ends. The same start goes on from there.
 #   gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command='
@@ -41,7 +43,7 @@ most=${MORER1_RESTARTS:-50}
 pause=${MORER1_PAUSE:-10}
 
 usage() {
-  echo "usage: tpu_vm.sh setup [FOLDER or WHEEL] | start FLAGS of morer1_jax.train | stop" >&2
+  echo "usage: tpu_vm.sh setup [FOLDER or WHEEL] | start FLAGS of morer1_jax.train | status | stop" >&2
   exit 2
 }
 
@@ -104,8 +106,20 @@ start() {
   fi
   rm -f "$here/stop"
   # Neither the end of this shell nor of its connection ends it.
-  setsid nohup flock --nonblock "$here/lock" "$checkout/tools/launch/tpu_vm.sh" train "$@" \
+  # A `status` that is given now has the lock for a moment.
+  setsid nohup flock --timeout 10 "$here/lock" "$checkout/tools/launch/tpu_vm.sh" train "$@" \
     >> "$here/train.log" 2>&1 < /dev/null &
+  echo "training in the background; its output goes to $here/train.log"
+}
+
+# Says whether it trains here, and the last lines of its output.
+status() {
+  if [ ! -e "$here/lock" ] || flock --nonblock "$here/lock" true; then
+    echo "nothing trains here"
+  else
+    echo "it trains here"
+  fi
+  if [ -e "$here/train.log" ]; then tail -n 3 "$here/train.log"; fi
 }
 
 stop() {
@@ -116,11 +130,12 @@ stop() {
   else
     # Between two trainers there is none to tell.
     kill -TERM "$(cat "$here/trainer.pid")" 2> /dev/null || true
+    echo "told to save and to end; $here/train.log says when it has"
   fi
 }
 
 [ $# -gt 0 ] || usage
 case $1 in
-  setup | start | train | stop) "$@" ;;
+  setup | start | status | train | stop) "$@" ;;
   *) usage ;;
 esac
