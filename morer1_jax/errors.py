@@ -76,7 +76,7 @@ class ErrorList:
             raise DataError(f"{len(self._errors)} faults{suffix}: {listed}")
 
 
-def listed(names: Sequence[object], most: int = 4, between: str = ", ") -> str:
+def abridged(names: Sequence[object], most: int = 4, between: str = ", ") -> str:
     """Returns the first `most` names and the number of the others, for use in a message."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(map(str, names[:most])) + rest

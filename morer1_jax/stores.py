@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from morer1_jax.errors import ConfigError
+from morer1_jax.errors import AbsentError, ConfigError, one_line
 from morer1_jax.files import INSTALL_CLIENT, atomic_write, named, remove
 
 T = TypeVar("T")
@@ -64,32 +64,36 @@ def files(folder: epath.PathLike) -> list[str]:
     return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
 
 
-def within(seconds: float, ask: Callable[[], T]) -> T:
+def asked(seconds: float, ask: Callable[[], T], expected: str, remedy: str) -> T:
     """Returns what a bucket answers to `ask`.
 
     The client itself may wait for an answer forever. So it asks in a thread, which is left behind
     if there is none in time.
 
+    Args:
+        expected, remedy: begin and end of the errors' line.
+
     Raises:
-        TimeoutError: there is none in time.
-        Exception: the client's, whose classes are many.
+        AbsentError: there is no answer in time.
+        ConfigError: the bucket refuses.
     """
     answers: list[T] = []
     errors: list[Exception] = []
 
-    def asked() -> None:
+    def in_thread() -> None:
         try:
             answers.append(ask())
-        except Exception as error:
+        except Exception as error:  # The client's classes are many, and of its own.
             errors.append(error)
 
-    asking = threading.Thread(target=asked, daemon=True)
+    asking = threading.Thread(target=in_thread, daemon=True)
     asking.start()
     asking.join(seconds)
-    if errors:
-        raise errors[0]
+    if errors and not isinstance(errors[0], TimeoutError):
+        reason = getattr(errors[0], "strerror", None) or one_line(errors[0])
+        raise ConfigError(f"{expected}, found {reason}; {remedy}")
     if not answers:
-        raise TimeoutError(f"no answer in {seconds:.0f} s")
+        raise AbsentError(f"{expected}, found no answer in {seconds:.0f} s; {remedy}")
     return answers[0]
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from morer1_jax.errors import DataError, listed
+from morer1_jax.errors import DataError, abridged
 from morer1_jax.files import read_json, write_json
 
 # Kinds of digests (a name's part before its first /) that earlier versions did not keep.
@@ -65,7 +65,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         way = 1 if name not in before else 2 if name not in now else 0
         groups.setdefault((_kind(name) == _PHOTOS, way), []).append(name)
     return ", ".join(
-        f"{listed(names, _MAX_NAMES)} {_WAYS[way]}" for (_, way), names in sorted(groups.items())
+        f"{abridged(names, _MAX_NAMES)} {_WAYS[way]}" for (_, way), names in sorted(groups.items())
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 
 from morer1_jax import stores
-from morer1_jax.errors import AbsentError, ConfigError, one_line
 
 # JAX reads this variable itself: a folder, local or in a bucket; empty for no cache.
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -23,7 +22,7 @@ def use_program_cache() -> None:
     `JAX_COMPILATION_CACHE_DIR`, that folder is used instead, or none if it is empty.
 
     Raises:
-        ConfigError: that folder is in a bucket that does not answer.
+        AbsentError, ConfigError: that folder is in a bucket that does not answer, or refuses.
     """
     if VARIABLE not in os.environ:
         folder = Path.home() / ".cache" / "morer1_jax" / "programs"
@@ -33,18 +32,10 @@ def use_program_cache() -> None:
 
 
 def _check_answers(folder: str) -> None:
-    """Checks that a bucket can be listed.
-
-    Raises:
-        AbsentError: it does not answer.
-        ConfigError: it refuses.
-    """
-    try:
-        stores.within(_ANSWERS, lambda: stores.check_bucket(folder))
-    except Exception as error:  # The client's classes are many, and of its own.
-        kind = AbsentError if isinstance(error, TimeoutError) else ConfigError
-        raise kind(
-            f"{VARIABLE}={folder}: expected a bucket that can be read, found "
-            f"{getattr(error, 'strerror', None) or one_line(error)}; name another, or leave it "
-            "empty for no cache"
-        ) from None
+    """Checks that a bucket can be listed; raises what `stores.asked` does."""
+    stores.asked(
+        _ANSWERS,
+        lambda: stores.check_bucket(folder),
+        f"{VARIABLE}={folder}: expected a bucket that can be read",
+        "name another, or leave it empty for no cache",
+    )

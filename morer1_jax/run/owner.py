@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from morer1_jax import stores
-from morer1_jax.errors import AbsentError, ConfigError, Stopped, one_line
+from morer1_jax.errors import ConfigError, Stopped, one_line
 from morer1_jax.hosts import group, join
 
 T = TypeVar("T")
@@ -50,12 +50,12 @@ def owned(root: Path) -> Iterator[None]:
     watcher = threading.Thread(target=owner.watch, args=(over,), daemon=True, name="owner's watch")
 
     def end() -> None:
-        """Ends the claim; a bucket that is silent now takes it for nobody's later."""
+        """Gives the claim up; if the bucket does not answer, it lapses by itself."""
         over.set()
         if keeper.is_alive():
             keeper.join(_RENEWED)
         with contextlib.suppress(Exception):
-            stores.within(_RENEWED, owner.give_up)
+            owner.asked(owner.give_up, _RENEWED)
 
     try:
         owner.take()
@@ -81,7 +81,7 @@ class _Owner:
 
     def take(self) -> None:
         """Says whose the folder is, once whoever said so before is known to be gone."""
-        if before := self._asked(self._read):
+        if before := self.asked(self._read):
             print(
                 f"{self._root}: {_name(before)} has written there; waiting {_DEAD:.0f} s to see "
                 "whether it still does",
@@ -89,15 +89,15 @@ class _Owner:
                 flush=True,
             )
             time.sleep(_DEAD)
-            if (now := self._asked(self._read)) and now != before:
+            if (now := self.asked(self._read)) and now != before:
                 raise ConfigError(
                     f"{self._root}: expected no other run to write there, found {_name(now)}; wait "
                     "until it has ended, or name another --workdir"
                 )
-        self._asked(self._renew)
+        self.asked(self._renew)
         # Of two that began at once the second to write has it.
         time.sleep(1.0)
-        if self._asked(self._read).get("run") != self._run:
+        if self.asked(self._read).get("run") != self._run:
             raise ConfigError(
                 f"{self._root}: expected no other run to write there, found one that began just "
                 "now; wait until it has ended, or name another --workdir"
@@ -130,26 +130,19 @@ class _Owner:
         if self._read().get("run") == self._run:
             stores.delete(self._path)
 
-    def _asked(self, ask: Callable[[], T]) -> T:
-        """Returns what the bucket answers, at the start.
+    def asked(self, ask: Callable[[], T], seconds: float | None = None) -> T:
+        """Returns what the bucket answers in so many seconds; `_ANSWERS` if None.
 
         Raises:
             AbsentError: it does not.
             ConfigError: it refuses.
         """
-        try:
-            return stores.within(_ANSWERS, ask)
-        except TimeoutError as error:
-            raise AbsentError(
-                f"{self._root}: expected a bucket that answers, found {one_line(error)}; give the "
-                "command again, or name another as --workdir"
-            ) from None
-        except Exception as error:  # The client's classes are many, and of its own.
-            reason = getattr(error, "strerror", None) or one_line(error)
-            raise ConfigError(
-                f"{self._root}: expected a bucket that can be written, found {reason}; name "
-                "another as --workdir, or give this machine's account the right to write there"
-            ) from None
+        return stores.asked(
+            _ANSWERS if seconds is None else seconds,
+            ask,
+            f"{self._root}: expected a bucket that can be written",
+            "name another as --workdir, or give this machine's account the right to write there",
+        )
 
     def _renew(self) -> None:
         now, self._renewals = time.monotonic(), self._renewals + 1

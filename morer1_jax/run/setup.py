@@ -16,7 +16,7 @@ from morer1_jax.data.images import ImageReader
 from morer1_jax.data.sample import Limits, SampleReader, View
 from morer1_jax.data.shapes import SampleSize
 from morer1_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from morer1_jax.errors import ConfigError, DataError, listed
+from morer1_jax.errors import ConfigError, DataError, abridged
 from morer1_jax.files import atomic_dir
 from morer1_jax.hosts import group
 from morer1_jax.model.config import ImageConfig, VisionConfig
@@ -279,8 +279,8 @@ def _bind_data(setup: Setup, dataset: Dataset) -> None:
     if others := group.unlike_first("data", digest_by_name):
         raise DataError(
             f"{setup.data}: expected process 0's data, tokenizer and checkpoint on every process, "
-            f"found others on process {listed(others)}; copy one folder to all hosts, or name one "
-            "that they share"
+            f"found others on process {abridged(others)}; copy one folder to all hosts, or name "
+            "one that they share"
         )
     bound = setup.workdir / "data.json"
     group.by_first("data", lambda: digests.bind(bound, digest_by_name, setup.data))

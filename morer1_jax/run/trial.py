@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from morer1_jax import stores
-from morer1_jax.errors import ConfigError, listed, one_line
+from morer1_jax.errors import ConfigError, abridged, one_line
 from morer1_jax.files import atomic_write
 from morer1_jax.hosts import group
 from morer1_jax.paths import is_plain
@@ -50,7 +50,7 @@ def check_shared(store: Store) -> None:
     if blind := [f"process {n} on {host}" for n, (host, sees) in enumerate(hosts) if not sees]:
         raise ConfigError(
             f"{workdir}: expected a folder that all processes share, found that "
-            f"{listed(blind)} does not see what process 0 writes; name one on a shared file "
+            f"{abridged(blind)} does not see what process 0 writes; name one on a shared file "
             "system as --workdir"
         )
 

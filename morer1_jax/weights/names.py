@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from morer1_jax.errors import WeightsError, listed
+from morer1_jax.errors import WeightsError, abridged
 from morer1_jax.model.config import ModelConfig
 from morer1_jax.model.layers import Params
 
@@ -195,7 +195,7 @@ def check_tensors(
         if tuple(shapes[name]) != slices[name].shape
     ]
     if faults:
-        named = listed(sorted(faults), _MAX_FAULTS, "; ")
+        named = abridged(sorted(faults), _MAX_FAULTS, "; ")
         raise WeightsError(f"checkpoint does not fit the model's config: {named}")
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError, listed, one_line
+from morer1_jax.errors import ConfigError, NotFiniteError, WeightsError, abridged, one_line
 from morer1_jax.hosts import group
 from morer1_jax.model.config import DEFAULT_IDS, LoRA, ModelConfig
 from morer1_jax.model.layers import Params, merged_kernel
@@ -197,7 +197,7 @@ class Checkpoint:
         if others := group.unlike_first("checkpoint", self.digest):
             raise WeightsError(
                 f"{self.folder}: expected process 0's config, tokenizer and tensors, in the same "
-                f"files, on every process, found others on process {listed(others)}; copy one "
+                f"files, on every process, found others on process {abridged(others)}; copy one "
                 "folder to all hosts, or name one that they share"
             )
 

@@ -22,7 +22,7 @@ def reference(once):
 
 
 @pytest.mark.parametrize(
-    "waits", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["", "waits"]
+    "waits", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["at once", "waits"]
 )
 def test_a_run_in_a_bucket_that_is_stopped_and_killed_is_the_one_left_in_peace(
     tmp_path, bucket, reference, monkeypatch, waits

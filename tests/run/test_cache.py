@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from morer1_jax import stores
-from morer1_jax.errors import ConfigError
+from morer1_jax.errors import AbsentError, ConfigError
 from morer1_jax.run import cache
 from morer1_jax.run.cache import VARIABLE, use_program_cache
 
@@ -62,7 +62,7 @@ def test_a_bucket_that_does_not_answer_is_found_before_jax_waits_for_it(monkeypa
     monkeypatch.setattr(cache, "_ANSWERS", 0.2)
     monkeypatch.setenv(VARIABLE, "gs://slow/programs")
     monkeypatch.setattr(stores, "check_bucket", lambda path: time.sleep(5))
-    with pytest.raises(ConfigError, match=r"^JAX_COMPILATION_CACHE_DIR=gs://slow.* no answer in 0"):
+    with pytest.raises(AbsentError, match=r"^JAX_COMPILATION_CACHE_DIR=gs://slow.* no answer in 0"):
         use_program_cache()
 
     def missing(path):
@@ -70,7 +70,8 @@ def test_a_bucket_that_does_not_answer_is_found_before_jax_waits_for_it(monkeypa
 
     monkeypatch.setattr(cache, "_ANSWERS", 20.0)
     monkeypatch.setattr(stores, "check_bucket", missing)
-    with pytest.raises(ConfigError, match="found no such bucket; name another"):
+    with pytest.raises(ConfigError, match="found no such bucket; name another") as refused:
         use_program_cache()
+    assert refused.type is ConfigError
     monkeypatch.setattr(stores, "check_bucket", lambda path: None)
     use_program_cache()

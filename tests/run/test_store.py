@@ -219,7 +219,7 @@ def test_a_bucket_that_cannot_be_written_is_found_at_once():
 def test_a_bucket_that_does_not_answer_at_first_is_found(bucket, monkeypatch):
     monkeypatch.setattr(module, "_ANSWERS", 0.3)
     monkeypatch.setattr(stores, "read_bytes", lambda path: time.sleep(100))
-    message = r"silent: expected a bucket that answers, found no answer in 0 s; give the command"
+    message = r"silent: expected a bucket that can be written, found no answer in 0 s; name another"
     with pytest.raises(AbsentError, match=message), Store(f"{bucket}/silent").held():
         raise AssertionError("it goes on")
 
