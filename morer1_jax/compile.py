@@ -39,6 +39,7 @@ from morer1_jax.model.config import DEFAULT_IDS, ModelConfig
 from morer1_jax.model.family import published_sizes
 from morer1_jax.model.logprobs import CHUNKS
 from morer1_jax.paths import local_path
+from morer1_jax.rollout.sampler import ATTEMPTS
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.placed import Placed, place
 from morer1_jax.run.trainee import embedding_rows
@@ -154,7 +155,7 @@ def compiled(planned: PlannedProgram, target: Chip, hlo: Path | None = None) -> 
     beside = {name: meshes.device_bytes(tree) for name, tree in planned.beside.items()}
     # Sampling's mesh has axes of its own over the same devices.
     mesh = jax.tree.leaves(planned.params)[0].sharding.mesh
-    turns = {CHUNKS: planned.chunks}
+    turns = {CHUNKS: planned.chunks, ATTEMPTS: 0}
     costs = estimate(executable, mesh, target, planned.params, beside, turns)
     return Compiled(planned, costs, "", seconds)
 
@@ -215,7 +216,7 @@ def _lines(result: Compiled, mesh: Mesh, target: Chip, top: int) -> Iterator[str
     yield f"  memory   {_size(memory.live)} of {_size(target.hbm)}, {free:.0%} free: {shown}"
     yield from _part_lines(costs.once, planned.flops / mesh.size, memory.arguments, target, top)
     for loop, part in zip(planned.loops, costs.loops, strict=True):
-        yield f"  a token, in a cache of {loop.cache}"
+        yield f"  a token of {loop.slots} samples, in a cache of {loop.cache}"
         yield from _part_lines(part, loop.flops / mesh.size, loop.reads, target, top)
 
 

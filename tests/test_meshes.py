@@ -89,10 +89,9 @@ def programs_on(tiny, placed):
         placed,
         SETTINGS,
         OPTIMIZER,
+        tiny.sample_config(SETTINGS.group, SETTINGS.temperature),
         score_config=SCORE,
-        length=tiny.LENGTH,
         seed=SEED,
-        end_of_turn=tiny.END,
     )
 
 

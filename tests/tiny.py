@@ -24,7 +24,8 @@ from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.model.sharding import Layout
 from morer1_jax.model.special import SpecialIds
 from morer1_jax.model.vlm import Qwen25VL, init_params
-from morer1_jax.rollout.sampler import SampleConfig, allowed_ids, sample, sample_keys
+from morer1_jax.rollout.config import SampleConfig
+from morer1_jax.rollout.sampler import allowed_ids, sample, sample_keys
 from morer1_jax.run import mesh as meshes
 from morer1_jax.task.answer import Special
 
@@ -227,7 +228,7 @@ GRAMMAR = jax.tree.map(jnp.asarray, TABLES)
 
 
 def sample_config(group=GROUP, temperature=1.0, **options):
-    given = {"length": LENGTH, "temperature": temperature, "end_of_turn": END} | options
+    given = {"length": LENGTH, "temperature": temperature, "ends": (END,)} | options
     return SampleConfig(group=group, **given)
 
 

@@ -30,6 +30,7 @@ OPERATIONAL = (
     "runtime.scan_unroll",
     "runtime.decode_unroll",
     "score.chunk",
+    "sampling",
     "data.round_to",  # of padding
     "data.shapes",
     "data.prompt_length",  # what fits is checked; rows are as long as the data needs

@@ -23,6 +23,7 @@ from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.learn.trainable import TrainableParts
 from morer1_jax.model.config import Runtime, TextConfig, VisionConfig
 from morer1_jax.model.special import SPECIAL_TOKENS
+from morer1_jax.rollout.config import check_stages, parse_stages
 from morer1_jax.rollout.reward import RewardConfig
 from morer1_jax.world.synthesise import WorldConfig
 
@@ -125,6 +126,36 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How slots of the decode loop become fewer as completions end.
+
+    Beyond rounding no token depends on it.
+
+    Attributes:
+        stages: of the loop, share of the samples and tokens of each (`rollout.config.Stage`), such
+            as `1:256,0.5:512,0.2:1024`. `auto`: those that cost least if completions are about as
+            long as what SFT learns from; `whole`: every sample keeps its slot.
+        cache: GB of a device's memory for keys and values of completions, which `auto` keeps to if
+            it can.
+    """
+
+    stages: str = "auto"
+    cache: float = above(0, 3.0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.stages not in ("auto", "whole"):
+            try:
+                parse_stages(self.stages)
+            except ValueError as error:
+                raise FieldError(
+                    "stages",
+                    "expected auto, whole or share:tokens of each stage, as "
+                    f"1:256,0.5:512,0.2:1024, found {self.stages!r}",
+                ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,6 +364,7 @@ class Settings:
     runtime: Runtime = Runtime(dtype="bfloat16", remat="full", decode_unroll=True)
     mesh: MeshSettings = MeshSettings()
     score: ScoreSettings = ScoreSettings()
+    sampling: SamplingSettings = SamplingSettings()
     sft: SFTSettings = SFTSettings()
     baselines: BaselineSettings = BaselineSettings()
     rate: RateSettings = RateSettings()
@@ -344,6 +376,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.sampling.stages not in ("auto", "whole"):
+            stages = parse_stages(self.sampling.stages)
+            check_stages("sampling.stages", stages, self.data.completion_length)
         if (dtype := self.runtime.param_dtype) != "float32":
             raise FieldError(
                 "runtime.param_dtype",

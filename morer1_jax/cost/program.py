@@ -152,7 +152,9 @@ class _Walk:
             body = computations[instruction.attributes["body"].lstrip("%")]
             turns = trip_count(self.module, computation, instruction)
             if turns is None:
-                scopes = instruction.op_name.split("/")
+                # Of the scope that the loop itself is in, not a loop around it.
+                own = instruction.op_name.removesuffix("/while").rpartition("while/")[2]
+                scopes = own.split("/")
                 turns = next((self.turns[scope] for scope in scopes if scope in self.turns), None)
             if turns is None:
                 yield Cost(loops=[(instruction.op_name, self.cost(body, 1))])

@@ -110,7 +110,7 @@ class Qwen25VL(nn.Module):
         Returns:
             The tokens' hidden states, and the cache with their keys and values.
         """
-        attend = Cached(cache.prompt_mask, cache.index)
+        attend = Cached(cache.prompt_mask, cache.index, cache.places)
         axes = jnp.broadcast_to(positions, (3, *positions.shape))
         hidden, layers, _ = self.language(x, axes, attend, cache=cache.layers)
         # The scan has counted the stack's layer up; the next token begins at the first one.

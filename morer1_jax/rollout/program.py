@@ -13,6 +13,7 @@ from morer1_jax.data.grammar import GrammarTables
 from morer1_jax.model.layers import Params
 from morer1_jax.model.parts import map_rows
 from morer1_jax.model.vlm import Qwen25VL
+from morer1_jax.rollout.config import SampleConfig
 from morer1_jax.rollout.reward import (
     REWARD_PARTS,
     RewardConfig,
@@ -21,7 +22,7 @@ from morer1_jax.rollout.reward import (
     reward_parts,
     total_reward,
 )
-from morer1_jax.rollout.sampler import Rollout, SampleConfig, sample, sample_keys
+from morer1_jax.rollout.sampler import Rollout, sample, sample_keys
 
 Metrics = dict[str, Array]
 
@@ -55,7 +56,8 @@ def make_rollout(
     """Returns `rollout(params, prompts, grammar, allowed, step) -> (scored, metrics)`, to jit.
 
     The metrics carry TRL's names: `reward`, `reward_std`, `frac_reward_zero_std`,
-    `rewards/{part}/{mean,std}`, `completions/{mean,min,max}_length`, `completions/clipped_ratio`.
+    `rewards/{part}/{mean,std}`, `completions/{mean,min,max}_length`, `completions/clipped_ratio`;
+    beside them `completions/begun_again_ratio`, of samples that found no slot in a stage.
 
     Args:
         scale_rewards: whose deviation advantages are divided by; see `reward.advantages`.
@@ -95,6 +97,7 @@ def rollout_metrics(scored: ScoredRollout, all_equal: Bool[Array, " b"]) -> Metr
         all_equal: which groups' rewards are all equal.
     """
     lengths = jnp.sum(scored.rollout.mask, axis=-1)
+    begun_again = scored.rollout.attempts > 1
     metrics = {
         "reward": jnp.mean(scored.reward),
         "reward_std": jnp.mean(deviation(scored.reward, axis=1)),
@@ -104,6 +107,7 @@ def rollout_metrics(scored: ScoredRollout, all_equal: Bool[Array, " b"]) -> Metr
         "completions/min_length": jnp.min(lengths),
         "completions/max_length": jnp.max(lengths),
         "completions/clipped_ratio": jnp.mean((~scored.rollout.ended).astype(jnp.float32)),
+        "completions/begun_again_ratio": jnp.mean(begun_again.astype(jnp.float32)),
         "completions/unreadable_ratio": jnp.mean((scored.rollout.answer < 0).astype(jnp.float32)),
     }
     for name in REWARD_PARTS:

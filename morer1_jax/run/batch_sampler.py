@@ -20,13 +20,15 @@ from morer1_jax.errors import ConfigError
 from morer1_jax.hosts.stop import check_stop
 from morer1_jax.model.layers import Params
 from morer1_jax.progress import progress
-from morer1_jax.rollout.sampler import Rollout, SampleConfig, sample, sample_keys
+from morer1_jax.rollout.config import SampleConfig, Stage
+from morer1_jax.rollout.sampler import Rollout, sample, sample_keys
 from morer1_jax.run.finite import check_drawn
 from morer1_jax.run.hooks import Validation
 from morer1_jax.run.mesh import fetch, program, this_host
 from morer1_jax.run.placed import Placed
 from morer1_jax.run.policy import Policy
 from morer1_jax.run.shapes import ask_plan
+from morer1_jax.run.slots import decode_stages
 from morer1_jax.run.trainee import Trainee
 from morer1_jax.task import metrics
 from morer1_jax.task.fact import Fact
@@ -70,6 +72,7 @@ class BatchSampler:
         guided: whether to draw only tokens that can still lead to a readable answer.
         seed: of the noise.
         workers: threads that prepare batches.
+        stages: of the decode loop, see `SampleConfig`.
         plan: the batches' shapes, each of which has a compiled program; None: one that holds what
             the reader's limits permit, and facts are asked in their order.
 
@@ -88,6 +91,7 @@ class BatchSampler:
         guided: bool = False,
         seed: int = 0,
         workers: int = 1,
+        stages: tuple[Stage, ...] = (),
         plan: AskPlan | None = None,
     ) -> None:
         limits = reader.limits
@@ -97,8 +101,9 @@ class BatchSampler:
             group=group,
             length=limits.completion,
             temperature=temperature,
-            end_of_turn=policy.special.end_of_turn,
+            ends=(policy.special.end_of_turn,),
             guided=guided,
+            stages=stages,
         )
         if guided and (shortest := int(policy.grammar.steps_distance[0])) > config.length:
             raise ConfigError(
@@ -229,14 +234,18 @@ def greedy_sampler(
         sizes: by the fact's id, of all facts it may be given.
         sets: of facts that it will be given, for which its shapes are chosen.
     """
+    placed = policy.placed
+    batch = round_up(settings.evaluate.batch, placed.parts)
+    length = reader.limits.completion
     return BatchSampler(
         policy,
         reader,
-        batch=settings.evaluate.batch,
+        batch=batch,
         group=1,
         temperature=0.0,
         workers=settings.data.workers,
-        plan=ask_plan(policy.placed, settings.data, sizes, sets, settings.evaluate.batch),
+        stages=decode_stages(placed, settings, sizes.values(), batch, length),
+        plan=ask_plan(placed, settings.data, sizes, sets, batch),
     )
 
 

@@ -21,6 +21,7 @@ from morer1_jax.errors import DataError, NotFiniteError
 from morer1_jax.hosts import group
 from morer1_jax.learn.state import TrainState
 from morer1_jax.model.scorer import ScoreConfig
+from morer1_jax.rollout.config import SampleConfig
 from morer1_jax.rollout.program import ScoredRollout
 from morer1_jax.run.batch_sampler import validator
 from morer1_jax.run.finite import ways
@@ -31,6 +32,7 @@ from morer1_jax.run.mesh import fetch, this_host
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import prompt_shapes
+from morer1_jax.run.slots import decode_stages
 from morer1_jax.run.throughput import Passes, Work, group_work
 from morer1_jax.stages.ahead import Program, answers, images, moves, prompts_like
 from morer1_jax.stages.grpo_step import Programs, arguments_of, make_grpo_step, make_programs
@@ -128,14 +130,22 @@ def _prepare(run: Run) -> Prepared:
     sizes = [run.sizes[fact.id] for fact in run.dataset.splits["train"]]
     shapes = prompt_shapes(trainee.placed, run.settings.data, grpo, sizes, draw)
     transform = grpo.optimizer.build(grpo.steps * grpo.updates, trainee.placed.trainable)
+    length, placed = run.reader.limits.completion, trainee.placed
+    rows = grpo.prompts // placed.micro_batches(grpo.prompts, grpo.rollout_parts)
+    sampling = SampleConfig(
+        group=grpo.group,
+        length=length,
+        temperature=grpo.temperature,
+        ends=(trainee.policy.special.end_of_turn,),
+        stages=decode_stages(placed, run.settings, sizes, rows * grpo.group, length),
+    )
     programs = make_programs(
         trainee.placed,
         grpo,
         transform,
+        sampling,
         score_config=ScoreConfig(grpo.temperature, run.settings.score.chunk),
-        length=run.reader.limits.completion,
         seed=run.settings.seed,
-        end_of_turn=trainee.policy.special.end_of_turn,
     )
     return Prepared(pools, draw, sizes, shapes, transform, programs)
 

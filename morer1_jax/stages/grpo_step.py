@@ -19,8 +19,8 @@ from morer1_jax.learn.trainable import join
 from morer1_jax.model.layers import Params
 from morer1_jax.model.parts import map_rows
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
+from morer1_jax.rollout.config import SampleConfig
 from morer1_jax.rollout.program import ScoredRollout, make_rollout
-from morer1_jax.rollout.sampler import SampleConfig
 from morer1_jax.run.mesh import like_on, program
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.placed import Placed
@@ -55,28 +55,20 @@ def make_programs(
     placed: Placed,
     settings: GRPOSettings,
     transform: optax.GradientTransformation,
+    sampling: SampleConfig,
     *,
     score_config: ScoreConfig,
-    length: int,
     seed: int,
-    end_of_turn: int,
 ) -> Programs:
     """Returns the programs of a step, with the shardings of their arguments and results.
 
     Args:
         transform: the optimizer.
-        length: most tokens of a completion.
+        sampling: of the rollout.
         seed: of the sampling noise.
-        end_of_turn: the id that ends a completion.
     """
     # What the programs compute.
     model, loss = placed.model, settings.loss
-    sampling = SampleConfig(
-        group=settings.group,
-        length=length,
-        temperature=settings.temperature,
-        end_of_turn=end_of_turn,
-    )
     micro_batches, score_parts = parts_of(placed, settings)
 
     def score(

@@ -1,18 +1,17 @@
 """Lists the compiled programs of a config by shapes alone, with no weights and no data.
 
 Batches are the largest that the config permits (`stages.largest`). A run's own, whose shapes follow
-from its data, are at most as large.
+from its data, are at most as large. Where the config leaves the decode loop's stages to the data,
+all samples have slots to the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -22,13 +21,13 @@ from morer1_jax.learn.trainable import join
 from morer1_jax.model.flops import batch_vision_flops
 from morer1_jax.model.layers import Params
 from morer1_jax.model.scorer import ScoreConfig
-from morer1_jax.model.sharding import HEAD_AXIS
 from morer1_jax.model.vlm import split_tower
-from morer1_jax.rollout.sampler import SampleConfig, cache_lengths
+from morer1_jax.rollout.config import SampleConfig, slots_again
 from morer1_jax.run import mesh as meshes
 from morer1_jax.run.batch_sampler import sampler_program
 from morer1_jax.run.mesh import PyTree, like_on
 from morer1_jax.run.placed import Placed
+from morer1_jax.run.slots import decode_stages, step_cost
 from morer1_jax.run.throughput import Passes, group_work, sequence_work
 from morer1_jax.stages import largest
 from morer1_jax.stages.grpo_step import (
@@ -71,17 +70,19 @@ class PlannedProgram:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeLoop:
-    """A loop over tokens, which ends when all samples have.
+    """A loop over tokens: a stage of the sampler, or the loop of samples that begin anew.
 
     Attributes:
-        tokens: most turns.
-        flops: model FLOPs of a turn, over all devices.
+        tokens: turns if no sample ends.
+        slots: samples that are decoded, of all devices.
+        flops: model FLOPs of the last turn, over all devices.
         cache: tokens of each completion that the cache has room for.
         reads: bytes that a device must read for a turn: the decoder's weights, the head, and what
             the cache has room for.
     """
 
     tokens: int
+    slots: int
     flops: float
     cache: int
     reads: float
@@ -244,10 +245,9 @@ class _Plan:
             placed,
             own,
             self._grpo_optimizer,
+            self._sampling(own.group, own.temperature),
             score_config=self._score_config,
-            length=self._length,
             seed=0,
-            end_of_turn=_END_OF_TURN,
         )
         prompts = like_on(self._prompts(own.prompts, encoded=False), placed.rows)
         given = placed, own, self._grpo_optimizer, prompts, self._grammar, self._allowed
@@ -323,8 +323,13 @@ class _Plan:
         return {"reference": self._placed.like_reference} if self._settings.grpo.loss.beta else {}
 
     def _sampling(self, group: int, temperature: float) -> SampleConfig:
+        # Nothing is known of lengths without data.
         return SampleConfig(
-            group=group, length=self._length, temperature=temperature, end_of_turn=_END_OF_TURN
+            group=group,
+            length=self._length,
+            temperature=temperature,
+            ends=(_END_OF_TURN,),
+            stages=decode_stages(self._placed, self._settings, (), group, self._length),
         )
 
     def _rows(self, batch: int) -> int:
@@ -343,34 +348,33 @@ class _Plan:
         return work.flops
 
     def _loops(self, rows: int, group: int) -> tuple[DecodeLoop, ...]:
-        """Returns the decode loops, whose caches grow from one to the next."""
-        ends = cache_lengths(self._length)
-        flops = [self._flops(rows, group, end) for end in (0, *ends)]
-        # The first token of each sample comes from the prompt.
-        starts = (1, *ends[:-1])
-        return tuple(
-            DecodeLoop(
-                tokens=end - start,
-                flops=(after - before) / (end - start),
-                cache=end,
-                reads=self._reads(rows, group, end),
+        """Returns the decode loops: the sampler's stages."""
+        parts, config = meshes.batch_parts(self._placed.sampling_mesh), self._sampling(group, 1.0)
+        samples = rows * group // parts
+        sizes = [(stage.slots(samples), stage.length) for stage in config.whole_stages]
+        if again := slots_again(config, samples):
+            sizes.append((again, config.length))
+        loops, begins = [], 1  # the first token of each sample comes from the prompt
+        for slots, length in sizes:
+            if length == 1:
+                continue  # no loop
+            # What the last of its tokens adds, for samples with and without a slot alike.
+            last = self._flops(rows, group, length) - self._flops(rows, group, length - 1)
+            loops.append(
+                DecodeLoop(
+                    tokens=max(0, length - begins),
+                    slots=parts * slots,
+                    flops=last * slots / samples,
+                    cache=length,
+                    reads=self._reads(rows, parts * slots, length),
+                )
             )
-            for start, end, (before, after) in zip(
-                starts, ends, itertools.pairwise(flops), strict=True
-            )
-            if end > start
-        )
+            begins = max(begins, length)
+        return tuple(loops)
 
-    def _reads(self, rows: int, group: int, cache: int) -> float:
-        """Returns the bytes that a device reads for a token of all its samples."""
-        placed, text = self._placed, self._config.text
-        weights = {k: v for k, v in placed.sampling.like.items() if k != "vision"}
-        if not text.tie_word_embeddings:
-            del weights["embedding"]
-        parts = meshes.batch_parts(placed.sampling_mesh)
-        tokens = rows / parts * (largest.prompt_length(self._settings.data) + group * cache)
-        split = math.gcd(text.num_key_value_heads, placed.sampling_mesh.shape[HEAD_AXIS])
-        heads = text.num_key_value_heads // split
-        size = 2 * text.num_hidden_layers * heads * text.head_dim
-        itemsize = jnp.dtype(placed.model.runtime.dtype).itemsize
-        return meshes.device_bytes(weights) + tokens * size * itemsize
+    def _reads(self, rows: int, slots: int, cache: int) -> float:
+        """Returns the bytes that a device reads for a token of all its slots."""
+        cost, parts = step_cost(self._placed), meshes.batch_parts(self._placed.sampling_mesh)
+        prompts = min(rows, slots) * largest.prompt_length(self._settings.data)
+        tokens = prompts + slots * cache
+        return cost.weights + tokens / parts * cost.token

@@ -18,6 +18,7 @@ import numpy as np
 
 from morer1_jax.config.settings import RateSettings
 from morer1_jax.data.ratings import EXPECTED, FILE, Rating, histogram, read_ratings, write_ratings
+from morer1_jax.data.shapes import round_up
 from morer1_jax.errors import ConfigError, DataError
 from morer1_jax.files import named, read_jsonl, write_jsonl
 from morer1_jax.hosts import group
@@ -26,6 +27,7 @@ from morer1_jax.paths import local_path
 from morer1_jax.run.batch_sampler import BatchSampler
 from morer1_jax.run.setup import Run
 from morer1_jax.run.shapes import ask_plan
+from morer1_jax.run.slots import decode_stages
 from morer1_jax.stages.ahead import Program, answers
 from morer1_jax.task.fact import Fact
 
@@ -63,6 +65,13 @@ def _sampler(run: Run) -> BatchSampler:
         temperature=config.temperature,
         seed=run.settings.seed,
         workers=data.workers,
+        stages=decode_stages(
+            run.trainee.placed,
+            run.settings,
+            run.sizes.values(),
+            round_up(config.batch, run.trainee.placed.parts) * config.samples,
+            run.reader.limits.completion,
+        ),
         plan=ask_plan(run.trainee.placed, data, run.sizes, [facts], config.batch),
     )
 

@@ -218,6 +218,10 @@ def test_a_loop_that_ends_by_data_takes_the_turns_that_are_given():
             0,
             [("jit(f)/chunks/while", 40)],
         )
+    # Nor do those of a loop around it, whose scope its name has, too.
+    inside = UNTIL.replace("jit(f)/chunks/while", "jit(f)/attempts/while/body/chunks/while")
+    for turns, cycles in (({"attempts": 7}, 0), ({"chunks": 7, "attempts": 2}, 7 * 40)):
+        assert cost_of(parse(inside), 4, turns).cycles == cycles
 
 
 KERNEL = """

@@ -89,6 +89,6 @@ def test_an_empty_cache():
     kv = (jnp.ones((2, 1, 3, 1, 4)),) * 2
     cache = init_cache(kv, jnp.ones((1, 3), bool), group=5, length=8)
     assert isinstance(cache.layers, LayerKV)
-    assert cache.layers.k.shape == (2, 1, 1, 5, 4, 8)
-    assert cache.layers.v.shape == (2, 1, 1, 5, 8, 4)
+    assert cache.layers.k.shape == (2, 5, 1, 4, 8)
+    assert cache.layers.v.shape == (2, 5, 1, 8, 4)
     assert int(cache.index) == 0

@@ -27,6 +27,7 @@ def rollout(well_formed, answer, effort):
         format=jnp.asarray(well_formed),
         answer=jnp.asarray(answer, jnp.int32),
         effort=jnp.asarray(effort, jnp.int32),
+        attempts=jnp.ones(np.shape(answer), jnp.int32),
     )
 
 

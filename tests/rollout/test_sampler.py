@@ -9,11 +9,8 @@ from morer1_jax.data.grammar import run
 from morer1_jax.model.attention import PackedCausal
 from morer1_jax.model.vision import VisionInputs
 from morer1_jax.model.vlm import Qwen25VL
-from morer1_jax.rollout.sampler import (
-    SampleConfig,
-    allowed_ids,
-    sample,
-)
+from morer1_jax.rollout.config import SampleConfig
+from morer1_jax.rollout.sampler import allowed_ids, sample
 from morer1_jax.task.answer import Outcome, read
 
 
@@ -287,7 +284,7 @@ def test_keys_are_all_different(tiny):
 )
 def test_nonsense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        SampleConfig(**{"group": 2, "length": 4, "temperature": 1.0, "end_of_turn": 1} | wrong)
+        SampleConfig(**{"group": 2, "length": 4, "temperature": 1.0, "ends": (1,)} | wrong)
 
 
 SHORTEST = 12  # tokens of the tiny vocabulary's well-formed answer, end-of-turn among them

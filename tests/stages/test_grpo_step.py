@@ -33,10 +33,9 @@ def run(tiny):
             placed,
             settings,
             transform,
+            tiny.sample_config(),
             score_config=ScoreConfig(chunk=192),
-            length=tiny.LENGTH,
             seed=0,
-            end_of_turn=tiny.END,
         )
         taken = {}
 

@@ -92,6 +92,7 @@ def test_decode_loops_cover_all_tokens_but_the_first(plan):
     # Beside the decoder's weights and the head, the keys and values of 4 prompts of 224 tokens and
     # of their 2 completions each, in both layers, both heads of 8, in bfloat16.
     weights = {k: v for k, v in placed.sampling.like.items() if k in ("language", "head")}
+    assert all(loop.slots == 16 for loop in loops)
     for loop in loops:
         kept = 4 * (224 + 2 * loop.cache) * 2 * 2 * (2 * 8) * 2
         assert loop.reads == device_bytes(weights) + kept

@@ -31,7 +31,8 @@ def keys(text):
 
 # Keys that change no number beyond rounding, or only which step is validated, kept or written.
 FREE = keys("""
-stages profile.steps compile.threads model.path score.chunk evaluate.batch rate.batch
+stages profile.steps compile.threads model.path score.chunk sampling.stages sampling.cache
+evaluate.batch rate.batch
 data: keep_features prompt_length windows round_to shapes workers worker_kind
 mesh: data fsdp tensor sampling_tensor
 runtime: attention remat scan_unroll decode_unroll

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,9 +32,35 @@ LABELS = (
         for a, b in itertools.product(("per", "org"), repeat=2)
     ),
 )
+# Most tokens of the completions by which sides are compared before they are timed.
+COMPARED = 64
 _PATCH, _MERGE = 14, 2
 _UNIT = _PATCH * _MERGE
 _SYSTEM = "You are a helpful assistant."
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """Completions of unequal length, of random weights of which each token is about as likely.
+
+    One token of `mean` ends a completion, so that lengths are geometric.
+
+    Attributes:
+        batch: number of prompts.
+        limit: most tokens of a completion.
+    """
+
+    batch: int = 32
+    mean: int = 100
+    limit: int = 512
+
+    def ends(self, allowed: Iterable[int]) -> list[int]:
+        """Returns the ids that end a completion, of those that are sampled."""
+        return sorted(allowed)[:: self.mean]
+
+    def lengths(self, count: int) -> Int[np.ndarray, " n"]:
+        """Returns lengths as completions have them."""
+        return np.minimum(np.random.default_rng(4).geometric(1 / self.mean, count), self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +80,7 @@ class Preset:
         remat: see `model.config.Runtime`; our side's.
         micro_batches: number of micro-batches of our GRPO update.
         unroll: `scan_unroll` of `model.config.Runtime`; our side's.
+        tail: where completions end when they end.
     """
 
     text: TextConfig
@@ -71,6 +98,7 @@ class Preset:
     remat: str = "none"
     micro_batches: int = 1
     unroll: int = 1
+    tail: Tail = Tail()
 
 
 def _vision(text: TextConfig, depth: int, hidden: int, intermediate: int, heads: int, full: tuple):
@@ -115,7 +143,14 @@ _3B = TextConfig(
 )
 PRESETS = MappingProxyType(
     {
-        "tiny": Preset(_TINY, _vision(_TINY, 2, 64, 176, 2, (1,)), 2048, prompts=(128,), group=4),
+        "tiny": Preset(
+            _TINY,
+            _vision(_TINY, 2, 64, 176, 2, (1,)),
+            2048,
+            prompts=(128,),
+            group=4,
+            tail=Tail(batch=4, mean=10, limit=32),
+        ),
         "small": Preset(
             _SMALL,
             _vision(_SMALL, 4, 256, 688, 4, (1, 3)),
@@ -134,6 +169,7 @@ PRESETS = MappingProxyType(
             dtype="bfloat16",
             remat="full",
             micro_batches=8,
+            tail=Tail(batch=64, mean=300, limit=1024),
         ),
     }
 )

@@ -44,6 +44,11 @@ def comparisons(preset: Preset) -> list[Comparison]:
             Comparison(f"first token, prompt {p}", f"first/{p}", {"generate": f"first/{p}"}),
             Comparison(f"sampling, prompt {p}", f"sample/{p}", {"generate": f"sample/{p}"}),
             Comparison(
+                f"sampling, unequal lengths, prompt {p}",
+                f"tail/{p}",
+                {"generate": f"tail/{p}", "by hand": f"tail_dropping/{p}"},
+            ),
+            Comparison(
                 f"GRPO step, prompt {p}",
                 f"grpo/{p}",
                 {"TRL": f"grpo/{p}", "by hand": f"grpo_plain/{p}"},

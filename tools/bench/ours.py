@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from bench.cases import PRESETS, Example, Preset
 from bench.ours_model import Ours
+from bench.ours_sampling import SampleTask, TailTask, trips
 from bench.task import Numbers, Task, arguments, process_peak, serve
 from morer1_jax.batch import PromptBatch, SequenceBatch
 from morer1_jax.config.settings import GRPOSettings
@@ -35,16 +36,14 @@ from morer1_jax.learn.sft import make_sft_step, sft_gradients
 from morer1_jax.learn.state import OptimizerConfig
 from morer1_jax.model.scorer import ScoreConfig, group_logprobs
 from morer1_jax.model.sharding import Layout
+from morer1_jax.rollout.config import SampleConfig
 from morer1_jax.rollout.reward import RewardConfig
-from morer1_jax.rollout.sampler import SampleConfig, cache_lengths, sample, sample_keys
 from morer1_jax.run.memory import keep_freed_memory
 from morer1_jax.run.phases import PhaseTimer
 from morer1_jax.run.shapes import row_cost
 from morer1_jax.stages.grpo_step import Programs, make_grpo_step, make_programs, parts_of
 
 _SCORE = ScoreConfig(chunk=512)
-# An end-of-turn id that no token has, so that every completion has the full length.
-_NEVER = -1
 
 
 class SFTTask:
@@ -88,67 +87,6 @@ class SFTTask:
         jax.block_until_ready((self._state, metrics))
 
 
-class SampleTask:
-    """Samples a group of completions for each prompt.
-
-    Args:
-        prompt: length in tokens.
-        length: of a completion, in tokens; None: the preset's.
-    """
-
-    def __init__(self, side: Ours, prompt: int, length: int | None = None) -> None:
-        self._side = side
-        self.prompts = side.prompts(prompt)
-        self._length = side.preset.completion if length is None else length
-        self._run = self._sampler()
-
-    @property
-    def flops(self) -> float | None:
-        side = self._side
-        params = side.policy.placed.sampling.like
-        arguments = params, side.encoded(self.prompts), side.policy.allowed, jnp.int32(0)
-        parts = (
-            side.tower_flops(self.prompts),
-            side.flops(self._run, *arguments, trips=_trips(self._length)),
-        )
-        return None if None in parts else sum(parts)
-
-    def _sampler(self, **changes: Any) -> Callable[..., Any]:
-        side, preset = self._side, self._side.preset
-        options = {"group": preset.group, "length": self._length, "temperature": 1.0}
-        config = SampleConfig(**(options | changes), end_of_turn=_NEVER)
-        grammar = side.policy.grammar
-
-        def run(params: Any, prompts: PromptBatch, allowed: jax.Array, step: jax.Array) -> Any:
-            keys = sample_keys(0, step, prompts.fact, config.group)
-            return sample(
-                side.policy.placed.sampling.model, params, prompts, grammar, allowed, keys, config
-            )
-
-        return jax.jit(run)
-
-    def numbers(self) -> Numbers:
-        side = self._side
-        greedy = self._sampler(group=1, length=32, temperature=0.0)
-        allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
-        params = side.policy.placed.sampling.params(side.loaded.params)
-        rollout = greedy(params, side.encoded(self.prompts), allowed, jnp.int32(0))
-        return {"tokens": rollout.tokens[:, 0].tolist()}
-
-    def prepare(self) -> None:
-        self._step = 0
-        self.run()
-
-    def run(self) -> None:
-        self._step += 1
-        side = self._side
-        allowed, step = side.policy.allowed, jnp.int32(self._step)
-        # As in a run, which encodes the images and moves the parameters once a rollout.
-        params = side.policy.placed.sampling.params(side.loaded.params)
-        encoded = side.encoded(self.prompts)
-        jax.block_until_ready(self._run(params, encoded, allowed, step))
-
-
 class GRPOTask:
     """One step of GRPO with KL: rollout, reference, update."""
 
@@ -179,7 +117,7 @@ class GRPOTask:
         )
         parts = (
             side.tower_flops(self.prompts),
-            side.flops(programs.rollout, *arguments, trips=_trips(side.preset.completion)),
+            side.flops(programs.rollout, *arguments, trips=trips(side.preset.completion)),
             side.flops(
                 programs.score,
                 params,
@@ -233,10 +171,11 @@ class GRPOTask:
             side.policy.placed,
             self.settings,
             side.optimizer,
+            SampleConfig(
+                group=side.preset.group, length=side.preset.completion, temperature=1.0, ends=()
+            ),
             score_config=_group_score(side.preset),
-            length=side.preset.completion,
             seed=0,
-            end_of_turn=_NEVER,
         )
 
     def run(self) -> None:
@@ -285,18 +224,10 @@ _TASKS: dict[str, Callable[..., Task]] = {
     "sft_mixed": lambda side: SFTTask(side, side.inputs.mixed(), micro_batches=2),
     "first": functools.partial(SampleTask, length=1),
     "sample": SampleTask,
+    "tail": TailTask,
     "grpo": GRPOTask,
     "update": UpdateTask,
 }
-
-
-def _trips(length: int) -> list[int]:
-    """Returns the number of tokens that each of the sampler's loops samples.
-
-    No completion ends early, and the first token is sampled before the loops.
-    """
-    ends = cache_lengths(length)
-    return [end - start for start, end in zip((1, *ends), ends, strict=False)]
 
 
 def _chunks(config: ScoreConfig, rows: int, counted: int) -> int:

@@ -106,9 +106,9 @@ class Ours:
     def reader(self) -> PromptReader:
         return PromptReader(self.loaded)
 
-    def prompts(self, length: int) -> PromptBatch:
-        """Returns the preset's prompts of this length in tokens, on the device."""
-        prompts = self.inputs.prompts(length, self.preset.batch)
+    def prompts(self, length: int, count: int | None = None) -> PromptBatch:
+        """Returns prompts of this length in tokens, on the device; as many as the preset's."""
+        prompts = self.inputs.prompts(length, count or self.preset.batch)
         samples = [self.reader.read(prompt) for prompt in prompts]
         shape = Shape(length, self.windows(prompts))
         batch = Collator.of(self.reader).prompts(samples, range(len(prompts)), shape)

@@ -11,7 +11,14 @@ import torch
 
 from bench.cases import PRESETS, Preset
 from bench.peers_model import DEVICE, FORMS, Policy
-from bench.peers_transformers import GRPOTask, SampleTask, SFTTask, UpdateTask
+from bench.peers_transformers import (
+    DroppingTask,
+    GRPOTask,
+    SampleTask,
+    SFTTask,
+    TailTask,
+    UpdateTask,
+)
 from bench.task import Task, arguments, process_peak, serve
 from morer1_jax.run.memory import keep_freed_memory
 
@@ -25,6 +32,8 @@ _FORMS_OF = {
     "grpo_plain": ("default", "tuned", "onednn", "shared", "compiled"),
     "sample": _SAMPLING,
     "first": _SAMPLING,
+    "tail": _SAMPLING,
+    "tail_dropping": ("default", "tuned", "onednn"),
 }
 
 
@@ -64,6 +73,10 @@ class Peer:
                 return SampleTask(policy, *lengths, policy.preset.completion)
             case "first":
                 return SampleTask(policy, *lengths, 1)
+            case "tail":
+                return TailTask(policy, *lengths)
+            case "tail_dropping":
+                return DroppingTask(policy, *lengths)
             case "grpo_plain":
                 return GRPOTask(policy, *lengths)
             case "update":

@@ -123,7 +123,11 @@ class Prompts:
 
 
 class Policy:
-    """A model that is trained and sampled from."""
+    """A model that is trained and sampled from.
+
+    Attributes:
+        forbidden: excludes ids that are not sampled.
+    """
 
     def __init__(self, folder: Path, preset: Preset, form: Form) -> None:
         self.folder, self.preset, self.form = folder, preset, form
@@ -131,7 +135,7 @@ class Policy:
         self.processor = load_processor(folder)
         self.inputs = Inputs(preset, self.processor.tokenizer)
         self.network = load_network(folder, form)
-        self._forbidden = _Forbidden(self.network.config, self.processor.tokenizer)
+        self.forbidden = Forbidden(self.network.config, self.processor.tokenizer)
 
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.network.parameters(), lr, fused=self.form.tuned or None)
@@ -151,9 +155,9 @@ class Policy:
         )
         return dict(inputs.to(DEVICE))
 
-    def prompts(self, length: int) -> Prompts:
-        """Returns the preset's prompts of this length in tokens, on the device."""
-        b = self.preset.batch
+    def prompts(self, length: int, count: int | None = None) -> Prompts:
+        """Returns prompts of this length in tokens, on the device; as many as the preset's."""
+        b = count or self.preset.batch
         inputs = self.process(self.inputs.prompts(length, b))
         pixels, grids = (
             inputs[name].unflatten(0, (b, -1)) for name in ("pixel_values", "image_grid_thw")
@@ -191,25 +195,37 @@ class Policy:
         flat = logits.flatten(0, 1).float(), completions.flatten()
         return -F.cross_entropy(*flat, reduction="none").view_as(completions)
 
-    def generate(self, prompts: Prompts, group: int, length: int, greedy: bool = False) -> Tensor:
-        """Samples completions of `length` tokens, `group` for each prompt.
+    def generate(
+        self,
+        prompts: Prompts,
+        group: int,
+        length: int,
+        greedy: bool = False,
+        ends: Sequence[int] = (),
+    ) -> Tensor:
+        """Samples completions of at most `length` tokens, `group` for each prompt.
+
+        Args:
+            ends: ids that end a completion.
 
         Returns:
-            int64 [b · group, length].
+            int64 [b · group, tokens of the longest].
         """
         sampling = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
         network = self._sampled_network()
         stance = "force_eager" if self.form.compiled else "default"
         with torch.compiler.set_stance(stance), self.autocast():
             if self.form.cache == "shared":
-                arguments = _prefilled(network, prompts, group, length)
+                arguments = prefilled(network, prompts, group, length)
             else:
                 arguments = self._whole_prompts(prompts, group)
             tokens = network.generate(
                 **arguments,
                 **sampling,
                 max_new_tokens=length,
-                logits_processor=[self._forbidden],
+                logits_processor=[self.forbidden],
+                eos_token_id=list(ends) or None,
+                pad_token_id=self.processor.tokenizer.pad_token_id,
             )
         return tokens[:, prompts.tokens.shape[1] :]
 
@@ -241,14 +257,19 @@ class Policy:
         }
 
 
-class _Forbidden(LogitsProcessor):
-    """Excludes tokens that answers never have, and end-of-turn, so that all samples are as long."""
+class Forbidden(LogitsProcessor):
+    """Excludes tokens that answers never have, and end-of-turn, so that all samples are as long.
+
+    Attributes:
+        allowed: ids that are left.
+    """
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         special = SpecialIds.of(tokenizer)
         mask = torch.arange(config.text_config.vocab_size) >= len(tokenizer)
         mask[[*special.never_sampled, special.end_of_turn]] = True
         self._mask = mask.to(DEVICE)
+        self.allowed: list[int] = (~mask).nonzero()[:, 0].tolist()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores.masked_fill(self._mask, -torch.inf)
@@ -260,7 +281,7 @@ def token_types(network: Qwen2_5_VLForConditionalGeneration, tokens: Tensor) -> 
 
 
 @torch.no_grad()
-def _prefilled(
+def prefilled(
     network: Qwen2_5_VLForConditionalGeneration, prompts: Prompts, group: int, length: int
 ) -> dict[str, Any]:
     """Returns arguments of `generate` with a cache of all but each prompt's last token."""

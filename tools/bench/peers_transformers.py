@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cases import Example
+from bench import peers_tuning
+from bench.cases import COMPARED, Example
 from bench.peers_model import (
     DEVICE,
     IGNORED,
@@ -21,6 +22,7 @@ from bench.peers_model import (
     Prompts,
     count_flops,
     load_network,
+    prefilled,
     token_types,
 )
 from bench.task import Numbers
@@ -178,6 +180,77 @@ class SampleTask(Measured):
 
     def compute(self) -> None:
         self.policy.generate(self._prompts, self.policy.preset.group, self._length)
+
+
+class TailTask(SampleTask):
+    """Samples completions that end when they end, by `generate`, which waits for the longest."""
+
+    def __init__(self, policy: Policy, prompt: int) -> None:
+        tail = policy.preset.tail
+        super().__init__(policy, prompt, tail.limit)
+        self._prompts = policy.prompts(prompt, tail.batch)
+        self._ends = tail.ends(policy.forbidden.allowed)
+
+    def numbers(self) -> Numbers:
+        drawn = self.policy.generate(self._prompts, 1, COMPARED, greedy=True, ends=self._ends)
+        return {"tokens": [self._whole(row) for row in drawn.tolist()]}
+
+    def _whole(self, tokens: list[int]) -> list[int]:
+        """Returns a completion without what follows its end."""
+        ends = (place for place, token in enumerate(tokens) if token in self._ends)
+        return tokens[: next(ends, len(tokens) - 1) + 1]
+
+    def compute(self) -> None:
+        group = self.policy.preset.group
+        self.policy.generate(self._prompts, group, self._length, ends=self._ends)
+
+
+class DroppingTask(TailTask):
+    """The same by a loop of its own: prompts run once, and samples that have ended are dropped.
+
+    Dropping copies the cache, so it waits until a tenth of the rows have ended.
+    """
+
+    def numbers(self) -> Numbers:
+        rows = self._decode(group=1, length=COMPARED, ends=self._ends, greedy=True)
+        return {"tokens": [tokens.tolist() for tokens in rows]}
+
+    def compute(self) -> None:
+        self._decode(self.policy.preset.group, self._length, self._ends)
+
+    @torch.no_grad()
+    def _decode(
+        self, group: int, length: int, ends: list[int], greedy: bool = False
+    ) -> list[Tensor]:
+        """Returns the completions, `group` for each prompt."""
+        policy, network = self.policy, self.policy.network
+        with policy.autocast():
+            given = prefilled(network, self._prompts, group, length)
+            cache, last = given["past_key_values"], given["input_ids"][:, -1:]
+            end_ids = torch.tensor(ends, device=DEVICE)
+            drawn = last.new_zeros(len(last), length)
+            lengths = last.new_full((len(last),), length)
+            rows = torch.arange(len(last), device=DEVICE)  # the sample in each row of the cache
+            is_open = torch.ones(len(rows), dtype=torch.bool, device=DEVICE)
+            for place in range(length):
+                logits = network(input_ids=last, past_key_values=cache, use_cache=True).logits
+                logits = policy.forbidden(last, logits[:, -1].float())
+                if greedy:
+                    last = logits.argmax(-1, keepdim=True)
+                else:
+                    last = torch.multinomial(logits.softmax(-1), 1)
+                drawn[rows, place] = last[:, 0]
+                ended = is_open & torch.isin(last[:, 0], end_ids)
+                lengths[rows[ended]] = place + 1
+                is_open &= ~ended
+                left = int(is_open.sum())
+                if not left:
+                    break
+                if left <= 0.9 * len(rows):
+                    peers_tuning.keep_rows(cache, is_open)
+                    network.model.rope_deltas = network.model.rope_deltas[is_open]
+                    last, rows, is_open = last[is_open], rows[is_open], is_open[is_open]
+        return [tokens[:n] for tokens, n in zip(drawn, lengths.tolist(), strict=True)]
 
 
 class Rollout(NamedTuple):

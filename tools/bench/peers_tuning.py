@@ -131,6 +131,18 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
+    def keep_rows(self, kept: Tensor) -> None:
+        """Keeps some rows of the batch; `kept` is bool [b]."""
+        end = self.get_seq_length()
+        self._buffers = [buffer[kept] for buffer in self._buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+
+
+def keep_rows(cache: Cache, kept: Tensor) -> None:
+    """Keeps some rows of a `roomy_cache`; `kept` is bool [b]."""
+    for layer in cache.layers:
+        layer.keep_rows(kept)
+
 
 def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
     """Returns a cache for `generate` that is never copied."""

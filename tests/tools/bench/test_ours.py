@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 _COMMAND = """
 import runpy, sys
 from bench import cases
-from bench.cases import Preset
+from bench.cases import Preset, Tail
 from morer1_jax.model.config import TextConfig, VisionConfig
 
 cases.PRESETS = {{"tiny": {preset!r}}}
@@ -82,6 +82,18 @@ def test_the_same_numbers(ours, theirs, task, numbers):
         assert numbers <= found[name].keys()
         side.ask("close")
     check(found, 1e-4)
+
+
+def test_unequal_lengths(ours, theirs):
+    """Samples that are dropped by each side in its own way, or waited for."""
+    ours.ask("prepare", task="tail/128")
+    found = {"ours": ours.ask("numbers")["numbers"]}
+    assert len({len(tokens) for tokens in found["ours"]["tokens"]}) > 1
+    for task in ("tail/128", "tail_dropping/128"):
+        theirs.ask("prepare", task=task)
+        check(found | {task: theirs.ask("numbers")["numbers"]}, 1e-4)
+        theirs.ask("close")
+    ours.ask("close")
 
 
 def test_a_task_is_timed(ours, theirs):
