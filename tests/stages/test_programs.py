@@ -9,8 +9,11 @@ import pytest
 
 from morer1_jax.config.binding import read_config
 from morer1_jax.config.settings import settings
+from morer1_jax.cost.hlo import parse
+from morer1_jax.cost.program import cost_of
 from morer1_jax.learn.state import abstract_params
 from morer1_jax.model.vlm import split_tower
+from morer1_jax.rollout.sampler import ATTEMPTS
 from morer1_jax.run.mesh import device_bytes, make_mesh
 from morer1_jax.run.placed import place
 from morer1_jax.stages.programs import planned_programs
@@ -22,12 +25,13 @@ CONFIG = Path(__file__).parents[1] / "configs" / "tiny.py"
 def plan(tiny):
     """`plan(stages, **mesh)`: the programs of the tiny config, and its placed model."""
 
-    def plan(stages, dtype="bfloat16", updates=1, chunk=1024, layers=2, **axes):
+    def plan(stages, dtype="bfloat16", updates=1, chunk=1024, layers=2, sampling="auto", **axes):
         config = read_config(CONFIG)
         config.stages, config.runtime.dtype = stages, dtype
         config.runtime.decode_unroll = False
         config.grpo.update(prompts=8, updates=updates, micro_batches=2)
         config.score.chunk = chunk
+        config.sampling.stages = sampling
         config.mesh.update(axes)
         made = settings(config)
         mesh = make_mesh(made.mesh.axes, jax.devices()[: int(np.prod([*axes.values()]))])
@@ -96,6 +100,25 @@ def test_decode_loops_cover_all_tokens_but_the_first(plan):
     for loop in loops:
         kept = 4 * (224 + 2 * loop.cache) * 2 * 2 * (2 * 8) * 2
         assert loop.reads == device_bytes(weights) + kept
+
+
+def test_decode_loops_are_the_sampler_s_stages_and_that_of_a_new_beginning(plan):
+    """As many as the compiled program has, in its order."""
+    text = "1:1,1:32,0.5:32,0.25:64,0.125:136"
+    planned, placed = plan("grpo", data=1, fsdp=2, tensor=1, sampling=text)
+    rollout = next(program for program in planned if program.name == "rollout")
+    sizes = [(16, 32), (8, 32), (4, 64), (2, 136), (2, 136)]
+    assert [(loop.slots, loop.cache) for loop in rollout.loops] == sizes
+    assert [loop.tokens for loop in rollout.loops] == [31, 0, 32, 72, 0]
+    # Of fewer samples than prompts, their own prompts alone.
+    weights = {k: v for k, v in placed.sampling.like.items() if k in ("language", "head")}
+    for loop in rollout.loops:
+        kept = (min(8, loop.slots) * 224 + loop.slots * loop.cache) / 2 * 2 * 2 * (2 * 8) * 2
+        assert loop.reads == device_bytes(weights) + kept
+    compiled = parse(rollout.lower().compile().as_text())
+    found = cost_of(compiled, placed.mesh.size, {ATTEMPTS: 0}).loops
+    assert len(found) == len(rollout.loops)
+    assert all(name.endswith("while") for name, _ in found)
 
 
 def test_chunks_of_logits(plan):
