@@ -41,6 +41,7 @@ def test_rewards_advantages_and_metrics(tiny, run):
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - drawn.ended.mean(),
+        "completions/begun_again_ratio": 0.0,
         "completions/unreadable_ratio": (drawn.answer < 0).mean(),
     }
     for name, part in ("format", drawn.format), ("effort", effort), ("accuracy", right):

@@ -264,14 +264,17 @@ def staged(tmp_path, monkeypatch, **changes):
     monkeypatch.setattr("morer1_jax.stages.rate.BatchSampler", lambda *_, **__: asked)
     monkeypatch.setattr("morer1_jax.stages.rate.starting_params", lambda run: None)
     monkeypatch.setattr("morer1_jax.stages.rate.ask_plan", lambda *_: None)
+    monkeypatch.setattr("morer1_jax.stages.rate.decode_stages", lambda *_: ())
     run = types.SimpleNamespace(
         workdir=tmp_path,
         store=Store(tmp_path),
         prepared={},
         dataset=types.SimpleNamespace(splits={"train": FACTS}),
-        trainee=types.SimpleNamespace(policy=None, placed=None, whole=lambda params: params),
-        reader=None,
-        sizes=None,
+        trainee=types.SimpleNamespace(
+            policy=None, placed=types.SimpleNamespace(parts=1), whole=lambda params: params
+        ),
+        reader=types.SimpleNamespace(limits=types.SimpleNamespace(completion=8)),
+        sizes={},
         settings=types.SimpleNamespace(
             rate=dataclasses.replace(RATE, **changes),
             seed=0,
