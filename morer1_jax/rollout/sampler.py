@@ -1,9 +1,10 @@
 """The compiled group sampler: G answers to each prompt, by noise keyed by fact and sample.
 
 One program prefills each prompt once, its images too where they are not encoded yet, and decodes
-the group's samples token by token until all have ended. Noise is keyed by (seed, step, fact,
-sample, position), so a sample depends on no other row and not on the mesh. Axes: b prompts, g
-samples of a prompt, t tokens of a completion, v vocabulary, d model.
+the group's samples token by token until all have ended, in stages with fewer and fewer slots
+(`rollout.config`). Noise is keyed by (seed, step, fact, sample, position), so that beyond rounding
+a sample depends on no other row, on no stage and not on the mesh. Axes: b prompts, g samples of a
+prompt, t tokens of a completion, v vocabulary, d model.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from morer1_jax.batch import PromptBatch
 from morer1_jax.config.settings import DataSettings, SamplingSettings
 from morer1_jax.rollout.config import SampleConfig, Stage, cache_lengths
 from morer1_jax.rollout.plan import planned_stages
-from morer1_jax.rollout.sampler import sample, sample_keys
+from morer1_jax.rollout.sampler import Rollout, sample, sample_keys
 from morer1_jax.run.slots import step_cost
 
 
@@ -60,12 +60,16 @@ class SampleTask:
         return jax.jit(run)
 
     def numbers(self) -> Numbers:
+        drawn = self._likeliest(length=32)
+        return {"tokens": drawn.tokens[:, 0].tolist()}
+
+    def _likeliest(self, **changes: Any) -> Rollout:
+        """Returns the likeliest completion of each prompt, sampled with these changes."""
         side = self._side
-        greedy = self._sampler(group=1, length=32, temperature=0.0)
+        greedy = self._sampler(group=1, temperature=0.0, **changes)
         allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
         params = side.policy.placed.sampling.params(side.loaded.params)
-        rollout = greedy(params, side.encoded(self.prompts), allowed, jnp.int32(0))
-        return {"tokens": rollout.tokens[:, 0].tolist()}
+        return greedy(params, side.encoded(self.prompts), allowed, jnp.int32(0))
 
     def prepare(self) -> None:
         self._step = 0
@@ -109,14 +113,9 @@ class TailTask(SampleTask):
 
     def numbers(self) -> Numbers:
         """Returns the likeliest completions, some of which end, with and without a slot."""
-        side, limit = self._side, COMPARED
+        limit = COMPARED
         stages = (Stage(1.0, limit // 4), Stage(0.9, limit // 2), Stage(0.8, limit))
-        greedy = self._sampler(
-            group=1, length=limit, temperature=0.0, ends=self._ends, stages=stages
-        )
-        allowed = side.policy.allowed.at[side.policy.special.end_of_turn].set(False)
-        params = side.policy.placed.sampling.params(side.loaded.params)
-        drawn = greedy(params, side.encoded(self.prompts), allowed, jnp.int32(0))
+        drawn = self._likeliest(length=limit, ends=self._ends, stages=stages)
         pairs = zip(drawn.tokens[:, 0], drawn.mask[:, 0], strict=True)
         return {"tokens": [tokens[mask].tolist() for tokens, mask in pairs]}
 
